@@ -1,0 +1,50 @@
+#pragma once
+// Files that survive a crash: written whole, synced, and put in place by one rename.
+#include <cstddef>
+#include <string>
+#include <string_view>
+
+namespace xlstm {
+
+/// A file under construction. Every failing call throws std::system_error (the caller knows whether ENOSPC is fatal).
+/// The destructor closes; it does not remove.
+class OutputFile {
+ public:
+  explicit OutputFile(const std::string& path);
+  ~OutputFile();
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+  void write(const void* data, size_t size_bytes);
+  void write(std::string_view text) { write(text.data(), text.size()); }
+  /// fsync and close; errors at close count too.
+  void sync_and_close();
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+  int fd_ = -1;
+};
+
+void sync_directory(const std::string& path);
+/// Writes path.tmp, syncs it, renames it over `path`, syncs the folder: readers see the old file or the new one.
+void write_file_atomically(const std::string& path, std::string_view bytes);
+/// Whole file; throws Error(kCheckpoint) naming it.
+std::string read_file(const std::string& path);
+
+/// Read-only memory map of a whole file. Throws Error(kData) naming the file.
+class MappedFile {
+ public:
+  MappedFile() = default;
+  explicit MappedFile(const std::string& path);
+  ~MappedFile();
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+  const unsigned char* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  const unsigned char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace xlstm

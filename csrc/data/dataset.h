@@ -1,0 +1,70 @@
+#pragma once
+// Windows of tokens in a stateless order: sample i of a run is a pure function of (files, weights, seed, i), the same
+// for every number of processes, batches and restarts.
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "csrc/data/token_file.h"
+
+namespace xlstm::data {
+
+struct Batch {
+  int64_t batch_size = 0, seq_len = 0;
+  std::vector<int64_t> input;    ///< (B,T) token ids
+  std::vector<int64_t> target;   ///< (B,T) next token; -100 where it would cross into another document
+  std::vector<uint8_t> reset;    ///< (B,T) 1 where a document starts
+  int64_t num_targets = 0;       ///< targets != -100
+};
+
+struct DatasetOptions {
+  int64_t seq_len = 256;
+  bool shuffle = true;
+  uint64_t seed = 1234;
+  bool reset_state_at_document = true;
+  bool mask_loss_across_documents = true;
+};
+
+struct WeightedFile {
+  std::shared_ptr<const TokenFile> file;
+  double weight = 1.0;
+};
+
+/// A mixture of token files cut into windows of seq_len+1 tokens that overlap by one. Throws Error(kData) when a file
+/// holds fewer than seq_len+1 tokens.
+class Dataset {
+ public:
+  Dataset(std::vector<WeightedFile> files, const DatasetOptions& options);
+  /// Windows of one pass over all files.
+  int64_t samples_per_epoch() const;
+  /// The batch of global samples [first, first+count): order, shuffle per epoch and mixture follow from the index.
+  Batch batch(int64_t first_sample, int64_t count) const;
+  std::string fingerprint() const;
+
+ private:
+  struct Source;
+  std::vector<std::shared_ptr<const Source>> sources_;
+  DatasetOptions options_;
+};
+
+/// A held-out file in order, once: window w is tokens [w*T, w*T+T], the last one shorter windows are padded with
+/// target -100, so that every token but the first of each document is scored exactly once.
+class EvalSet {
+ public:
+  EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& options);
+  int64_t num_windows() const;
+  Batch batch(int64_t first_window, int64_t count) const;
+  /// UTF-8 bytes of text per scored token over the whole file, for bits per byte; 0 when unknown (no sidecar).
+  double bytes_per_token() const;
+  const TokenFile& file() const { return *file_; }
+
+ private:
+  std::shared_ptr<const TokenFile> file_;
+  DatasetOptions options_;
+};
+
+/// Bijection of [0, n) keyed by (seed, epoch): four Feistel rounds with cycle walking, O(1) memory.
+uint64_t permute(uint64_t index, uint64_t n, uint64_t seed, uint64_t epoch);
+
+}  // namespace xlstm::data

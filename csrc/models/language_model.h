@@ -1,0 +1,47 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "csrc/models/model_options.h"
+
+namespace xlstm::models {
+
+/// State of one block: its tensors in a fixed order (mLSTM: conv window, C, n, m; sLSTM: conv window, y, c, n, m;
+/// 7B block: C, n, m). An empty vector is the state before the first token.
+using BlockState = std::vector<at::Tensor>;
+/// One entry per block; an empty vector is the state before the first token.
+using ModelState = std::vector<BlockState>;
+
+/// A causal language model over token ids.
+class LanguageModel : public torch::nn::Module {
+ public:
+  ~LanguageModel() override = default;
+
+  /// ids (B,T) int64, T >= 0 -> final hidden vectors (B,T,D) after the out norm, and the state after the last token.
+  /// reset (B,T) bool: the state is empty before that token. New tensors always; the given state is not modified.
+  virtual std::pair<at::Tensor, ModelState> hidden(const at::Tensor& ids, const ModelState& state,
+                                                   const std::optional<at::Tensor>& reset) = 0;
+  /// Logits (B,T,V), float32 or float64, soft-capped where the options say so.
+  std::pair<at::Tensor, ModelState> forward(const at::Tensor& ids, const ModelState& state = {},
+                                            const std::optional<at::Tensor>& reset = {});
+  /// Cross entropy in nats without ever holding all logits: sum over targets != -100 (reduction "sum") or their mean.
+  at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets, const std::optional<at::Tensor>& reset = {},
+                  const char* reduction = "mean");
+  /// (V,D) weight of the output head (the embedding's where tied).
+  virtual at::Tensor head_weight() const = 0;
+  virtual const ModelOptions& options() const = 0;
+};
+
+/// Builds and initialises a model. Initialisation draws from torch's default CPU generator: seed it first
+/// (torch::manual_seed). Throws c10::Error naming the option when sizes do not fit together.
+/// On device "meta" nothing is allocated, which counts the parameters of any size.
+std::shared_ptr<LanguageModel> make_language_model(const ModelOptions& options, at::Device device = at::kCPU);
+
+int64_t count_parameters(const ModelOptions& options);
+
+}  // namespace xlstm::models

@@ -1,0 +1,35 @@
+// The only place with schema strings. Kernels are registered beside their code: *_cpu.cpp, *_cuda.cpp, *_autograd.cpp
+// (Autograd, Autocast and Meta).
+#include <torch/library.h>
+
+TORCH_LIBRARY(xlstm, m) {
+  m.set_python_module("libxlstm");
+  m.def(
+      "mlstm_chunkwise(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, Tensor? c0=None, Tensor? n0=None, "
+      "Tensor? m0=None, *, Tensor? reset=None, Tensor? cu_seqlens=None, str input_gate=\"exp\", bool normalize=True, "
+      "float? scale=None, float eps=1e-6, int chunk_size=0) -> (Tensor h, Tensor c, Tensor n, Tensor m)");
+  m.def(
+      "mlstm_chunkwise_backward(Tensor? dh, Tensor? dc, Tensor? dn, Tensor q, Tensor k, Tensor v, Tensor igate, "
+      "Tensor fgate, Tensor? c0, Tensor? n0, Tensor? m0, Tensor h, *, Tensor? reset, Tensor? cu_seqlens, "
+      "str input_gate, bool normalize, float? scale, float eps, int chunk_size) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor digate, Tensor dfgate, Tensor dc0, Tensor dn0)");
+  m.def(
+      "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
+      "*, str input_gate=\"exp\", bool normalize=True, float? scale=None, float eps=1e-6) -> Tensor h");
+  m.def(
+      "slstm(Tensor wx, Tensor r, Tensor b, Tensor? y0=None, Tensor? c0=None, Tensor? n0=None, Tensor? m0=None, *, "
+      "Tensor? reset=None, Tensor? cu_seqlens=None, str cell=\"slstm\") "
+      "-> (Tensor y, Tensor y_last, Tensor c, Tensor n, Tensor m)");
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? state0=None, *, Tensor? reset=None, "
+      "Tensor? cu_seqlens=None, bool silu=False) -> (Tensor y, Tensor state)");
+  m.def(
+      "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, *, bool silu=False) -> Tensor y");
+  m.def(
+      "headwise_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, Tensor? skip=None, Tensor? skip_weight=None, "
+      "Tensor? gate=None, *, float eps=1e-5, str kind=\"layer\", str gate_activation=\"silu\") -> Tensor");
+  m.def("block_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def(
+      "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, *, int ignore_index=-100, float soft_cap=0., "
+      "str reduction=\"mean\") -> Tensor");
+}

@@ -1,0 +1,25 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace xlstm::ops {
+
+/// sLSTM or LSTM over a sequence with block-diagonal recurrence (arXiv 2405.04517, eq. 8-18), one kernel for all steps.
+///   g_t = wx_t + r_g y_{t-1} + b_g for g in i,f,z,o
+///   slstm: m_t = max(logsig(f) + m_{t-1}, i)  c = f' c + i' tanh(z)  n = f' n + i'  y = sigmoid(o) c / n
+///   slstm_expf: forget gate exp(f) in place of sigmoid(f).   lstm: c = sig(f) c + sig(i) tanh(z), y = sig(o) tanh(c).
+/// wx (B,T,4,NH,DH) in gate order i,f,z,o, any strides   r (4,NH,DH_out,DH_in)   b (4,NH,DH)
+/// y0,c0,n0,m0 (B,NH,DH) float32 (float64 for float64): the empty state y=c=n=0, m=-inf where absent (then m_1 = i_1).
+/// Give y0 and c0 together, and for the sLSTM cells n0 and m0 with them. lstm ignores n0 and m0 and returns zeros there.
+/// reset (B,T) bool: empty state before that token.  cu_seqlens (N+1) int32: B must be 1, states are (N,NH,DH).
+/// Returns y (B,T,NH,DH) in wx's dtype and the last y, c, n, m in float32. m is detached (exact: y does not depend on it).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> slstm(
+    const at::Tensor& wx, const at::Tensor& r, const at::Tensor& b, const std::optional<at::Tensor>& y0 = {},
+    const std::optional<at::Tensor>& c0 = {}, const std::optional<at::Tensor>& n0 = {},
+    const std::optional<at::Tensor>& m0 = {}, const std::optional<at::Tensor>& reset = {},
+    const std::optional<at::Tensor>& cu_seqlens = {}, std::string_view cell = "slstm");
+
+}  // namespace xlstm::ops
