@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Trains a model and prints its text; sets up everything it needs first.
+#
+#   ./scripts/train.sh                                      the quickstart: a small model of Python source text
+#   ./scripts/train.sh CONFIG.yaml [key.sub=value ...]      another run; also --dry-run, --print-config, --fresh, --help
+#
+# The last line is `held-out bits per byte: N.NN`. Run it again to continue an interrupted run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+setup_environment numpy matplotlib safetensors tokenizers
+build_project -- xlstm-train xlstm-generate xlstm-eval xlstm-data xlstm_python
+[ $# -gt 0 ] || set -- configs/runs/quickstart.yaml
+say "xlstm-train $*"
+exec build/bin/xlstm-train "$@"

@@ -1,0 +1,35 @@
+"""Builds the C++ library with CMake (the tree build/ that the scripts use too) and installs it into the package.
+
+    pip install --no-build-isolation .
+
+Needs torch in the environment, a C++20 compiler, CMake, and the libraries that README.md lists.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+TARGETS = ["xlstm-train", "xlstm-generate", "xlstm-eval", "xlstm-data", "xlstm_python"]
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        build = ROOT / "build"
+        options = ["-DCMAKE_BUILD_TYPE=Release", f"-DPython3_EXECUTABLE={sys.executable}"]
+        if not (build / "CMakeCache.txt").exists():
+            options += ["-G", "Ninja"]
+        options += os.environ.get("CMAKE_ARGS", "").split()
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, *options], check=True)
+        subprocess.run(["cmake", "--build", build, "--target", *TARGETS], check=True)
+        subprocess.run(["cmake", "--install", build, "--prefix", Path(self.build_lib).resolve()], check=True)
+
+    def get_source_files(self):
+        return []
+
+
+setup(ext_modules=[Extension("libxlstm._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
