@@ -32,21 +32,23 @@ missing_packages() {
   if [ "${WITH_TESTS:-0}" = 1 ]; then
     have_header catch2/catch.hpp || have_header catch2/catch_all.hpp || need+=(catch2)
   fi
-  printf '%s\n' "${need[@]}"
+  [ ${#need[@]} = 0 ] || printf '%s\n' "${need[@]}"
 }
 
 have_header() {
   local folder
-  for folder in ${CPATH//:/ } /usr/include /usr/local/include /usr/include/"$(uname -m)"-linux-gnu; do
+  local path=${CPATH:-}
+  for folder in ${path//:/ } /usr/include /usr/local/include /usr/include/"$(uname -m)"-linux-gnu; do
     [ -e "$folder/$1" ] && return 0
   done
   return 1
 }
 
 install_packages() {
-  local need
-  mapfile -t need < <(missing_packages)
-  [ -n "${need[0]:-}" ] || return 0
+  local list need
+  list=$(missing_packages)
+  [ -n "$list" ] || return 0
+  mapfile -t need <<<"$list"
   local how="apt-get install ${need[*]}"
   if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     printf 'error: these packages are missing and cannot be installed from here: %s\n' "${need[*]}" >&2
