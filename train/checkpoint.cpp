@@ -1,0 +1,275 @@
+#include "train/checkpoint.h"
+
+#include <sys/statvfs.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <system_error>
+
+#include "csrc/core/error.h"
+#include "csrc/core/file.h"
+#include "csrc/core/sha256.h"
+#include "csrc/data/tokenizer.h"
+#include "train/checkpoint_manifest.h"
+#include "train/failpoint.h"
+
+namespace xlstm::train {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+constexpr int64_t kTextSlackBytes = 1 << 20;  // JSON, YAML, tensor headers, folder entries
+
+[[noreturn]] void fail(const std::string& what) {
+  throw std::system_error(errno, std::generic_category(), what);
+}
+
+std::string to_hex(const at::Tensor& bytes) {
+  const at::Tensor dense = bytes.to(at::kCPU).contiguous();
+  const auto* data = static_cast<const unsigned char*>(dense.const_data_ptr());
+  static const char* digits = "0123456789abcdef";
+  std::string hex;
+  for (size_t i = 0; i < dense.nbytes(); ++i) {
+    hex += digits[data[i] >> 4];
+    hex += digits[data[i] & 15];
+  }
+  return hex;
+}
+
+int64_t tensor_bytes(const NamedTensors& tensors) {
+  int64_t bytes = 0;
+  for (const auto& entry : tensors) bytes += static_cast<int64_t>(entry.second.nbytes());
+  return bytes;
+}
+
+/// Fails early and with numbers, where a write would fail late.
+void check_free_space(const std::string& folder, int64_t needed) {
+  struct statvfs info {};
+  if (::statvfs(folder.c_str(), &info) != 0) fail(folder);
+  const auto available = static_cast<double>(info.f_bavail) * static_cast<double>(info.f_frsize);
+  if (available >= static_cast<double>(needed)) return;
+  char text[96];
+  std::snprintf(text, sizeof text, ": a checkpoint needs %.1f MB, %.1f MB are free",
+                static_cast<double>(needed) / 1e6, available / 1e6);
+  throw std::system_error(ENOSPC, std::generic_category(), folder + text);
+}
+
+/// The folder being written: removed again unless commit() was reached.
+class Writer {
+ public:
+  Writer(fs::path folder, int64_t step) : folder_(std::move(folder)), step_(step) {
+    uncommit(folder_);
+    fs::remove_all(folder_);
+    fs::create_directories(folder_);
+    failpoint("ckpt.after_mkdir", step_);
+    // "ckpt.write:N,ckpt.write_step:S" dies with exactly N bytes of step S written.
+    if (const auto limit = failpoint_value("ckpt.write");
+        limit && failpoint_at("ckpt.write_step", step_))
+      set_write_hook([left = static_cast<size_t>(*limit)](size_t size) mutable {
+        if (left == 0) failpoint("ckpt.write");
+        const size_t now = std::min(left, size);
+        left -= now;
+        return now;
+      });
+  }
+  ~Writer() {
+    set_write_hook({});
+    std::error_code ignored;
+    if (!committed_) fs::remove_all(folder_, ignored);
+  }
+  Writer(const Writer&) = delete;
+  Writer& operator=(const Writer&) = delete;
+
+  void add(const std::string& name, const NamedTensors& tensors) {
+    const fs::path path = folder_ / name;
+    const std::string sha256 = save_safetensors(path.string(), tensors, {{"format", "pt"}});
+    manifest_.files.push_back({name, static_cast<int64_t>(fs::file_size(path)), sha256});
+  }
+
+  void add(const std::string& name, const std::string& text) {
+    OutputFile file((folder_ / name).string());
+    file.write(text);
+    file.sync_and_close();
+    manifest_.files.push_back({name, static_cast<int64_t>(text.size()), sha256_hex(text)});
+  }
+
+  /// From here on the folder is a checkpoint. Everything it lists is on disk before the manifest's name is.
+  void commit() {
+    failpoint("ckpt.before_sync", step_);
+    sync_directory(folder_.string());
+    sync_directory(
+        (folder_.parent_path().empty() ? fs::path(".") : folder_.parent_path()).string());
+    const std::string path = (folder_ / kManifestName).string();
+    OutputFile file(path + ".tmp");
+    file.write(format_manifest(manifest_));
+    file.sync_and_close();
+    failpoint("ckpt.before_rename", step_);
+    if (::rename((path + ".tmp").c_str(), path.c_str()) != 0) fail(path);
+    failpoint("ckpt.after_rename", step_);
+    sync_directory(folder_.string());
+    committed_ = true;
+  }
+
+  /// Takes a committed folder's manifest away, durably: from then on it is no checkpoint.
+  static void uncommit(const fs::path& folder) {
+    if (fs::remove(folder / kManifestName)) sync_directory(folder.string());
+  }
+
+ private:
+  fs::path folder_;
+  int64_t step_;
+  Manifest manifest_;
+  bool committed_ = false;
+};
+
+std::string read_bytes(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) fail(path);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+void add_common_files(Writer& writer, const config::Config& config) {
+  writer.add(kConfigName, config::print_config(config));
+  for (const std::string& path : data::tokenizer_files(config.data.tokenizer))
+    writer.add(fs::path(path).filename().string(), read_bytes(path));
+}
+
+std::string format_state(const TrainerState& state) {
+  const Json json = {{"format_version", kCheckpointFormatVersion},
+                     {"step", state.step},
+                     {"tokens", state.tokens},
+                     {"samples_consumed", state.samples_consumed},
+                     {"skipped_updates", state.skipped_updates},
+                     {"data_fingerprint", state.data_fingerprint},
+                     {"rng_state", state.rng_state.defined() ? to_hex(state.rng_state) : ""},
+                     {"libxlstm_version", XLSTM_VERSION},
+                     {"torch_version", TORCH_VERSION}};
+  return json.dump(2) + "\n";
+}
+
+/// The step of a folder named step-%08d; -1 for any other name.
+int64_t step_of(const fs::path& folder) {
+  const std::string name = folder.filename().string();
+  if (name.size() < 13 || name.size() > 23 || name.rfind("step-", 0) != 0 ||
+      name.find_first_not_of("0123456789", 5) != std::string::npos)
+    return -1;
+  return std::stoll(name.substr(5));
+}
+
+struct StepFolder {
+  int64_t step;
+  fs::path path;
+  bool committed;
+};
+
+/// All step folders of a run (no links), by step.
+std::vector<StepFolder> step_folders(const std::string& run_dir) {
+  std::vector<StepFolder> folders;
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(fs::path(run_dir) / "ckpt", error)) {
+    const int64_t step = step_of(entry.path());
+    if (step >= 0 && fs::is_directory(entry.symlink_status()))
+      folders.push_back({step, entry.path(), fs::exists(entry.path() / kManifestName)});
+  }
+  std::sort(folders.begin(), folders.end(),
+            [](const auto& a, const auto& b) { return a.step < b.step; });
+  return folders;
+}
+
+/// Cheap: the manifest is whole and every file has its size.
+bool looks_good(const fs::path& folder) {
+  try {
+    check_manifest_sizes(folder.string(), read_manifest(folder.string()));
+    return true;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+void remove_folder(const StepFolder& folder) {
+  try {
+    Writer::uncommit(folder.path);
+    failpoint("ckpt.prune", folder.step);
+    fs::remove_all(folder.path);
+  } catch (const std::system_error& error) {
+    std::cerr << "warning: cannot delete an old checkpoint: " << error.what() << std::endl;
+  }
+}
+
+}  // namespace
+
+NamedTensors named_model_tensors(const models::LanguageModel& model) {
+  NamedTensors tensors;
+  for (const auto& item : model.named_parameters()) tensors.emplace_back(item.key(), item.value());
+  for (const auto& item : model.named_buffers()) tensors.emplace_back(item.key(), item.value());
+  return tensors;
+}
+
+std::string save_checkpoint(const std::string& run_dir, const config::Config& config,
+                            const models::LanguageModel& model, const NamedTensors& optimizer,
+                            const TrainerState& state) {
+  char name[32];
+  std::snprintf(name, sizeof name, "step-%08lld", static_cast<long long>(state.step));
+  const fs::path parent = fs::path(run_dir) / "ckpt";
+  const NamedTensors weights = named_model_tensors(model);
+  fs::create_directories(parent);
+  check_free_space(parent.string(),
+                   tensor_bytes(weights) + tensor_bytes(optimizer) + kTextSlackBytes);
+  Writer writer(parent / name, state.step);
+  writer.add(kModelName, weights);
+  writer.add(kOptimizerName, optimizer);
+  writer.add(kTrainerName, format_state(state));
+  add_common_files(writer, config);
+  writer.commit();
+  return (parent / name).string();
+}
+
+void save_model_folder(const std::string& folder, const config::Config& config,
+                       const NamedTensors& model_tensors) {
+  const fs::path path = fs::absolute(folder).lexically_normal();
+  if (fs::exists(path) && !fs::is_empty(path) && !fs::exists(path / kManifestName))
+    throw Error(ExitCode::kCheckpoint,
+                folder + ": exists and is not a model folder; choose another name");
+  fs::create_directories(path.parent_path());
+  check_free_space(path.parent_path().string(), tensor_bytes(model_tensors) + kTextSlackBytes);
+  Writer writer(path, 0);
+  writer.add(kModelName, model_tensors);
+  add_common_files(writer, config);
+  writer.commit();
+}
+
+std::vector<std::string> list_checkpoints(const std::string& run_dir) {
+  std::vector<std::string> paths;
+  for (const StepFolder& folder : step_folders(run_dir))
+    if (folder.committed) paths.push_back(folder.path.string());
+  return paths;
+}
+
+void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t keep_every) {
+  int64_t kept = 0;
+  bool newest = true;
+  auto folders = step_folders(run_dir);
+  std::reverse(folders.begin(), folders.end());
+  for (const StepFolder& folder : folders) {
+    if (!folder.committed) {
+      remove_folder(folder);
+      continue;
+    }
+    const bool major = keep_every > 0 && folder.step % keep_every == 0;
+    const bool recent = kept < std::max<int64_t>(keep_last, 1);
+    if (recent && looks_good(folder.path))
+      ++kept;  // a damaged one does not count, so a good one stays
+    if (!newest && !recent && !major) remove_folder(folder);
+    newest = false;
+  }
+}
+
+}  // namespace xlstm::train

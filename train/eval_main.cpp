@@ -1,1 +1,183 @@
-int main() { return 1; }
+// xlstm-eval: loss, perplexity and bits per byte of a saved model at any context length.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "csrc/core/error.h"
+#include "csrc/core/file.h"
+#include "csrc/data/dataset.h"
+#include "csrc/data/prepare.h"
+#include "csrc/data/tokenizer.h"
+#include "train/checkpoint.h"
+#include "train/command_line.h"
+#include "train/evaluation.h"
+
+namespace xlstm::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+const std::vector<OptionSpec> kOptions{
+    {"--data", "PREFIX", "prepared token file (default: the run's own held-out set)"},
+    {"--text", "FILE", "text file, folder or glob, tokenised on the spot"},
+    {"--seq-len", "N", "context length; may exceed the trained one (data.seq_len)"},
+    {"--batch-size", "N", "windows per forward pass (as in training, fewer for longer windows)"},
+    {"--batches", "N", "stop after so many batches; 0: the whole set (0)"},
+    {"--json", "FILE", "also write the numbers there"},
+    {"--threads", "N", "CPU threads; 0: all cores (0)"},
+    {"--no-verify", "", "skip the checksums of the checkpoint"},
+    {"--help", "", "show this"}};
+
+int64_t at_least(const CommandLine& line, const std::string& name, int64_t fallback,
+                 int64_t least) {
+  const int64_t value = line.get_int(name, fallback);
+  if (value < least)
+    throw Error(ExitCode::kConfig, name + " must be at least " + std::to_string(least) + ", got " +
+                                       std::to_string(value));
+  return value;
+}
+
+/// A folder of its own below the system's temporary one, removed at the end.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string name = (fs::temp_directory_path() / "xlstm-eval-XXXXXX").string();
+    if (::mkdtemp(name.data()) == nullptr)
+      throw Error(ExitCode::kData, name + ": cannot create a temporary folder");
+    path_ = name;
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    fs::remove_all(path_, ignored);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
+std::string held_out_prefix(const LoadedModel& loaded) {
+  const config::DataConfig& data = loaded.config.data;
+  if (!data.val.empty()) return data.val;
+  if (data.text.empty())
+    throw Error(ExitCode::kData,
+                loaded.folder + ": its run has no held-out set (data.val); give --data or --text");
+  return data::prepare_cached(data.text, data.val_text, data.val_fraction, data.val_split,
+                              loaded.tokenizer, data.cache_dir)
+      .val_prefix;
+}
+
+struct EvalData {
+  std::string name;    ///< as the user knows it
+  std::string prefix;  ///< of the token file
+  std::unique_ptr<TemporaryFolder> folder;
+};
+
+EvalData choose_data(const CommandLine& line, const LoadedModel& loaded) {
+  EvalData choice;
+  if (line.has("--text")) {
+    choice.folder = std::make_unique<TemporaryFolder>();
+    choice.name = line.get("--text", "");
+    choice.prefix = (choice.folder->path() / "text").string();
+    data::PrepareOptions options;
+    options.inputs = {choice.name};
+    options.output_prefix = choice.prefix;
+    options.tokenizer = loaded.tokenizer;
+    data::prepare(options);
+  } else {
+    choice.prefix = line.has("--data") ? line.get("--data", "") : held_out_prefix(loaded);
+    choice.name = choice.prefix;
+  }
+  return choice;
+}
+
+std::shared_ptr<const data::TokenFile> open_data(const LoadedModel& loaded,
+                                                 const std::string& prefix) {
+  auto file = std::make_shared<const data::TokenFile>(prefix);
+  file->check_vocab(loaded.config.model.vocab_size);
+  if (const auto& sidecar = file->sidecar();
+      sidecar && loaded.tokenizer != "bytes" && !sidecar->tokenizer_sha256.empty() &&
+      sidecar->tokenizer_sha256 != data::make_tokenizer(loaded.tokenizer)->sha256())
+    throw Error(ExitCode::kData,
+                prefix + ": prepared with another tokenizer (" + sidecar->tokenizer +
+                    ") than the model's; prepare it again with " + loaded.tokenizer);
+  return file;
+}
+
+void write_json(const std::string& path, const LoadedModel& loaded, const std::string& data,
+                int64_t seq_len, const EvaluationResult& result, double seconds) {
+  const nlohmann::ordered_json json = {{"checkpoint", loaded.folder},
+                                       {"data", data},
+                                       {"seq_len", seq_len},
+                                       {"trained_seq_len", loaded.config.data.seq_len},
+                                       {"loss", result.loss},
+                                       {"perplexity", result.perplexity},
+                                       {"bits_per_byte", result.bits_per_byte},
+                                       {"tokens", result.tokens},
+                                       {"seconds", seconds}};
+  write_file_atomically(path, json.dump(2) + "\n");
+}
+
+int body(int argc, char** argv) {
+  const CommandLine line = parse_command_line(argc, argv, kOptions);
+  if (line.has("--help")) {
+    std::cout << "usage: xlstm-eval CHECKPOINT|RUN_FOLDER [options]\n\nLoss, perplexity and bits "
+                 "per byte of a trained "
+                 "model.\n\n"
+              << format_options(kOptions);
+    return 0;
+  }
+  if (line.positional.size() != 1 || !line.overrides.empty())
+    throw Error(ExitCode::kConfig, "expected one checkpoint or run folder; see xlstm-eval --help");
+  if (line.has("--data") && line.has("--text"))
+    throw Error(ExitCode::kConfig, "--data and --text exclude each other; give one");
+  if (const int64_t threads = at_least(line, "--threads", 0, 0); threads > 0)
+    at::set_num_threads(static_cast<int>(threads));
+
+  const LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"));
+  const config::Config& config = loaded.config;
+  const int64_t seq_len = at_least(line, "--seq-len", config.data.seq_len, 1);
+  const int64_t trained_batch = config.train.micro_batch_size > 0 ? config.train.micro_batch_size
+                                                                  : config.train.global_batch_size;
+  const int64_t batch_size = at_least(
+      line, "--batch-size", std::max<int64_t>(1, trained_batch * config.data.seq_len / seq_len), 1);
+  const int64_t batches = at_least(line, "--batches", 0, 0);
+
+  const EvalData source = choose_data(line, loaded);
+  data::DatasetOptions options;
+  options.seq_len = seq_len;
+  options.reset_state_at_document = config.data.reset_state_at_document;
+  options.mask_loss_across_documents = config.data.mask_loss_across_documents;
+  const data::EvalSet data(open_data(loaded, source.prefix), options);
+
+  const auto start = std::chrono::steady_clock::now();
+  const EvaluationResult result =
+      evaluate(*loaded.model, data, batch_size, batches, config.train.dtype == "bfloat16", true);
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  std::printf("loss %.6f nats/token | perplexity %.4f | bits per byte ", result.loss,
+              result.perplexity);
+  std::printf(result.bits_per_byte > 0 ? "%.4f" : "unknown (no sidecar)", result.bits_per_byte);
+  std::printf(" | %lld tokens at context %lld\n", static_cast<long long>(result.tokens),
+              static_cast<long long>(seq_len));
+  if (line.has("--json"))
+    write_json(line.get("--json", ""), loaded, source.name, seq_len, result, seconds);
+  return 0;
+}
+
+}  // namespace
+}  // namespace xlstm::train
+
+int main(int argc, char** argv) {
+  return xlstm::train::run_main("xlstm-eval", [&] { return xlstm::train::body(argc, argv); });
+}

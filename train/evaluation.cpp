@@ -1,0 +1,88 @@
+#include "train/evaluation.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include "csrc/core/error.h"
+#include "csrc/core/progress.h"
+#include "train/generation.h"
+
+namespace xlstm::train {
+namespace {
+
+/// Turns bfloat16 autocast on for a scope.
+class AutocastGuard {
+ public:
+  AutocastGuard(at::DeviceType device, bool enabled)
+      : device_(device),
+        enabled_before_(at::autocast::is_autocast_enabled(device)),
+        dtype_before_(at::autocast::get_autocast_dtype(device)) {
+    at::autocast::set_autocast_enabled(device_, enabled);
+    if (enabled) at::autocast::set_autocast_dtype(device_, at::kBFloat16);
+  }
+  ~AutocastGuard() {
+    at::autocast::clear_cache();
+    at::autocast::set_autocast_dtype(device_, dtype_before_);
+    at::autocast::set_autocast_enabled(device_, enabled_before_);
+  }
+  AutocastGuard(const AutocastGuard&) = delete;
+  AutocastGuard& operator=(const AutocastGuard&) = delete;
+
+ private:
+  at::DeviceType device_;
+  bool enabled_before_;
+  at::ScalarType dtype_before_;
+};
+
+double batch_loss(models::LanguageModel& model, data::Batch& batch, at::Device device) {
+  const std::vector<int64_t> shape{batch.batch_size, batch.seq_len};
+  const at::Tensor ids = at::from_blob(batch.input.data(), shape, at::kLong).to(device);
+  const at::Tensor targets = at::from_blob(batch.target.data(), shape, at::kLong).to(device);
+  const at::Tensor reset =
+      at::from_blob(batch.reset.data(), shape, at::kByte).to(device, at::kBool);
+  return model.loss(ids, targets, reset, "sum").item<double>();
+}
+
+}  // namespace
+
+EvaluationResult evaluate(models::LanguageModel& model, const data::EvalSet& data,
+                          int64_t batch_size, int64_t max_batches, bool bfloat16,
+                          bool show_progress) {
+  if (batch_size < 1)
+    throw Error(ExitCode::kConfig,
+                "evaluation needs a batch size >= 1, got " + std::to_string(batch_size));
+  const at::NoGradGuard no_grad;
+  const EvalModeGuard eval_mode(model);
+  const at::Device device = model.head_weight().device();
+  const AutocastGuard autocast(device.type(), bfloat16);
+  int64_t windows = data.num_windows();
+  if (max_batches > 0) windows = std::min(windows, max_batches * batch_size);
+
+  std::optional<Progress> progress;
+  if (show_progress) progress.emplace("evaluating", windows, "windows");
+  EvaluationResult result;
+  double nats = 0;
+  for (int64_t first = 0; first < windows; first += batch_size) {
+    data::Batch batch = data.batch(first, std::min(batch_size, windows - first));
+    if (batch.num_targets > 0) nats += batch_loss(model, batch, device);
+    result.tokens += batch.num_targets;
+    if (progress) progress->update(std::min(first + batch_size, windows));
+  }
+  if (progress) progress->finish();
+  if (result.tokens == 0)
+    throw Error(ExitCode::kData,
+                data.file().prefix() + ": no token to score; each document needs at least two");
+  result.loss = nats / static_cast<double>(result.tokens);
+  result.perplexity = std::exp(result.loss);
+  if (data.bytes_per_token() > 0)
+    result.bits_per_byte = result.loss / std::log(2.0) / data.bytes_per_token();
+  return result;
+}
+
+}  // namespace xlstm::train

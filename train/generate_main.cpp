@@ -1,1 +1,151 @@
-int main() { return 1; }
+// xlstm-generate: text in, text out.
+#include <ATen/Parallel.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <string>
+
+#include "csrc/core/error.h"
+#include "train/checkpoint.h"
+#include "train/command_line.h"
+#include "train/generation.h"
+#include "train/text_stream.h"
+
+namespace xlstm::train {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+const std::vector<OptionSpec> kOptions{
+    {"--prompt", "TEXT",
+     "text to continue; without it and --prompt-file: standard input, where it is no terminal"},
+    {"--prompt-file", "FILE", "text to continue, from a file"},
+    {"--max-new-tokens", "N", "tokens to generate (256)"},
+    {"--temperature", "X", "below 1 sharper, above 1 wilder; 0 is greedy (0.8)"},
+    {"--top-k", "N", "draw from the N most likely tokens; 0: all (0)"},
+    {"--top-p", "X", "draw from the most likely tokens that hold this probability (1.0)"},
+    {"--seed", "N", "sample i uses seed N+i (42)"},
+    {"--greedy", "", "always the most likely token"},
+    {"--num-samples", "N", "how many continuations (1)"},
+    {"--threads", "N", "CPU threads; 0: all cores (0)"},
+    {"--no-echo", "", "print the continuation without the prompt"},
+    {"--no-verify", "", "skip the checksums of the checkpoint"},
+    {"--help", "", "show this"}};
+
+std::string read_all(std::istream& stream) { return {std::istreambuf_iterator<char>(stream), {}}; }
+
+std::string read_prompt(const CommandLine& line) {
+  if (line.has("--prompt") && line.has("--prompt-file"))
+    throw Error(ExitCode::kConfig, "--prompt and --prompt-file exclude each other; give one");
+  if (line.has("--prompt")) return line.get("--prompt", "");
+  if (line.has("--prompt-file")) {
+    const std::string path = line.get("--prompt-file", "");
+    std::ifstream file(path, std::ios::binary);
+    if (!file) throw Error(ExitCode::kData, path + ": cannot open the prompt file; check its name");
+    return read_all(file);
+  }
+  return ::isatty(STDIN_FILENO) != 0 ? "" : read_all(std::cin);
+}
+
+int64_t at_least(const CommandLine& line, const std::string& name, int64_t fallback,
+                 int64_t least) {
+  const int64_t value = line.get_int(name, fallback);
+  if (value < least)
+    throw Error(ExitCode::kConfig, name + " must be at least " + std::to_string(least) + ", got " +
+                                       std::to_string(value));
+  return value;
+}
+
+SamplingOptions sampling_options(const CommandLine& line, const data::Tokenizer& tokenizer) {
+  SamplingOptions options;
+  options.max_new_tokens = at_least(line, "--max-new-tokens", 256, 0);
+  options.temperature = line.has("--greedy") ? 0.0 : line.get_double("--temperature", 0.8);
+  options.top_k = line.get_int("--top-k", 0);
+  options.top_p = line.get_double("--top-p", 1.0);
+  options.stop_token = tokenizer.eos_id();
+  options.vocab_size = tokenizer.vocab_size();
+  return options;
+}
+
+/// Where there is no prompt: the end of the document before, or for bytes a line's end.
+std::vector<int64_t> encode_prompt(const std::string& text, data::Tokenizer& tokenizer,
+                                   const std::string& spec) {
+  if (!text.empty()) return tokenizer.encode(text);
+  if (spec == "bytes") return tokenizer.encode("\n");
+  if (tokenizer.eos_id() >= 0) return {tokenizer.eos_id()};
+  throw Error(ExitCode::kData,
+              "the prompt is empty and the tokenizer has no end-of-document token; give --prompt");
+}
+
+void show(const std::string& text) {
+  std::fwrite(text.data(), 1, text.size(), stdout);
+  std::fflush(stdout);
+}
+
+/// Prints one continuation as it is drawn and its speed on standard error.
+void print_sample(LoadedModel& loaded, data::Tokenizer& tokenizer,
+                  const std::vector<int64_t>& prompt, const SamplingOptions& options) {
+  TextStream stream(tokenizer, prompt);
+  const auto start = Clock::now();
+  auto first_token = start;
+  int64_t count = 0;
+  generate(*loaded.model, prompt, options, [&](int64_t id) {
+    if (count++ == 0) first_token = Clock::now();
+    if (id != options.stop_token) show(stream.push(id));
+  });
+  const auto end = Clock::now();
+  show(stream.finish() + "\n");
+  const auto rate = [](size_t tokens, Clock::duration time) {
+    return static_cast<double>(tokens) /
+           std::max(std::chrono::duration<double>(time).count(), 1e-9);
+  };
+  if (count > 0)
+    std::fprintf(stderr, "prompt: %zu tokens, %.1f tokens/s", prompt.size(),
+                 rate(prompt.size(), first_token - start));
+  if (count > 1)
+    std::fprintf(stderr, " | decode: %lld tokens, %.1f tokens/s", static_cast<long long>(count),
+                 rate(static_cast<size_t>(count - 1), end - first_token));
+  if (count > 0) std::fputc('\n', stderr);
+}
+
+int body(int argc, char** argv) {
+  const CommandLine line = parse_command_line(argc, argv, kOptions);
+  if (line.has("--help")) {
+    show(
+        "usage: xlstm-generate CHECKPOINT|RUN_FOLDER [options]\n\nContinues a text with a trained "
+        "model.\n\n" +
+        format_options(kOptions));
+    return 0;
+  }
+  if (line.positional.size() != 1 || !line.overrides.empty())
+    throw Error(ExitCode::kConfig,
+                "expected one checkpoint or run folder; see xlstm-generate --help");
+  if (const int64_t threads = at_least(line, "--threads", 0, 0); threads > 0)
+    at::set_num_threads(static_cast<int>(threads));
+  const int64_t num_samples = at_least(line, "--num-samples", 1, 1);
+  const int64_t seed = line.get_int("--seed", 42);
+  const std::string text = read_prompt(line);
+
+  LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"));
+  const auto tokenizer = data::make_tokenizer(loaded.tokenizer);
+  SamplingOptions options = sampling_options(line, *tokenizer);
+  const std::vector<int64_t> prompt = encode_prompt(text, *tokenizer, loaded.tokenizer);
+  for (int64_t i = 0; i < num_samples; ++i) {
+    if (i > 0) show("---------------\n");
+    if (!line.has("--no-echo")) show(text);
+    options.seed = static_cast<uint64_t>(seed + i);
+    print_sample(loaded, *tokenizer, prompt, options);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace xlstm::train
+
+int main(int argc, char** argv) {
+  return xlstm::train::run_main("xlstm-generate", [&] { return xlstm::train::body(argc, argv); });
+}

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <random>
 #include <vector>
 
 #include "csrc/models/language_model.h"
@@ -11,16 +12,50 @@ namespace xlstm::train {
 
 struct SamplingOptions {
   int64_t max_new_tokens = 256;
-  double temperature = 1.0;   ///< 0: greedy
-  int64_t top_k = 0;          ///< 0: off
-  double top_p = 1.0;         ///< 1: off
+  double temperature = 1.0;  ///< 0: greedy
+  int64_t top_k = 0;         ///< 0: off
+  double top_p = 1.0;        ///< 1: off; acts on what top_k leaves, renormalised
   uint64_t seed = 42;
-  int64_t stop_token = -1;    ///< generation ends behind this token; -1: never
+  int64_t stop_token = -1;  ///< generation ends behind this token; -1: never
+  int64_t vocab_size = 0;  ///< only ids below this are drawn (a padded vocabulary has more); 0: all
+};
+
+/// Draws token ids from logits in float64. The same seed gives the same ids on every platform: the generator is
+/// std::mt19937_64 and its mapping to [0,1) is our own.
+class Sampler {
+ public:
+  /// Throws Error(kConfig) for a negative temperature or top_k and a top_p outside (0,1].
+  explicit Sampler(const SamplingOptions& options);
+  /// Equal logits rank by their id, lowest first. Throws Error(kNonFinite) when a logit is NaN or +inf, or none is
+  /// finite.
+  int64_t draw(const std::vector<double>& logits);
+
+ private:
+  SamplingOptions options_;
+  std::mt19937_64 random_;
 };
 
 /// Continues `prompt` (at least one token): one parallel pass over the prompt, then one token at a time with constant
 /// memory. `on_token`, where given, sees each new token at once. Own random stream: torch's generator is not touched.
+/// The model's training mode is put back afterwards. Throws Error(kData) for ids outside the vocabulary.
 std::vector<int64_t> generate(models::LanguageModel& model, const std::vector<int64_t>& prompt,
-                              const SamplingOptions& options, const std::function<void(int64_t)>& on_token = {});
+                              const SamplingOptions& options,
+                              const std::function<void(int64_t)>& on_token = {});
+
+/// Puts a model into eval mode, and what it was in before back at the end of the scope.
+class EvalModeGuard {
+ public:
+  explicit EvalModeGuard(torch::nn::Module& module)
+      : module_(module), training_(module.is_training()) {
+    module_.eval();
+  }
+  ~EvalModeGuard() { module_.train(training_); }
+  EvalModeGuard(const EvalModeGuard&) = delete;
+  EvalModeGuard& operator=(const EvalModeGuard&) = delete;
+
+ private:
+  torch::nn::Module& module_;
+  bool training_;
+};
 
 }  // namespace xlstm::train

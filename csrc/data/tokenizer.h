@@ -12,6 +12,10 @@ class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
   virtual std::vector<int64_t> encode(std::string_view text) = 0;
+  /// Several texts at once, which costs a tokenizer in another process one round trip.
+  virtual std::vector<std::vector<int64_t>> encode_batch(const std::vector<std::string_view>& texts) = 0;
+  /// True where the tokens of a text are those of its pieces, cut anywhere.
+  virtual bool is_bytewise() const { return false; }
   /// Any ids; invalid UTF-8 is possible for bytes.
   virtual std::string decode(const std::vector<int64_t>& ids) = 0;
   virtual int64_t vocab_size() const = 0;
@@ -21,7 +25,17 @@ class Tokenizer {
   virtual std::string sha256() const = 0;
 };
 
-/// spec: "bytes", a tokenizer.json, or a folder with tokenizer.json or vocab.json + merges.txt. Throws Error(kData).
+/// spec: "bytes", a tokenizer.json, or a folder with tokenizer.json, or with vocab.json + merges.txt, or with GPT-2's
+/// original names encoder.json + vocab.bpe. Special tokens written out in the text become their ids; none is added.
+/// Throws Error(kData): missing or unreadable files, no Python, no `tokenizers` package.
 std::unique_ptr<Tokenizer> make_tokenizer(const std::string& spec);
+
+/// The files that define a tokenizer, in a fixed order; none for "bytes". Copied into one folder under their own names
+/// they are that tokenizer again (spec: the folder; for a spec that names a file, the copied file). Throws Error(kData).
+std::vector<std::string> tokenizer_files(const std::string& spec);
+/// sha256 over those files' contents; "" for "bytes". Starts no process.
+std::string tokenizer_sha256(const std::string& spec);
+/// The files behind a spec, to be copied into a checkpoint; none for "bytes". Throws Error(kData) when they are missing.
+std::vector<std::string> tokenizer_files(const std::string& spec);
 
 }  // namespace xlstm::data
