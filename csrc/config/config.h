@@ -1,7 +1,9 @@
 #pragma once
-// Every setting of a run as plain values with their defaults. The schema (schema.h) gives each one its dotted name,
-// type, range and description; YAML files and command-line overrides are checked against it.
+// Every setting of a run as plain values with their defaults. The schema (schema.h) gives each one
+// its dotted name, type, range and description; YAML files and command-line overrides are checked
+// against it.
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -11,51 +13,54 @@ namespace xlstm::config {
 
 struct RunConfig {
   std::string name = "run";
-  std::string out_dir = "runs";       ///< the run's folder is out_dir/name
+  std::string out_dir = "runs";  ///< the run's folder is out_dir/name
   int64_t seed = 42;
-  std::string resume = "auto";        ///< "auto": newest good checkpoint of the run folder | "never" | "step-N"
-  std::string device = "auto";        ///< "auto" | "cpu" | "cuda"
-  int64_t num_threads = 0;            ///< 0: all cores
+  std::string resume = "auto";  ///< "auto": newest good checkpoint | "never" | "step-N"
+  std::string device = "auto";  ///< "auto" | "cpu" | "cuda"
+  int64_t num_threads = 0;      ///< 0: all cores
 };
 
 struct DataSource {
-  std::string path;                   ///< prefix of .bin/.idx
+  std::string path;  ///< prefix of .bin/.idx
   double weight = 1.0;
 };
 
 struct DataConfig {
-  std::string text;                   ///< file, folder or glob of text to prepare on the fly into the cache; "" : none; "python-stdlib": the sources of Python's standard library
-  std::string val_text;               ///< held-out text; "": a split of `text`
-  double val_fraction = 0.1;          ///< held-out share of `text` when val_text is empty
-  std::string val_split = "tail";     ///< how: "tail": the end of each file | "file": whole files
-  std::string cache_dir;              ///< "": $XDG_CACHE_HOME/libxlstm or ~/.cache/libxlstm
-  std::vector<DataSource> train;      ///< prepared token files, mixed by weight
-  std::string val;                    ///< prepared held-out token file
-  std::string tokenizer = "bytes";    ///< "bytes" | path of tokenizer.json | folder with vocab.json and merges.txt
+  /// File, folder or glob of text to prepare on the fly into the cache, or "python-stdlib": the
+  /// sources of Python's standard library; "": none.
+  std::string text;
+  std::string val_text;            ///< held-out text; "": a split of `text`
+  double val_fraction = 0.1;       ///< held-out share of `text` when val_text is empty
+  std::string val_split = "tail";  ///< how: "tail": the end of each file | "file": whole files
+  std::string cache_dir;           ///< "": $XDG_CACHE_HOME/libxlstm or ~/.cache/libxlstm
+  std::vector<DataSource> train;   ///< prepared token files, mixed by weight
+  std::string val;                 ///< prepared held-out token file
+  /// "bytes" | path of tokenizer.json | folder with vocab.json and merges.txt
+  std::string tokenizer = "bytes";
   int64_t seq_len = 256;
   bool shuffle = true;
   int64_t shuffle_seed = 1234;
   bool reset_state_at_document = true;
   bool mask_loss_across_documents = true;
-  std::string verify = "sizes";       ///< "none" | "sizes" | "sha256"
+  std::string verify = "sizes";  ///< "none" | "sizes" | "sha256"
 };
 
 struct TrainConfig {
-  int64_t global_batch_size = 16;     ///< sequences per optimizer step
-  int64_t micro_batch_size = 0;       ///< sequences per forward pass; 0: global_batch_size
-  int64_t max_steps = 0;              ///< exactly one of max_steps and max_tokens is positive
+  int64_t global_batch_size = 16;  ///< sequences per optimizer step
+  int64_t micro_batch_size = 0;    ///< sequences per forward pass; 0: global_batch_size
+  int64_t max_steps = 0;           ///< exactly one of max_steps and max_tokens is positive
   int64_t max_tokens = 0;
-  double grad_clip = 1.0;             ///< global norm; 0: off
-  std::string dtype = "float32";      ///< "float32" | "bfloat16" (autocast; weights stay float32)
-  std::string nonfinite = "stop";     ///< "stop" | "skip": what a non-finite loss or gradient does
+  double grad_clip = 1.0;          ///< global norm; 0: off
+  std::string dtype = "float32";   ///< "float32" | "bfloat16" (autocast; weights stay float32)
+  std::string nonfinite = "stop";  ///< "stop" | "skip": what a non-finite loss or gradient does
 };
 
 struct OptimConfig {
   double learning_rate = 1e-3;
   double min_lr = 1e-4;
-  std::string schedule = "cosine";    ///< "cosine" | "linear" | "constant" | "wsd"
+  std::string schedule = "cosine";  ///< "cosine" | "linear" | "constant" | "wsd"
   int64_t warmup_steps = 100;
-  int64_t decay_steps = 0;            ///< wsd: length of the final decay; 0: a tenth of the run
+  int64_t decay_steps = 0;  ///< wsd: length of the final decay; 0: a tenth of the run
   double beta1 = 0.9;
   double beta2 = 0.95;
   double eps = 1e-8;
@@ -64,21 +69,21 @@ struct OptimConfig {
 };
 
 struct CheckpointConfig {
-  int64_t every = 500;                ///< steps; 0: only at the end and on signals
+  int64_t every = 500;  ///< steps; 0: only at the end and on signals
   int64_t keep_last = 3;
-  int64_t keep_every = 0;             ///< checkpoints at multiples of this are never deleted; 0: none
+  int64_t keep_every = 0;  ///< checkpoints at multiples of this are never deleted; 0: none
   bool verify_on_load = true;
-  int64_t max_failed_saves = 3;       ///< failed saves in a row before the run stops with exit status 4
+  int64_t max_failed_saves = 3;  ///< failed saves in a row before the run stops with exit status 4
 };
 
 struct EvalConfig {
-  int64_t every = 500;                ///< steps; 0: only at the end
-  int64_t batches = 0;                ///< batches of micro_batch_size held-out sequences; 0: the whole set
+  int64_t every = 500;  ///< steps; 0: only at the end
+  int64_t batches = 0;  ///< batches of micro_batch_size held-out sequences; 0: the whole set
 };
 
 struct SampleConfig {
-  int64_t every = 0;                  ///< steps; 0: only at the end
-  std::vector<std::string> prompts;   ///< none: no samples
+  int64_t every = 0;                 ///< steps; 0: only at the end
+  std::vector<std::string> prompts;  ///< none: no samples
   int64_t max_new_tokens = 256;
   double temperature = 0.8;
   int64_t top_k = 0;
@@ -86,10 +91,10 @@ struct SampleConfig {
 };
 
 struct LogConfig {
-  int64_t every = 10;                 ///< steps
-  std::string console = "auto";       ///< "auto": bar on a terminal | "bar" | "plain" | "off"
+  int64_t every = 10;            ///< steps
+  std::string console = "auto";  ///< "auto": bar on a terminal | "bar" | "plain" | "off"
   bool tensorboard = true;
-  bool plot = true;                   ///< loss.png at the end
+  bool plot = true;  ///< loss.png at the end
 };
 
 struct Config {
@@ -102,19 +107,28 @@ struct Config {
   EvalConfig eval;
   SampleConfig sample;
   LogConfig log;
+  /// Where each given setting came from ("file:line", "override 'a.b=1'"), by dotted name; for
+  /// messages only.
+  std::map<std::string, std::string> origin;
 };
 
-/// Reads a YAML file, its `base:` files first (a path or a list, relative to the file), then the overrides
-/// ("train.max_steps=100", value in YAML). Throws Error(kConfig) with file:line (or the override) for unknown and
-/// duplicate keys (with a suggestion), wrong types, values out of range, and settings that contradict each other.
+/// Reads a YAML file, its `base:` files first (a path or a list, relative to the file), then the
+/// overrides ("train.max_steps=100", value in YAML). Throws Error(kConfig) with file:line (or the
+/// override) for unknown and duplicate keys (with a suggestion), wrong types, values out of range,
+/// and model sizes that do not fit together. What only a training run needs is checked by
+/// validate_for_training, so that other programs read incomplete files. An override of a text
+/// setting is taken literally unless it is quoted.
 Config load_config(const std::string& path, const std::vector<std::string>& overrides = {});
 /// The same from a string; `name` stands for the file in messages.
 Config parse_config(const std::string& yaml, const std::string& name);
+/// Throws Error(kConfig) naming the setting (and its file:line) when a training run is not fully or
+/// not consistently described: length, batches, data, schedule.
+void validate_for_training(const Config& config);
 /// Every setting with its value, as YAML that load_config reads back to an equal Config.
 std::string print_config(const Config& config);
 /// Every setting: dotted name, type, default, range or choices, and what it does.
 std::string config_help();
-/// The schema as JSON for other languages.
+/// The schema as JSON Schema, for other languages and for editors.
 std::string config_schema_json();
 
 }  // namespace xlstm::config

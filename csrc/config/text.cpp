@@ -1,0 +1,185 @@
+#include "csrc/config/text.h"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <system_error>
+
+namespace xlstm::config {
+namespace {
+
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; }
+
+// Length of the run of digits at `position`.
+size_t digits_at(std::string_view text, size_t position) {
+  size_t end = position;
+  while (end < text.size() && is_digit(text[end])) ++end;
+  return end - position;
+}
+
+// Splits a sign off; std::from_chars knows '-' but not '+'.
+std::string_view without_plus(std::string_view text) {
+  return !text.empty() && text[0] == '+' ? text.substr(1) : text;
+}
+
+bool has_leading_zero(std::string_view digits) {
+  return digits.size() > 1 && digits[0] == '0' && is_digit(digits[1]);
+}
+
+// [+-] (digits [. digits*] | . digits) [(e|E) [+-] digits]
+bool is_decimal_number(std::string_view text) {
+  size_t position = !text.empty() && (text[0] == '+' || text[0] == '-') ? 1 : 0;
+  if (has_leading_zero(text.substr(position))) return false;
+  const size_t whole = digits_at(text, position);
+  position += whole;
+  size_t fraction = 0;
+  if (position < text.size() && text[position] == '.') {
+    fraction = digits_at(text, ++position);
+    position += fraction;
+  }
+  if (whole + fraction == 0) return false;
+  if (position < text.size() && lower(text[position]) == 'e') {
+    ++position;
+    if (position < text.size() && (text[position] == '+' || text[position] == '-')) ++position;
+    const size_t exponent = digits_at(text, position);
+    if (exponent == 0) return false;
+    position += exponent;
+  }
+  return position == text.size();
+}
+
+std::string escaped(std::string_view text, char quote) {
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::string out;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (c == '\n') {
+      out += "\\n";
+    } else if (c == '\t') {
+      out += "\\t";
+    } else if (c == '\r') {
+      out += "\\r";
+    } else if (byte < 0x20 || byte == 0x7f) {
+      out += "\\u00";
+      out += kHex[byte >> 4];
+      out += kHex[byte & 15];
+    } else {
+      if (quote == '"' && (c == '"' || c == '\\')) out += '\\';
+      out += c;
+    }
+  }
+  return out;
+}
+
+// Optimal string alignment distance: insertion, deletion, substitution, swap of neighbours.
+size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<size_t> before_last, last(b.size() + 1), current(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) last[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    current[0] = i;
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t substitution = lower(a[i - 1]) == lower(b[j - 1]) ? 0 : 1;
+      current[j] = std::min({last[j] + 1, current[j - 1] + 1, last[j - 1] + substitution});
+      const bool swapped = i > 1 && j > 1 && lower(a[i - 1]) == lower(b[j - 2]) &&
+                           lower(a[i - 2]) == lower(b[j - 1]);
+      if (swapped) current[j] = std::min(current[j], before_last[j - 2] + 1);
+    }
+    before_last = last;
+    last = current;
+  }
+  return last[b.size()];
+}
+
+}  // namespace
+
+std::optional<int64_t> parse_int(std::string_view text) {
+  const std::string_view body = without_plus(text);
+  const std::string_view magnitude =
+      !body.empty() && body[0] == '-' && body.size() == text.size() ? body.substr(1) : body;
+  if (magnitude.empty() || !is_digit(magnitude[0]) || has_leading_zero(magnitude)) return {};
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(body.data(), body.data() + body.size(), value);
+  if (error != std::errc() || end != body.data() + body.size()) return {};
+  return value;
+}
+
+std::optional<double> parse_double(std::string_view text) {
+  if (!is_decimal_number(text)) return {};
+  const std::string_view body = without_plus(text);
+  double value = 0;
+  const auto [end, error] = std::from_chars(body.data(), body.data() + body.size(), value);
+  if (error != std::errc() || end != body.data() + body.size()) return {};
+  return value;
+}
+
+std::string format_double(double value) {
+  std::array<char, 64> buffer;
+  const auto result = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value);
+  std::string text(buffer.data(), result.ptr);
+  if (!std::isfinite(value) || text.find('.') != std::string::npos) return text;
+  const size_t exponent = text.find('e');
+  return exponent == std::string::npos ? text + ".0" : text.insert(exponent, ".0");
+}
+
+std::string in_quotes(std::string_view text) {
+  constexpr size_t kMax = 60;
+  if (text.size() <= kMax) return "'" + escaped(text, '\'') + "'";
+  size_t cut = kMax;  // not inside a UTF-8 sequence
+  while (cut > 0 && (static_cast<unsigned char>(text[cut]) & 0xc0) == 0x80) --cut;
+  return "'" + escaped(text.substr(0, cut), '\'') + "...'";
+}
+
+std::string double_quoted(std::string_view text) { return '"' + escaped(text, '"') + '"'; }
+
+std::string join(const std::vector<std::string>& items, std::string_view separator) {
+  std::string out;
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (i > 0) out += separator;
+    out += items[i];
+  }
+  return out;
+}
+
+size_t find_invalid_utf8(std::string_view text) {
+  size_t i = 0;
+  while (i < text.size()) {
+    const auto byte = [&](size_t k) { return static_cast<unsigned char>(text[i + k]); };
+    const unsigned char lead = byte(0);
+    const size_t length = lead < 0x80    ? 1
+                          : lead < 0xc2  ? 0
+                          : lead < 0xe0  ? 2
+                          : lead < 0xf0  ? 3
+                          : lead <= 0xf4 ? 4
+                                         : 0;
+    if (length == 0 || i + length > text.size()) return i;
+    for (size_t k = 1; k < length; ++k) {
+      if ((byte(k) & 0xc0) != 0x80) return i;
+    }
+    // Overlong forms, surrogates, beyond U+10FFFF.
+    if ((lead == 0xe0 && byte(1) < 0xa0) || (lead == 0xed && byte(1) > 0x9f) ||
+        (lead == 0xf0 && byte(1) < 0x90) || (lead == 0xf4 && byte(1) > 0x8f)) {
+      return i;
+    }
+    i += length;
+  }
+  return std::string_view::npos;
+}
+
+std::string closest_match(std::string_view word, const std::vector<std::string>& candidates) {
+  std::string best;
+  size_t best_distance = std::max<size_t>(1, word.size() / 3) + 1;
+  for (const std::string& candidate : candidates) {
+    const size_t distance = edit_distance(word, candidate);
+    // A short word is not "close" when most of it would have to change.
+    if (distance < best_distance && 2 * distance < std::max(word.size(), candidate.size())) {
+      best = candidate;
+      best_distance = distance;
+    }
+  }
+  return best;
+}
+
+}  // namespace xlstm::config

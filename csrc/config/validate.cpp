@@ -1,0 +1,200 @@
+#include "csrc/config/validate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+#include "csrc/config/schema.h"
+#include "csrc/config/text.h"
+#include "csrc/config/yaml_reader.h"
+
+namespace xlstm::config {
+namespace {
+
+using std::to_string;
+
+// Blames the setting `name`: with its place where one was given.
+[[noreturn]] void fail(const Config& config, const std::string& name, const std::string& what) {
+  const auto place = config.origin.find(name);
+  if (place == config.origin.end()) config_error(name + " (default)", "", what);
+  config_error(place->second, name, what);
+}
+
+void require(bool condition, const Config& config, const std::string& name,
+             const std::string& what) {
+  if (!condition) fail(config, name, what);
+}
+
+// The value as it would be printed.
+std::string value_of(const Config& config, const std::string& name) {
+  Config copy = config;
+  return format_value(find_field(name)->ref(copy));
+}
+
+bool is_default(const Config& config, const std::string& name) {
+  return value_of(config, name) == value_of({}, name);
+}
+
+void require_defaults(const Config& config, const std::vector<std::string>& names,
+                      const std::string& kind) {
+  for (const std::string& name : names) {
+    require(is_default(config, name), config, name,
+            "applies to model.kind " + kind + " only, but the kind is " + config.model.kind +
+                "; remove it");
+  }
+}
+
+std::vector<std::string> settings_below(const std::vector<std::string>& sections_of_kind) {
+  std::vector<std::string> names;
+  for (const Field& field : schema()) {
+    const bool below = std::find(sections_of_kind.begin(), sections_of_kind.end(),
+                                 parent_of(field.name)) != sections_of_kind.end();
+    if (below) names.push_back(field.name);
+  }
+  return names;
+}
+
+void validate_slstm_at(const Config& config) {
+  const auto& model = config.model;
+  std::set<int64_t> seen;
+  for (const int64_t position : model.slstm_at) {
+    require(position < model.num_blocks, config, "model.slstm_at",
+            "position " + to_string(position) + " does not exist, expected 0.." +
+                to_string(model.num_blocks - 1) + " (model.num_blocks is " +
+                to_string(model.num_blocks) + ")");
+    require(seen.insert(position).second, config, "model.slstm_at",
+            "position " + to_string(position) + " stands twice; remove one");
+  }
+}
+
+// Widths that heads and blocks must divide: `what` is named in the message beside the setting that
+// decides it.
+void require_divisible(const Config& config, const std::string& name, const std::string& what,
+                       double width, const std::string& divisor_name, int64_t divisor) {
+  const bool divisible = width >= 1 && std::fmod(width, static_cast<double>(divisor)) == 0;
+  require(divisible, config, name,
+          what + " is " + format_double(width) + ", expected a multiple of " + divisor_name + " " +
+              to_string(divisor));
+}
+
+void validate_xlstm(const Config& config) {
+  const auto& model = config.model;
+  require_defaults(config, {"model.qk_dim_factor", "model.v_dim_factor", "model.gate_soft_cap"},
+                   "xlstm_large");
+  validate_slstm_at(config);
+  if (static_cast<int64_t>(model.slstm_at.size()) == model.num_blocks) return;
+  const auto multiple = static_cast<double>(model.mlstm.round_proj_up_to_multiple_of);
+  const double width = model.mlstm.proj_factor * static_cast<double>(model.embedding_dim);
+  const double inner = std::floor((width + multiple - 1) / multiple) * multiple;
+  require_divisible(config, "model.mlstm.proj_factor", "the width of the up-projection", inner,
+                    "model.num_heads", model.num_heads);
+  require_divisible(config, "model.mlstm.qkv_proj_blocksize", "the width of the up-projection",
+                    inner, "this block size", model.mlstm.qkv_proj_blocksize);
+}
+
+void validate_xlstm_large(const Config& config) {
+  const auto& model = config.model;
+  std::vector<std::string> foreign = settings_below({"model.mlstm", "model.slstm"});
+  foreign.insert(foreign.end(), {"model.slstm_at", "model.bias"});
+  require_defaults(config, foreign, "xlstm");
+  const auto& act_fn = model.feed_forward.act_fn;
+  require(is_default(config, "model.feed_forward.act_fn") || act_fn == "silu", config,
+          "model.feed_forward.act_fn", "is always silu for model.kind xlstm_large; remove it");
+  const auto width = static_cast<double>(model.embedding_dim);
+  require_divisible(config, "model.qk_dim_factor", "the width of queries and keys",
+                    width * model.qk_dim_factor, "model.num_heads", model.num_heads);
+  require_divisible(config, "model.v_dim_factor", "the width of values", width * model.v_dim_factor,
+                    "model.num_heads", model.num_heads);
+}
+
+void validate_length(const Config& config) {
+  const auto& train = config.train;
+  if (train.max_steps > 0 && train.max_tokens > 0) {
+    fail(config, "train.max_tokens",
+         "is " + to_string(train.max_tokens) + " while train.max_steps is " +
+             to_string(train.max_steps) + ", expected one of them; set the other to 0");
+  }
+  if (train.max_steps == 0 && train.max_tokens == 0) {
+    fail(config, "train.max_steps",
+         "the length of the run is not given; set train.max_steps or train.max_tokens");
+  }
+  require(train.micro_batch_size == 0 || train.global_batch_size % train.micro_batch_size == 0,
+          config, "train.micro_batch_size",
+          "is " + to_string(train.micro_batch_size) +
+              ", expected a divisor of train.global_batch_size " +
+              to_string(train.global_batch_size));
+}
+
+void validate_data(const Config& config) {
+  const auto& data = config.data;
+  const bool text = !data.text.empty(), prepared = !data.train.empty();
+  if (text && prepared) {
+    fail(config, "data.text",
+         "is given together with data.train, expected one of them; set data.text=\"\" or "
+         "data.train=[]");
+  }
+  if (!text && !prepared) {
+    fail(config, "data.text",
+         "nothing to train on; set data.text to a file, folder or glob (or python-stdlib), or "
+         "data.train to token files");
+  }
+  require(text || data.val_text.empty(), config, "data.val_text",
+          "works with data.text; with data.train set data.val to a prepared token file");
+  require(prepared || data.val.empty(), config, "data.val",
+          "works with data.train; with data.text set data.val_text or data.val_fraction");
+  require(
+      !text || data.tokenizer != "bytes" || config.model.vocab_size >= 256, config,
+      "model.vocab_size",
+      "is " + to_string(config.model.vocab_size) + ", expected >= 256 for data.tokenizer bytes");
+}
+
+// Optimizer steps of the run; a last step may be shorter than the tokens left.
+int64_t num_steps(const Config& config) {
+  if (config.train.max_steps > 0) return config.train.max_steps;
+  const double tokens_per_step = static_cast<double>(config.train.global_batch_size) *
+                                 static_cast<double>(config.data.seq_len);
+  return static_cast<int64_t>(
+      std::ceil(static_cast<double>(config.train.max_tokens) / tokens_per_step));
+}
+
+void validate_schedule(const Config& config) {
+  const auto& optim = config.optim;
+  const int64_t steps = num_steps(config);
+  require(optim.schedule == "constant" || optim.min_lr <= optim.learning_rate, config,
+          "optim.min_lr",
+          "is " + format_double(optim.min_lr) + ", expected at most optim.learning_rate " +
+              format_double(optim.learning_rate));
+  require(optim.warmup_steps <= steps, config, "optim.warmup_steps",
+          "is " + to_string(optim.warmup_steps) + ", expected at most the " + to_string(steps) +
+              " steps of the run");
+  require(
+      optim.schedule == "wsd" || optim.decay_steps == 0, config, "optim.decay_steps",
+      "applies to optim.schedule wsd only, but the schedule is " + optim.schedule + "; remove it");
+  require(optim.decay_steps <= steps - optim.warmup_steps, config, "optim.decay_steps",
+          "is " + to_string(optim.decay_steps) + ", expected at most " +
+              to_string(steps - optim.warmup_steps) + ", the steps after the warm-up");
+}
+
+}  // namespace
+
+void validate_model(const Config& config) {
+  const auto& model = config.model;
+  require_divisible(config, "model.embedding_dim", "the width",
+                    static_cast<double>(model.embedding_dim), "model.num_heads", model.num_heads);
+  if (model.kind == "xlstm") {
+    validate_xlstm(config);
+  } else {
+    validate_xlstm_large(config);
+  }
+}
+
+void validate_for_training(const Config& config) {
+  const std::string& name = config.run.name;
+  require(name.find('/') == std::string::npos && name != "." && name != "..", config, "run.name",
+          "got " + in_quotes(name) + ", expected a folder name; put the path into run.out_dir");
+  validate_length(config);
+  validate_data(config);
+  validate_schedule(config);
+}
+
+}  // namespace xlstm::config
