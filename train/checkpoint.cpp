@@ -136,10 +136,14 @@ std::string read_bytes(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
+/// A single tokenizer file is stored as tokenizer.json, whatever it was called, so that the folder is a tokenizer too.
 void add_common_files(Writer& writer, const config::Config& config) {
   writer.add(kConfigName, config::print_config(config));
-  for (const std::string& path : data::tokenizer_files(config.data.tokenizer))
-    writer.add(fs::path(path).filename().string(), read_bytes(path));
+  const std::string& tokenizer = config.data.tokenizer;
+  const bool single_file = fs::is_regular_file(tokenizer);
+  for (const std::string& path : data::tokenizer_files(tokenizer))
+    writer.add(single_file ? "tokenizer.json" : fs::path(path).filename().string(),
+               read_bytes(path));
 }
 
 std::string format_state(const TrainerState& state) {

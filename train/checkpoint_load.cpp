@@ -118,9 +118,10 @@ std::string resolve_folder(const std::string& folder_or_run, bool verify) {
 /// The folder's own copy where it has one, so that it can be moved to another machine.
 std::string resolve_tokenizer(const std::string& folder, const Manifest& manifest,
                               const std::string& configured) {
-  const bool own =
-      manifest.find("tokenizer.json") != nullptr || manifest.find("vocab.json") != nullptr;
-  return configured != "bytes" && own ? folder : configured;
+  if (configured == "bytes") return configured;
+  for (const char* name : {"tokenizer.json", "vocab.json", "encoder.json"})
+    if (manifest.find(name) != nullptr) return folder;
+  return configured;
 }
 
 /// Building a model draws its initial weights; a caller's random stream must not notice.

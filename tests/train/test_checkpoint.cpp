@@ -1,0 +1,374 @@
+// Checkpoints: what is saved comes back bit by bit, and anything damaged is refused by name.
+#include <ATen/ops/equal.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randn.h>
+#include <signal.h>
+#include <sys/resource.h>
+
+#include <cstdint>
+#include <fstream>
+#include <random>
+#include <sstream>
+#include <system_error>
+
+#include "csrc/core/error.h"
+#include "csrc/core/sha256.h"
+#include "tests/support/catch.h"
+#include "tests/support/temporary_folder.h"
+#include "train/checkpoint.h"
+#include "train/checkpoint_manifest.h"
+
+using namespace xlstm;
+using namespace xlstm::train;
+namespace fs = std::filesystem;
+
+namespace {
+
+config::Config tiny_config() {
+  config::Config config;
+  config.model.embedding_dim = 16;
+  config.model.num_blocks = 2;
+  config.model.num_heads = 2;
+  config.model.slstm_at = {1};
+  config.train.max_steps = 10;
+  return config;
+}
+
+NamedTensors tiny_optimizer() {
+  return {
+      {"exp_avg.0", at::randn({3, 5})}, {"exp_avg_sq.0", at::rand({3, 5})}, {"step", at::rand({})}};
+}
+
+TrainerState tiny_state(int64_t step) {
+  TrainerState state;
+  state.step = step;
+  state.tokens = step * 4096 + (int64_t{1} << 53) + 1;  // no double can hold this
+  state.samples_consumed = step * 16;
+  state.skipped_updates = 3;
+  state.data_fingerprint = "a:\"quoted\"\n\xC3\xA9";
+  state.rng_state = at::rand({5056}).mul(256).to(at::kByte);
+  return state;
+}
+
+std::string save_step(const std::string& run, int64_t step) {
+  const auto model = models::make_language_model(tiny_config().model);
+  return save_checkpoint(run, tiny_config(), *model, tiny_optimizer(), tiny_state(step));
+}
+
+std::string read(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+void write(const fs::path& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary) << bytes;
+}
+
+/// The message of the Error(kCheckpoint) that verifying throws; "" where it passes.
+std::string verify_message(const std::string& folder) {
+  try {
+    verify_checkpoint(folder);
+    return "";
+  } catch (const Error& error) {
+    REQUIRE(error.code == ExitCode::kCheckpoint);
+    return error.what();
+  }
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+/// Puts a manifest with these files in place, with a right checksum of its own.
+void forge_manifest(const std::string& folder, const std::vector<ManifestEntry>& files,
+                    int64_t version = 1) {
+  Manifest manifest;
+  manifest.format_version = version;
+  manifest.files = files;
+  write(fs::path(folder) / kManifestName, format_manifest(manifest));
+}
+
+}  // namespace
+
+TEST_CASE("a checkpoint comes back bit by bit") {
+  const testing::TemporaryFolder run;
+  const auto config = tiny_config();
+  const auto model = models::make_language_model(config.model);
+  const auto optimizer = tiny_optimizer();
+  const auto state = tiny_state(7);
+  const std::string folder = save_checkpoint(run.string(), config, *model, optimizer, state);
+  CHECK(folder == (run / "ckpt/step-00000007").string());
+  CHECK(verify_message(folder).empty());
+
+  const auto other = models::make_language_model(config.model);
+  REQUIRE_FALSE(at::equal(other->head_weight(), model->head_weight()));
+  const Checkpoint loaded = load_checkpoint(folder, *other, true);
+  const auto want = named_model_tensors(*model), got = named_model_tensors(*other);
+  REQUIRE(want.size() == got.size());
+  for (size_t i = 0; i < want.size(); ++i) {
+    CHECK(want[i].first == got[i].first);
+    CHECK(at::equal(want[i].second, got[i].second));
+  }
+  CHECK(loaded.path == folder);
+  CHECK(loaded.state.step == state.step);
+  CHECK(loaded.state.tokens == state.tokens);
+  CHECK(loaded.state.samples_consumed == state.samples_consumed);
+  CHECK(loaded.state.skipped_updates == state.skipped_updates);
+  CHECK(loaded.state.data_fingerprint == state.data_fingerprint);
+  CHECK(at::equal(loaded.state.rng_state, state.rng_state));
+  REQUIRE(loaded.optimizer.size() == optimizer.size());
+  for (const auto& [name, tensor] : loaded.optimizer) {
+    bool found = false;
+    for (const auto& [own_name, own] : optimizer)
+      found = found || (own_name == name && at::equal(own, tensor));
+    CHECK(found);
+  }
+}
+
+TEST_CASE("the manifest lists every file with the sha256 that other tools compute") {
+  const testing::TemporaryFolder run;
+  const std::string folder = save_step(run.string(), 1);
+  const Manifest manifest = read_manifest(folder);
+  size_t files = 0;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    if (name == kManifestName) continue;
+    ++files;
+    const ManifestEntry* listed = manifest.find(name);
+    REQUIRE(listed != nullptr);
+    CHECK(listed->bytes == static_cast<int64_t>(entry.file_size()));
+    CHECK(listed->sha256 == sha256_hex(read(entry.path())));
+  }
+  CHECK(files == manifest.files.size());
+  CHECK(files == 4);
+}
+
+TEST_CASE("every flipped bit is found and its file named") {
+  const testing::TemporaryFolder run;
+  const std::string folder = save_step(run.string(), 1);
+  std::mt19937_64 random(20240607);
+  int found = 0;
+  const int trials_per_file = 40;
+  std::vector<fs::path> files;
+  for (const auto& entry : fs::directory_iterator(folder)) files.push_back(entry.path());
+  REQUIRE(files.size() == 5);
+  for (const auto& file : files) {
+    const std::string good = read(file);
+    for (int i = 0; i < trials_per_file; ++i) {
+      std::string bad = good;
+      const size_t bit = random() % (good.size() * 8);
+      bad[bit / 8] = static_cast<char>(bad[bit / 8] ^ (1 << bit % 8));
+      write(file, bad);
+      const std::string message = verify_message(folder);
+      if (contains(message, file.string())) ++found;
+    }
+    write(file, good);
+  }
+  CHECK(found == static_cast<int>(files.size()) * trials_per_file);
+  CHECK(verify_message(folder).empty());
+}
+
+TEST_CASE("every single bit of a manifest counts") {
+  const testing::TemporaryFolder run;
+  const std::string folder = save_step(run.string(), 1);
+  const fs::path path = fs::path(folder) / kManifestName;
+  const std::string good = read(path);
+  size_t missed = 0;
+  for (size_t bit = 0; bit < good.size() * 8; bit += 3) {
+    std::string bad = good;
+    bad[bit / 8] = static_cast<char>(bad[bit / 8] ^ (1 << bit % 8));
+    write(path, bad);
+    if (!contains(verify_message(folder), path.string())) ++missed;
+  }
+  CHECK(missed == 0);
+}
+
+TEST_CASE("truncated, missing, grown and emptied files are named") {
+  const testing::TemporaryFolder run;
+  for (const char* name :
+       {"model.safetensors", "optim-rank00000.safetensors", "trainer.json", "config.yaml"}) {
+    const std::string folder = save_step(run.string(), 1);
+    const fs::path file = fs::path(folder) / name;
+    const std::string good = read(file);
+    write(file, good.substr(0, good.size() / 2));
+    CHECK(contains(verify_message(folder), file.string()));
+    write(file, "");
+    CHECK(contains(verify_message(folder), file.string()));
+    write(file, good + "x");
+    CHECK(contains(verify_message(folder), file.string()));
+    std::string zeros = good;
+    std::fill(zeros.begin() + static_cast<std::ptrdiff_t>(zeros.size() / 3), zeros.end(), '\0');
+    write(file, zeros);
+    CHECK(contains(verify_message(folder), file.string()));
+    fs::remove(file);
+    CHECK(contains(verify_message(folder), "missing"));
+    const auto model = models::make_language_model(tiny_config().model);
+    CHECK_THROWS_AS(load_checkpoint(folder, *model, true), Error);
+    CHECK_THROWS_AS(load_checkpoint(folder, *model, false), Error);
+  }
+}
+
+TEST_CASE("a manifest cannot lead out of its folder") {
+  const testing::TemporaryFolder run;
+  const std::string folder = save_step(run.string(), 1);
+  const std::string secret = (run / "secret").string();
+  write(secret, "secret");
+  const std::string hash = sha256_hex("secret");
+  for (const std::string& name :
+       {std::string("../secret"), std::string("../../secret"), secret, std::string(".."),
+        std::string("."), std::string(""), std::string("a/b"), std::string(kManifestName),
+        std::string("a\0b", 3)}) {
+    forge_manifest(folder, {{name, 6, hash}});
+    CHECK(contains(verify_message(folder), "plain file name"));
+  }
+  fs::create_symlink(secret, fs::path(folder) / "link");
+  forge_manifest(folder, {{"link", 6, hash}});
+  CHECK(contains(verify_message(folder), "not a regular file"));
+  forge_manifest(folder, {{"config.yaml", -1, hash}});
+  CHECK_FALSE(verify_message(folder).empty());
+  forge_manifest(folder, {{"config.yaml", 6, "short"}});
+  CHECK(contains(verify_message(folder), "sha256"));
+  const std::string text = read(fs::path(folder) / "config.yaml");
+  const ManifestEntry entry{"config.yaml", static_cast<int64_t>(text.size()), sha256_hex(text)};
+  forge_manifest(folder, {entry, entry});
+  CHECK(contains(verify_message(folder), "twice"));
+  forge_manifest(folder, {entry});
+  CHECK(verify_message(folder).empty());
+  forge_manifest(folder, {entry}, 2);
+  CHECK(contains(verify_message(folder), "checkpoint format 2"));
+}
+
+TEST_CASE("a model of other sizes is refused with the first difference and counts") {
+  const testing::TemporaryFolder run;
+  const std::string folder = save_step(run.string(), 1);
+  const auto message = [&](config::Config config) -> std::string {
+    const auto model = models::make_language_model(config.model);
+    try {
+      load_checkpoint(folder, *model, true);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  CHECK(message(tiny_config()).empty());
+  auto config = tiny_config();
+  config.model.vocab_size = 300;
+  CHECK(contains(message(config), "(256,16), the model's is (300,16)"));
+  CHECK(contains(message(config), "0 missing, 0 unexpected, 2 of another shape"));
+  config = tiny_config();
+  config.model.num_blocks = 3;
+  CHECK(contains(message(config), "is missing"));
+  config.model.num_blocks = 1;
+  config.model.slstm_at = {};
+  CHECK(contains(message(config), "is not in the model"));
+
+  const auto wide = models::make_language_model(tiny_config().model);
+  wide->to(at::kDouble);
+  CHECK_THROWS_AS(load_checkpoint(folder, *wide, true), Error);
+}
+
+TEST_CASE("list and prune keep what they promise") {
+  const testing::TemporaryFolder run;
+  CHECK(list_checkpoints(run.string()).empty());
+  for (const int64_t step : {10, 20, 30, 40, 50}) save_step(run.string(), step);
+  fs::create_directories(run / "ckpt/step-00000035");  // never committed
+  write(run / "ckpt/step-00000035/model.safetensors", "half");
+  fs::create_directories(run / "ckpt/notes");
+  fs::create_directories(run / "elsewhere");
+  write(run / "elsewhere/precious", "x");
+  fs::create_directory_symlink(run / "elsewhere", run / "ckpt/step-00000005");
+  const auto steps = [&] {
+    std::string text;
+    for (const auto& path : list_checkpoints(run.string()))
+      text += fs::path(path).filename().string().substr(11) + " ";
+    return text;
+  };
+  CHECK(steps() == "10 20 30 40 50 ");
+  prune_checkpoints(run.string(), 2, 20);
+  CHECK(steps() == "20 40 50 ");
+  CHECK_FALSE(fs::exists(run / "ckpt/step-00000035"));
+  CHECK(fs::exists(run / "ckpt/notes"));
+  CHECK(fs::exists(run / "elsewhere/precious"));
+
+  fs::resize_file(run / "ckpt/step-00000050/model.safetensors",
+                  100);  // damaged: does not count as kept
+  prune_checkpoints(run.string(), 1, 0);
+  CHECK(steps() == "40 50 ");
+  prune_checkpoints(run.string(), 0, 0);
+  CHECK(steps() == "40 50 ");
+}
+
+TEST_CASE("a step is written again under a new manifest") {
+  const testing::TemporaryFolder run;
+  const std::string folder = save_step(run.string(), 4);
+  write(fs::path(folder) / "stray", "x");
+  const std::string before = read(fs::path(folder) / "model.safetensors");
+  CHECK(save_step(run.string(), 4) == folder);
+  CHECK(read(fs::path(folder) / "model.safetensors") != before);
+  CHECK_FALSE(fs::exists(fs::path(folder) / "stray"));
+  CHECK(verify_message(folder).empty());
+}
+
+TEST_CASE("a failing disk leaves earlier checkpoints and no rest") {
+  const testing::TemporaryFolder run;
+  const std::string good = save_step(run.string(), 1);
+  struct rlimit before {};
+  REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
+  const auto old_handler = ::signal(SIGXFSZ, SIG_IGN);
+  for (const rlim_t limit : {rlim_t{0}, rlim_t{100}, rlim_t{5000}}) {
+    struct rlimit small = before;
+    small.rlim_cur = limit;
+    REQUIRE(::setrlimit(RLIMIT_FSIZE, &small) == 0);
+    bool thrown = false;
+    try {
+      save_step(run.string(), 2);
+    } catch (const std::system_error& error) {
+      thrown = error.code().value() == EFBIG && contains(error.what(), "model.safetensors");
+    }
+    REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
+    CHECK(thrown);
+    CHECK_FALSE(fs::exists(run / "ckpt/step-00000002"));
+    CHECK(verify_message(good).empty());
+  }
+  ::signal(SIGXFSZ, old_handler);
+  save_step(run.string(), 2);
+  CHECK(list_checkpoints(run.string()).size() == 2);
+
+  write(run / "file", "");  // the run folder is a file
+  CHECK_THROWS_AS(save_step((run / "file").string(), 1), std::system_error);
+}
+
+TEST_CASE("load_model takes a checkpoint, a run folder and a model folder") {
+  const testing::TemporaryFolder run;
+  const auto config = tiny_config();
+  CHECK_THROWS_AS(load_model((run / "absent").string()), Error);
+  CHECK_THROWS_AS(load_model(run.string()), Error);
+  const std::string first = save_step(run.string(), 1);
+  const std::string second = save_step(run.string(), 2);
+  LoadedModel loaded = load_model(run.string());
+  CHECK(loaded.folder == second);
+  CHECK(loaded.tokenizer == "bytes");
+  CHECK_FALSE(loaded.model->is_training());
+  CHECK(config::print_config(loaded.config) == config::print_config(config));
+  CHECK(load_model(first).folder == first);
+
+  fs::path damaged = fs::path(second) / "model.safetensors";
+  std::string bytes = read(damaged);
+  bytes[bytes.size() - 1] = static_cast<char>(bytes[bytes.size() - 1] ^ 1);
+  write(damaged, bytes);
+  CHECK(load_model(run.string()).folder == first);  // the newest good one
+  CHECK(load_model(run.string(), false).folder == second);
+  CHECK_THROWS_AS(load_model(second), Error);
+
+  const auto model = models::make_language_model(config.model);
+  const std::string exported = (run / "exported").string();
+  save_model_folder(exported, config, named_model_tensors(*model));
+  save_model_folder(exported, config, named_model_tensors(*model));  // again over its own
+  loaded = load_model(exported);
+  CHECK(at::equal(loaded.model->head_weight(), model->head_weight()));
+  CHECK(load_checkpoint(exported, *loaded.model, true).optimizer.empty());
+  CHECK_THROWS_AS(save_model_folder(run.string(), config, {}),
+                  Error);  // not over a folder of something else
+}

@@ -1,0 +1,125 @@
+// Evaluation against a plain double loop over every window's logits.
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/tensor.h>
+
+#include <cmath>
+#include <fstream>
+
+#include "csrc/core/error.h"
+#include "csrc/data/prepare.h"
+#include "tests/support/catch.h"
+#include "tests/support/temporary_folder.h"
+#include "train/evaluation.h"
+
+using namespace xlstm;
+using namespace xlstm::train;
+
+namespace {
+
+const std::string kFirst = "The quick brown fox jumps over the lazy dog. ";
+const std::string kSecond = "Pack my box with five dozen liquor jugs!";
+
+std::shared_ptr<const data::TokenFile> make_file(const testing::TemporaryFolder& folder) {
+  std::ofstream(folder / "a.txt") << kFirst;
+  std::ofstream(folder / "b.txt") << kSecond;
+  data::PrepareOptions options;
+  options.inputs = {(folder / "a.txt").string(), (folder / "b.txt").string()};
+  options.output_prefix = (folder / "tokens").string();
+  data::prepare(options);
+  return std::make_shared<const data::TokenFile>(options.output_prefix);
+}
+
+std::shared_ptr<models::LanguageModel> tiny_model() {
+  models::ModelOptions options;
+  options.embedding_dim = 16;
+  options.num_blocks = 2;
+  options.num_heads = 2;
+  options.slstm_at = {1};
+  options.dropout = 0.5;  // must be off during evaluation
+  auto model = models::make_language_model(options);
+  model->to(at::kDouble);
+  return model;
+}
+
+/// Nats and scored tokens by the definition: each window on its own, documents kept apart, log-softmax in a loop.
+std::pair<double, int64_t> plain_loss(models::LanguageModel& model, const data::TokenFile& file,
+                                      int64_t seq_len) {
+  const at::NoGradGuard no_grad;
+  std::vector<int64_t> ids(static_cast<size_t>(file.num_tokens()));
+  file.read(0, file.num_tokens(), ids.data());
+  double nats = 0;
+  int64_t scored = 0;
+  for (int64_t document = 0; document < file.num_documents(); ++document) {
+    const int64_t begin = file.document_start(document), end = file.document_start(document + 1);
+    int64_t first = begin;  // where the state was empty
+    std::vector<int64_t> context;
+    for (int64_t t = begin; t + 1 < end; ++t) {
+      if (t % seq_len == 0) {
+        first = t;
+        context.clear();
+      }
+      context.push_back(ids[static_cast<size_t>(t)]);
+      REQUIRE(first + static_cast<int64_t>(context.size()) == t + 1);
+      const at::Tensor logits =
+          model.forward(at::tensor(context, at::kLong).unsqueeze(0)).first[0][-1].to(at::kDouble);
+      double total = 0;
+      for (int64_t v = 0; v < logits.size(0); ++v) total += std::exp(logits[v].item<double>());
+      nats += std::log(total) - logits[ids[static_cast<size_t>(t + 1)]].item<double>();
+      ++scored;
+    }
+  }
+  return {nats, scored};
+}
+
+}  // namespace
+
+TEST_CASE("evaluation is the token-weighted mean over the whole set") {
+  const testing::TemporaryFolder folder;
+  const auto file = make_file(folder);
+  const auto model = tiny_model();
+  for (const int64_t seq_len : {7, 32, 200}) {
+    data::DatasetOptions options;
+    options.seq_len = seq_len;
+    const data::EvalSet data(file, options);
+    model->eval();
+    const auto [nats, scored] = plain_loss(*model, *file, seq_len);
+    model->train();
+    for (const int64_t batch_size : {1, 3, 64}) {
+      const EvaluationResult result = evaluate(*model, data, batch_size);
+      CHECK(result.tokens == scored);
+      CHECK(result.loss == Approx(nats / static_cast<double>(scored)).epsilon(1e-9));
+      CHECK(result.perplexity == Approx(std::exp(result.loss)));
+      CHECK(result.bits_per_byte == Approx(result.loss / std::log(2.0) / data.bytes_per_token()));
+      CHECK(model->is_training());
+    }
+  }
+}
+
+TEST_CASE("bits per byte counts the bytes of the text") {
+  const testing::TemporaryFolder folder;
+  const auto file = make_file(folder);
+  data::DatasetOptions options;
+  options.seq_len = 16;
+  const data::EvalSet data(file, options);
+  const auto model = tiny_model();
+  const EvaluationResult result = evaluate(*model, data, 4);
+  // Each document's first byte is not scored and its end-of-document token is: scored tokens equal bytes.
+  const auto bytes = static_cast<double>(kFirst.size() + kSecond.size());
+  CHECK(static_cast<double>(result.tokens) == bytes);
+  CHECK(result.bits_per_byte * bytes * std::log(2.0) ==
+        Approx(result.loss * static_cast<double>(result.tokens)).epsilon(0.03));
+}
+
+TEST_CASE("max_batches takes the first batches alone; bad sizes are refused") {
+  const testing::TemporaryFolder folder;
+  const auto file = make_file(folder);
+  data::DatasetOptions options;
+  options.seq_len = 8;
+  const data::EvalSet data(file, options);
+  const auto model = tiny_model();
+  const EvaluationResult part = evaluate(*model, data, 2, 2);
+  CHECK(part.tokens <= 32);
+  CHECK(part.tokens >= 30);
+  CHECK(evaluate(*model, data, 2, 10000).tokens == evaluate(*model, data, 5).tokens);
+  CHECK_THROWS_AS(evaluate(*model, data, 0), Error);
+}

@@ -1,0 +1,219 @@
+// Sampling against plain loops over the definition; generation against a full forward pass per token.
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <random>
+#include <set>
+
+#include "csrc/core/error.h"
+#include "tests/support/catch.h"
+#include "train/generation.h"
+#include "train/text_stream.h"
+
+using namespace xlstm;
+using namespace xlstm::train;
+
+namespace {
+
+std::vector<double> random_logits(size_t count, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<double> normal(0, 2);
+  std::vector<double> logits(count);
+  for (double& logit : logits) logit = normal(random);
+  return logits;
+}
+
+/// Probabilities by the definition: softmax at the temperature, the k largest, then the shortest head with mass p.
+std::map<int64_t, double> expected_probabilities(const std::vector<double>& logits,
+                                                 const SamplingOptions& options) {
+  std::vector<std::pair<double, int64_t>> ranked;
+  for (size_t i = 0; i < logits.size(); ++i)
+    ranked.emplace_back(-std::exp(logits[i] / options.temperature), static_cast<int64_t>(i));
+  std::sort(ranked.begin(), ranked.end());
+  if (options.top_k > 0 && ranked.size() > static_cast<size_t>(options.top_k))
+    ranked.resize(static_cast<size_t>(options.top_k));
+  double total = 0;
+  for (const auto& entry : ranked) total -= entry.first;
+  std::map<int64_t, double> kept;
+  double mass = 0;
+  for (const auto& [weight, id] : ranked) {
+    if (mass / total >= options.top_p) break;
+    kept[id] = -weight;
+    mass -= weight;
+  }
+  for (auto& entry : kept) entry.second /= mass;
+  return kept;
+}
+
+std::shared_ptr<models::LanguageModel> tiny_model() {
+  models::ModelOptions options;
+  options.vocab_size = 37;
+  options.embedding_dim = 16;
+  options.num_blocks = 2;
+  options.num_heads = 2;
+  options.slstm_at = {1};
+  auto model = models::make_language_model(options);
+  const at::NoGradGuard no_grad;
+  for (auto& parameter : model->parameters())
+    parameter.mul_(3);  // sharper, so that argmax has no near ties
+  model->to(at::kDouble);
+  return model;
+}
+
+}  // namespace
+
+TEST_CASE("draws follow the distribution that temperature, top_k and top_p define") {
+  const std::vector<double> logits = random_logits(12, 1);
+  struct Case {
+    double temperature;
+    int64_t top_k;
+    double top_p;
+  };
+  for (const Case& c : {Case{1, 0, 1}, Case{0.5, 0, 1}, Case{2, 5, 1}, Case{1, 0, 0.7},
+                        Case{1.5, 6, 0.8}, Case{1, 100, 1e-9}, Case{1, 1, 1}}) {
+    SamplingOptions options;
+    options.temperature = c.temperature;
+    options.top_k = c.top_k;
+    options.top_p = c.top_p;
+    options.seed = 7;
+    const auto expected = expected_probabilities(logits, options);
+    Sampler sampler(options);
+    std::map<int64_t, int> counts;
+    const int draws = 20000;
+    for (int i = 0; i < draws; ++i) ++counts[sampler.draw(logits)];
+    for (const auto& [id, count] : counts) CHECK(expected.count(id) == 1);
+    for (const auto& [id, p] : expected)
+      CHECK(std::abs(counts[id] - draws * p) <= 5 * std::sqrt(draws * p * (1 - p)) + 1);
+  }
+}
+
+TEST_CASE("the random stream is that of mt19937_64 with 53 bits") {
+  SamplingOptions options;
+  options.seed = 123;
+  Sampler sampler(options);
+  std::mt19937_64 random(123);
+  const std::vector<double> uniform(10, 0.25);
+  for (int i = 0; i < 1000; ++i) {
+    const double u = static_cast<double>(random() / 2048) / 9007199254740992.0;
+    CHECK(sampler.draw(uniform) == static_cast<int64_t>(u * 10));
+  }
+  std::mt19937_64 standard;  // the value the C++ standard prescribes
+  standard.discard(9999);
+  CHECK(standard() == 9981545732273789042ULL);
+}
+
+TEST_CASE("greedy takes the first of the largest; a small vocabulary hides the rest") {
+  SamplingOptions options;
+  options.temperature = 0;
+  CHECK(Sampler(options).draw({1, 5, 5, 2}) == 1);
+  CHECK(Sampler(options).draw({-INFINITY, -3, -INFINITY}) == 1);
+  options.vocab_size = 2;
+  CHECK(Sampler(options).draw({1, 2, 9}) == 1);
+  options.temperature = 1;
+  Sampler sampler(options);
+  for (int i = 0; i < 100; ++i) CHECK(sampler.draw({1, 2, 9}) < 2);
+}
+
+TEST_CASE("extreme logits and temperatures stay defined; bad ones are refused") {
+  SamplingOptions options;
+  options.temperature = 1e-6;
+  CHECK(Sampler(options).draw({1e4, -1e4, 0}) == 0);
+  options.temperature = 1;
+  CHECK(Sampler(options).draw({-INFINITY, 1e300, -1e300}) == 1);
+  CHECK_THROWS_AS(Sampler(options).draw({0, NAN}), Error);
+  CHECK_THROWS_AS(Sampler(options).draw({0, INFINITY}), Error);
+  CHECK_THROWS_AS(Sampler(options).draw({-INFINITY, -INFINITY}), Error);
+  for (const double bad : {-1.0, static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
+    options.temperature = bad;
+    CHECK_THROWS_AS(Sampler(options), Error);
+  }
+  options = {};
+  options.top_p = 0;
+  CHECK_THROWS_AS(Sampler(options), Error);
+  options = {};
+  options.top_k = -1;
+  CHECK_THROWS_AS(Sampler(options), Error);
+}
+
+TEST_CASE("generation with state equals a full forward pass per token") {
+  const auto model = tiny_model();
+  model->train();
+  SamplingOptions options;
+  options.temperature = 0;
+  options.max_new_tokens = 24;
+  for (const size_t length : {1u, 2u, 9u}) {
+    std::vector<int64_t> ids;
+    for (size_t i = 0; i < length; ++i) ids.push_back(static_cast<int64_t>(i * 7 % 37));
+    std::vector<int64_t> seen;
+    const auto got = generate(*model, ids, options, [&](int64_t id) { seen.push_back(id); });
+    CHECK(seen == got);
+    CHECK(model->is_training());
+    const at::NoGradGuard no_grad;
+    model->eval();
+    std::vector<int64_t> want;
+    for (int64_t i = 0; i < options.max_new_tokens; ++i) {
+      const auto logits = model->forward(at::tensor(ids, at::kLong).unsqueeze(0)).first;
+      want.push_back(logits[0][-1].argmax().item<int64_t>());
+      ids.push_back(want.back());
+    }
+    model->train();
+    CHECK(got == want);
+  }
+}
+
+TEST_CASE("the seed decides, the stop token stops, bad prompts are refused") {
+  const auto model = tiny_model();
+  SamplingOptions options;
+  options.max_new_tokens = 40;
+  options.seed = 5;
+  const auto first = generate(*model, {1, 2, 3}, options);
+  CHECK(generate(*model, {1, 2, 3}, options) == first);
+  options.seed = 6;
+  CHECK(generate(*model, {1, 2, 3}, options) != first);
+  options.seed = 5;
+  options.stop_token = first[4];
+  const auto stopped = generate(*model, {1, 2, 3}, options);
+  const auto end = std::find(first.begin(), first.end(), first[4]) - first.begin() + 1;
+  CHECK(stopped == std::vector<int64_t>(first.begin(), first.begin() + end));
+  options.max_new_tokens = 0;
+  CHECK(generate(*model, {1}, options).empty());
+  CHECK_THROWS_AS(generate(*model, {}, options), Error);
+  CHECK_THROWS_AS(generate(*model, {37}, options), Error);
+  CHECK_THROWS_AS(generate(*model, {0, -1}, options), Error);
+}
+
+TEST_CASE("UTF-8 comes out whole, however it is cut") {
+  const std::string text = "a\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80z";
+  for (size_t piece = 1; piece <= text.size(); ++piece) {
+    Utf8Stream stream;
+    std::string got;
+    for (size_t i = 0; i < text.size(); i += piece) got += stream.push(text.substr(i, piece));
+    CHECK(got + stream.finish() == text);
+  }
+  Utf8Stream stream;
+  CHECK(stream.push("\xE2\x82").empty());
+  CHECK(stream.push("x") == "\xEF\xBF\xBDx");
+  CHECK(stream.push("\xFF\xC0\x80") == "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD");
+  CHECK(stream.push("\xED\xA0\x80") == "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD");  // a surrogate
+  CHECK(stream.push("\xF0\x9F").empty());
+  CHECK(stream.finish() == "\xEF\xBF\xBD");
+  CHECK(stream.finish().empty());
+}
+
+TEST_CASE("streamed text equals the text decoded at once") {
+  const auto tokenizer = data::make_tokenizer("bytes");
+  const std::string text = "d\xC3\xA9j\xC3\xA0 vu \xE2\x82\xAC";
+  const auto ids = tokenizer->encode(text);
+  for (const size_t split : {1u, 5u, 9u}) {
+    const std::vector<int64_t> prompt(ids.begin(),
+                                      ids.begin() + static_cast<std::ptrdiff_t>(split));
+    TextStream stream(*tokenizer, prompt);
+    std::string got;
+    for (size_t i = split; i < ids.size(); ++i) got += stream.push(ids[i]);
+    got += stream.finish();
+    CHECK(got == text.substr(split));
+  }
+}
