@@ -1,0 +1,174 @@
+#include "csrc/data/dataset.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "csrc/core/error.h"
+#include "csrc/core/sha256.h"
+#include "csrc/data/sampling.h"
+
+namespace xlstm::data {
+namespace {
+
+constexpr int64_t kIgnore = -100;
+/// Changes whenever the order or the cutting of samples does, so that a run is not resumed on other data.
+constexpr const char* kOrderVersion = "order-1";
+
+void check_seq_len(int64_t seq_len) {
+  if (seq_len < 1)
+    throw Error(ExitCode::kConfig,
+                "data.seq_len is " + std::to_string(seq_len) + ", expected at least 1");
+}
+
+Batch empty_batch(int64_t count, int64_t seq_len) {
+  Batch batch;
+  batch.batch_size = count;
+  batch.seq_len = seq_len;
+  const auto size = static_cast<size_t>(count * seq_len);
+  batch.input.assign(size, 0);
+  batch.target.assign(size, kIgnore);
+  batch.reset.assign(size, 0);
+  return batch;
+}
+
+/// Fills row `row` with tokens [first, first+count] of the file: `count` inputs, each with the next token as target.
+void fill_row(const TokenFile& file, const DatasetOptions& options, int64_t first, int64_t count,
+              int64_t row, std::vector<int64_t>& tokens, std::vector<uint8_t>& starts,
+              Batch& batch) {
+  tokens.resize(static_cast<size_t>(count) + 1);
+  starts.resize(static_cast<size_t>(count) + 1);
+  file.read(first, count + 1, tokens.data());
+  file.read_document_starts(first, count + 1, starts.data());
+  const auto offset = static_cast<size_t>(row * batch.seq_len);
+  for (size_t t = 0; t < static_cast<size_t>(count); ++t) {
+    const bool masked = options.mask_loss_across_documents && starts[t + 1] != 0;
+    batch.input[offset + t] = tokens[t];
+    batch.target[offset + t] = masked ? kIgnore : tokens[t + 1];
+    batch.num_targets += masked ? 0 : 1;
+    // The state is empty before a window, so that its first token is a reset in any case.
+    batch.reset[offset + t] = t == 0 || (options.reset_state_at_document && starts[t] != 0) ? 1 : 0;
+  }
+}
+
+}  // namespace
+
+struct Dataset::Source {
+  std::shared_ptr<const TokenFile> file;
+  double weight = 1;
+  int64_t windows = 0;  ///< per epoch
+  int64_t slack = 0;    ///< tokens that the windows leave over
+  uint64_t seed = 0;
+};
+
+struct Dataset::Schedule {
+  Mixture mixture;
+};
+
+Dataset::Dataset(std::vector<WeightedFile> files, const DatasetOptions& options)
+    : options_(options) {
+  check_seq_len(options.seq_len);
+  std::vector<double> weights;
+  for (auto& [file, weight] : files) {
+    const int64_t needed = options.seq_len + 1;
+    if (file->num_tokens() < needed)
+      throw Error(ExitCode::kData,
+                  file->prefix() + ".bin: " + std::to_string(file->num_tokens()) +
+                      " tokens, but a window of data.seq_len=" + std::to_string(options.seq_len) +
+                      " needs " + std::to_string(needed) +
+                      "; set a smaller data.seq_len or give more text");
+    auto source = std::make_shared<Source>();
+    source->weight = weight;
+    source->windows = (file->num_tokens() - 1) / options.seq_len;
+    source->slack = (file->num_tokens() - 1) % options.seq_len;
+    source->seed = mix64(options.seed) + sources_.size();
+    source->file = std::move(file);
+    weights.push_back(weight);
+    sources_.push_back(std::move(source));
+  }
+  schedule_ = std::make_shared<const Schedule>(Schedule{Mixture(weights)});
+}
+
+int64_t Dataset::samples_per_epoch() const {
+  int64_t total = 0;
+  for (const auto& source : sources_) total += source->windows;
+  return total;
+}
+
+Batch Dataset::batch(int64_t first_sample, int64_t count) const {
+  if (first_sample < 0 || count < 0)
+    throw Error(ExitCode::kData, "Dataset::batch: negative sample index or count");
+  Batch batch = empty_batch(count, options_.seq_len);
+  std::vector<int64_t> tokens;
+  std::vector<uint8_t> starts;
+  for (int64_t row = 0; row < count; ++row) {
+    const Mixture::Pick pick = schedule_->mixture.pick(first_sample + row);
+    const Source& source = *sources_[static_cast<size_t>(pick.source)];
+    const int64_t epoch = pick.rank / source.windows;
+    int64_t window = pick.rank % source.windows, offset = 0;
+    if (options_.shuffle) {
+      window = static_cast<int64_t>(permute(static_cast<uint64_t>(window),
+                                            static_cast<uint64_t>(source.windows), source.seed,
+                                            static_cast<uint64_t>(epoch)));
+      offset = static_cast<int64_t>(mix64(mix64(source.seed) ^ static_cast<uint64_t>(epoch)) %
+                                    static_cast<uint64_t>(source.slack + 1));
+    }
+    fill_row(*source.file, options_, offset + window * options_.seq_len, options_.seq_len, row,
+             tokens, starts, batch);
+  }
+  return batch;
+}
+
+std::string Dataset::fingerprint() const {
+  std::string text = kOrderVersion;
+  text += " T=" + std::to_string(options_.seq_len) +
+          " shuffle=" + std::to_string(options_.shuffle) +
+          " seed=" + std::to_string(options_.seed) +
+          " reset=" + std::to_string(options_.reset_state_at_document) +
+          " mask=" + std::to_string(options_.mask_loss_across_documents);
+  const auto& shares = schedule_->mixture.shares();
+  for (size_t s = 0; s < sources_.size(); ++s)
+    text += " " + std::to_string(shares[s]) + "*" + sources_[s]->file->fingerprint();
+  return sha256_hex(text);
+}
+
+EvalSet::EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& options)
+    : file_(std::move(file)), options_(options) {
+  check_seq_len(options.seq_len);
+  if (file_->num_tokens() < 2)
+    throw Error(ExitCode::kData, file_->prefix() + ".bin: " + std::to_string(file_->num_tokens()) +
+                                     " tokens; a held-out set needs at least 2, give more text");
+}
+
+int64_t EvalSet::num_windows() const {
+  return (file_->num_tokens() - 1 + options_.seq_len - 1) / options_.seq_len;
+}
+
+Batch EvalSet::batch(int64_t first_window, int64_t count) const {
+  if (first_window < 0 || count < 0 || first_window > num_windows() - count)
+    throw Error(ExitCode::kData, "EvalSet::batch: windows " + std::to_string(first_window) +
+                                     " to " + std::to_string(first_window + count) + " of " +
+                                     std::to_string(num_windows()));
+  Batch batch = empty_batch(count, options_.seq_len);
+  std::vector<int64_t> tokens;
+  std::vector<uint8_t> starts;
+  for (int64_t row = 0; row < count; ++row) {
+    const int64_t first = (first_window + row) * options_.seq_len;
+    const int64_t length = std::min(options_.seq_len, file_->num_tokens() - 1 - first);
+    fill_row(*file_, options_, first, length, row, tokens, starts, batch);
+  }
+  return batch;
+}
+
+double EvalSet::bytes_per_token() const {
+  if (!file_->sidecar() || file_->sidecar()->num_bytes == 0) return 0;
+  int64_t scored = file_->num_tokens() - 1;
+  if (options_.mask_loss_across_documents) {
+    scored = 0;
+    for (int64_t d = 0; d < file_->num_documents(); ++d)
+      scored += std::max<int64_t>(0, file_->document_start(d + 1) - file_->document_start(d) - 1);
+  }
+  return scored > 0 ? static_cast<double>(file_->sidecar()->num_bytes) / static_cast<double>(scored)
+                    : 0;
+}
+
+}  // namespace xlstm::data

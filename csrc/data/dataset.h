@@ -12,10 +12,11 @@ namespace xlstm::data {
 
 struct Batch {
   int64_t batch_size = 0, seq_len = 0;
-  std::vector<int64_t> input;    ///< (B,T) token ids
-  std::vector<int64_t> target;   ///< (B,T) next token; -100 where it would cross into another document
-  std::vector<uint8_t> reset;    ///< (B,T) 1 where a document starts
-  int64_t num_targets = 0;       ///< targets != -100
+  std::vector<int64_t> input;  ///< (B,T) token ids
+  std::vector<int64_t>
+      target;  ///< (B,T) next token; -100 where it would cross into another document
+  std::vector<uint8_t> reset;  ///< (B,T) 1 where a document starts
+  int64_t num_targets = 0;     ///< targets != -100
 };
 
 struct DatasetOptions {
@@ -33,6 +34,11 @@ struct WeightedFile {
 
 /// A mixture of token files cut into windows of seq_len+1 tokens that overlap by one. Throws Error(kData) when a file
 /// holds fewer than seq_len+1 tokens.
+///
+/// A file of N tokens gives n = (N-1)/seq_len windows per epoch, each once, in the order of `permute`; its epochs are
+/// counted for itself. The (N-1) % seq_len tokens that are left over lie before and behind the windows: their number
+/// before is drawn anew each epoch when shuffling (so that no token is always left out), else all lie behind. In a
+/// mixture each file gets its share of samples evenly (csrc/data/sampling.h).
 class Dataset {
  public:
   Dataset(std::vector<WeightedFile> files, const DatasetOptions& options);
@@ -44,7 +50,9 @@ class Dataset {
 
  private:
   struct Source;
+  struct Schedule;
   std::vector<std::shared_ptr<const Source>> sources_;
+  std::shared_ptr<const Schedule> schedule_;
   DatasetOptions options_;
 };
 

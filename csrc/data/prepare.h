@@ -8,13 +8,14 @@
 namespace xlstm::data {
 
 struct PrepareOptions {
-  std::vector<std::string> inputs;   ///< files, folders (all text below them), globs; .jsonl and .jsonl.zst by name
-  std::string glob = "*";            ///< which files of a folder (matched on the name, e.g. "*.py")
-  std::string output_prefix;         ///< writes <prefix>.bin, .idx, .meta.json
+  std::vector<std::string>
+      inputs;  ///< files, folders (all text below them), globs; .jsonl and .jsonl.zst by name
+  std::string glob = "*";     ///< which files of a folder (matched on the name, e.g. "*.py")
+  std::string output_prefix;  ///< writes <prefix>.bin, .idx, .meta.json
   std::string tokenizer = "bytes";
-  bool append_eos = true;            ///< each document ends in the tokenizer's end-of-document token
-  bool strict = false;               ///< a bad document stops the run; else it is counted, skipped and reported
-  std::string command;               ///< recorded in the sidecar
+  bool append_eos = true;  ///< each document ends in the tokenizer's end-of-document token
+  bool strict = false;  ///< a bad document stops the run; else it is counted, skipped and reported
+  std::string command;  ///< recorded in the sidecar
 };
 
 struct PrepareReport {
@@ -34,6 +35,7 @@ struct CachedText {
 /// val_split: "tail" (the last val_fraction of each file, cut at a character) | "file" (whole files chosen by a hash of
 /// their relative name). val_text non-empty: it is the held-out text.
 CachedText prepare_cached(const std::string& text, const std::string& val_text, double val_fraction,
-                          const std::string& val_split, const std::string& tokenizer, const std::string& cache_dir);
+                          const std::string& val_split, const std::string& tokenizer,
+                          const std::string& cache_dir);
 
 }  // namespace xlstm::data

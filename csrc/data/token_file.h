@@ -13,12 +13,13 @@ namespace xlstm::data {
 /// What `<prefix>.meta.json` says (written by prepare; other tools ignore it).
 struct Sidecar {
   std::string bin_sha256, idx_sha256;
-  std::string tokenizer;              ///< "bytes" or the path it was prepared with
-  std::string tokenizer_sha256;       ///< of the tokenizer's files; "" for bytes
+  std::string tokenizer;         ///< "bytes" or the path it was prepared with
+  std::string tokenizer_sha256;  ///< of the tokenizer's files; "" for bytes
   int64_t vocab_size = 0, eos_id = -1;
   int64_t num_tokens = 0, num_documents = 0, max_token_id = -1;
-  int64_t num_bytes = 0;              ///< UTF-8 bytes of the source text (bits per byte)
-  std::map<std::string, int64_t> source_documents;  ///< documents per source (file, or meta.redpajama_set_name)
+  int64_t num_bytes = 0;  ///< UTF-8 bytes of the source text (bits per byte)
+  std::map<std::string, int64_t>
+      source_documents;  ///< documents per source (file, or meta.redpajama_set_name)
   std::string command;
 };
 
@@ -33,7 +34,9 @@ class TokenFile {
   int64_t num_tokens() const { return num_tokens_; }
   int64_t num_documents() const { return num_documents_; }
   /// First token of document d; document_start(num_documents()) = num_tokens().
-  int64_t document_start(int64_t document) const { return document_starts_[static_cast<size_t>(document)]; }
+  int64_t document_start(int64_t document) const {
+    return document_starts_[static_cast<size_t>(document)];
+  }
   /// Copies tokens [first, first+count) as int64.
   void read(int64_t first, int64_t count, int64_t* out) const;
   /// Sets out[i] = 1 where token first+i starts a document.

@@ -13,7 +13,8 @@ class Tokenizer {
   virtual ~Tokenizer() = default;
   virtual std::vector<int64_t> encode(std::string_view text) = 0;
   /// Several texts at once, which costs a tokenizer in another process one round trip.
-  virtual std::vector<std::vector<int64_t>> encode_batch(const std::vector<std::string_view>& texts) = 0;
+  virtual std::vector<std::vector<int64_t>> encode_batch(
+      const std::vector<std::string_view>& texts) = 0;
   /// True where the tokens of a text are those of its pieces, cut anywhere.
   virtual bool is_bytewise() const { return false; }
   /// Any ids; invalid UTF-8 is possible for bytes.

@@ -1,0 +1,244 @@
+#include "csrc/data/jsonl.h"
+
+#include <cctype>
+#include <cstring>
+
+#include "csrc/data/utf8.h"
+
+namespace xlstm::data {
+namespace {
+
+constexpr int kMaxDepth = 64;
+
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+/// First quote, backslash or control character at or behind `p`: eight characters at a time, by the carry-free tests
+/// for zero bytes and bytes below 0x20.
+const char* find_special(const char* p, const char* end) {
+  constexpr uint64_t ones = 0x0101010101010101u, highs = 0x8080808080808080u;
+  for (; end - p >= 8; p += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, p, 8);
+    const uint64_t quote = word ^ ones * '"', backslash = word ^ ones * '\\';
+    const uint64_t hits = ((quote - ones) & ~quote) | ((backslash - ones) & ~backslash) |
+                          ((word - ones * 0x20) & ~word);
+    if ((hits & highs) != 0) break;
+  }
+  while (p < end && *p != '"' && *p != '\\' && static_cast<unsigned char>(*p) >= 0x20) ++p;
+  return p;
+}
+
+void append_utf8(std::string& out, uint32_t code) {
+  if (code < 0x80) {
+    out += static_cast<char>(code);
+  } else if (code < 0x800) {
+    out += static_cast<char>(0xc0 | code >> 6);
+    out += static_cast<char>(0x80 | (code & 0x3f));
+  } else if (code < 0x10000) {
+    out += static_cast<char>(0xe0 | code >> 12);
+    out += static_cast<char>(0x80 | (code >> 6 & 0x3f));
+    out += static_cast<char>(0x80 | (code & 0x3f));
+  } else {
+    out += static_cast<char>(0xf0 | code >> 18);
+    out += static_cast<char>(0x80 | (code >> 12 & 0x3f));
+    out += static_cast<char>(0x80 | (code >> 6 & 0x3f));
+    out += static_cast<char>(0x80 | (code & 0x3f));
+  }
+}
+
+}  // namespace
+
+bool JsonlParser::fail(const std::string& what) {
+  error_ = "not valid JSON at byte " + std::to_string(next_ - begin_ + 1) + ": " + what;
+  return false;
+}
+
+void JsonlParser::skip_space() {
+  while (next_ != end_ && (*next_ == ' ' || *next_ == '\t' || *next_ == '\r' || *next_ == '\n'))
+    ++next_;
+}
+
+bool JsonlParser::parse(std::string_view line) {
+  begin_ = next_ = line.data();
+  end_ = begin_ + line.size();
+  text_.clear();
+  set_name_.clear();
+  error_.clear();
+  has_text_ = false;
+  const size_t invalid = find_invalid_utf8(line);
+  if (invalid != line.size()) {
+    error_ = "invalid UTF-8 at byte " + std::to_string(invalid + 1);
+    return false;
+  }
+  skip_space();
+  if (!at('{')) {
+    error_ = "not a JSON object";
+    return false;
+  }
+  if (!parse_object(0, false)) return false;
+  skip_space();
+  if (next_ != end_) return fail("text behind the object");
+  if (!has_text_) error_ = "no \"text\"";
+  return has_text_;
+}
+
+bool JsonlParser::parse_object(int depth, bool in_meta) {
+  if (depth > kMaxDepth) return fail("nested too deeply");
+  ++next_;
+  skip_space();
+  if (at('}')) return ++next_, true;
+  while (true) {
+    if (!at('"')) return fail("expected a name in quotes");
+    key_.clear();
+    if (!parse_string(&key_)) return false;
+    skip_space();
+    if (!at(':')) return fail("expected ':'");
+    ++next_;
+    skip_space();
+    if (!parse_member(depth, in_meta, key_)) return false;
+    skip_space();
+    if (at('}')) return ++next_, true;
+    if (!at(',')) return fail("expected ',' or '}'");
+    ++next_;
+    skip_space();
+  }
+}
+
+bool JsonlParser::parse_member(int depth, bool in_meta, std::string_view key) {
+  if (depth == 0 && key == "text") {
+    if (!at('"')) {
+      error_ = "\"text\" is not a string";
+      return false;
+    }
+    if (has_text_) return fail("a second \"text\"");
+    has_text_ = true;
+    return parse_string(&text_);
+  }
+  if (depth == 0 && key == "meta" && at('{')) return parse_object(1, true);
+  if (depth == 1 && in_meta && key == "redpajama_set_name" && at('"')) {
+    set_name_.clear();
+    return parse_string(&set_name_);
+  }
+  return parse_value(depth + 1);
+}
+
+bool JsonlParser::parse_value(int depth) {
+  if (next_ == end_) return fail("ends early");
+  switch (*next_) {
+    case '{':
+      return parse_object(depth, false);
+    case '[':
+      return parse_array(depth);
+    case '"':
+      return parse_string(nullptr);
+    case 't':
+      return parse_literal("true");
+    case 'f':
+      return parse_literal("false");
+    case 'n':
+      return parse_literal("null");
+    default:
+      return parse_number();
+  }
+}
+
+bool JsonlParser::parse_array(int depth) {
+  if (depth > kMaxDepth) return fail("nested too deeply");
+  ++next_;
+  skip_space();
+  if (at(']')) return ++next_, true;
+  while (true) {
+    if (!parse_value(depth + 1)) return false;
+    skip_space();
+    if (at(']')) return ++next_, true;
+    if (!at(',')) return fail("expected ',' or ']'");
+    ++next_;
+    skip_space();
+  }
+}
+
+bool JsonlParser::parse_literal(std::string_view word) {
+  if (static_cast<size_t>(end_ - next_) < word.size() ||
+      std::string_view(next_, word.size()) != word)
+    return fail("unknown word");
+  next_ += word.size();
+  return true;
+}
+
+bool JsonlParser::parse_number() {
+  const auto digits = [&] {
+    const char* first = next_;
+    while (next_ != end_ && is_digit(*next_)) ++next_;
+    return next_ != first;
+  };
+  if (at('-')) ++next_;
+  if (at('0')) {
+    ++next_;
+  } else if (!digits()) {
+    return fail("unexpected character");
+  }
+  if (at('.')) {
+    ++next_;
+    if (!digits()) return fail("number without digits");
+  }
+  if (at('e') || at('E')) {
+    ++next_;
+    if (at('+') || at('-')) ++next_;
+    if (!digits()) return fail("number without digits");
+  }
+  return true;
+}
+
+bool JsonlParser::parse_string(std::string* out) {
+  ++next_;
+  while (true) {
+    const char* special = find_special(next_, end_);
+    if (out != nullptr) out->append(next_, special);
+    next_ = special;
+    if (next_ == end_) return fail("string without an end");
+    if (*next_ == '"') return ++next_, true;
+    if (*next_ != '\\') return fail("control character in a string");
+    if (!parse_escape(out)) return false;
+  }
+}
+
+bool JsonlParser::parse_escape(std::string* out) {
+  constexpr const char* kNames = "\"\\/bfnrt";
+  constexpr const char* kValues = "\"\\/\b\f\n\r\t";
+  ++next_;
+  if (next_ == end_) return fail("string without an end");
+  if (*next_ != 'u') {
+    const char* found = *next_ != '\0' ? std::strchr(kNames, *next_) : nullptr;
+    if (found == nullptr) return fail("unknown escape");
+    if (out != nullptr) *out += kValues[found - kNames];
+    ++next_;
+    return true;
+  }
+  ++next_;
+  uint32_t code = 0;
+  if (!parse_code_unit(&code)) return false;
+  if (code >= 0xdc00 && code < 0xe000) return fail("lone surrogate");
+  if (code >= 0xd800 && code < 0xdc00) {
+    uint32_t low = 0;
+    if (end_ - next_ < 6 || next_[0] != '\\' || next_[1] != 'u') return fail("lone surrogate");
+    next_ += 2;
+    if (!parse_code_unit(&low)) return false;
+    if (low < 0xdc00 || low >= 0xe000) return fail("lone surrogate");
+    code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+  }
+  if (out != nullptr) append_utf8(*out, code);
+  return true;
+}
+
+bool JsonlParser::parse_code_unit(uint32_t* unit) {
+  *unit = 0;
+  for (int i = 0; i < 4; ++i, ++next_) {
+    if (next_ == end_ || std::isxdigit(static_cast<unsigned char>(*next_)) == 0)
+      return fail("bad \\u escape");
+    const char c = *next_;
+    *unit = *unit * 16 + static_cast<uint32_t>(is_digit(c) ? c - '0' : (c | 0x20) - 'a' + 10);
+  }
+  return true;
+}
+
+}  // namespace xlstm::data

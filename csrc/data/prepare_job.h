@@ -1,0 +1,34 @@
+#pragma once
+#include <string>
+#include <vector>
+
+#include "csrc/data/prepare.h"
+#include "csrc/data/text_source.h"
+#include "csrc/data/tokenizer.h"
+
+namespace xlstm::data {
+
+/// Which part of the texts goes into a token file. A text file is cut at a character, its last val_fraction is held
+/// out; lines of JSONL are held out whole, chosen by a hash of file name and line number.
+enum class Part { kAll, kTrain, kHeldOut };
+
+struct PrepareJob {
+  std::vector<TextFile> files;
+  std::string what;  ///< names the texts in messages
+  std::string label = "prepare";
+  std::string output_prefix;
+  std::string tokenizer;  ///< as recorded in the sidecar
+  bool append_eos = true;
+  bool strict = false;
+  std::string command;
+  Part part = Part::kAll;
+  double val_fraction = 0;
+  int64_t max_warnings = 10;  ///< bad documents named on standard error
+};
+
+PrepareReport run_prepare(const PrepareJob& job, Tokenizer& tokenizer);
+
+/// A number in [0, 1) from a name, the same on every machine.
+double hash_fraction(const std::string& name);
+
+}  // namespace xlstm::data

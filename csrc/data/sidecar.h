@@ -1,0 +1,17 @@
+#pragma once
+#include <optional>
+#include <string>
+
+#include "csrc/data/token_file.h"
+
+namespace xlstm::data {
+
+/// Format version written into every sidecar; a larger one is refused.
+constexpr int kSidecarVersion = 1;
+
+/// The sidecar as JSON text, one key per line.
+std::string format_sidecar(const Sidecar& sidecar);
+/// Reads `<prefix>.meta.json`; none when the file does not exist. Throws Error(kData) naming the file and the key.
+std::optional<Sidecar> read_sidecar(const std::string& prefix);
+
+}  // namespace xlstm::data

@@ -1,0 +1,14 @@
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "csrc/data/tokenizer.h"
+
+namespace xlstm::data {
+
+/// A tokenizer that runs in a Python child process (libxlstm/tokenizer_worker.py describes the messages).
+std::unique_ptr<Tokenizer> make_process_tokenizer(const std::vector<std::string>& files,
+                                                  const std::string& sha256);
+
+}  // namespace xlstm::data
