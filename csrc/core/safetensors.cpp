@@ -39,7 +39,8 @@ constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the reference
 const char* dtype_name(at::ScalarType dtype) {
   for (const auto& entry : kDtypes)
     if (entry.dtype == dtype) return entry.name;
-  throw Error(ExitCode::kCheckpoint, std::string("safetensors cannot hold dtype ") + c10::toString(dtype));
+  throw Error(ExitCode::kCheckpoint,
+              std::string("safetensors cannot hold dtype ") + c10::toString(dtype));
 }
 
 [[noreturn]] void refuse(const std::string& path, const std::string& what) {
@@ -47,7 +48,8 @@ const char* dtype_name(at::ScalarType dtype) {
 }
 
 int64_t unsigned_field(const Json& value, const std::string& path, const std::string& what) {
-  if (!value.is_number_unsigned() || value.get<uint64_t>() > (uint64_t{1} << 62)) refuse(path, what + " is not a size");
+  if (!value.is_number_unsigned() || value.get<uint64_t>() > (uint64_t{1} << 62))
+    refuse(path, what + " is not a size");
   return static_cast<int64_t>(value.get<uint64_t>());
 }
 
@@ -82,7 +84,8 @@ std::string save_safetensors(const std::string& path, const NamedTensors& tensor
   if (!metadata.empty()) header["__metadata__"] = metadata;
   size_t offset = 0;
   for (const auto& [name, tensor] : tensors) {
-    if (header.contains(name)) throw Error(ExitCode::kCheckpoint, path + ": two tensors are named " + name);
+    if (header.contains(name))
+      throw Error(ExitCode::kCheckpoint, path + ": two tensors are named " + name);
     const size_t end = offset + tensor.nbytes();
     header[name] = {{"dtype", dtype_name(tensor.scalar_type())},
                     {"shape", tensor.sizes().vec()},
@@ -119,7 +122,8 @@ SafetensorsFile load_safetensors(const std::string& path) {
   if (map->size() < kLengthBytes) refuse(path, "shorter than its own header");
   uint64_t header_bytes = 0;
   for (size_t i = kLengthBytes; i-- > 0;) header_bytes = header_bytes << 8 | map->data()[i];
-  if (header_bytes > kMaxHeaderBytes || header_bytes > map->size() - kLengthBytes) refuse(path, "header length");
+  if (header_bytes > kMaxHeaderBytes || header_bytes > map->size() - kLengthBytes)
+    refuse(path, "header length");
   const char* begin = reinterpret_cast<const char*>(map->data()) + kLengthBytes;
   const Json header = parse_header(path, begin, begin + header_bytes);
   const int64_t data_bytes = static_cast<int64_t>(map->size() - kLengthBytes - header_bytes);
@@ -136,31 +140,35 @@ SafetensorsFile load_safetensors(const std::string& path) {
       }
       continue;
     }
-    if (!entry.is_object() || !entry.contains("dtype") || !entry["dtype"].is_string() || !entry.contains("shape") ||
-        !entry["shape"].is_array() || !entry.contains("data_offsets") || !entry["data_offsets"].is_array() ||
-        entry["data_offsets"].size() != 2)
+    if (!entry.is_object() || !entry.contains("dtype") || !entry["dtype"].is_string() ||
+        !entry.contains("shape") || !entry["shape"].is_array() || !entry.contains("data_offsets") ||
+        !entry["data_offsets"].is_array() || entry["data_offsets"].size() != 2)
       refuse(path, "entry " + name);
     const auto dtype_text = entry["dtype"].get<std::string>();
-    const auto found = std::find_if(kDtypes.begin(), kDtypes.end(), [&](const auto& d) { return dtype_text == d.name; });
+    const auto found = std::find_if(kDtypes.begin(), kDtypes.end(),
+                                    [&](const auto& d) { return dtype_text == d.name; });
     if (found == kDtypes.end()) refuse(path, name + ": dtype " + dtype_text);
     std::vector<int64_t> shape;
     int64_t count = 1;
     for (const auto& size : entry["shape"]) {
       shape.push_back(unsigned_field(size, path, name + ": shape"));
-      if (__builtin_mul_overflow(count, shape.back(), &count)) refuse(path, name + ": shape overflows");
+      if (__builtin_mul_overflow(count, shape.back(), &count))
+        refuse(path, name + ": shape overflows");
     }
     const int64_t first = unsigned_field(entry["data_offsets"][0], path, name + ": offset");
     const int64_t last = unsigned_field(entry["data_offsets"][1], path, name + ": offset");
     int64_t bytes = 0;
-    if (__builtin_mul_overflow(count, static_cast<int64_t>(c10::elementSize(found->dtype)), &bytes) || first > last ||
-        last > data_bytes || last - first != bytes)
+    if (__builtin_mul_overflow(count, static_cast<int64_t>(c10::elementSize(found->dtype)),
+                               &bytes) ||
+        first > last || last > data_bytes || last - first != bytes)
       refuse(path, name + ": byte range does not fit dtype, shape and file");
     ranges.emplace_back(first, last, name);
     void* pointer = const_cast<unsigned char*>(data + first);
     const auto options = at::TensorOptions().dtype(found->dtype);
     at::Tensor tensor;
     if (reinterpret_cast<uintptr_t>(pointer) % c10::elementSize(found->dtype) == 0) {
-      tensor = at::from_blob(pointer, shape, [map](void*) {}, options);
+      tensor = at::from_blob(
+          pointer, shape, [map](void*) {}, options);
     } else {  // a header of odd length: typed access needs alignment
       tensor = at::empty(shape, options);
       std::memcpy(tensor.data_ptr(), pointer, static_cast<size_t>(bytes));
@@ -173,7 +181,8 @@ SafetensorsFile load_safetensors(const std::string& path) {
     if (first != expected) refuse(path, name + ": gap or overlap before its data");
     expected = last;
   }
-  if (expected != data_bytes) refuse(path, "data ends early or bytes follow the last tensor (truncated or extended file)");
+  if (expected != data_bytes)
+    refuse(path, "data ends early or bytes follow the last tensor (truncated or extended file)");
   return result;
 }
 

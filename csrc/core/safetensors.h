@@ -17,7 +17,8 @@ std::string save_safetensors(const std::string& path, const NamedTensors& tensor
                              const std::map<std::string, std::string>& metadata = {});
 
 struct SafetensorsFile {
-  std::map<std::string, at::Tensor> tensors;  ///< CPU; they share one memory map that lives as long as any of them
+  std::map<std::string, at::Tensor>
+      tensors;  ///< CPU; they share one memory map that lives as long as any of them
   std::map<std::string, std::string> metadata;
 };
 

@@ -46,8 +46,10 @@ std::string sha256_file(const std::string& path) {
   Sha256 hash;
   std::vector<char> buffer(1 << 20);
   size_t count = 0;
-  while ((count = std::fread(buffer.data(), 1, buffer.size(), file.get())) > 0) hash.update(buffer.data(), count);
-  if (std::ferror(file.get())) throw Error(ExitCode::kCheckpoint, path + ": cannot read: " + std::strerror(errno));
+  while ((count = std::fread(buffer.data(), 1, buffer.size(), file.get())) > 0)
+    hash.update(buffer.data(), count);
+  if (std::ferror(file.get()))
+    throw Error(ExitCode::kCheckpoint, path + ": cannot read: " + std::strerror(errno));
   return hash.hex_digest();
 }
 

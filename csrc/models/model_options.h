@@ -7,48 +7,50 @@
 namespace xlstm::models {
 
 struct ModelOptions {
-  std::string kind = "xlstm";  ///< "xlstm": blocks of arXiv 2405.04517; "xlstm_large": the 7B block of arXiv 2503.13427
+  std::string kind =
+      "xlstm";  ///< "xlstm": blocks of arXiv 2405.04517; "xlstm_large": the 7B block of arXiv 2503.13427
   int64_t vocab_size = 256;
   int64_t embedding_dim = 128;
   int64_t num_blocks = 4;
   int64_t num_heads = 4;
-  bool tie_weights = false;           ///< the head shares the embedding's weight
-  double output_logit_soft_cap = 0;   ///< c * tanh(logits / c); 0: none (7B: 30)
+  bool tie_weights = false;          ///< the head shares the embedding's weight
+  double output_logit_soft_cap = 0;  ///< c * tanh(logits / c); 0: none (7B: 30)
   double dropout = 0;
   bool add_embedding_dropout = false;
-  bool add_out_norm = true;           ///< norm after the last block
-  double norm_eps = 1e-5;             ///< pre-norms, out norm, head-wise norms (7B: 1e-6)
+  bool add_out_norm = true;               ///< norm after the last block
+  double norm_eps = 1e-5;                 ///< pre-norms, out norm, head-wise norms (7B: 1e-6)
   bool activation_checkpointing = false;  ///< recompute each block in the backward pass
-  int64_t chunk_size = 0;             ///< mLSTM chunk length; 0: automatic; never changes the result
-  double mlstm_eps = 1e-6;            ///< epsilon of the mLSTM normaliser
+  int64_t chunk_size = 0;   ///< mLSTM chunk length; 0: automatic; never changes the result
+  double mlstm_eps = 1e-6;  ///< epsilon of the mLSTM normaliser
 
   // kind "xlstm"
-  std::vector<int64_t> slstm_at;      ///< 0-based positions of sLSTM blocks; all others are mLSTM
-  bool bias = false;                  ///< biases of the up- and down-projections and of the gate projections of sLSTM
+  std::vector<int64_t> slstm_at;  ///< 0-based positions of sLSTM blocks; all others are mLSTM
+  bool bias =
+      false;  ///< biases of the up- and down-projections and of the gate projections of sLSTM
   struct Mlstm {
     double proj_factor = 2.0;
     int64_t round_proj_up_to_multiple_of = 64;
     int64_t conv1d_kernel_size = 4;
     int64_t qkv_proj_blocksize = 4;
-    std::string input_gate = "exp";   ///< "exp" | "sigmoid"
+    std::string input_gate = "exp";  ///< "exp" | "sigmoid"
     bool normalize = true;
   } mlstm;
   struct Slstm {
-    int64_t conv1d_kernel_size = 4;   ///< 0: no convolution
-    std::string cell = "slstm";       ///< "slstm" | "slstm_expf" | "lstm"
+    int64_t conv1d_kernel_size = 4;                     ///< 0: no convolution
+    std::string cell = "slstm";                         ///< "slstm" | "slstm_expf" | "lstm"
     std::string bias_init = "powerlaw_blockdependent";  ///< | "small_init" | "zeros" | "standard"
     std::string recurrent_weight_init = "zeros";        ///< | "standard"
   } slstm;
   struct FeedForward {
-    double proj_factor = 1.3;         ///< sLSTM block; rounded up to a multiple (7B: 2.667, SwiGLU)
+    double proj_factor = 1.3;  ///< sLSTM block; rounded up to a multiple (7B: 2.667, SwiGLU)
     int64_t round_up_to_multiple_of = 64;
-    std::string act_fn = "gelu";      ///< "gelu" (erf) | "silu" | "relu"
+    std::string act_fn = "gelu";  ///< "gelu" (erf) | "silu" | "relu"
   } feed_forward;
 
   // kind "xlstm_large"
   double qk_dim_factor = 0.5;
   double v_dim_factor = 1.0;
-  double gate_soft_cap = 15.0;        ///< input and forget gate pre-activations; 0: none
+  double gate_soft_cap = 15.0;  ///< input and forget gate pre-activations; 0: none
 };
 
 }  // namespace xlstm::models

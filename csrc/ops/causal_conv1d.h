@@ -14,10 +14,12 @@ std::tuple<at::Tensor, at::Tensor> causal_conv1d(const at::Tensor& x, const at::
                                                  const std::optional<at::Tensor>& bias = {},
                                                  const std::optional<at::Tensor>& state0 = {},
                                                  const std::optional<at::Tensor>& reset = {},
-                                                 const std::optional<at::Tensor>& cu_seqlens = {}, bool silu = false);
+                                                 const std::optional<at::Tensor>& cu_seqlens = {},
+                                                 bool silu = false);
 
 /// One token: x (B,C); shifts state (B,W-1,C) in place; returns y (B,C). No gradient.
-at::Tensor causal_conv1d_step(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                              at::Tensor& state, bool silu = false);
+at::Tensor causal_conv1d_step(const at::Tensor& x, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, at::Tensor& state,
+                              bool silu = false);
 
 }  // namespace xlstm::ops

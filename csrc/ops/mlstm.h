@@ -12,9 +12,9 @@ struct MlstmOptions {
   std::optional<at::Tensor> cu_seqlens;  ///< (N+1) int32; B must be 1; states are then (N,...)
   std::string_view input_gate = "exp";   ///< "exp" | "sigmoid"
   bool normalize = true;
-  std::optional<double> scale;           ///< applied to q; default DQK^-1/2
+  std::optional<double> scale;  ///< applied to q; default DQK^-1/2
   double eps = 1e-6;
-  int64_t chunk_size = 0;                ///< 0: automatic; never changes the result beyond rounding
+  int64_t chunk_size = 0;  ///< 0: automatic; never changes the result beyond rounding
 };
 
 /// mLSTM over a sequence (arXiv 2405.04517, eq. 19-27), chunkwise-parallel, linear memory in T.
@@ -27,14 +27,15 @@ struct MlstmOptions {
 /// is nothing at eps = 0 and at most 1e-3 of the gate gradients in extreme gates at 1e-6.
 /// Throws c10::Error naming the argument, what was expected and what came.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlstm_chunkwise(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& igate, const at::Tensor& fgate,
-    const std::optional<at::Tensor>& c0 = {}, const std::optional<at::Tensor>& n0 = {},
-    const std::optional<at::Tensor>& m0 = {}, const MlstmOptions& options = {});
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& igate,
+    const at::Tensor& fgate, const std::optional<at::Tensor>& c0 = {},
+    const std::optional<at::Tensor>& n0 = {}, const std::optional<at::Tensor>& m0 = {},
+    const MlstmOptions& options = {});
 
 /// One token, without a T axis: q,k (B,NH,DQK) v (B,NH,DV) igate,fgate (B,NH). Updates c, n, m in place; returns h
 /// (B,NH,DV). No gradient.
-at::Tensor mlstm_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& igate,
-                      const at::Tensor& fgate, at::Tensor& c, at::Tensor& n, at::Tensor& m,
-                      const MlstmOptions& options = {});
+at::Tensor mlstm_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
+                      at::Tensor& n, at::Tensor& m, const MlstmOptions& options = {});
 
 }  // namespace xlstm::ops

@@ -13,8 +13,11 @@ namespace xlstm::ops {
 /// weight, bias, skip_weight (NH*DH); skip, gate (...,NH*DH); all optional (skip and skip_weight come together).
 /// gate_activation "silu" | "sigmoid". Returns (...,NH*DH) in x's dtype. NH = 1 is an ordinary LayerNorm or RMSNorm.
 at::Tensor headwise_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight = {},
-                         const std::optional<at::Tensor>& bias = {}, const std::optional<at::Tensor>& skip = {},
-                         const std::optional<at::Tensor>& skip_weight = {}, const std::optional<at::Tensor>& gate = {},
-                         double eps = 1e-5, std::string_view kind = "layer", std::string_view gate_activation = "silu");
+                         const std::optional<at::Tensor>& bias = {},
+                         const std::optional<at::Tensor>& skip = {},
+                         const std::optional<at::Tensor>& skip_weight = {},
+                         const std::optional<at::Tensor>& gate = {}, double eps = 1e-5,
+                         std::string_view kind = "layer",
+                         std::string_view gate_activation = "silu");
 
 }  // namespace xlstm::ops

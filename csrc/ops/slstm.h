@@ -17,9 +17,10 @@ namespace xlstm::ops {
 /// reset (B,T) bool: empty state before that token.  cu_seqlens (N+1) int32: B must be 1, states are (N,NH,DH).
 /// Returns y (B,T,NH,DH) in wx's dtype and the last y, c, n, m in float32. m is detached (exact: y does not depend on it).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> slstm(
-    const at::Tensor& wx, const at::Tensor& r, const at::Tensor& b, const std::optional<at::Tensor>& y0 = {},
-    const std::optional<at::Tensor>& c0 = {}, const std::optional<at::Tensor>& n0 = {},
-    const std::optional<at::Tensor>& m0 = {}, const std::optional<at::Tensor>& reset = {},
-    const std::optional<at::Tensor>& cu_seqlens = {}, std::string_view cell = "slstm");
+    const at::Tensor& wx, const at::Tensor& r, const at::Tensor& b,
+    const std::optional<at::Tensor>& y0 = {}, const std::optional<at::Tensor>& c0 = {},
+    const std::optional<at::Tensor>& n0 = {}, const std::optional<at::Tensor>& m0 = {},
+    const std::optional<at::Tensor>& reset = {}, const std::optional<at::Tensor>& cu_seqlens = {},
+    std::string_view cell = "slstm");
 
 }  // namespace xlstm::ops

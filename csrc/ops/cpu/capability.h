@@ -18,26 +18,39 @@ Capability cpu_capability();
 }  // namespace xlstm::cpu
 
 #ifdef XLSTM_X86_VARIANTS
-#define XLSTM_CPU_KERNEL(name, Params)                                   \
-  namespace xlstm::cpu {                                                 \
-  namespace DEFAULT { void name(const Params& p); }                      \
-  namespace AVX2 { void name(const Params& p); }                         \
-  namespace AVX512 { void name(const Params& p); }                       \
-  inline void name(const Params& p) {                                    \
-    switch (cpu_capability()) {                                          \
-      case Capability::kAvx512: return AVX512::name(p);                  \
-      case Capability::kAvx2: return AVX2::name(p);                      \
-      case Capability::kDefault: return DEFAULT::name(p);                \
-    }                                                                    \
-  }                                                                      \
+#define XLSTM_CPU_KERNEL(name, Params) \
+  namespace xlstm::cpu {               \
+  namespace DEFAULT {                  \
+  void name(const Params& p);          \
+  }                                    \
+  namespace AVX2 {                     \
+  void name(const Params& p);          \
+  }                                    \
+  namespace AVX512 {                   \
+  void name(const Params& p);          \
+  }                                    \
+  inline void name(const Params& p) {  \
+    switch (cpu_capability()) {        \
+      case Capability::kAvx512:        \
+        return AVX512::name(p);        \
+      case Capability::kAvx2:          \
+        return AVX2::name(p);          \
+      case Capability::kDefault:       \
+        return DEFAULT::name(p);       \
+    }                                  \
+  }                                    \
   }
 #elif defined(XLSTM_CPU_CAPABILITY)
-#define XLSTM_CPU_KERNEL(name, Params) \
-  namespace xlstm::cpu::XLSTM_CPU_CAPABILITY { void name(const Params& p); }
+#define XLSTM_CPU_KERNEL(name, Params)         \
+  namespace xlstm::cpu::XLSTM_CPU_CAPABILITY { \
+  void name(const Params& p);                  \
+  }
 #else
-#define XLSTM_CPU_KERNEL(name, Params)                               \
-  namespace xlstm::cpu {                                             \
-  namespace DEFAULT { void name(const Params& p); }                  \
-  inline void name(const Params& p) { DEFAULT::name(p); }            \
+#define XLSTM_CPU_KERNEL(name, Params)                    \
+  namespace xlstm::cpu {                                  \
+  namespace DEFAULT {                                     \
+  void name(const Params& p);                             \
+  }                                                       \
+  inline void name(const Params& p) { DEFAULT::name(p); } \
   }
 #endif
