@@ -1,1 +1,169 @@
-int main() { return 1; }
+// xlstm-data: turns text into token files, checks them and describes them.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "csrc/core/error.h"
+#include "csrc/core/progress.h"
+#include "csrc/data/prepare.h"
+#include "csrc/data/token_file.h"
+#include "train/command_line.h"
+
+namespace xlstm {
+namespace {
+
+using train::CommandLine;
+using train::OptionSpec;
+
+const std::vector<OptionSpec> kOptions = {
+    {"--output", "PREFIX", "prepare: writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json"},
+    {"--tokenizer", "SPEC",
+     "prepare: bytes (default), a tokenizer.json, or a folder with tokenizer.json or vocab.json "
+     "and merges.txt"},
+    {"--glob", "PATTERN",
+     "prepare: which files of folders are read, by name, such as '*.py' (default: all)"},
+    {"--no-eos", "", "prepare: documents do not end in the tokenizer's end-of-document token"},
+    {"--strict", "",
+     "prepare: stop at the first document that cannot be used (default: count and skip it)"},
+    {"--help", "", "this text"},
+};
+
+void print_usage(std::FILE* stream) {
+  std::fprintf(
+      stream,
+      "usage: xlstm-data prepare INPUT... --output PREFIX [--tokenizer SPEC] [--glob PATTERN] "
+      "[--no-eos] "
+      "[--strict]\n"
+      "       xlstm-data verify PREFIX...\n"
+      "       xlstm-data stats PREFIX...\n"
+      "\n"
+      "prepare  turns text into a token file (Megatron's .bin and .idx, and a .meta.json). INPUT "
+      "is a text file\n"
+      "         (one document), .jsonl or .jsonl.zst (a document per line: {\"text\": ..., "
+      "\"meta\": ...}), a folder\n"
+      "         (everything below it but hidden files), or a pattern in quotes ('texts/*.txt').\n"
+      "verify   compares sizes and sha256 of token files with what prepare recorded.\n"
+      "stats    prints tokens, documents, their lengths, sources, vocabulary and bytes per token.\n"
+      "\n%s\n"
+      "exit status: 0 done, 2 wrong usage, 3 data that cannot be read, used or written\n",
+      train::format_options(kOptions).c_str());
+}
+
+[[noreturn]] void fail_usage(const std::string& what) {
+  throw Error(ExitCode::kConfig, what + "; see xlstm-data --help");
+}
+
+std::string join(int argc, char** argv) {
+  std::string text = "xlstm-data";
+  for (int i = 1; i < argc; ++i) text += std::string(" ") + argv[i];
+  return text;
+}
+
+long long number(int64_t value) { return static_cast<long long>(value); }
+
+int run_prepare(const CommandLine& line, const std::vector<std::string>& inputs,
+                const std::string& command) {
+  if (inputs.empty()) fail_usage("prepare: no INPUT given");
+  data::PrepareOptions options;
+  options.inputs = inputs;
+  options.output_prefix = line.get("--output", "");
+  if (options.output_prefix.empty()) fail_usage("prepare: --output PREFIX is missing");
+  options.glob = line.get("--glob", options.glob);
+  options.tokenizer = line.get("--tokenizer", options.tokenizer);
+  options.append_eos = !line.has("--no-eos");
+  options.strict = line.has("--strict");
+  options.command = command;
+  const auto start = std::chrono::steady_clock::now();
+  const data::PrepareReport report = data::prepare(options);
+  const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+  std::printf("wrote %s.bin, .idx and .meta.json in %s\n", options.output_prefix.c_str(),
+              format_duration(spent.count()).c_str());
+  std::printf("%lld documents, %lld tokens from %lld bytes (%.3f bytes per token)\n",
+              number(report.num_documents), number(report.num_tokens), number(report.num_bytes),
+              static_cast<double>(report.num_bytes) / static_cast<double>(report.num_tokens));
+  if (report.empty_documents + report.bad_documents > 0)
+    std::printf("left out: %lld empty and %lld bad documents\n", number(report.empty_documents),
+                number(report.bad_documents));
+  return 0;
+}
+
+int run_verify(const std::vector<std::string>& prefixes) {
+  if (prefixes.empty()) fail_usage("verify: no PREFIX given");
+  for (const auto& prefix : prefixes) {
+    const data::TokenFile file(prefix, data::Verify::kSha256);
+    file.check_vocab(file.sidecar()->vocab_size);
+    std::printf("%s: good: %lld tokens in %lld documents, sha256 of .bin and .idx as recorded\n",
+                file.prefix().c_str(), number(file.num_tokens()), number(file.num_documents()));
+  }
+  return 0;
+}
+
+void print_lengths(const data::TokenFile& file) {
+  std::vector<int64_t> lengths;
+  for (int64_t d = 0; d < file.num_documents(); ++d)
+    lengths.push_back(file.document_start(d + 1) - file.document_start(d));
+  if (lengths.empty()) return;
+  std::sort(lengths.begin(), lengths.end());
+  const size_t half = lengths.size() / 2;
+  const double median =
+      lengths.size() % 2 == 1
+          ? static_cast<double>(lengths[half])
+          : (static_cast<double>(lengths[half - 1]) + static_cast<double>(lengths[half])) / 2;
+  std::printf("  length: min %lld, median %.1f, mean %.1f, max %lld tokens\n",
+              number(lengths.front()), median,
+              static_cast<double>(file.num_tokens()) / static_cast<double>(lengths.size()),
+              number(lengths.back()));
+}
+
+int run_stats(const std::vector<std::string>& prefixes) {
+  if (prefixes.empty()) fail_usage("stats: no PREFIX given");
+  for (const auto& prefix : prefixes) {
+    const data::TokenFile file(prefix);
+    std::printf("%s\n  tokens: %lld\n  documents: %lld\n", file.prefix().c_str(),
+                number(file.num_tokens()), number(file.num_documents()));
+    print_lengths(file);
+    const auto& sidecar = file.sidecar();
+    if (!sidecar) {
+      std::printf("  vocabulary, sources, bytes: unknown (no %s.meta.json)\n",
+                  file.prefix().c_str());
+      continue;
+    }
+    std::printf("  tokenizer: %s\n  vocabulary: %lld, largest id used %lld, end of document %lld\n",
+                sidecar->tokenizer.c_str(), number(sidecar->vocab_size),
+                number(sidecar->max_token_id), number(sidecar->eos_id));
+    const auto tokens = static_cast<double>(std::max<int64_t>(1, file.num_tokens()));
+    std::printf("  bytes: %lld (%.3f per token)\n", number(sidecar->num_bytes),
+                static_cast<double>(sidecar->num_bytes) / tokens);
+    for (const auto& [source, documents] : sidecar->source_documents)
+      std::printf("  source: %s: %lld documents\n", source.c_str(), number(documents));
+    std::printf("  command: %s\n", sidecar->command.c_str());
+  }
+  return 0;
+}
+
+int run(int argc, char** argv) {
+  const CommandLine line = train::parse_command_line(argc, argv, kOptions);
+  if (line.has("--help")) {
+    print_usage(stdout);
+    return 0;
+  }
+  if (line.positional.empty()) fail_usage("which command? prepare, verify or stats");
+  const std::string command = line.positional.front();
+  std::vector<std::string> inputs(line.positional.begin() + 1, line.positional.end());
+  // There are no settings to override here: arguments with '=' in them are paths.
+  inputs.insert(inputs.end(), line.overrides.begin(), line.overrides.end());
+  if (command == "prepare") return run_prepare(line, inputs, join(argc, argv));
+  if (!line.options.empty()) fail_usage(command + ": takes no " + line.options.begin()->first);
+  if (command == "verify") return run_verify(inputs);
+  if (command == "stats") return run_stats(inputs);
+  fail_usage("unknown command \"" + command + "\"");
+}
+
+}  // namespace
+}  // namespace xlstm
+
+int main(int argc, char** argv) {
+  return xlstm::train::run_main("xlstm-data", [&] { return xlstm::run(argc, argv); });
+}
