@@ -1,0 +1,79 @@
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+
+#include "csrc/core/progress.h"
+#include "train/log.h"
+#include "train/metrics.h"
+
+namespace xlstm::train {
+namespace {
+
+double now_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+template <typename... Arguments>
+std::string format(const char* pattern, Arguments... arguments) {
+  char text[160];
+  std::snprintf(text, sizeof text, pattern, arguments...);
+  return text;
+}
+
+}  // namespace
+
+std::string format_count(double value) {
+  if (value >= 999.5e6) return format("%.3gG", value / 1e9);
+  if (value >= 999.5e3) return format("%.3gM", value / 1e6);
+  if (value >= 999.5) return format("%.3gk", value / 1e3);
+  return format("%.3g", value);
+}
+
+std::string format_thousands(int64_t value) {
+  std::string text = std::to_string(value);
+  const int64_t first_digit = value < 0 ? 1 : 0;
+  for (int64_t at = static_cast<int64_t>(text.size()) - 3; at > first_digit; at -= 3) {
+    text.insert(static_cast<size_t>(at), ",");
+  }
+  return text;
+}
+
+std::string format_step(const ConsoleStep& step) {
+  const double perplexity = std::exp(step.loss);
+  std::string line = format("step %lld/%lld | loss %.4f | ", static_cast<long long>(step.step),
+                            static_cast<long long>(step.total_steps), step.loss);
+  line += perplexity < 1e5 ? format("ppl %.*f", perplexity < 100 ? 2 : 1, perplexity)
+                           : format("ppl %.3g", perplexity);
+  line += format(" | gnorm %.2f | lr %.1e", step.grad_norm, step.learning_rate);
+  if (step.tokens_per_s > 0) {
+    line += " | " + format_count(step.tokens_per_s) + " tok/s";
+    line += format(" | data %.0f%%", 100 * step.data_fraction);
+  }
+  if (step.seconds_left >= 0) line += " | eta " + format_duration(step.seconds_left);
+  return line;
+}
+
+Console::Console(const std::string& mode) {
+  bar_ = mode == "bar" || (mode == "auto" && stderr_is_terminal());
+  plain_ = mode == "plain" || (mode == "auto" && !bar_);
+}
+
+Console::~Console() { finish(); }
+
+void Console::step(const ConsoleStep& step, bool logged) {
+  if (logged && plain_) print_line(format_step(step));
+  if (logged) log_to_file(format_step(step));
+  if (!bar_) return;
+  const double now = now_seconds();
+  if (now - last_draw_ < 0.1 && step.step < step.total_steps) return;
+  last_draw_ = now;
+  const double fraction = static_cast<double>(step.step) / static_cast<double>(step.total_steps);
+  show_bar(format_bar(fraction, 20) + " " + format_step(step));
+}
+
+void Console::finish() {
+  if (bar_) show_bar("");
+}
+
+}  // namespace xlstm::train

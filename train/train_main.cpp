@@ -1,1 +1,138 @@
-int main() { return 1; }
+// xlstm-train: trains a language model from a YAML file.
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <cstdio>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "csrc/config/config.h"
+#include "csrc/core/error.h"
+#include "train/command_line.h"
+#include "train/dry_run.h"
+#include "train/log.h"
+#include "train/metrics.h"
+#include "train/signals.h"
+#include "train/trainer.h"
+
+namespace {
+
+using xlstm::Error;
+using xlstm::ExitCode;
+namespace train = xlstm::train;
+
+const std::vector<train::OptionSpec> kOptions = {
+    {"--dry-run", "", "parameters, memory, tokens, data check, one step; trains nothing"},
+    {"--print-config", "", "every setting with its value, as YAML that loads again"},
+    {"--fresh", "", "start over; an existing run is moved to NAME.old-N"},
+    {"--resume", "step-N",
+     "go on from this checkpoint (also: auto, never); the same as run.resume=step-N"},
+    {"--quiet", "", "warnings and the result alone"},
+    {"--debug", "", "more messages, and errors in full"},
+    {"--help", "", "this text, with every setting"},
+};
+
+void print_help() {
+  std::printf(
+      "usage: xlstm-train CONFIG.yaml [key.sub=value ...] [options]\n\n"
+      "Trains a language model. The same command again goes on where the run stopped.\n\n%s\n"
+      "Exit status: 0 done, 2 configuration or command line, 3 data, 4 checkpoint, run folder or "
+      "disk, 5 a loss or\n"
+      "gradient is not finite, 6 another process failed, 7 out of memory, 75 asked to stop "
+      "(SIGTERM, SIGINT, SIGUSR1)\n"
+      "with everything saved: run the same command again.\n\nSettings:\n%s",
+      train::format_options(kOptions).c_str(), xlstm::config::config_help().c_str());
+}
+
+std::string shell_command(int argc, char** argv) {
+  std::string command;
+  for (int i = 0; i < argc; ++i) {
+    const std::string argument = argv[i];
+    // --fresh would throw away what the repeated command is to go on with.
+    if (argument == "--fresh") continue;
+    const bool plain = !argument.empty() &&
+                       argument.find_first_of(" \t\n'\"\\$&;|<>()*?[]{}#~`!") == std::string::npos;
+    std::string quoted = "'";
+    for (const char c : argument) quoted += c == '\'' ? "'\\''" : std::string(1, c);
+    command += (i > 0 ? " " : "") + (plain ? argument : quoted + "'");
+  }
+  return command;
+}
+
+bool is_allocation_failure(const std::string& message) {
+  for (const char* text :
+       {"not enough memory", "can't allocate memory", "out of memory", "posix_memalign"}) {
+    if (message.find(text) != std::string::npos) return true;
+  }
+  return false;
+}
+
+Error memory_error(const xlstm::config::Config& config) {
+  const int64_t micro = config.train.micro_batch_size > 0 ? config.train.micro_batch_size
+                                                          : config.train.global_batch_size;
+  const std::string half = std::to_string(micro > 1 ? micro / 2 : 1);
+  return Error(ExitCode::kMemory,
+               "out of memory at micro batch " + std::to_string(micro) + " x " +
+                   std::to_string(config.data.seq_len) +
+                   " tokens; try train.micro_batch_size=" + half +
+                   " (same result, less memory), model.activation_checkpointing=true, or a smaller "
+                   "data.seq_len; "
+                   "--dry-run shows the estimate");
+}
+
+int train_or_report_memory(const xlstm::config::Config& config,
+                           const train::TrainerOptions& options, bool dry) {
+  try {
+    if (dry) {
+      train::dry_run(config);
+      return 0;
+    }
+    train::install_signal_handlers();
+    return static_cast<int>(train::Trainer(config, options).run());
+  } catch (const std::bad_alloc&) {
+    throw memory_error(config);
+  } catch (const c10::Error& error) {
+    if (is_allocation_failure(error.what())) throw memory_error(config);
+    throw;
+  }
+}
+
+int run(int argc, char** argv) {
+  const train::CommandLine line = train::parse_command_line(argc, argv, kOptions);
+  if (line.has("--help")) {
+    print_help();
+    return 0;
+  }
+  if (line.positional.size() != 1) {
+    throw Error(
+        ExitCode::kConfig,
+        "expected one configuration file; usage: xlstm-train CONFIG.yaml [key.sub=value ...]");
+  }
+  std::vector<std::string> overrides = line.overrides;
+  if (line.has("--resume")) overrides.push_back("run.resume=" + line.get("--resume", "auto"));
+  const xlstm::config::Config config = xlstm::config::load_config(line.positional[0], overrides);
+  if (line.has("--print-config")) {
+    std::fputs(xlstm::config::print_config(config).c_str(), stdout);
+    return 0;
+  }
+  const bool quiet = line.has("--quiet");
+  train::set_console_verbosity(quiet                 ? train::Verbosity::kQuiet
+                               : line.has("--debug") ? train::Verbosity::kDebug
+                                                     : train::Verbosity::kNormal);
+  if (config.run.num_threads > 0) at::set_num_threads(static_cast<int>(config.run.num_threads));
+  const train::TrainerOptions options{line.has("--fresh"), quiet, shell_command(argc, argv)};
+  try {
+    return train_or_report_memory(config, options, line.has("--dry-run"));
+  } catch (const std::exception& error) {
+    train::show_bar("");
+    if (line.has("--debug")) std::fprintf(stderr, "%s\n", error.what());
+    throw;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return train::run_main("xlstm-train", [&] { return run(argc, argv); });
+}

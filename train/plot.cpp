@@ -1,0 +1,98 @@
+#include "train/plot.h"
+
+#include <fcntl.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <vector>
+
+#include "train/log.h"
+
+extern char** environ;
+
+namespace xlstm::train {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr int kTimeLimitMs = 120'000;
+
+/// The folder that holds the Python package: two levels above the program, both in a source tree (build/bin) and in an
+/// installed package (site-packages/libxlstm/bin). "" where it is elsewhere, that is, where Python finds it by itself.
+std::string package_parent() {
+  std::error_code error;
+  const fs::path program = fs::read_symlink("/proc/self/exe", error);
+  if (error) return "";
+  const fs::path parent = program.parent_path().parent_path().parent_path();
+  return fs::exists(parent / "libxlstm" / "plot.py") ? parent.string() : "";
+}
+
+std::vector<char*> pointers(std::vector<std::string>& strings) {
+  std::vector<char*> result;
+  for (std::string& text : strings) result.push_back(text.data());
+  result.push_back(nullptr);
+  return result;
+}
+
+/// Runs a command with its output in `log_path`. Returns its exit status; -1 where it did not start or took too long.
+int run_command(std::vector<std::string> arguments, const std::string& log_path) {
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, log_path.c_str(),
+                                   O_WRONLY | O_CREAT | O_TRUNC, 0644);
+  posix_spawn_file_actions_adddup2(&actions, STDOUT_FILENO, STDERR_FILENO);
+  pid_t child = -1;
+  const int error = ::posix_spawnp(&child, arguments[0].c_str(), &actions, nullptr,
+                                   pointers(arguments).data(), environ);
+  posix_spawn_file_actions_destroy(&actions);
+  if (error != 0) return -1;
+  for (int waited_ms = 0; waited_ms < kTimeLimitMs; waited_ms += 20) {
+    int status = 0;
+    if (::waitpid(child, &status, WNOHANG) == child)
+      return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    ::usleep(20'000);
+  }
+  ::kill(child, SIGKILL);
+  ::waitpid(child, nullptr, 0);
+  return -1;
+}
+
+std::string last_line(const std::string& path) {
+  std::ifstream file(path);
+  std::string line, last;
+  while (std::getline(file, line)) {
+    if (!line.empty()) last = line;
+  }
+  return last;
+}
+
+}  // namespace
+
+void draw_loss_plot(const std::string& run_dir) {
+  const char* configured = std::getenv("XLSTM_PYTHON");
+  const std::string python = configured != nullptr && *configured != 0 ? configured : "python3";
+  // As a file where it is known: `-m` imports the package and with it torch, which takes seconds.
+  const std::string parent = package_parent();
+  std::vector<std::string> command = {python, "-m", "libxlstm.plot", run_dir};
+  if (!parent.empty()) command = {python, parent + "/libxlstm/plot.py", run_dir};
+  const std::string log_path = run_dir + "/plot.log";
+  const int status = run_command(command, log_path);
+  std::error_code ignored;
+  if (status == 0) {
+    fs::remove(log_path, ignored);
+    log_info("loss curve: " + run_dir + "/loss.png");
+    return;
+  }
+  const std::string reason = last_line(log_path);
+  std::string by_hand;
+  for (const std::string& argument : command) by_hand += " " + argument;
+  log_warning("no loss.png" + (reason.empty() ? "" : " (" + reason + ")") +
+              "; draw it with:" + by_hand);
+}
+
+}  // namespace xlstm::train

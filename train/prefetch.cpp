@@ -1,0 +1,64 @@
+#include "train/prefetch.h"
+
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace xlstm::train {
+
+TrainBatch::TrainBatch(data::Batch&& source) : host(std::move(source)) {
+  const std::vector<int64_t> shape{host.batch_size, host.seq_len};
+  ids = at::from_blob(host.input.data(), shape, at::kLong);
+  targets = at::from_blob(host.target.data(), shape, at::kLong);
+  if (std::find(host.reset.begin(), host.reset.end(), 1) != host.reset.end()) {
+    reset = at::from_blob(host.reset.data(), shape, at::kBool);
+  }
+}
+
+Prefetcher::Prefetcher(const data::Dataset& dataset, int64_t first_sample, int64_t batch_size)
+    : dataset_(dataset),
+      next_sample_(first_sample),
+      batch_size_(batch_size),
+      thread_([this] { work(); }) {}
+
+Prefetcher::~Prefetcher() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  changed_.notify_all();
+  thread_.join();
+}
+
+std::unique_ptr<TrainBatch> Prefetcher::next() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return ready_ != nullptr || error_ != nullptr; });
+  if (error_ != nullptr) std::rethrow_exception(error_);
+  std::unique_ptr<TrainBatch> batch = std::move(ready_);
+  lock.unlock();
+  changed_.notify_all();
+  return batch;
+}
+
+void Prefetcher::work() {
+  try {
+    while (true) {
+      auto batch = std::make_unique<TrainBatch>(dataset_.batch(next_sample_, batch_size_));
+      next_sample_ += batch_size_;
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [this] { return stop_ || ready_ == nullptr; });
+      if (stop_) return;
+      ready_ = std::move(batch);
+      lock.unlock();
+      changed_.notify_all();
+    }
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    error_ = std::current_exception();
+    changed_.notify_all();
+  }
+}
+
+}  // namespace xlstm::train

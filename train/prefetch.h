@@ -1,0 +1,47 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#include "csrc/data/dataset.h"
+
+namespace xlstm::train {
+
+/// A batch of global samples as tensors that share its memory.
+struct TrainBatch {
+  explicit TrainBatch(data::Batch&& source);
+  TrainBatch(const TrainBatch&) = delete;
+  TrainBatch& operator=(const TrainBatch&) = delete;
+  data::Batch host;
+  at::Tensor ids, targets;  ///< (B,T) int64
+  at::Tensor reset;         ///< (B,T) bool; undefined where no document starts inside
+};
+
+/// Reads one batch ahead on a thread of its own while the step before runs.
+class Prefetcher {
+ public:
+  Prefetcher(const data::Dataset& dataset, int64_t first_sample, int64_t batch_size);
+  ~Prefetcher();
+  Prefetcher(const Prefetcher&) = delete;
+  Prefetcher& operator=(const Prefetcher&) = delete;
+  /// The next batch in order; waits for it. Rethrows what reading it threw.
+  std::unique_ptr<TrainBatch> next();
+
+ private:
+  void work();
+  const data::Dataset& dataset_;
+  int64_t next_sample_, batch_size_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::unique_ptr<TrainBatch> ready_;
+  std::exception_ptr error_;
+  bool stop_ = false;
+  std::thread thread_;
+};
+
+}  // namespace xlstm::train

@@ -1,0 +1,41 @@
+// <run>/run.json: what was run, with what, where and when.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/version.h>
+#include <unistd.h>
+
+#include <ctime>
+#include <nlohmann/json.hpp>
+
+#include "csrc/core/file.h"
+#include "train/run_folder.h"
+
+namespace xlstm::train {
+
+void write_run_header(const RunFolder& folder, const config::Config& config,
+                      const std::string& command, int64_t num_parameters) {
+  char host[128] = "";
+  ::gethostname(host, sizeof host - 1);
+  char time_text[40];
+  const std::time_t now = std::time(nullptr);
+  struct tm utc {};
+  std::strftime(time_text, sizeof time_text, "%Y-%m-%dT%H:%M:%SZ", ::gmtime_r(&now, &utc));
+  const std::string yaml = config::print_config(config);
+  const nlohmann::ordered_json header = {
+      {"command", command},
+      {"time", time_text},
+      {"host", host},
+      {"pid", ::getpid()},
+      {"threads", at::get_num_threads()},
+      {"cpu_capability", at::get_cpu_capability()},
+      {"versions",
+       {{"libxlstm", XLSTM_VERSION}, {"torch", TORCH_VERSION}, {"compiler", __VERSION__}}},
+      {"parameters", num_parameters},
+      {"config", yaml}};
+  write_file_atomically(
+      folder.file("run.json"),
+      header.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+  write_file_atomically(folder.file("config.yaml"), yaml);
+}
+
+}  // namespace xlstm::train

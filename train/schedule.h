@@ -1,0 +1,22 @@
+#pragma once
+#include <cstdint>
+
+#include "csrc/config/config.h"
+
+namespace xlstm::train {
+
+/// Optimizer steps of a run: max_steps, or the least number that consumes max_tokens.
+int64_t total_steps(const config::Config& config);
+
+/// Learning rate of update number `step`, 1 <= step <= total; a pure function of its arguments.
+///
+/// Warm-up: learning_rate * step / warmup_steps, so that update warmup_steps has the full rate. Then, with p in (0, 1]
+/// the share of the remaining updates and lr, min_lr the two rates:
+///   cosine    min_lr + (lr - min_lr) * (1 + cos(pi p)) / 2
+///   linear    lr + (min_lr - lr) * p
+///   constant  lr
+///   wsd       lr, then over the last decay_steps updates (0: a tenth of the run) linear to min_lr
+/// The last update has min_lr (but for "constant", and where the run ends within the warm-up).
+double learning_rate(const config::OptimConfig& options, int64_t step, int64_t total);
+
+}  // namespace xlstm::train

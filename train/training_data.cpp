@@ -1,0 +1,102 @@
+#include "train/training_data.h"
+
+#include <filesystem>
+
+#include "csrc/core/error.h"
+#include "csrc/data/prepare.h"
+#include "train/log.h"
+
+namespace xlstm::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+data::Verify verify_mode(const std::string& name) {
+  if (name == "none") return data::Verify::kNone;
+  return name == "sha256" ? data::Verify::kSha256 : data::Verify::kSizes;
+}
+
+bool token_file_exists(const std::string& path) {
+  return fs::exists(path) || fs::exists(path + ".bin");
+}
+
+/// The tokenizer the file was made with must fit the model, and is the one samples need.
+void apply_sidecar(const data::TokenFile& file, config::Config& config) {
+  const auto& sidecar = file.sidecar();
+  if (!sidecar.has_value()) return;
+  if (config.model.vocab_size < sidecar->vocab_size) {
+    throw Error(ExitCode::kConfig,
+                "model.vocab_size " + std::to_string(config.model.vocab_size) +
+                    " is smaller than the " + std::to_string(sidecar->vocab_size) +
+                    " tokens of the tokenizer of " + file.prefix() + " (" + sidecar->tokenizer +
+                    "); set model.vocab_size=" + std::to_string(sidecar->vocab_size) + " or more");
+  }
+  if (config.data.tokenizer != "bytes" || sidecar->tokenizer == "bytes" ||
+      sidecar->tokenizer.empty())
+    return;
+  if (!fs::exists(sidecar->tokenizer)) {
+    throw Error(ExitCode::kConfig,
+                file.prefix() + " was made with the tokenizer " + sidecar->tokenizer +
+                    ", which is not there any more; say where it is with data.tokenizer=PATH");
+  }
+  config.data.tokenizer = sidecar->tokenizer;
+}
+
+std::shared_ptr<const data::TokenFile> open_file(const std::string& path, config::Config& config) {
+  auto file = std::make_shared<const data::TokenFile>(path, verify_mode(config.data.verify));
+  apply_sidecar(*file, config);
+  file->check_vocab(config.model.vocab_size);
+  return file;
+}
+
+}  // namespace
+
+bool has_data(const config::Config& config) {
+  return !config.data.text.empty() || !config.data.train.empty();
+}
+
+std::string first_missing_file(const config::Config& config) {
+  if (!config.data.text.empty()) return "";
+  for (const auto& source : config.data.train) {
+    if (!token_file_exists(source.path)) return source.path;
+  }
+  return config.data.val.empty() || token_file_exists(config.data.val) ? "" : config.data.val;
+}
+
+TrainingData open_training_data(config::Config& config) {
+  if (!has_data(config)) {
+    throw Error(ExitCode::kConfig,
+                "no training data: set data.text=FILE, FOLDER or GLOB, or data.train=[{path: "
+                "PREFIX}] (xlstm-data prepare)");
+  }
+  std::vector<config::DataSource> sources = config.data.train;
+  std::string held_out = config.data.val;
+  if (!config.data.text.empty()) {
+    const data::CachedText cached =
+        data::prepare_cached(config.data.text, config.data.val_text, config.data.val_fraction,
+                             config.data.val_split, config.data.tokenizer, config.data.cache_dir);
+    sources = {{cached.train_prefix, 1.0}};
+    held_out = cached.val_prefix;
+  }
+  const data::DatasetOptions options{
+      .seq_len = config.data.seq_len,
+      .shuffle = config.data.shuffle,
+      .seed = static_cast<uint64_t>(config.data.shuffle_seed),
+      .reset_state_at_document = config.data.reset_state_at_document,
+      .mask_loss_across_documents = config.data.mask_loss_across_documents};
+  TrainingData result;
+  std::vector<data::WeightedFile> files;
+  for (const auto& source : sources) {
+    files.push_back({open_file(source.path, config), source.weight});
+    result.train_tokens += files.back().file->num_tokens();
+  }
+  result.train = std::make_unique<data::Dataset>(std::move(files), options);
+  if (!held_out.empty()) {
+    const auto file = open_file(held_out, config);
+    result.held_out_tokens = file->num_tokens();
+    result.held_out = std::make_unique<data::EvalSet>(file, options);
+  }
+  return result;
+}
+
+}  // namespace xlstm::train
