@@ -107,7 +107,7 @@ std::shared_ptr<const data::TokenFile> open_data(const LoadedModel& loaded,
   file->check_vocab(loaded.config.model.vocab_size);
   if (const auto& sidecar = file->sidecar();
       sidecar && loaded.tokenizer != "bytes" && !sidecar->tokenizer_sha256.empty() &&
-      sidecar->tokenizer_sha256 != data::make_tokenizer(loaded.tokenizer)->sha256())
+      sidecar->tokenizer_sha256 != data::tokenizer_sha256(loaded.tokenizer))
     throw Error(ExitCode::kData,
                 prefix + ": prepared with another tokenizer (" + sidecar->tokenizer +
                     ") than the model's; prepare it again with " + loaded.tokenizer);

@@ -2,12 +2,15 @@
 #include <ATen/Parallel.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
 #include <iostream>
 #include <iterator>
 #include <string>
+#include <system_error>
 
 #include "csrc/core/error.h"
 #include "train/checkpoint.h"
@@ -82,8 +85,9 @@ std::vector<int64_t> encode_prompt(const std::string& text, data::Tokenizer& tok
 }
 
 void show(const std::string& text) {
-  std::fwrite(text.data(), 1, text.size(), stdout);
-  std::fflush(stdout);
+  const size_t written = std::fwrite(text.data(), 1, text.size(), stdout);
+  if (written != text.size() || std::fflush(stdout) != 0)
+    throw std::system_error(errno, std::generic_category(), "standard output");
 }
 
 /// Prints one continuation as it is drawn and its speed on standard error.

@@ -1,0 +1,127 @@
+"""xlstm-generate and xlstm-eval on a small trained run, with bytes and with a tokenizer.json."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+from tiny_run import BIN, TinyRun, environment, program  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = TinyRun(tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("shared"), steps=60, every=20)
+    run.train(check=0)
+    return run
+
+
+def generate(run, *args, **kwargs):
+    return program("xlstm-generate", getattr(run, "path", run), *args, check=0, **kwargs).stdout
+
+
+def test_prompt_from_argument_file_and_stdin_are_the_same(run, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the state ")
+    options = ["--max-new-tokens", 40]
+    text = generate(run, "--prompt", "the state ", *options)
+    assert text.startswith("the state ") and len(text) == len("the state ") + 40 + 1
+    assert generate(run, "--prompt-file", tmp_path / "prompt.txt", *options) == text
+    assert generate(run, *options, stdin="the state ") == text
+    assert generate(run, "--prompt", "the state ", "--no-echo", *options) == text[len("the state "):]
+    assert len(generate(run, *options)) > 1  # an empty prompt starts a line
+
+
+def test_seed_greedy_and_samples(run):
+    def text(*args):
+        return generate(run, "--prompt", "the ", "--max-new-tokens", 60, *args)
+    assert text("--seed", 1) == text("--seed", 1)
+    assert text("--seed", 1) != text("--seed", 2)
+    assert text("--seed", 1, "--threads", 1) == text("--seed", 1)
+    greedy = text("--greedy")
+    assert greedy == text("--greedy", "--seed", 9) == text("--top-k", 1) == text("--temperature", 0)
+    assert text("--top-p", 1e-9) == greedy
+    several = text("--num-samples", 3, "--seed", 5).split("---------------\n")
+    assert several == [text("--seed", 5 + i) for i in range(3)]
+
+
+def test_generation_continues_what_it_generated(run):
+    """Greedy: taking the first half of the output into the prompt changes nothing."""
+    whole = generate(run, "--prompt", "The cell", "--greedy", "--max-new-tokens", 40)
+    half = whole[:len("The cell") + 20]
+    assert generate(run, "--prompt", half, "--greedy", "--max-new-tokens", 20) == whole
+
+
+def test_output_is_streamed_and_valid_utf8(run):
+    process = subprocess.Popen([BIN / "xlstm-generate", run.path, "--prompt", "é", "--max-new-tokens", "2000",
+                                "--temperature", "5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=environment())
+    first = process.stdout.read(64)
+    assert process.poll() is None, "text comes before the end"
+    rest, errors = process.communicate(timeout=120)
+    (first + rest).decode("utf-8")  # a wild temperature draws every byte: what is printed is text all the same
+    assert process.returncode == 0
+    assert re.search(rb"prompt: 2 tokens, [\d.]+ tokens/s \| decode: \d+ tokens, [\d.]+ tokens/s", errors)
+
+
+def test_eval_of_the_runs_own_held_out_set(run, tmp_path):
+    out = tmp_path / "eval.json"
+    done = program("xlstm-eval", run.path, "--json", out, check=0)
+    result = json.loads(out.read_text())
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["seq_len"] == 32 and result["tokens"] > 1000
+    assert 0 < result["bits_per_byte"] < 8
+    assert f"{result['loss']:.6f}" in done.stdout
+    limited = tmp_path / "limited.json"
+    program("xlstm-eval", run.path, "--batches", 2, "--batch-size", 2, "--json", limited, check=0)
+    trained = [m for m in run.metrics() if "val/loss" in m][-1]  # eval.batches: 2 of micro batches of 2
+    assert json.loads(limited.read_text())["loss"] == pytest.approx(trained["val/loss"], rel=1e-5)
+
+
+def test_eval_at_longer_contexts_and_on_text(run, tmp_path):
+    def loss(*args):
+        program("xlstm-eval", run.path, *args, "--json", tmp_path / "eval.json", check=0)
+        return json.loads((tmp_path / "eval.json").read_text())
+    results = [loss("--seq-len", n) for n in (8, 32, 512)]
+    assert len({r["tokens"] for r in results}) == 1, "every token is scored once at any context"
+    assert results[0]["loss"] > results[1]["loss"]
+    assert math.isfinite(results[2]["loss"])
+    for batch_size in (1, 7):
+        assert loss("--batch-size", batch_size)["loss"] == pytest.approx(results[1]["loss"], rel=1e-6)
+
+    text = tmp_path / "text.txt"
+    text.write_text("The cell keeps memory slowly and then reads.\n" * 20)
+    on_text = loss("--text", text)
+    assert on_text["tokens"] == len(text.read_text())  # the first byte is not scored, the end of the document is
+    assert on_text["bits_per_byte"] == pytest.approx(on_text["loss"] / math.log(2), rel=2e-3)
+    program("xlstm-data", "prepare", "--output", tmp_path / "tokens", text, check=0)
+    assert loss("--data", tmp_path / "tokens")["loss"] == pytest.approx(on_text["loss"], rel=1e-9)
+
+
+def test_a_checkpoint_with_a_tokenizer_stands_alone(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    run = TinyRun(tmp_path / "run", tmp_path / "shared", steps=30, every=30)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train([str(tmp_path / "shared" / "text.txt")], tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    spec = tmp_path / "words.json"
+    tokenizer.save(str(spec))
+    python = {"XLSTM_PYTHON": sys.executable}
+    run.train(f"data.tokenizer={spec}", "model.vocab_size=320", check=0, **python)
+    spec.unlink()  # the checkpoint's own copy is used from here on
+    checkpoint = run.checkpoints()[-1]
+    assert (checkpoint / "tokenizer.json").exists()
+    text = generate(checkpoint, "--prompt", "The cell 😀 ", "--max-new-tokens", 40, **python)
+    assert text.startswith("The cell 😀 ")
+    generate(checkpoint, "--max-new-tokens", 5, "--temperature", 3, **python)  # starts from the end-of-document token
+    file = tmp_path / "text.txt"
+    file.write_text("The cell keeps memory.\n" * 50)
+    program("xlstm-eval", checkpoint, "--text", file, "--json", tmp_path / "e.json", check=0, **python)
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["bits_per_byte"] < result["loss"] / math.log(2), "a token holds several bytes"
