@@ -1,0 +1,190 @@
+#include "train/command_line.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <exception>
+#include <new>
+#include <system_error>
+
+#include "csrc/config/text.h"
+#include "csrc/core/error.h"
+
+namespace xlstm::train {
+namespace {
+
+using config::in_quotes;
+
+[[noreturn]] void fail(const std::string& what) {
+  throw Error(ExitCode::kConfig, "command line: " + what);
+}
+
+bool is_name_char(char c) {
+  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
+         c == '.';
+}
+
+// "train.max_steps=5", also the misspelt "max_steps=5", whose error then names the right key; not
+// "dir/a=b.yaml".
+bool is_override(const std::string& argument) {
+  const size_t equals = argument.find('=');
+  if (equals == std::string::npos || equals == 0 || argument[0] == '.' ||
+      (argument[0] >= '0' && argument[0] <= '9')) {
+    return false;
+  }
+  return std::all_of(argument.begin(), argument.begin() + static_cast<ptrdiff_t>(equals),
+                     is_name_char);
+}
+
+const OptionSpec& find_option(const std::string& name, const std::vector<OptionSpec>& options) {
+  std::vector<std::string> names;
+  for (const OptionSpec& option : options) {
+    if (option.name == name) return option;
+    names.push_back(option.name);
+  }
+  const std::string meant = config::closest_match(name, names);
+  if (!meant.empty()) fail("unknown option " + in_quotes(name) + "; did you mean " + meant + "?");
+  fail("unknown option " + in_quotes(name) + "; options are " + config::join(names, ", "));
+}
+
+// Reads the option at `index` and its value, and returns the index behind them.
+int read_option(int index, int argc, char** argv, const std::vector<OptionSpec>& options,
+                CommandLine& line) {
+  const std::string argument = argv[index];
+  const size_t equals = argument.find('=');
+  const bool has_value = equals != std::string::npos;
+  const OptionSpec& option = find_option(argument.substr(0, equals), options);
+  if (option.value.empty()) {
+    if (has_value) fail(option.name + " takes no value, got " + in_quotes(argument));
+    line.options[option.name] = "";
+    return index + 1;
+  }
+  if (has_value) {
+    line.options[option.name] = argument.substr(equals + 1);
+    return index + 1;
+  }
+  const bool missing = index + 1 >= argc || std::string(argv[index + 1]).starts_with("--");
+  if (missing) fail(option.name + " needs a value; write " + option.name + "=" + option.value);
+  line.options[option.name] = argv[index + 1];
+  return index + 2;
+}
+
+// Messages are one line: a script reads them, and a multi-line text would hide what follows.
+std::string one_line(std::string text) {
+  while (!text.empty() && text.back() == '\n') text.pop_back();
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  return text;
+}
+
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+int report(const char* program, const std::string& message, ExitCode code) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "%s: error: %s\n", program, one_line(message).c_str());
+  return static_cast<int>(code);
+}
+
+int report_no_memory(const char* program, const std::string& detail) {
+  return report(program,
+                "out of memory" + (detail.empty() ? "" : " (" + detail + ")") +
+                    "; lower train.micro_batch_size or data.seq_len, or set "
+                    "model.activation_checkpointing=true",
+                ExitCode::kMemory);
+}
+
+bool is_file_error(const std::error_code& code) {
+  for (const std::errc each :
+       {std::errc::no_space_on_device, std::errc::read_only_file_system,
+        std::errc::permission_denied, std::errc::operation_not_permitted, std::errc::io_error,
+        std::errc::no_such_file_or_directory, std::errc::file_exists, std::errc::not_a_directory,
+        std::errc::is_a_directory, std::errc::file_too_large, std::errc::filename_too_long,
+        std::errc::too_many_files_open}) {
+    if (code == each) return true;
+  }
+  return code == std::error_code(EDQUOT, std::generic_category());
+}
+
+}  // namespace
+
+std::string CommandLine::get(const std::string& name, const std::string& fallback) const {
+  const auto found = options.find(name);
+  return found == options.end() ? fallback : found->second;
+}
+
+int64_t CommandLine::get_int(const std::string& name, int64_t fallback) const {
+  if (!has(name)) return fallback;
+  const auto value = config::parse_int(options.at(name));
+  if (!value) fail(name + ": got " + in_quotes(options.at(name)) + ", expected an integer");
+  return *value;
+}
+
+double CommandLine::get_double(const std::string& name, double fallback) const {
+  if (!has(name)) return fallback;
+  const auto value = config::parse_double(options.at(name));
+  if (!value) fail(name + ": got " + in_quotes(options.at(name)) + ", expected a number");
+  return *value;
+}
+
+CommandLine parse_command_line(int argc, char** argv, const std::vector<OptionSpec>& options) {
+  CommandLine line;
+  bool only_positional = false;
+  for (int i = 1; i < argc;) {
+    const std::string argument = argv[i];
+    if (!only_positional && argument == "--") {
+      only_positional = true;
+      ++i;
+    } else if (!only_positional && argument.size() > 1 && argument[0] == '-') {
+      i = read_option(i, argc, argv, options, line);
+    } else {
+      const bool override = !only_positional && is_override(argument);
+      (override ? line.overrides : line.positional).push_back(argument);
+      ++i;
+    }
+  }
+  return line;
+}
+
+std::string format_options(const std::vector<OptionSpec>& options) {
+  size_t width = 0;
+  const auto head = [](const OptionSpec& option) {
+    return option.name + (option.value.empty() ? "" : " " + option.value);
+  };
+  for (const OptionSpec& option : options) width = std::max(width, head(option).size());
+  std::string out;
+  for (const OptionSpec& option : options) {
+    std::string left = head(option);
+    left.resize(width, ' ');
+    out += "  " + left + "   " + option.help + "\n";
+  }
+  return out;
+}
+
+int run_main(const char* program, const std::function<int()>& body) {
+  std::signal(SIGPIPE, SIG_IGN);
+  try {
+    return body();
+  } catch (const Error& error) {
+    return report(program, error.what(), error.code);
+  } catch (const std::bad_alloc&) {
+    return report_no_memory(program, "");
+  } catch (const c10::OutOfMemoryError& error) {
+    return report_no_memory(program, first_line(error.what_without_backtrace()));
+  } catch (const c10::Error& error) {
+    const std::string what = first_line(error.what_without_backtrace());
+    // The CPU allocator of torch has no error class of its own.
+    const bool memory = what.find("allocate memory") != std::string::npos ||
+                        what.find("not enough memory") != std::string::npos;
+    return memory ? report_no_memory(program, what) : report(program, what, ExitCode::kConfig);
+  } catch (const std::system_error& error) {
+    if (is_file_error(error.code())) return report(program, error.what(), ExitCode::kCheckpoint);
+    return report(program, error.what(), static_cast<ExitCode>(1));
+  } catch (const std::exception& error) {
+    return report(program, error.what(), static_cast<ExitCode>(1));
+  } catch (...) {
+    return report(program, "unknown exception", static_cast<ExitCode>(1));
+  }
+}
+
+}  // namespace xlstm::train

@@ -1,5 +1,7 @@
 #pragma once
-// The command line shared by all programs: `program POSITIONAL... [--flag] [--option VALUE] [key.sub=value ...]`.
+// The command line shared by all programs: `program POSITIONAL... [--flag] [--option VALUE]
+// [key.sub=value ...]`.
+#include <cstdint>
 #include <functional>
 #include <map>
 #include <string>
@@ -8,28 +10,34 @@
 namespace xlstm::train {
 
 struct OptionSpec {
-  std::string name;             ///< "--max-new-tokens"
-  std::string value;            ///< "N"; "" for a flag without value
+  std::string name;   ///< "--max-new-tokens"
+  std::string value;  ///< "N"; "" for a flag without value
   std::string help;
 };
 
 struct CommandLine {
   std::vector<std::string> positional;
-  std::vector<std::string> overrides;           ///< arguments of the form key.sub=value
-  std::map<std::string, std::string> options;   ///< given options by name ("--seed"); "" for flags
+  std::vector<std::string> overrides;          ///< arguments of the form key.sub=value
+  std::map<std::string, std::string> options;  ///< given options by name ("--seed"); "" for flags
   bool has(const std::string& name) const { return options.count(name) != 0; }
   std::string get(const std::string& name, const std::string& fallback) const;
-  int64_t get_int(const std::string& name, int64_t fallback) const;     ///< throws Error(kConfig) on text
+  int64_t get_int(const std::string& name,
+                  int64_t fallback) const;  ///< throws Error(kConfig) on text
   double get_double(const std::string& name, double fallback) const;
 };
 
-/// Throws Error(kConfig) for unknown options (with a suggestion) and missing values.
+/// An option's value is the next argument or follows a '=' ("--seed=1"); a value that starts with
+/// "--" needs the '='. The last of several values counts. Behind "--" everything is positional;
+/// "name.sub=text" before it is an override. Throws Error(kConfig) for unknown options (with a
+/// suggestion), missing values, and values of flags.
 CommandLine parse_command_line(int argc, char** argv, const std::vector<OptionSpec>& options);
 /// "--name VALUE   help" lines.
 std::string format_options(const std::vector<OptionSpec>& options);
 
-/// Runs a program's body and turns what it throws into one line `program: error: ...` on standard error and the exit
-/// status: Error -> its code, std::bad_alloc -> 7 with advice, c10::Error -> its first line and 2, other -> 1.
+/// Runs a program's body and turns what it throws into one line `program: error: ...` on standard
+/// error and the exit status: Error -> its code, no memory -> 7 with advice, a failed file
+/// operation -> 4, c10::Error -> its first line and 2, other -> 1. SIGPIPE is ignored: a closed
+/// pipe is an error of the write.
 int run_main(const char* program, const std::function<int()>& body);
 
 }  // namespace xlstm::train

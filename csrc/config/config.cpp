@@ -56,11 +56,11 @@ class Loader {
     fs::path canonical = fs::weakly_canonical(path, ignored);
     if (ignored) canonical = path;
     if (std::find(open_files_.begin(), open_files_.end(), canonical) != open_files_.end()) {
-      config_error(where, "base",
+      config_error(where, "",
                    in_quotes(path.string()) + " is based on itself; remove one of the bases");
     }
     if (++num_files_ > kMaxFiles) {
-      config_error(where, "base",
+      config_error(where, "",
                    "more than " + std::to_string(kMaxFiles) + " files in all; use fewer bases");
     }
     const std::string text = read_text(path, where);

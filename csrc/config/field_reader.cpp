@@ -149,8 +149,9 @@ std::string read_string(const Value& value) {
 
 const std::vector<YamlNodePtr>& items_of(const Value& value) {
   if (value.node.kind == YamlNode::Kind::kList) return value.node.items;
-  const bool scalar = value.node.kind == YamlNode::Kind::kScalar;
-  value.fail(scalar ? "write [" + value.node.text.substr(0, 60) + "]" : "an empty list is []");
+  static Config defaults;
+  const bool sources = std::holds_alternative<std::vector<DataSource>*>(value.field.ref(defaults));
+  value.fail(sources ? "write [{path: PREFIX}]" : "write [value, value], or [] for none");
 }
 
 DataSource read_source(const Value& value) {
@@ -227,9 +228,35 @@ std::string fields_where(Test test) {
   return names.size() <= 4 ? join(names, " or ") : "";
 }
 
+// What other trainers call a setting, where the names have nothing in common.
+std::string known_elsewhere_as(const std::string& key) {
+  static const std::vector<std::pair<std::string, std::string>> kNames = {
+      {"lr", "optim.learning_rate"},
+      {"wd", "optim.weight_decay"},
+      {"betas", "optim.beta1 and beta2"},
+      {"hidden_size", "model.embedding_dim"},
+      {"hidden_dim", "model.embedding_dim"},
+      {"d_model", "model.embedding_dim"},
+      {"dim", "model.embedding_dim"},
+      {"num_layers", "model.num_blocks"},
+      {"n_layer", "model.num_blocks"},
+      {"n_head", "model.num_heads"},
+      {"context_length", "data.seq_len"},
+      {"block_size", "data.seq_len"},
+      {"gradient_accumulation_steps", "train.global_batch_size / train.micro_batch_size"},
+      {"clip_grad", "train.grad_clip"},
+      {"threads", "run.num_threads"}};
+  for (const auto& [other, ours] : kNames) {
+    if (other == key) return ours;
+  }
+  return "";
+}
+
 std::string suggestion(const std::string& name) {
   const std::string section = parent_of(name), key = last_part(name);
   const auto did_you_mean = [](const std::string& what) { return "did you mean " + what + "?"; };
+  const std::string alias = known_elsewhere_as(key);
+  if (!alias.empty()) return did_you_mean(alias);
   const std::string same = fields_where([&](const std::string& other) { return other == key; });
   if (!same.empty()) return did_you_mean(same);
   if (find_section(key) != nullptr) return did_you_mean("the section " + key);

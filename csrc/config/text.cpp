@@ -169,7 +169,9 @@ size_t find_invalid_utf8(std::string_view text) {
 }
 
 std::string closest_match(std::string_view word, const std::vector<std::string>& candidates) {
+  constexpr size_t kLongestName = 100;
   std::string best;
+  if (word.size() > kLongestName) return best;
   size_t best_distance = std::max<size_t>(1, word.size() / 3) + 1;
   for (const std::string& candidate : candidates) {
     const size_t distance = edit_distance(word, candidate);

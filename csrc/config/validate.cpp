@@ -73,8 +73,10 @@ void require_divisible(const Config& config, const std::string& name, const std:
                        double width, const std::string& divisor_name, int64_t divisor) {
   const bool divisible = width >= 1 && std::fmod(width, static_cast<double>(divisor)) == 0;
   require(divisible, config, name,
-          what + " is " + format_double(width) + ", expected a multiple of " + divisor_name + " " +
-              to_string(divisor));
+          what + " is " +
+              (width == std::floor(width) ? to_string(static_cast<int64_t>(width))
+                                          : format_double(width)) +
+              ", expected a multiple of " + divisor_name + " " + to_string(divisor));
 }
 
 void validate_xlstm(const Config& config) {
@@ -85,7 +87,7 @@ void validate_xlstm(const Config& config) {
   if (static_cast<int64_t>(model.slstm_at.size()) == model.num_blocks) return;
   const auto multiple = static_cast<double>(model.mlstm.round_proj_up_to_multiple_of);
   const double width = model.mlstm.proj_factor * static_cast<double>(model.embedding_dim);
-  const double inner = std::floor((width + multiple - 1) / multiple) * multiple;
+  const double inner = std::ceil(width / multiple) * multiple;
   require_divisible(config, "model.mlstm.proj_factor", "the width of the up-projection", inner,
                     "model.num_heads", model.num_heads);
   require_divisible(config, "model.mlstm.qkv_proj_blocksize", "the width of the up-projection",

@@ -194,7 +194,13 @@ void check_text(std::string_view text, const YamlOrigin& origin) {
 }  // namespace
 
 void config_error(const std::string& where, const std::string& key, const std::string& what) {
-  throw Error(ExitCode::kConfig, where + ": " + (key.empty() ? "" : key + ": ") + what);
+  constexpr size_t kMaxKey = 200;
+  std::string message = where + ": " + (key.empty() ? "" : key.substr(0, kMaxKey) + ": ") + what;
+  // Keys may hold any character, a message is one line.
+  std::replace_if(
+      message.begin(), message.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20; },
+      ' ');
+  throw Error(ExitCode::kConfig, message);
 }
 
 YamlNodePtr read_yaml(std::string_view text, const YamlOrigin& origin) {
@@ -208,7 +214,8 @@ YamlNodePtr read_yaml(std::string_view text, const YamlOrigin& origin) {
     while (parser.HandleNextDocument(builder)) {
     }
   } catch (const YAML::Exception& error) {
-    const int last_line = line_of(text, text.size());
+    const size_t end = text.find_last_not_of(" \n\r");
+    const int last_line = line_of(text, end == std::string_view::npos ? 0 : end);
     const int line = std::clamp(error.mark.line + 1, 1, last_line);
     std::string what = "not valid YAML (" + error.msg + ")";
     if (error.msg.find("document indicator") != std::string::npos) {

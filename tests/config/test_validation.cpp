@@ -1,0 +1,137 @@
+// Settings that contradict each other: of the model when it is read, of a training run when it starts.
+#include "tests/config/support.h"
+#include "tests/support/catch.h"
+
+namespace xlstm::config {
+namespace {
+
+std::string training_message(const std::string& yaml) {
+  return message_of([&] { validate_for_training(parse_config(yaml, "f.yaml")); });
+}
+
+struct Case {
+  std::string yaml, message;
+};
+
+}  // namespace
+
+TEST_CASE("model sizes that do not fit together") {
+  const std::vector<Case> cases = {
+      {"model: {embedding_dim: 130}",
+       "f.yaml:1: model.embedding_dim: the width is 130, expected a multiple of model.num_heads 4"},
+      {"model:\n  num_heads: 3\n",
+       "model.embedding_dim (default): the width is 128, expected a multiple of model.num_heads 3"},
+      {"model: {num_heads: 8, embedding_dim: 24, mlstm: {proj_factor: 1.5, "
+       "round_proj_up_to_multiple_of: 1}}",
+       "f.yaml:1: model.mlstm.proj_factor: the width of the up-projection is 36, expected a "
+       "multiple of "
+       "model.num_heads 8"},
+      {"model: {mlstm: {qkv_proj_blocksize: 7}}",
+       "f.yaml:1: model.mlstm.qkv_proj_blocksize: the width of the up-projection is 256, expected "
+       "a multiple of this "
+       "block size 7"},
+      {"model: {slstm_at: [1, 4]}",
+       "f.yaml:1: model.slstm_at: position 4 does not exist, expected 0..3 (model.num_blocks is "
+       "4)"},
+      {"model: {slstm_at: [2, 1, 2]}",
+       "f.yaml:1: model.slstm_at: position 2 stands twice; remove one"},
+      {"model: {kind: xlstm_large, qk_dim_factor: 0.3}",
+       "f.yaml:1: model.qk_dim_factor: the width of queries and keys is 38.4, expected a multiple "
+       "of model.num_heads 4"},
+      {"model: {kind: xlstm_large, v_dim_factor: 0.001}",
+       "f.yaml:1: model.v_dim_factor: the width of values is 0.128, expected a multiple of "
+       "model.num_heads 4"},
+  };
+  for (const Case& each : cases) CHECK(parse_message(each.yaml) == each.message);
+  CHECK(parse_message("model: {slstm_at: [3, 0, 1, 2], mlstm: {qkv_proj_blocksize: 7}}") == "");
+}
+
+TEST_CASE("settings of the other kind of model are refused unless they say what holds anyway") {
+  const std::vector<std::string> of_xlstm = {"slstm_at: [1]", "bias: true",
+                                             "mlstm: {proj_factor: 3}", "mlstm: {normalize: false}",
+                                             "slstm: {cell: lstm}"};
+  for (const std::string& setting : of_xlstm) {
+    INFO(setting);
+    CHECK(parse_message("model: {" + setting + "}") == "");
+    CHECK(parse_message("model: {kind: xlstm_large, " + setting + "}")
+              .find("applies to model.kind xlstm only, but the kind is xlstm_large; remove it") !=
+          std::string::npos);
+  }
+  for (const std::string setting : {"qk_dim_factor: 1", "v_dim_factor: 2", "gate_soft_cap: 5"}) {
+    INFO(setting);
+    CHECK(parse_message("model: {kind: xlstm_large, " + setting + "}") == "");
+    CHECK(parse_message("model: {" + setting + "}")
+              .find("applies to model.kind xlstm_large only, but the kind is xlstm; remove it") !=
+          std::string::npos);
+  }
+  CHECK(parse_message(
+            "model: {kind: xlstm_large, bias: false, slstm_at: [], mlstm: {proj_factor: 2.0}}") ==
+        "");
+  CHECK(parse_message("model: {kind: xlstm_large, feed_forward: {act_fn: silu}}") == "");
+  CHECK(
+      parse_message("model: {kind: xlstm_large, feed_forward: {act_fn: relu}}") ==
+      "f.yaml:1: model.feed_forward.act_fn: is always silu for model.kind xlstm_large; remove it");
+}
+
+TEST_CASE("what a training run needs") {
+  const std::string data = "data: {text: a.txt}\n";
+  CHECK(training_message(data + "train: {max_steps: 500}") == "");
+  CHECK(training_message("data: {train: [{path: a}], val: b}\ntrain: {max_tokens: 4096000}") == "");
+  const std::vector<Case> cases = {
+      {data,
+       "train.max_steps (default): the length of the run is not given; set train.max_steps or "
+       "train.max_tokens"},
+      {data + "train:\n  max_steps: 500\n  max_tokens: 7\n",
+       "f.yaml:4: train.max_tokens: is 7 while train.max_steps is 500, expected one of them; set "
+       "the other to 0"},
+      {data + "train: {max_steps: 500, global_batch_size: 16, micro_batch_size: 3}",
+       "f.yaml:2: train.micro_batch_size: is 3, expected a divisor of train.global_batch_size 16"},
+      {data + "train: {max_steps: 500, global_batch_size: 16, micro_batch_size: 32}",
+       "f.yaml:2: train.micro_batch_size: is 32, expected a divisor of train.global_batch_size 16"},
+      {"train: {max_steps: 500}",
+       "data.text (default): nothing to train on; set data.text to a file, folder or glob (or "
+       "python-stdlib), or "
+       "data.train to token files"},
+      {"data: {text: a, train: [{path: b}]}\ntrain: {max_steps: 500}",
+       "f.yaml:1: data.text: is given together with data.train, expected one of them; set "
+       "data.text=\"\" or "
+       "data.train=[]"},
+      {"data: {train: [{path: b}], val_text: c}\ntrain: {max_steps: 500}",
+       "f.yaml:1: data.val_text: works with data.text; with data.train set data.val to a prepared "
+       "token file"},
+      {"data: {text: b, val: c}\ntrain: {max_steps: 500}",
+       "f.yaml:1: data.val: works with data.train; with data.text set data.val_text or "
+       "data.val_fraction"},
+      {data + "train: {max_steps: 500}\nmodel: {vocab_size: 100}",
+       "f.yaml:3: model.vocab_size: is 100, expected >= 256 for data.tokenizer bytes"},
+      {data + "train: {max_steps: 500}\noptim: {learning_rate: 1e-5}",
+       "optim.min_lr (default): is 1.0e-04, expected at most optim.learning_rate 1.0e-05"},
+      {data + "train: {max_steps: 50}",
+       "optim.warmup_steps (default): is 100, expected at most the 50 steps of the run"},
+      {data + "train: {max_tokens: 8192}\noptim: {warmup_steps: 3}",
+       "f.yaml:3: optim.warmup_steps: is 3, expected at most the 2 steps of the run"},
+      {data + "train: {max_steps: 500}\noptim: {decay_steps: 5}",
+       "f.yaml:3: optim.decay_steps: applies to optim.schedule wsd only, but the schedule is "
+       "cosine; remove it"},
+      {data + "train: {max_steps: 500}\noptim: {schedule: wsd, decay_steps: 401}",
+       "f.yaml:3: optim.decay_steps: is 401, expected at most 400, the steps after the warm-up"},
+      {data + "train: {max_steps: 500}\nrun: {name: a/b}",
+       "f.yaml:3: run.name: got 'a/b', expected a folder name; put the path into run.out_dir"},
+      {data + "train: {max_steps: 500}\nrun: {name: ..}",
+       "f.yaml:3: run.name: got '..', expected a folder name; put the path into run.out_dir"},
+  };
+  for (const Case& each : cases) {
+    INFO(each.yaml);
+    CHECK(training_message(each.yaml) == each.message);
+  }
+  CHECK(training_message(
+            data + "train: {max_steps: 500}\noptim: {learning_rate: 1e-5, schedule: constant}") ==
+        "");
+}
+
+TEST_CASE("programs other than the trainer read incomplete configurations") {
+  CHECK(parse_message("model: {num_blocks: 2}") == "");
+  CHECK(parse_message("train: {max_steps: 5, max_tokens: 5}") == "");
+}
+
+}  // namespace xlstm::config
