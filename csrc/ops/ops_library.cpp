@@ -21,15 +21,40 @@ TORCH_LIBRARY(xlstm, m) {
       "Tensor? reset=None, Tensor? cu_seqlens=None, str cell=\"slstm\") "
       "-> (Tensor y, Tensor y_last, Tensor c, Tensor n, Tensor m)");
   m.def(
+      "slstm_forward(Tensor wx, Tensor r, Tensor b, Tensor? y0, Tensor? c0, Tensor? n0, Tensor? m0, *, Tensor? reset, "
+      "Tensor? cu_seqlens, str cell) -> (Tensor y, Tensor y_last, Tensor c, Tensor n, Tensor m, Tensor gates, "
+      "Tensor checkpoints)");
+  m.def(
+      "slstm_backward(Tensor? dy, Tensor? dy_last, Tensor? dc, Tensor? dn, Tensor gates, Tensor checkpoints, Tensor r, "
+      "Tensor? y0, Tensor? c0, Tensor? n0, *, Tensor? reset, Tensor? cu_seqlens, str cell, ScalarType dtype, "
+      "int gate_dim) -> (Tensor dwx, Tensor dr, Tensor db, Tensor dy0, Tensor dc0, Tensor dn0)");
+  m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? state0=None, *, Tensor? reset=None, "
       "Tensor? cu_seqlens=None, bool silu=False) -> (Tensor y, Tensor state)");
   m.def(
       "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, *, bool silu=False) -> Tensor y");
   m.def(
+      "causal_conv1d_backward(Tensor? dy, Tensor? dstate, Tensor x, Tensor weight, Tensor? bias, Tensor? state0, *, "
+      "Tensor? reset, Tensor? cu_seqlens, bool silu) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dstate0)");
+  m.def(
       "headwise_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, Tensor? skip=None, Tensor? skip_weight=None, "
       "Tensor? gate=None, *, float eps=1e-5, str kind=\"layer\", str gate_activation=\"silu\") -> Tensor");
+  m.def(
+      "headwise_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? skip, Tensor? skip_weight, "
+      "Tensor? gate, *, float eps, str kind, str gate_activation) -> (Tensor dx, Tensor dweight, Tensor dbias, "
+      "Tensor dskip, Tensor dskip_weight, Tensor dgate)");
   m.def("block_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def(
+      "block_linear_backward(Tensor dy, Tensor x, Tensor weight, *, bool has_bias) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
       "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, *, int ignore_index=-100, float soft_cap=0., "
       "str reduction=\"mean\") -> Tensor");
+  m.def(
+      "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor target, *, int ignore_index, float soft_cap, "
+      "str reduction, bool need_dx, bool need_dweight) -> (Tensor loss, Tensor dx, Tensor dweight)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? dx, Tensor? dweight, "
+      "*, int ignore_index, float soft_cap, str reduction) -> (Tensor dx, Tensor dweight)");
 }

@@ -1,0 +1,233 @@
+// The sLSTM operators on the CPU: from tensors to the plain parameters of csrc/ops/cpu, work items over the threads.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "csrc/ops/cpu/slstm_params.h"
+#include "csrc/ops/slstm_arguments.h"
+
+namespace xlstm::ops {
+namespace {
+
+using cpu::SlstmRow;
+
+cpu::SlstmDtype dtype_code(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return cpu::SlstmDtype::kFloat64;
+    case at::kBFloat16:
+      return cpu::SlstmDtype::kBFloat16;
+    case at::kHalf:
+      return cpu::SlstmDtype::kFloat16;
+    default:
+      return cpu::SlstmDtype::kFloat32;
+  }
+}
+
+/// Sequences, longest first.
+std::vector<SlstmRow> sequences(int64_t batch, int64_t time, const OptionalTensor& cu_seqlens) {
+  std::vector<SlstmRow> rows;
+  if (!cu_seqlens) {
+    for (int64_t i = 0; i < batch; ++i) rows.push_back({i, 0, time, i});
+    return rows;
+  }
+  const at::Tensor ends = cu_seqlens->to(at::kCPU).contiguous();
+  const int32_t* const end = ends.const_data_ptr<int32_t>();
+  const int64_t count = ends.size(0) - 1;
+  TORCH_CHECK_VALUE(end[0] == 0 && end[count] == time,
+                    "slstm: cu_seqlens: expected to go from 0 to T = ", time, ", got ", end[0],
+                    " to ", end[count]);
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(end[i] <= end[i + 1], "slstm: cu_seqlens: expected no falling values, got ",
+                      end[i], " before ", end[i + 1]);
+    rows.push_back({0, end[i], end[i + 1] - end[i], i});
+  }
+  std::stable_sort(rows.begin(), rows.end(),
+                   [](const SlstmRow& a, const SlstmRow& b) { return a.length > b.length; });
+  return rows;
+}
+
+/// Tiles of rows per head such that the slowest thread has the least to do: a step costs its rows and, for reading the
+/// recurrent matrix, about four more.
+int64_t tiles_per_head(int64_t rows, int64_t heads) {
+  constexpr int64_t kMatrixCost = 4, kLargestTile = 32;
+  const int64_t threads = at::get_num_threads();
+  int64_t best = 1, best_cost = std::numeric_limits<int64_t>::max();
+  for (int64_t tiles = (rows + kLargestTile - 1) / kLargestTile; tiles <= rows; ++tiles) {
+    const int64_t turns = (heads * tiles + threads - 1) / threads;
+    const int64_t cost = turns * ((rows + tiles - 1) / tiles + kMatrixCost);
+    if (cost < best_cost) best = tiles, best_cost = cost;
+    if (heads * tiles >= 2 * threads && tiles * kLargestTile >= 2 * rows) break;
+  }
+  return best;
+}
+
+void set_shape(cpu::SlstmShape& p, at::ScalarType dtype, const std::vector<SlstmRow>& rows,
+               const at::Tensor& reset, std::string_view cell) {
+  p.cell = slstm_cell(cell);
+  p.dtype = dtype_code(dtype);
+  const int64_t lanes = dtype == at::kDouble ? 8 : 16;
+  p.dh_padded = (p.dh + lanes - 1) / lanes * lanes;
+  p.rows = rows.data();
+  p.row_count = static_cast<int64_t>(rows.size());
+  const int64_t tiles = std::max<int64_t>(1, tiles_per_head(p.row_count, p.heads));
+  p.tile_rows = std::max<int64_t>(1, (p.row_count + tiles - 1) / tiles);
+  p.tile_count = (p.row_count + p.tile_rows - 1) / p.tile_rows;
+  p.checkpoint_slots = (p.time + cpu::kSlstmSegment - 1) / cpu::kSlstmSegment;
+  p.reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr;
+  if (reset.defined()) std::copy_n(reset.strides().begin(), 2, p.reset_stride);
+}
+
+/// Runs kernel on all items, `space` Reals of workspace per thread; one thread where the work is not worth more.
+template <class Params>
+void run_items(const Params& params, int64_t space, void (*kernel)(const Params&)) {
+  constexpr double kWorthAThread = 2e6;  // floating point operations
+  const int64_t items = params.heads * params.tile_count;
+  const double each =
+      8.0 * static_cast<double>(params.dh * params.dh) *
+      static_cast<double>(params.row_count > 0 ? params.rows[0].length * params.tile_rows : 0);
+  const int64_t grain = each > 0 ? static_cast<int64_t>(kWorthAThread / each) + 1 : items;
+  const int64_t real_bytes = params.dtype == cpu::SlstmDtype::kFloat64 ? 8 : 4;
+  at::parallel_for(0, items, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
+    const at::DataPtr workspace =
+        c10::GetCPUAllocator()->allocate(static_cast<size_t>(space * real_bytes));
+    Params part = params;
+    part.workspace = workspace.get();
+    part.item_begin = begin;
+    part.item_end = end;
+    kernel(part);
+  });
+}
+
+at::Tensor in_type(const OptionalTensor& t, at::ScalarType type) {
+  return t ? t->to(type).contiguous() : at::Tensor();
+}
+const void* data_of(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+void* mutable_data_of(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+SlstmResults forward_cpu(const SlstmArguments& a, bool saved) {
+  check_slstm_arguments(a);
+  const at::ScalarType type = slstm_state_type(a.wx.scalar_type());
+  SlstmResults results = empty_slstm_results(a, saved);
+  const auto& [y, y_last, c, n, m, gates, checkpoints] = results;
+  const at::Tensor r = in_type(a.r, type), b = in_type(a.b, type), y0 = in_type(a.y0, type),
+                   c0 = in_type(a.c0, type), n0 = in_type(a.n0, type), m0 = in_type(a.m0, type),
+                   reset = in_type(a.reset, at::kBool);
+  const std::vector<SlstmRow> rows = sequences(a.wx.size(0), a.wx.size(1), a.cu_seqlens);
+
+  cpu::SlstmForwardParams p{};
+  p.time = a.wx.size(1);
+  p.heads = a.wx.size(3);
+  p.dh = a.wx.size(4);
+  set_shape(p, a.wx.scalar_type(), rows, reset, a.cell);
+  p.wx = a.wx.const_data_ptr();
+  std::copy_n(a.wx.strides().begin(), 5, p.wx_stride);
+  p.r = data_of(r);
+  p.b = data_of(b);
+  p.y0 = data_of(y0);
+  p.c0 = data_of(c0);
+  p.n0 = data_of(n0);
+  p.m0 = data_of(m0);
+  p.y = y.mutable_data_ptr();
+  p.y_last = y_last.mutable_data_ptr();
+  p.c = c.mutable_data_ptr();
+  p.n = n.mutable_data_ptr();
+  p.m = m.mutable_data_ptr();
+  p.gates = mutable_data_of(gates);
+  p.checkpoints = mutable_data_of(checkpoints);
+  if (p.cell == cpu::SlstmCell::kLstm) {
+    n.zero_();
+    m.zero_();
+  }
+  run_items(p, cpu::slstm_forward_workspace(p.tile_rows, p.dh, p.dh_padded),
+            &cpu::slstm_forward_items);
+  return results;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> slstm_cpu(
+    const at::Tensor& wx, const at::Tensor& r, const at::Tensor& b, const OptionalTensor& y0,
+    const OptionalTensor& c0, const OptionalTensor& n0, const OptionalTensor& m0,
+    const OptionalTensor& reset, const OptionalTensor& cu_seqlens, std::string_view cell) {
+  auto [y, y_last, c, n, m, gates, checkpoints] =
+      forward_cpu({wx, r, b, y0, c0, n0, m0, reset, cu_seqlens, cell}, false);
+  return {y, y_last, c, n, m};
+}
+
+SlstmResults slstm_forward_cpu(const at::Tensor& wx, const at::Tensor& r, const at::Tensor& b,
+                               const OptionalTensor& y0, const OptionalTensor& c0,
+                               const OptionalTensor& n0, const OptionalTensor& m0,
+                               const OptionalTensor& reset, const OptionalTensor& cu_seqlens,
+                               std::string_view cell) {
+  return forward_cpu({wx, r, b, y0, c0, n0, m0, reset, cu_seqlens, cell}, true);
+}
+
+SlstmGradients slstm_backward_cpu(const OptionalTensor& dy, const OptionalTensor& dy_last,
+                                  const OptionalTensor& dc, const OptionalTensor& dn,
+                                  const at::Tensor& gates, const at::Tensor& checkpoints,
+                                  const at::Tensor& r, const OptionalTensor& y0,
+                                  const OptionalTensor& c0, const OptionalTensor& n0,
+                                  const OptionalTensor& reset, const OptionalTensor& cu_seqlens,
+                                  std::string_view cell, at::ScalarType dtype, int64_t gate_dim) {
+  const at::ScalarType type = slstm_state_type(dtype);
+  const int64_t batch = gates.size(0), heads = gates.size(1), time = gates.size(2),
+                dh = gates.size(4);
+  const std::vector<SlstmRow> rows = sequences(batch, time, cu_seqlens);
+  const at::Tensor dy_typed = dy ? dy->to(dtype) : at::Tensor(), dy_end = in_type(dy_last, type),
+                   dc_end = in_type(dc, type), dn_end = in_type(dn, type),
+                   recurrent = in_type(r, type), y_start = in_type(y0, type),
+                   c_start = in_type(c0, type), n_start = in_type(n0, type),
+                   resets = in_type(reset, at::kBool), saved_gates = gates.contiguous(),
+                   saved_states = checkpoints.contiguous();
+  const auto options = gates.options();
+  const int64_t states = static_cast<int64_t>(rows.size());
+  const at::Tensor dy0 = at::empty({states, heads, dh}, options),
+                   dc0 = at::empty({states, heads, dh}, options),
+                   dn0 = at::empty({states, heads, dh}, options),
+                   dwx = empty_slstm_dwx(gates, dtype, gate_dim);
+
+  cpu::SlstmBackwardParams p{};
+  p.time = time;
+  p.heads = heads;
+  p.dh = dh;
+  set_shape(p, dtype, rows, resets, cell);
+  const at::Tensor dr = at::empty({heads, p.tile_count, 4, dh, p.dh_padded}, options),
+                   db = at::empty({heads, p.tile_count, 4, p.dh_padded}, options);
+  p.dy = data_of(dy_typed);
+  if (p.dy) std::copy_n(dy_typed.strides().begin(), 4, p.dy_stride);
+  p.dy_last = data_of(dy_end);
+  p.dc_last = data_of(dc_end);
+  p.dn_last = data_of(dn_end);
+  p.gates = saved_gates.const_data_ptr();
+  p.checkpoints = saved_states.const_data_ptr();
+  p.r = recurrent.const_data_ptr();
+  p.y0 = data_of(y_start);
+  p.c0 = data_of(c_start);
+  p.n0 = data_of(n_start);
+  p.dwx = dwx.mutable_data_ptr();
+  std::copy_n(dwx.strides().begin(), 5, p.dwx_stride);
+  p.dr = dr.mutable_data_ptr();
+  p.db = db.mutable_data_ptr();
+  p.dy0 = dy0.mutable_data_ptr();
+  p.dc0 = dc0.mutable_data_ptr();
+  p.dn0 = dn0.mutable_data_ptr();
+  if (p.cell == cpu::SlstmCell::kLstm) dn0.zero_();
+  run_items(p, cpu::slstm_backward_workspace(p.tile_rows, p.dh_padded), &cpu::slstm_backward_items);
+  const at::Tensor dr_all = dr.sum(1).narrow(-1, 0, dh).transpose(0, 1).contiguous(),
+                   db_all = db.sum(1).narrow(-1, 0, dh).transpose(0, 1).contiguous();
+  return {dwx, dr_all, db_all, dy0, dc0, dn0};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(xlstm, CPU, m) {
+  m.impl("slstm", slstm_cpu);
+  m.impl("slstm_forward", slstm_forward_cpu);
+  m.impl("slstm_backward", slstm_backward_cpu);
+}
+
+}  // namespace xlstm::ops

@@ -1,0 +1,158 @@
+#include "csrc/ops/slstm_arguments.h"
+
+#include <ATen/ops/empty.h>
+
+#include <string>
+#include <vector>
+
+namespace xlstm::ops {
+namespace {
+
+std::string shape_of(const at::Tensor& t) {
+  std::string text = "(";
+  for (const auto& size : t.sym_sizes()) {
+    if (text.size() > 1) text += ",";
+    const auto number = size.maybe_as_int();
+    text += number ? std::to_string(*number) : std::string("s");
+  }
+  return text + ") " + c10::toString(t.scalar_type());
+}
+
+void check_shape(const at::Tensor& t, const char* name, c10::SymIntArrayRef sizes,
+                 const char* meaning) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i)
+    same = t.sym_size(static_cast<int64_t>(i)) == sizes[i];
+  std::string expected = "(";
+  for (size_t i = 0; !same && i < sizes.size(); ++i) {
+    const auto number = sizes[i].maybe_as_int();
+    expected += (i ? "," : "") + (number ? std::to_string(*number) : std::string("s"));
+  }
+  TORCH_CHECK_VALUE(same, "slstm: ", name, ": expected ", meaning, " = ", expected, "), got ",
+                    shape_of(t));
+}
+
+void check_parameter(const at::Tensor& t, const char* name, const at::Tensor& wx) {
+  const at::ScalarType state = slstm_state_type(wx.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == wx.scalar_type() || t.scalar_type() == state, "slstm: ", name,
+                   ": expected ",
+                   wx.scalar_type() == state
+                       ? ""
+                       : std::string(c10::toString(wx.scalar_type())) + " (as wx) or ",
+                   c10::toString(state), ", got ", c10::toString(t.scalar_type()));
+  TORCH_CHECK_VALUE(t.device() == wx.device(), "slstm: ", name, ": expected on ", wx.device(),
+                    " as wx, got ", t.device());
+}
+
+void check_states(const SlstmArguments& a, const c10::SymInt& count) {
+  const bool lstm = slstm_cell(a.cell) == cpu::SlstmCell::kLstm;
+  TORCH_CHECK_VALUE(a.y0.has_value() == a.c0.has_value(),
+                    "slstm: y0 and c0: expected both or neither, got only ",
+                    a.y0.has_value() ? "y0" : "c0");
+  if (!lstm) {
+    TORCH_CHECK_VALUE(a.n0.has_value() == a.y0.has_value() && a.m0.has_value() == a.y0.has_value(),
+                      "slstm: y0, c0, n0 and m0: expected all or none with cell \"", a.cell,
+                      "\", got", a.y0 ? " y0 c0" : "", a.n0 ? " n0" : "", a.m0 ? " m0" : "");
+  }
+  const at::ScalarType type = slstm_state_type(a.wx.scalar_type());
+  const std::array<std::pair<const char*, const OptionalTensor*>, 4> states{
+      {{"y0", &a.y0}, {"c0", &a.c0}, {"n0", &a.n0}, {"m0", &a.m0}}};
+  for (const auto& [name, state] : states) {
+    if (!state->has_value()) continue;
+    check_shape(**state, name, {count, a.wx.sym_size(3), a.wx.sym_size(4)},
+                a.cu_seqlens ? "(sequences,NH,DH)" : "(B,NH,DH)");
+    TORCH_CHECK_TYPE((*state)->scalar_type() == type, "slstm: ", name, ": expected ",
+                     c10::toString(type), ", got ", c10::toString((*state)->scalar_type()));
+    TORCH_CHECK_VALUE((*state)->device() == a.wx.device(), "slstm: ", name, ": expected on ",
+                      a.wx.device(), " as wx, got ", (*state)->device());
+  }
+}
+
+c10::SymInt state_count(const SlstmArguments& a) {
+  return a.cu_seqlens ? a.cu_seqlens->sym_size(0) - 1 : a.wx.sym_size(0);
+}
+
+}  // namespace
+
+cpu::SlstmCell slstm_cell(std::string_view name) {
+  if (name == "slstm") return cpu::SlstmCell::kSlstm;
+  if (name == "slstm_expf") return cpu::SlstmCell::kSlstmExpf;
+  TORCH_CHECK_VALUE(name == "lstm",
+                    "slstm: cell: expected \"slstm\", \"slstm_expf\" or \"lstm\", got \"", name,
+                    "\"");
+  return cpu::SlstmCell::kLstm;
+}
+
+at::ScalarType slstm_state_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_slstm_arguments(const SlstmArguments& a) {
+  slstm_cell(a.cell);
+  const at::ScalarType type = a.wx.scalar_type();
+  TORCH_CHECK_VALUE(a.wx.dim() == 5 && a.wx.sym_size(2) == 4,
+                    "slstm: wx: expected (B,T,4,NH,DH), gates in the order i, f, z, o, got ",
+                    shape_of(a.wx));
+  TORCH_CHECK_VALUE(a.wx.sym_size(3) >= 1 && a.wx.sym_size(4) >= 1,
+                    "slstm: wx: expected NH >= 1 and DH >= 1, got ", shape_of(a.wx));
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+      "slstm: wx: expected float32, float64, bfloat16 or float16, got ", c10::toString(type));
+  const c10::SymInt heads = a.wx.sym_size(3), dh = a.wx.sym_size(4);
+  check_shape(a.r, "r", {4, heads, dh, dh}, "(4,NH,DH,DH)");
+  check_shape(a.b, "b", {4, heads, dh}, "(4,NH,DH)");
+  check_parameter(a.r, "r", a.wx);
+  check_parameter(a.b, "b", a.wx);
+  if (a.cu_seqlens) {
+    TORCH_CHECK_VALUE(a.cu_seqlens->dim() == 1 && a.cu_seqlens->sym_size(0) >= 1 &&
+                          a.cu_seqlens->scalar_type() == at::kInt,
+                      "slstm: cu_seqlens: expected (sequences + 1) int32, got ",
+                      shape_of(*a.cu_seqlens));
+    TORCH_CHECK_VALUE(a.wx.sym_size(0) == 1, "slstm: wx: expected B = 1 with cu_seqlens, got ",
+                      shape_of(a.wx));
+  }
+  check_states(a, state_count(a));
+  if (!a.reset) return;
+  check_shape(*a.reset, "reset", {a.wx.sym_size(0), a.wx.sym_size(1)}, "(B,T)");
+  TORCH_CHECK_TYPE(a.reset->scalar_type() == at::kBool, "slstm: reset: expected bool, got ",
+                   c10::toString(a.reset->scalar_type()));
+  TORCH_CHECK_VALUE(a.reset->device() == a.wx.device(), "slstm: reset: expected on ", a.wx.device(),
+                    " as wx, got ", a.reset->device());
+}
+
+SlstmResults empty_slstm_results(const SlstmArguments& a, bool saved) {
+  const cpu::SlstmCell cell = slstm_cell(a.cell);
+  const c10::SymInt batch = a.wx.sym_size(0), time = a.wx.sym_size(1), heads = a.wx.sym_size(3),
+                    dh = a.wx.sym_size(4);
+  const auto states = a.wx.options().dtype(slstm_state_type(a.wx.scalar_type()));
+  const std::vector<c10::SymInt> sizes{state_count(a), heads, dh};
+  const auto state = [&] { return at::empty_symint(sizes, states); };
+  at::Tensor y = at::empty_symint({batch, time, heads, dh}, a.wx.options());
+  at::Tensor gates, checkpoints;
+  if (saved) {
+    const c10::SymInt slots = (time + (cpu::kSlstmSegment - 1)) / cpu::kSlstmSegment;
+    gates = at::empty_symint({batch, heads, time, cpu::slstm_saved_gates(cell), dh}, states);
+    checkpoints =
+        at::empty_symint({batch, heads, slots, cpu::slstm_checkpoint_states(cell), dh}, states);
+  }
+  return {y, state(), state(), state(), state(), gates, checkpoints};
+}
+
+int64_t slstm_gate_dim(const at::Tensor& wx) {
+  const auto stride = wx.sym_strides();
+  if (stride[2] < stride[4]) return 4;
+  if (stride[2] < stride[3]) return 3;
+  return stride[2] > stride[0] ? 0 : 2;
+}
+
+at::Tensor empty_slstm_dwx(const at::Tensor& gates, at::ScalarType dtype, int64_t gate_dim) {
+  std::vector<c10::SymInt> sizes{gates.sym_size(0), gates.sym_size(2), gates.sym_size(1),
+                                 gates.sym_size(4)};
+  sizes.insert(sizes.begin() + gate_dim, c10::SymInt(4));
+  std::vector<int64_t> order{0, 1, 2, 3};
+  for (int64_t& axis : order) axis += axis >= gate_dim;
+  order.insert(order.begin() + 2, gate_dim);
+  return at::empty_symint(sizes, gates.options().dtype(dtype)).permute(order);
+}
+
+}  // namespace xlstm::ops
