@@ -89,6 +89,10 @@ struct SlstmFunction : torch::autograd::Function<SlstmFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    // The graph of a second derivative would miss the path through the saved gates.
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !at::GradMode::is_enabled(),
+        "slstm: second derivatives (create_graph=True) are not implemented");
     const variable_list saved = ctx->get_saved_variables();
     BackwardArguments a{or_none(grads[0]),
                         or_none(grads[1]),

@@ -58,7 +58,7 @@ int64_t tiles_per_head(int64_t rows, int64_t heads) {
   constexpr int64_t kMatrixCost = 4, kLargestTile = 32;
   const int64_t threads = at::get_num_threads();
   int64_t best = 1, best_cost = std::numeric_limits<int64_t>::max();
-  for (int64_t tiles = (rows + kLargestTile - 1) / kLargestTile; tiles <= rows; ++tiles) {
+  for (int64_t tiles = std::max<int64_t>(1, rows / kLargestTile); tiles <= rows; ++tiles) {
     const int64_t turns = (heads * tiles + threads - 1) / threads;
     const int64_t cost = turns * ((rows + tiles - 1) / tiles + kMatrixCost);
     if (cost < best_cost) best = tiles, best_cost = cost;
@@ -75,7 +75,7 @@ void set_shape(cpu::SlstmShape& p, at::ScalarType dtype, const std::vector<Slstm
   p.dh_padded = (p.dh + lanes - 1) / lanes * lanes;
   p.rows = rows.data();
   p.row_count = static_cast<int64_t>(rows.size());
-  const int64_t tiles = std::max<int64_t>(1, tiles_per_head(p.row_count, p.heads));
+  const int64_t tiles = tiles_per_head(p.row_count, p.heads);
   p.tile_rows = std::max<int64_t>(1, (p.row_count + tiles - 1) / tiles);
   p.tile_count = (p.row_count + p.tile_rows - 1) / p.tile_rows;
   p.checkpoint_slots = (p.time + cpu::kSlstmSegment - 1) / cpu::kSlstmSegment;
@@ -144,6 +144,7 @@ SlstmResults forward_cpu(const SlstmArguments& a, bool saved) {
     n.zero_();
     m.zero_();
   }
+  if (saved && a.cu_seqlens) checkpoints.zero_();  // not every slot has a writer
   run_items(p, cpu::slstm_forward_workspace(p.tile_rows, p.dh, p.dh_padded),
             &cpu::slstm_forward_items);
   return results;

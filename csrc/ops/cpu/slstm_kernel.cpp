@@ -176,7 +176,9 @@ struct ForwardItem {
   template <class Cell>
   void step(int64_t alive, int64_t t) {
     for (int64_t row = 0; row < alive; ++row) {
-      if (p.checkpoints && t > 0 && t % kSlstmSegment == 0) checkpoint(row, t);
+      // The first one of a batch row has no reader, but no result may be left undefined.
+      if (p.checkpoints && t % kSlstmSegment == 0 && (t > 0 || rows[row].begin == 0))
+        checkpoint(row, t);
       if (p.reset &&
           p.reset[rows[row].batch * p.reset_stride[0] + (rows[row].begin + t) * p.reset_stride[1]])
         clear(row);
