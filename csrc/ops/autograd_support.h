@@ -1,0 +1,49 @@
+#pragma once
+// Small helpers of the operators' Autograd kernels.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <initializer_list>
+#include <optional>
+
+namespace xlstm::ops {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline bool requires_grad(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.requires_grad();
+}
+inline bool requires_grad(const OptionalTensor& tensor) {
+  return tensor.has_value() && requires_grad(*tensor);
+}
+
+/// True where this call must be recorded for a backward pass.
+template <class... Tensors>
+bool recording(const Tensors&... tensors) {
+  return c10::GradMode::is_enabled() && (requires_grad(tensors) || ...);
+}
+
+/// Absent tensors travel through save_for_backward as undefined ones.
+inline at::Tensor or_undefined(const OptionalTensor& tensor) {
+  return tensor.has_value() ? *tensor : at::Tensor();
+}
+inline OptionalTensor or_absent(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+/// In the backward of a Function: an ordinary backward pass skips the Autograd kernels; one with create_graph goes
+/// through them, where the backward operators are registered as having no derivative of their own.
+class BelowAutogradUnlessRecording {
+ public:
+  BelowAutogradUnlessRecording() {
+    if (!c10::GradMode::is_enabled()) guard_.emplace();
+  }
+
+ private:
+  std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
+};
+
+}  // namespace xlstm::ops
