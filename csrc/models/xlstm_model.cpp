@@ -1,0 +1,205 @@
+#include <algorithm>
+#include <cmath>
+
+#include "csrc/models/language_model.h"
+#include "csrc/nn/checkpoint.h"
+#include "csrc/nn/mlstm.h"
+#include "csrc/nn/slstm.h"
+#include "csrc/nn/xlstm_large.h"
+
+namespace xlstm::models {
+namespace {
+
+/// ceil(factor * dim / multiple) * multiple: the rounding of the paper's blocks.
+int64_t rounded_up(double factor, int64_t dim, int64_t multiple) {
+  const double exact = factor * static_cast<double>(dim) / static_cast<double>(multiple);
+  return static_cast<int64_t>(std::ceil(exact)) * multiple;
+}
+
+/// floor((x + multiple - 1) / multiple) * multiple on an x that is not whole: the rounding of the 7B block.
+int64_t rounded_up_large(double factor, int64_t dim, int64_t multiple) {
+  const double shifted = factor * static_cast<double>(dim) + static_cast<double>(multiple - 1);
+  return static_cast<int64_t>(std::floor(shifted / static_cast<double>(multiple))) * multiple;
+}
+
+void check_options(const ModelOptions& o) {
+  const auto positive = [](int64_t value, const char* name) {
+    TORCH_CHECK(value > 0, "model.", name, ": expected a positive number, got ", value);
+  };
+  const auto kernel_size = [](int64_t value, const char* name) {
+    TORCH_CHECK(value == 0 || (value >= 2 && value <= 8), "model.", name,
+                ".conv1d_kernel_size: expected 0 or 2 to 8, ", "got ", value);
+  };
+  TORCH_CHECK(o.kind == "xlstm" || o.kind == "xlstm_large",
+              "model.kind: expected \"xlstm\" or \"xlstm_large\", got \"", o.kind, "\"");
+  positive(o.vocab_size, "vocab_size");
+  positive(o.embedding_dim, "embedding_dim");
+  positive(o.num_blocks, "num_blocks");
+  positive(o.num_heads, "num_heads");
+  positive(o.mlstm.round_proj_up_to_multiple_of, "mlstm.round_proj_up_to_multiple_of");
+  positive(o.feed_forward.round_up_to_multiple_of, "feed_forward.round_up_to_multiple_of");
+  kernel_size(o.mlstm.conv1d_kernel_size, "mlstm");
+  kernel_size(o.slstm.conv1d_kernel_size, "slstm");
+  TORCH_CHECK(o.dropout >= 0 && o.dropout < 1, "model.dropout: expected 0 <= p < 1, got ",
+              o.dropout);
+  TORCH_CHECK(o.kind == "xlstm" || (!o.bias && o.slstm_at.empty()),
+              "model.kind \"xlstm_large\": expected bias false and an empty slstm_at, which its "
+              "block does not have");
+  for (const int64_t at : o.slstm_at) {
+    TORCH_CHECK(at >= 0 && at < o.num_blocks, "model.slstm_at: expected positions from 0 to ",
+                o.num_blocks - 1, ", got ", at);
+  }
+}
+
+nn::MlstmBlockOptions mlstm_options(const ModelOptions& o) {
+  nn::MlstmBlockOptions block;
+  block.dim = o.embedding_dim;
+  block.inner_dim =
+      rounded_up(o.mlstm.proj_factor, o.embedding_dim, o.mlstm.round_proj_up_to_multiple_of);
+  block.num_heads = o.num_heads;
+  block.conv_kernel_size = o.mlstm.conv1d_kernel_size;
+  block.qkv_block_size = o.mlstm.qkv_proj_blocksize;
+  block.bias = o.bias;
+  block.norm_eps = o.norm_eps;
+  block.dropout = o.dropout;
+  block.input_gate = o.mlstm.input_gate;
+  block.normalize = o.mlstm.normalize;
+  block.mlstm_eps = o.mlstm_eps;
+  block.chunk_size = o.chunk_size;
+  block.num_blocks = o.num_blocks;
+  return block;
+}
+
+nn::SlstmBlockOptions slstm_options(const ModelOptions& o, int64_t block_index) {
+  nn::SlstmBlockOptions block;
+  block.dim = o.embedding_dim;
+  block.num_heads = o.num_heads;
+  block.conv_kernel_size = o.slstm.conv1d_kernel_size;
+  block.cell = o.slstm.cell;
+  block.bias_init = o.slstm.bias_init;
+  block.recurrent_weight_init = o.slstm.recurrent_weight_init;
+  block.norm_eps = o.norm_eps;
+  block.dropout = o.dropout;
+  block.block_index = block_index;
+  block.num_blocks = o.num_blocks;
+  block.feed_forward.dim = o.embedding_dim;
+  block.feed_forward.hidden_dim = rounded_up(o.feed_forward.proj_factor, o.embedding_dim,
+                                             o.feed_forward.round_up_to_multiple_of);
+  block.feed_forward.num_blocks = o.num_blocks;
+  block.feed_forward.act_fn = o.feed_forward.act_fn;
+  block.feed_forward.bias = o.bias;
+  return block;
+}
+
+nn::XlstmLargeBlockOptions large_options(const ModelOptions& o) {
+  const auto scaled = [&](double factor) {
+    return static_cast<int64_t>(static_cast<double>(o.embedding_dim) * factor);
+  };
+  nn::XlstmLargeBlockOptions block;
+  block.dim = o.embedding_dim;
+  block.qk_dim = scaled(o.qk_dim_factor);
+  block.v_dim = scaled(o.v_dim_factor);
+  block.num_heads = o.num_heads;
+  block.ffn_dim = rounded_up_large(o.feed_forward.proj_factor, o.embedding_dim,
+                                   o.feed_forward.round_up_to_multiple_of);
+  block.norm_eps = o.norm_eps;
+  block.dropout = o.dropout;
+  block.gate_soft_cap = o.gate_soft_cap;
+  block.mlstm_eps = o.mlstm_eps;
+  block.chunk_size = o.chunk_size;
+  block.num_blocks = o.num_blocks;
+  return block;
+}
+
+std::shared_ptr<nn::Block> make_block(const ModelOptions& o, int64_t index, at::Device device) {
+  if (o.kind == "xlstm_large")
+    return std::make_shared<nn::XlstmLargeBlock>(large_options(o), device);
+  const bool slstm = std::find(o.slstm_at.begin(), o.slstm_at.end(), index) != o.slstm_at.end();
+  if (slstm) return std::make_shared<nn::SlstmBlock>(slstm_options(o, index), device);
+  return std::make_shared<nn::MlstmBlock>(mlstm_options(o), device);
+}
+
+/// A module that holds one weight (V,D): the embedding and the untied head.
+class Table : public torch::nn::Module {
+ public:
+  Table(int64_t rows, int64_t dim, at::Device device) {
+    weight = register_parameter(
+        "weight", at::empty({rows, dim}, at::TensorOptions().dtype(at::kFloat).device(device)));
+    nn::small_init_(weight, dim);
+  }
+  at::Tensor weight;
+};
+
+/// Embedding, residual blocks, norm, head.
+class XlstmModel : public LanguageModel {
+ public:
+  XlstmModel(const ModelOptions& options, at::Device device) : options_(options) {
+    const int64_t dim = options.embedding_dim;
+    embedding_ =
+        register_module("embedding", std::make_shared<Table>(options.vocab_size, dim, device));
+    auto list = std::make_shared<torch::nn::Module>("blocks");
+    for (int64_t i = 0; i < options.num_blocks; ++i) {
+      blocks_.push_back(list->register_module(std::to_string(i), make_block(options, i, device)));
+    }
+    register_module("blocks", list);
+    if (options.add_out_norm) {
+      const char* kind = options.kind == "xlstm_large" ? "rms" : "layer";
+      out_norm_ = register_module("out_norm",
+                                  std::make_shared<nn::Norm>(dim, options.norm_eps, kind, device));
+    }
+    if (!options.tie_weights) {
+      head_ = register_module("lm_head", std::make_shared<Table>(options.vocab_size, dim, device));
+    }
+  }
+
+  std::pair<at::Tensor, ModelState> hidden(const at::Tensor& ids, const ModelState& state,
+                                           const std::optional<at::Tensor>& reset) override {
+    check_inputs(ids, state, reset);
+    at::Tensor x = at::embedding(embedding_->weight, ids);
+    if (options_.add_embedding_dropout) x = nn::apply_dropout(x, options_.dropout, is_training());
+    ModelState next(blocks_.size());
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      const BlockState& block_state = state.empty() ? BlockState{} : state[i];
+      std::tie(x, next[i]) = options_.activation_checkpointing
+                                 ? nn::checkpoint(blocks_[i], x, block_state, reset)
+                                 : blocks_[i]->forward(x, block_state, reset);
+    }
+    return {out_norm_ ? out_norm_->forward(x) : x, std::move(next)};
+  }
+
+  at::Tensor head_weight() const override {
+    return options_.tie_weights ? embedding_->weight : head_->weight;
+  }
+  const ModelOptions& options() const override { return options_; }
+
+ private:
+  void check_inputs(const at::Tensor& ids, const ModelState& state,
+                    const std::optional<at::Tensor>& reset) const {
+    TORCH_CHECK(ids.dim() == 2 && ids.scalar_type() == at::kLong, "ids: expected (B,T) int64, got ",
+                ids.sizes(), " ", ids.scalar_type());
+    TORCH_CHECK(state.empty() || state.size() == blocks_.size(),
+                "state: expected one entry for each of ", blocks_.size(),
+                " blocks or none at all, got ", state.size());
+    TORCH_CHECK(!reset || (reset->sizes() == ids.sizes() && reset->scalar_type() == at::kBool),
+                "reset: expected bool of the shape of ids ", ids.sizes(), ", got ", reset->sizes(),
+                " ", reset->scalar_type());
+  }
+
+  const ModelOptions options_;
+  std::shared_ptr<Table> embedding_, head_;  ///< head_ null when tied
+  std::vector<std::shared_ptr<nn::Block>> blocks_;
+  std::shared_ptr<nn::Norm> out_norm_;  ///< null without
+};
+
+}  // namespace
+
+std::shared_ptr<LanguageModel> make_language_model(const ModelOptions& options, at::Device device) {
+  check_options(options);
+  // Drawn on the CPU for every device: one seed, one model.
+  auto model =
+      std::make_shared<XlstmModel>(options, device.is_meta() ? device : at::Device(at::kCPU));
+  if (!device.is_meta() && !device.is_cpu()) model->to(device);
+  return model;
+}
+
+}  // namespace xlstm::models

@@ -1,0 +1,171 @@
+#include "csrc/nn/checkpoint.h"
+
+#include <ATen/Context.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
+
+#include <mutex>
+
+namespace xlstm::nn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// The default generator of a device, its position taken and put back.
+at::Tensor random_state(at::Device device) {
+  at::Generator generator = at::globalContext().defaultGenerator(device);
+  std::lock_guard<std::mutex> lock(generator.mutex());
+  return generator.get_state();
+}
+
+void set_random_state(at::Device device, const at::Tensor& state) {
+  at::Generator generator = at::globalContext().defaultGenerator(device);
+  std::lock_guard<std::mutex> lock(generator.mutex());
+  generator.set_state(state);
+}
+
+/// Runs a scope with the random numbers of the forward pass; the stream goes on afterwards as if nothing happened.
+class RandomStateGuard {
+ public:
+  RandomStateGuard(at::Device device, const at::Tensor& state) : device_(device) {
+    if (!state.defined()) return;
+    before_ = random_state(device_);
+    set_random_state(device_, state);
+  }
+  ~RandomStateGuard() {
+    if (before_.defined()) set_random_state(device_, before_);
+  }
+  RandomStateGuard(const RandomStateGuard&) = delete;
+  RandomStateGuard& operator=(const RandomStateGuard&) = delete;
+
+ private:
+  at::Device device_;
+  at::Tensor before_;
+};
+
+struct Autocast {
+  explicit Autocast(at::DeviceType device) : enabled(at::autocast::is_autocast_enabled(device)) {
+    if (enabled) dtype = at::autocast::get_autocast_dtype(device);
+  }
+  bool enabled;
+  at::ScalarType dtype = at::kFloat;
+};
+
+/// Autocast as given, without its cache of cast weights: one filled under no-grad would cut the graph of the recompute.
+class AutocastGuard {
+ public:
+  AutocastGuard(at::DeviceType device, const Autocast& wanted)
+      : device_(device), before_(device), cache_before_(at::autocast::is_autocast_cache_enabled()) {
+    set(wanted);
+    at::autocast::set_autocast_cache_enabled(false);
+  }
+  ~AutocastGuard() {
+    set(before_);
+    at::autocast::set_autocast_cache_enabled(cache_before_);
+  }
+  AutocastGuard(const AutocastGuard&) = delete;
+  AutocastGuard& operator=(const AutocastGuard&) = delete;
+
+ private:
+  void set(const Autocast& value) const {
+    at::autocast::set_autocast_enabled(device_, value.enabled);
+    if (value.enabled) at::autocast::set_autocast_dtype(device_, value.dtype);
+  }
+  at::DeviceType device_;
+  Autocast before_;
+  bool cache_before_;
+};
+
+/// What the backward pass needs besides tensors. Tensor inputs of the node: x, the state, the block's parameters.
+struct Call : torch::CustomClassHolder {
+  Call(std::shared_ptr<Block> block_, size_t num_state_, std::optional<at::Tensor> reset_,
+       at::Device device)
+      : block(std::move(block_)),
+        num_state(num_state_),
+        reset(std::move(reset_)),
+        autocast(device.type()) {
+    if (block->is_training() && !device.is_meta()) random = random_state(device);
+  }
+  variable_list run(const variable_list& inputs) const {
+    const at::Device device = inputs[0].device();
+    AutocastGuard autocast_guard(device.type(), autocast);
+    const auto first = inputs.begin() + 1;
+    auto [y, next] =
+        block->forward(inputs[0], State(first, first + static_cast<int64_t>(num_state)), reset);
+    variable_list outputs = {std::move(y)};
+    for (auto& tensor : next) outputs.push_back(std::move(tensor));
+    return outputs;
+  }
+  std::shared_ptr<Block> block;
+  size_t num_state;
+  std::optional<at::Tensor> reset;
+  Autocast autocast;
+  at::Tensor random;
+};
+
+struct Checkpoint : torch::autograd::Function<Checkpoint> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs,
+                               const c10::intrusive_ptr<Call>& call) {
+    ctx->set_materialize_grads(false);  // states are large and mostly without a gradient
+    ctx->save_for_backward(inputs.vec());
+    ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+    return call->run(inputs.vec());
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto capsule = ctx->saved_data["call"].toCapsule();
+    const Call& call = static_cast<const Call&>(*capsule);
+    variable_list inputs = ctx->get_saved_variables();
+    const variable_list recomputed = recompute(call, inputs);
+
+    variable_list outputs, output_grads, wanted;
+    for (size_t i = 0; i < recomputed.size(); ++i) {
+      if (!grads[i].defined() || !recomputed[i].requires_grad()) continue;
+      outputs.push_back(recomputed[i]);
+      output_grads.push_back(grads[i]);
+    }
+    for (const auto& input : inputs) {
+      if (input.requires_grad()) wanted.push_back(input);
+    }
+    variable_list result(inputs.size() + 1);  // the last one stands for `call`
+    if (outputs.empty() || wanted.empty()) return result;
+    const variable_list found =
+        torch::autograd::grad(outputs, wanted, output_grads, /*retain_graph=*/std::nullopt,
+                              /*create_graph=*/false, /*allow_unused=*/true);
+    size_t next = 0;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (inputs[i].requires_grad()) result[i] = found[next++];
+    }
+    return result;
+  }
+
+ private:
+  /// Replaces x and the state in `inputs` by leaves of a graph of its own and runs the block on them. The parameters
+  /// stay: the block holds them, and grad() stops at them.
+  static variable_list recompute(const Call& call, variable_list& inputs) {
+    at::AutoGradMode enable_grad(true);
+    for (size_t i = 0; i <= call.num_state; ++i) {
+      inputs[i] = inputs[i].detach().set_requires_grad(inputs[i].requires_grad());
+    }
+    RandomStateGuard random_guard(inputs[0].device(), call.random);
+    return call.run(inputs);
+  }
+};
+
+}  // namespace
+
+Result checkpoint(const std::shared_ptr<Block>& block, const at::Tensor& x, const State& state,
+                  const std::optional<at::Tensor>& reset) {
+  if (!at::GradMode::is_enabled()) return block->forward(x, state, reset);
+  variable_list inputs = {x};
+  inputs.insert(inputs.end(), state.begin(), state.end());
+  for (auto& parameter : block->parameters()) inputs.push_back(parameter);
+  auto outputs = Checkpoint::apply(
+      at::TensorList(inputs), c10::make_intrusive<Call>(block, state.size(), reset, x.device()));
+  return {outputs[0], State(outputs.begin() + 1, outputs.end())};
+}
+
+}  // namespace xlstm::nn

@@ -1,0 +1,145 @@
+#include "csrc/nn/layers.h"
+
+#include <cmath>
+
+#include "csrc/ops/block_linear.h"
+#include "csrc/ops/causal_conv1d.h"
+#include "csrc/ops/norm.h"
+
+namespace xlstm::nn {
+namespace {
+
+at::Tensor filled(at::IntArrayRef sizes, double value, at::Device device) {
+  return at::full(sizes, value, at::TensorOptions().dtype(at::kFloat).device(device));
+}
+
+}  // namespace
+
+void small_init_(at::Tensor& tensor, int64_t dim) {
+  at::NoGradGuard no_grad;
+  if (!tensor.is_meta()) tensor.normal_(0, std::sqrt(2.0 / (5.0 * static_cast<double>(dim))));
+}
+
+void wang_init_(at::Tensor& tensor, int64_t dim, int64_t num_blocks) {
+  at::NoGradGuard no_grad;
+  const double std = 2.0 / static_cast<double>(num_blocks) / std::sqrt(static_cast<double>(dim));
+  if (!tensor.is_meta()) tensor.normal_(0, std);
+}
+
+void uniform_init_(at::Tensor& tensor, double bound) {
+  at::NoGradGuard no_grad;
+  if (!tensor.is_meta()) tensor.uniform_(-bound, bound);
+}
+
+void linspace_init_(at::Tensor& tensor, double first, double last) {
+  at::NoGradGuard no_grad;
+  if (!tensor.is_meta()) tensor.copy_(at::linspace(first, last, tensor.size(-1), tensor.options()));
+}
+
+Linear::Linear(int64_t in_features, int64_t out_features, bool with_bias, at::Device device) {
+  weight = register_parameter("weight", filled({out_features, in_features}, 0, device));
+  if (with_bias) bias = register_parameter("bias", filled({out_features}, 0, device));
+}
+
+at::Tensor Linear::forward(const at::Tensor& x) const {
+  return at::linear(x, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+}
+
+BlockLinear::BlockLinear(int64_t features, int64_t num_blocks, bool with_bias, at::Device device) {
+  TORCH_CHECK(num_blocks > 0 && features % num_blocks == 0,
+              "BlockLinear: expected features to be a multiple of ", num_blocks, " blocks, got ",
+              features);
+  const int64_t block = features / num_blocks;
+  weight = register_parameter("weight", filled({num_blocks, block, block}, 0, device));
+  if (with_bias) bias = register_parameter("bias", filled({features}, 0, device));
+}
+
+at::Tensor BlockLinear::forward(const at::Tensor& x) const {
+  return ops::block_linear(x, weight,
+                           bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+}
+
+Norm::Norm(int64_t features, double eps_, std::string kind_, at::Device device)
+    : eps(eps_), kind(std::move(kind_)) {
+  weight = register_parameter("weight", filled({features}, 1, device));
+}
+
+at::Tensor Norm::forward(const at::Tensor& x) const {
+  return ops::headwise_norm(x.unsqueeze(-2), weight, {}, {}, {}, {}, eps, kind);
+}
+
+CausalConv1d::CausalConv1d(int64_t channels, int64_t kernel_size, at::Device device) {
+  weight = register_parameter("weight", filled({channels, kernel_size}, 0, device));
+  bias = register_parameter("bias", filled({channels}, 0, device));
+  const double bound = 1.0 / std::sqrt(static_cast<double>(kernel_size));  // fan-in of one channel
+  uniform_init_(weight, bound);
+  uniform_init_(bias, bound);
+}
+
+std::pair<at::Tensor, at::Tensor> CausalConv1d::forward(
+    const at::Tensor& x, const at::Tensor& window, const std::optional<at::Tensor>& reset) const {
+  if (window.defined() && is_decode_step(x, reset)) {
+    at::Tensor next = window.clone();
+    at::Tensor y = ops::causal_conv1d_step(x.select(1, 0), weight, bias, next, /*silu=*/true);
+    return {y.unsqueeze(1), next};
+  }
+  const auto state0 = window.defined() ? std::optional<at::Tensor>(window) : std::nullopt;
+  auto [y, next] = ops::causal_conv1d(x, weight, bias, state0, reset, {}, /*silu=*/true);
+  return {y, next};
+}
+
+FeedForward::FeedForward(const FeedForwardOptions& options, at::Device device)
+    : act_fn_(options.act_fn) {
+  proj_up_ = register_module(
+      "proj_up",
+      std::make_shared<Linear>(options.dim, 2 * options.hidden_dim, options.bias, device));
+  proj_down_ = register_module(
+      "proj_down", std::make_shared<Linear>(options.hidden_dim, options.dim, options.bias, device));
+  small_init_(proj_up_->weight, options.dim);
+  wang_init_(proj_down_->weight, options.dim, options.num_blocks);
+}
+
+at::Tensor FeedForward::forward(const at::Tensor& x) const {
+  // One split rather than two slices: its backward is a single concatenation.
+  const auto parts = proj_up_->forward(x).chunk(2, -1);
+  return proj_down_->forward(activation(parts[0], act_fn_) * parts[1]);
+}
+
+at::Tensor activation(const at::Tensor& x, const std::string& act_fn) {
+  if (act_fn == "gelu") return at::gelu(x);
+  if (act_fn == "silu") return at::silu(x);
+  TORCH_CHECK(act_fn == "relu", "act_fn: expected \"gelu\", \"silu\" or \"relu\", got \"", act_fn,
+              "\"");
+  return at::relu(x);
+}
+
+std::pair<at::Tensor, at::Tensor> gate_pair(const at::Tensor& x, const Linear& igate,
+                                            const Linear& fgate) {
+  const auto gates =
+      at::linear(x, at::cat({igate.weight, fgate.weight}), at::cat({igate.bias, fgate.bias}))
+          .chunk(2, -1);
+  return {gates[0], gates[1]};
+}
+
+at::Tensor apply_dropout(const at::Tensor& x, double p, bool training) {
+  return training && p > 0 ? at::dropout(x, p, true) : x;
+}
+
+bool is_decode_step(const at::Tensor& x, const std::optional<at::Tensor>& reset) {
+  return x.size(1) == 1 && !reset.has_value() && !at::GradMode::is_enabled();
+}
+
+void check_state(const State& state, size_t expected, const char* who) {
+  TORCH_CHECK(state.empty() || state.size() == expected, who, ": expected a state of ", expected,
+              " tensors or an empty one, got ", state.size());
+}
+
+at::Tensor state_at(const State& state, size_t i) {
+  return state.empty() ? at::Tensor() : state[i];
+}
+
+std::optional<at::Tensor> optional_state(const State& state, size_t i) {
+  return state.empty() ? std::nullopt : std::optional<at::Tensor>(state[i]);
+}
+
+}  // namespace xlstm::nn

@@ -1,0 +1,120 @@
+#include "csrc/nn/mlstm.h"
+
+#include <ATen/autocast_mode.h>
+
+#include "csrc/ops/mlstm.h"
+#include "csrc/ops/norm.h"
+
+namespace xlstm::nn {
+
+Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  const at::Tensor& igate, const at::Tensor& fgate, const State& cnm,
+                  const std::optional<at::Tensor>& reset, const MlstmCellOptions& options) {
+  ops::MlstmOptions op;
+  op.input_gate = options.input_gate;
+  op.normalize = options.normalize;
+  op.eps = options.eps;
+  op.chunk_size = options.chunk_size;
+  if (!cnm.empty() && is_decode_step(q, reset)) {
+    at::Tensor c = cnm[0].clone(), n = cnm[1].clone(), m = cnm[2].clone();
+    at::Tensor h = ops::mlstm_step(q.select(1, 0), k.select(1, 0), v.select(1, 0),
+                                   igate.select(1, 0), fgate.select(1, 0), c, n, m, op);
+    return {h.unsqueeze(1), {c, n, m}};
+  }
+  op.reset = reset;
+  auto [h, c, n, m] = ops::mlstm_chunkwise(q, k, v, igate, fgate, optional_state(cnm, 0),
+                                           optional_state(cnm, 1), optional_state(cnm, 2), op);
+  return {h, {c, n, m}};
+}
+
+MlstmLayer::MlstmLayer(const MlstmBlockOptions& options, at::Device device) : options_(options) {
+  const int64_t inner = options.inner_dim, heads = options.num_heads;
+  TORCH_CHECK(inner % heads == 0, "num_heads: expected a divisor of the mLSTM's inner width ",
+              inner, ", got ", heads);
+  TORCH_CHECK(options.qkv_block_size > 0 && inner % options.qkv_block_size == 0,
+              "mlstm.qkv_proj_blocksize: expected a divisor of the mLSTM's inner width ", inner,
+              ", got ", options.qkv_block_size);
+  const int64_t blocks = inner / options.qkv_block_size;
+  proj_up_ = register_module(
+      "proj_up", std::make_shared<Linear>(options.dim, 2 * inner, options.bias, device));
+  if (options.conv_kernel_size > 0) {
+    conv_ = register_module(
+        "conv", std::make_shared<CausalConv1d>(inner, options.conv_kernel_size, device));
+  }
+  q_proj_ =
+      register_module("q_proj", std::make_shared<BlockLinear>(inner, blocks, options.bias, device));
+  k_proj_ =
+      register_module("k_proj", std::make_shared<BlockLinear>(inner, blocks, options.bias, device));
+  v_proj_ =
+      register_module("v_proj", std::make_shared<BlockLinear>(inner, blocks, options.bias, device));
+  igate_ = register_module("igate", std::make_shared<Linear>(3 * inner, heads, true, device));
+  fgate_ = register_module("fgate", std::make_shared<Linear>(3 * inner, heads, true, device));
+  out_norm_ =
+      register_module("out_norm", std::make_shared<Norm>(inner, options.norm_eps, "layer", device));
+  skip_ = register_parameter(
+      "skip", at::ones({inner}, at::TensorOptions().dtype(at::kFloat).device(device)));
+  proj_down_ = register_module("proj_down",
+                               std::make_shared<Linear>(inner, options.dim, options.bias, device));
+
+  small_init_(proj_up_->weight, options.dim);
+  for (auto& proj : {q_proj_, k_proj_, v_proj_}) small_init_(proj->weight, options.dim);
+  wang_init_(proj_down_->weight, options.dim, options.num_blocks);
+  linspace_init_(fgate_->bias, 3, 6);
+  at::NoGradGuard no_grad;
+  if (!device.is_meta()) igate_->bias.normal_(0, 0.1);
+}
+
+std::pair<at::Tensor, at::Tensor> MlstmLayer::gates(const at::Tensor& q, const at::Tensor& k,
+                                                    const at::Tensor& v) const {
+  // Under autocast one product over the concatenation, so that the pre-activations are rounded once, not three times.
+  if (at::autocast::is_autocast_enabled(q.device().type()))
+    return gate_pair(at::cat({q, k, v}, -1), *igate_, *fgate_);
+  const int64_t batch = q.size(0), length = q.size(1), heads = options_.num_heads;
+  const auto weights = at::cat({igate_->weight, fgate_->weight}).t().chunk(3, 0);
+  at::Tensor sum = at::addmm(at::cat({igate_->bias, fgate_->bias}), q.flatten(0, 1), weights[0]);
+  sum = at::addmm(sum, k.flatten(0, 1), weights[1]);
+  sum = at::addmm(sum, v.flatten(0, 1), weights[2]);
+  const auto parts = sum.view({batch, length, 2 * heads}).chunk(2, -1);
+  return {parts[0], parts[1]};
+}
+
+Result MlstmLayer::forward(const at::Tensor& x, const State& state,
+                           const std::optional<at::Tensor>& reset) {
+  check_state(state, 4, "mLSTM layer");
+  const int64_t batch = x.size(0), length = x.size(1), heads = options_.num_heads;
+  const auto halves = proj_up_->forward(x).chunk(2, -1);  // views: the operators take their strides
+  const at::Tensor &inner = halves[0], &z = halves[1];
+
+  at::Tensor a = inner, window = state_at(state, 0);
+  if (conv_) {
+    std::tie(a, window) = conv_->forward(inner, window, reset);
+  } else {
+    window = at::zeros({batch, 0, options_.inner_dim}, inner.options());
+  }
+  const at::Tensor q = q_proj_->forward(a), k = k_proj_->forward(a), v = v_proj_->forward(inner);
+  const auto [igate, fgate] = gates(q, k, v);
+
+  const std::vector<int64_t> by_head = {batch, length, heads, options_.inner_dim / heads};
+  const State cnm = state.empty() ? State{} : State{state[1], state[2], state[3]};
+  auto [h, next] = mlstm_cell(
+      q.view(by_head), k.view(by_head), v.view(by_head), igate, fgate, cnm, reset,
+      {options_.input_gate, options_.normalize, options_.mlstm_eps, options_.chunk_size});
+  const at::Tensor gated =
+      ops::headwise_norm(h, out_norm_->weight, {}, a, skip_, z, options_.norm_eps);
+  const at::Tensor y = apply_dropout(proj_down_->forward(gated), options_.dropout, is_training());
+  return {y, {window, next[0], next[1], next[2]}};
+}
+
+MlstmBlock::MlstmBlock(const MlstmBlockOptions& options, at::Device device) {
+  norm_ = register_module("norm",
+                          std::make_shared<Norm>(options.dim, options.norm_eps, "layer", device));
+  mlstm_ = register_module("mlstm", std::make_shared<MlstmLayer>(options, device));
+}
+
+Result MlstmBlock::forward(const at::Tensor& x, const State& state,
+                           const std::optional<at::Tensor>& reset) {
+  auto [y, next] = mlstm_->forward(norm_->forward(x), state, reset);
+  return {x + y, std::move(next)};
+}
+
+}  // namespace xlstm::nn

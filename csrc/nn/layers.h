@@ -1,0 +1,108 @@
+#pragma once
+// Small modules shared by all blocks. Every parameter is float32 on `device` when built; Module::to changes that.
+// Modules with memory take and return their state: forward(x, state, reset) -> (y, state), always new tensors.
+#include <torch/nn/module.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace xlstm::nn {
+
+/// Tensors of one module in a fixed order. Empty: the state before the first token.
+using State = std::vector<at::Tensor>;
+using Result = std::pair<at::Tensor, State>;
+
+/// A residual block of a causal model.
+class Block : public torch::nn::Module {
+ public:
+  /// x (B,T,D), T >= 0; reset (B,T) bool: the state is empty before that token. `state` is not modified.
+  virtual Result forward(const at::Tensor& x, const State& state,
+                         const std::optional<at::Tensor>& reset) = 0;
+};
+
+/// Draws of the reference codebases. They leave tensors on the meta device alone.
+/// N(0, 2 / (5 dim)): "Transformers without Tears", arXiv 1910.05895.
+void small_init_(at::Tensor& tensor, int64_t dim);
+/// N(0, (2 / (num_blocks sqrt(dim)))^2): the down-projections.
+void wang_init_(at::Tensor& tensor, int64_t dim, int64_t num_blocks);
+void uniform_init_(at::Tensor& tensor, double bound);
+/// Evenly spaced from `first` to `last` along the last dimension.
+void linspace_init_(at::Tensor& tensor, double first, double last);
+
+/// y = x weight^T + bias; weight (out,in), bias (out). The weight starts at zero: the owner initialises it.
+class Linear : public torch::nn::Module {
+ public:
+  Linear(int64_t in_features, int64_t out_features, bool with_bias, at::Device device);
+  at::Tensor forward(const at::Tensor& x) const;
+  at::Tensor weight, bias;  ///< bias undefined when absent
+};
+
+/// Block-diagonal linear map; weight (num_blocks, out, in) of each block, square blocks. Starts at zero.
+class BlockLinear : public torch::nn::Module {
+ public:
+  BlockLinear(int64_t features, int64_t num_blocks, bool with_bias, at::Device device);
+  at::Tensor forward(const at::Tensor& x) const;
+  at::Tensor weight, bias;  ///< bias (features), undefined when absent
+};
+
+/// Norm over the last dimension (num_heads > 1: over each head's part of it); weight starts at one, no bias.
+class Norm : public torch::nn::Module {
+ public:
+  /// kind "layer" | "rms".
+  Norm(int64_t features, double eps, std::string kind, at::Device device);
+  /// x (...,D) -> (...,D).
+  at::Tensor forward(const at::Tensor& x) const;
+  at::Tensor weight;
+  const double eps;
+  const std::string kind;
+};
+
+/// SiLU of a depthwise causal convolution; weight (C,W), bias (C); initialised as torch.nn.Conv1d.
+class CausalConv1d : public torch::nn::Module {
+ public:
+  CausalConv1d(int64_t channels, int64_t kernel_size, at::Device device);
+  /// x (B,T,C), window (B,W-1,C) or undefined -> y (B,T,C) and the new window.
+  std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& window,
+                                            const std::optional<at::Tensor>& reset) const;
+  at::Tensor weight, bias;
+};
+
+struct FeedForwardOptions {
+  int64_t dim = 0;
+  int64_t hidden_dim = 0;
+  int64_t num_blocks = 1;       ///< of the whole model, for the initialisation
+  std::string act_fn = "gelu";  ///< "gelu" (erf) | "silu" | "relu"
+  bool bias = false;
+};
+
+/// Gated MLP down(act(gate) * up): proj_up.weight holds the gate's rows first.
+class FeedForward : public torch::nn::Module {
+ public:
+  FeedForward(const FeedForwardOptions& options, at::Device device);
+  at::Tensor forward(const at::Tensor& x) const;
+
+ private:
+  std::string act_fn_;
+  std::shared_ptr<Linear> proj_up_, proj_down_;
+};
+
+/// act(x) for "gelu" | "silu" | "relu". Throws c10::Error for another name.
+at::Tensor activation(const at::Tensor& x, const std::string& act_fn);
+/// Input and forget gate pre-activations by one product: x (...,I) -> two (...,NH) views of one tensor.
+std::pair<at::Tensor, at::Tensor> gate_pair(const at::Tensor& x, const Linear& igate,
+                                            const Linear& fgate);
+/// Dropout in training mode with p > 0, otherwise x itself.
+at::Tensor apply_dropout(const at::Tensor& x, double p, bool training);
+/// True when one token is to be decoded and nothing needs a gradient: the step operators may be used.
+bool is_decode_step(const at::Tensor& x, const std::optional<at::Tensor>& reset);
+/// Throws c10::Error unless `state` is empty or holds `expected` tensors; `who` names the module.
+void check_state(const State& state, size_t expected, const char* who);
+/// state[i], undefined where the state is empty.
+at::Tensor state_at(const State& state, size_t i);
+/// The same as an optional argument of an operator.
+std::optional<at::Tensor> optional_state(const State& state, size_t i);
+
+}  // namespace xlstm::nn

@@ -1,0 +1,69 @@
+#pragma once
+#include "csrc/nn/layers.h"
+
+namespace xlstm::nn {
+
+struct MlstmBlockOptions {
+  int64_t dim = 0;  ///< model width D
+  int64_t inner_dim =
+      0;  ///< width u after the up-projection: a multiple of num_heads and of qkv_block_size
+  int64_t num_heads = 4;
+  int64_t conv_kernel_size = 4;  ///< 0: no convolution and no SiLU in front of q and k
+  int64_t qkv_block_size = 4;
+  bool bias = false;  ///< of proj_up, proj_down and q, k, v
+  double norm_eps = 1e-5;
+  double dropout = 0;
+  std::string input_gate = "exp";
+  bool normalize = true;
+  double mlstm_eps = 1e-6;
+  int64_t chunk_size = 0;
+  int64_t num_blocks = 1;  ///< of the whole model, for the initialisation
+};
+
+/// mLSTM with pre-up-projection (arXiv 2405.04517, figure 11):
+///   [x, z] = up(u);  a = SiLU(conv(x));  q, k from a, v from x by block-diagonal maps;  i, f from (q, k, v)
+///   y = down((headnorm(mlstm(q, k, v, i, f)) + skip * a) * SiLU(z))
+/// State: conv window (B,W-1,u) ((B,0,u) without convolution), C, n, m.
+class MlstmLayer : public torch::nn::Module {
+ public:
+  MlstmLayer(const MlstmBlockOptions& options, at::Device device);
+  Result forward(const at::Tensor& x, const State& state, const std::optional<at::Tensor>& reset);
+
+ private:
+  std::pair<at::Tensor, at::Tensor> gates(const at::Tensor& q, const at::Tensor& k,
+                                          const at::Tensor& v) const;
+
+  const MlstmBlockOptions options_;
+  std::shared_ptr<Linear> proj_up_, igate_, fgate_, proj_down_;
+  std::shared_ptr<CausalConv1d> conv_;  ///< null without convolution
+  std::shared_ptr<BlockLinear> q_proj_, k_proj_, v_proj_;
+  std::shared_ptr<Norm> out_norm_;
+  at::Tensor skip_;
+};
+
+/// x + mlstm(norm(x)).
+class MlstmBlock : public Block {
+ public:
+  MlstmBlock(const MlstmBlockOptions& options, at::Device device);
+  Result forward(const at::Tensor& x, const State& state,
+                 const std::optional<at::Tensor>& reset) override;
+
+ private:
+  std::shared_ptr<Norm> norm_;
+  std::shared_ptr<MlstmLayer> mlstm_;
+};
+
+/// The cell as every block uses it: the step operator where nothing needs a gradient, else the sequence operator.
+/// q,k (B,T,NH,DQK) v (B,T,NH,DV) igate,fgate (B,T,NH); c, n, m undefined for the empty state.
+/// Returns h (B,T,NH,DV) and {c, n, m}.
+struct MlstmCellOptions {
+  std::string input_gate = "exp";
+  bool normalize = true;
+  double eps = 1e-6;
+  int64_t chunk_size = 0;
+};
+Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  const at::Tensor& igate, const at::Tensor& fgate, const State& cnm,
+                  const std::optional<at::Tensor>& reset, const MlstmCellOptions& options);
+
+}  // namespace xlstm::nn

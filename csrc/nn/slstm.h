@@ -1,0 +1,51 @@
+#pragma once
+#include "csrc/nn/layers.h"
+
+namespace xlstm::nn {
+
+struct SlstmBlockOptions {
+  int64_t dim = 0;  ///< model width D, a multiple of num_heads
+  int64_t num_heads = 4;
+  int64_t conv_kernel_size = 4;  ///< 0: no convolution and no SiLU in front of the i and f gates
+  std::string cell = "slstm";    ///< "slstm" | "slstm_expf" | "lstm"
+  std::string bias_init = "powerlaw_blockdependent";
+  std::string recurrent_weight_init = "zeros";
+  double norm_eps = 1e-5;
+  double dropout = 0;
+  int64_t block_index = 0;  ///< position in the model, for bias_init
+  int64_t num_blocks = 1;   ///< of the whole model, for the initialisation
+  FeedForwardOptions feed_forward;
+};
+
+/// sLSTM with block-diagonal gates (arXiv 2405.04517, figure 10): i, f from SiLU(conv(x)), z, o from x;
+/// y = headnorm(slstm(i, f, z, o)). `recurrent` (4,NH,DH_out,DH_in) and `bias` (4,NH,DH) in gate order i, f, z, o.
+/// State: conv window (B,W-1,D) ((B,0,D) without convolution), y, c, n, m.
+class SlstmLayer : public torch::nn::Module {
+ public:
+  SlstmLayer(const SlstmBlockOptions& options, at::Device device);
+  Result forward(const at::Tensor& x, const State& state, const std::optional<at::Tensor>& reset);
+
+ private:
+  void init_cell_parameters();
+
+  const SlstmBlockOptions options_;
+  std::shared_ptr<CausalConv1d> conv_;  ///< null without convolution
+  std::shared_ptr<BlockLinear> igate_, fgate_, zgate_, ogate_;
+  std::shared_ptr<Norm> out_norm_;
+  at::Tensor recurrent_, bias_;
+};
+
+/// x + slstm(norm(x)), then x + ffn(ffn_norm(x)).
+class SlstmBlock : public Block {
+ public:
+  SlstmBlock(const SlstmBlockOptions& options, at::Device device);
+  Result forward(const at::Tensor& x, const State& state,
+                 const std::optional<at::Tensor>& reset) override;
+
+ private:
+  std::shared_ptr<Norm> norm_, ffn_norm_;
+  std::shared_ptr<SlstmLayer> slstm_;
+  std::shared_ptr<FeedForward> ffn_;
+};
+
+}  // namespace xlstm::nn

@@ -1,0 +1,316 @@
+// Whole models of every kind in float64 with random parameters: time, documents, checkpointing, heads, the loss.
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <cmath>
+
+#include "csrc/models/language_model.h"
+#include "tests/support/catch.h"
+
+namespace xlstm::models {
+namespace {
+
+constexpr int64_t kVocabulary = 19;
+constexpr double kTolerance = 1e-9;
+
+ModelOptions small_options() {
+  ModelOptions options;
+  options.vocab_size = kVocabulary;
+  options.embedding_dim = 16;
+  options.num_blocks = 3;
+  options.num_heads = 2;
+  options.mlstm.round_proj_up_to_multiple_of = 8;
+  options.feed_forward.round_up_to_multiple_of = 8;
+  options.slstm_at = {1};
+  return options;
+}
+
+ModelOptions large_options() {
+  ModelOptions options = small_options();
+  options.kind = "xlstm_large";
+  options.slstm_at.clear();
+  options.output_logit_soft_cap = 2.5;
+  return options;
+}
+
+std::shared_ptr<LanguageModel> make(const ModelOptions& options) {
+  auto model = make_language_model(options);
+  at::NoGradGuard no_grad;
+  for (auto& item : model->named_parameters()) {
+    at::Tensor& parameter = item.value();
+    if (item.key().find("igate_preact.bias") != std::string::npos)
+      parameter.zero_();  // -10 would shut the gate
+    parameter.add_(at::randn_like(parameter), 0.3);
+  }
+  model->to(at::kDouble);
+  return model;
+}
+
+struct Case {
+  const char* name;
+  std::shared_ptr<LanguageModel> model;
+};
+
+std::vector<Case> all_models() {
+  ModelOptions tied = small_options();
+  tied.tie_weights = true;
+  tied.add_out_norm = false;
+  tied.output_logit_soft_cap = 3;
+  tied.slstm_at = {0, 2};
+  ModelOptions checkpointed = small_options();
+  checkpointed.activation_checkpointing = true;
+  return {{"xlstm", make(small_options())},
+          {"xlstm, tied head, soft cap, no out norm", make(tied)},
+          {"xlstm_large", make(large_options())},
+          {"xlstm, activation checkpointing", make(checkpointed)}};
+}
+
+at::Tensor random_ids(int64_t batch, int64_t length) {
+  return at::randint(kVocabulary, {batch, length}, at::kLong);
+}
+
+double difference(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes()) return INFINITY;
+  return a.numel() == 0
+             ? 0
+             : (a - b).abs().max().item<double>() / std::max(1.0, b.abs().max().item<double>());
+}
+
+double difference(const ModelState& a, const ModelState& b) {
+  double worst = a.size() == b.size() ? 0 : INFINITY;
+  for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+    REQUIRE(a[i].size() == b[i].size());
+    for (size_t j = 0; j < a[i].size(); ++j) worst = std::max(worst, difference(a[i][j], b[i][j]));
+  }
+  return worst;
+}
+
+TEST_CASE("two halves and single tokens give the logits of one pass") {
+  torch::manual_seed(1);
+  for (auto& [name, model] : all_models()) {
+    INFO(name);
+    const at::Tensor ids = random_ids(2, 12);
+    const auto [whole, last] = model->forward(ids);
+    REQUIRE(whole.sizes() == at::IntArrayRef({2, 12, kVocabulary}));
+    const auto [first, middle] = model->forward(ids.narrow(1, 0, 7));
+    const auto [second, end] = model->forward(ids.narrow(1, 7, 5), middle);
+    CHECK(difference(at::cat({first, second}, 1), whole) < kTolerance);
+    CHECK(difference(end, last) < kTolerance);
+
+    at::NoGradGuard no_grad;
+    ModelState state;
+    for (int64_t t = 0; t < 12; ++t) {
+      auto [logits, next] = model->forward(ids.narrow(1, t, 1), state);
+      CHECK(difference(logits, whole.narrow(1, t, 1)) < kTolerance);
+      state = next;
+    }
+    CHECK(difference(state, last) < kTolerance);
+    const auto [nothing, same] = model->forward(ids.narrow(1, 0, 0), state);
+    CHECK(nothing.sizes() == at::IntArrayRef({2, 0, kVocabulary}));
+    CHECK(difference(same, state) == 0);
+  }
+}
+
+/// Logits of document B, the state behind it and, with gradients on, those of B's loss.
+std::vector<at::Tensor> document_b(LanguageModel& model, const at::Tensor& ids,
+                                   const at::Tensor& reset, int64_t border) {
+  auto [logits, state] = model.forward(ids, {}, reset);
+  const at::Tensor b = logits.narrow(1, border, logits.size(1) - border);
+  std::vector<at::Tensor> result = {b.detach()};
+  for (const auto& block : state) {
+    for (const auto& tensor : block) result.push_back(tensor.detach());
+  }
+  if (!at::GradMode::is_enabled()) return result;
+  at::Tensor targets = ids.roll(-1, 1);
+  targets.narrow(1, 0, border).fill_(-100);
+  targets.select(1, -1).fill_(-100);  // rolled in from document A
+  for (auto& grad :
+       torch::autograd::grad({model.loss(ids, targets, reset, "sum")}, model.parameters())) {
+    result.push_back(grad);
+  }
+  return result;
+}
+
+TEST_CASE("changing a token of document A changes no bit of document B") {
+  torch::manual_seed(2);
+  constexpr int64_t kBorder = 5;
+  for (auto& [name, model] : all_models()) {
+    const at::Tensor ids = random_ids(2, 12);
+    at::Tensor reset = at::zeros({2, 12}, at::kBool);
+    reset.select(1, 0).fill_(true);
+    reset.select(1, kBorder).fill_(true);
+    for (const bool training : {true, false}) {
+      at::AutoGradMode grad_mode(training);
+      const auto before = document_b(*model, ids, reset, kBorder);
+      for (int64_t t = 0; t < kBorder; ++t) {
+        at::Tensor changed = ids.clone();
+        changed.select(1, t).add_(3).remainder_(kVocabulary);
+        const auto after = document_b(*model, changed, reset, kBorder);
+        REQUIRE(before.size() == after.size());
+        for (size_t i = 0; i < before.size(); ++i) {
+          INFO(name << ", training " << training << ", token " << t << ", tensor " << i);
+          CHECK(at::equal(before[i], after[i]));
+        }
+      }
+      const at::Tensor alone = model->forward(ids.narrow(1, kBorder, 12 - kBorder)).first;
+      CHECK(difference(before[0], alone) < kTolerance);
+    }
+  }
+}
+
+TEST_CASE("a reset while decoding starts a document") {
+  torch::manual_seed(3);
+  at::NoGradGuard no_grad;
+  for (auto& [name, model] : all_models()) {
+    INFO(name);
+    const at::Tensor ids = random_ids(2, 6);
+    const ModelState used = model->forward(ids.narrow(1, 0, 5)).second;
+    const at::Tensor token = ids.narrow(1, 5, 1);
+    const auto [fresh, fresh_state] = model->forward(token);
+    const auto [again, again_state] = model->forward(token, used, at::ones({2, 1}, at::kBool));
+    CHECK(at::equal(fresh, again));
+    CHECK(difference(fresh_state[0][0], again_state[0][0]) == 0);
+  }
+}
+
+TEST_CASE("the loss is the cross entropy of the logits, with the same gradients") {
+  torch::manual_seed(4);
+  for (auto& [name, model] : all_models()) {
+    INFO(name);
+    const at::Tensor ids = random_ids(2, 9);
+    at::Tensor targets = random_ids(2, 9);
+    targets[0][3].fill_(-100);
+    const auto parameters = model->parameters();
+    for (const char* reduction : {"mean", "sum"}) {
+      const at::Tensor logits = model->forward(ids).first;
+      const at::Tensor flat = targets.flatten();
+      at::Tensor expected = at::zeros({}, logits.options());
+      int64_t counted = 0;
+      const at::Tensor logp = at::log_softmax(logits.flatten(0, 1), -1);
+      for (int64_t i = 0; i < flat.numel(); ++i) {
+        const auto target = flat[i].item<int64_t>();
+        if (target == -100) continue;
+        expected = expected - logp[i][target];
+        ++counted;
+      }
+      if (std::string(reduction) == "mean") expected = expected / counted;
+      const at::Tensor loss = model->loss(ids, targets, {}, reduction);
+      CHECK(difference(loss, expected) < kTolerance);
+      const auto grads = torch::autograd::grad({loss}, parameters);
+      const auto expected_grads = torch::autograd::grad({expected}, parameters);
+      for (size_t i = 0; i < grads.size(); ++i)
+        CHECK(difference(grads[i], expected_grads[i]) < kTolerance);
+    }
+  }
+}
+
+TEST_CASE("activation checkpointing changes no bit of loss and gradients") {
+  torch::manual_seed(5);
+  for (ModelOptions options : {small_options(), large_options()}) {
+    options.dropout = 0.2;
+    options.add_embedding_dropout = true;
+    const auto plain = make(options);
+    options.activation_checkpointing = true;
+    const auto checkpointed = make(options);
+    {
+      at::NoGradGuard no_grad;
+      for (auto& item : checkpointed->named_parameters())
+        item.value().copy_(plain->named_parameters()[item.key()]);
+    }
+    const at::Tensor ids = random_ids(2, 9), targets = random_ids(2, 9);
+    const auto run = [&](LanguageModel& model) {
+      torch::manual_seed(6);
+      const at::Tensor loss = model.loss(ids, targets);
+      auto result = torch::autograd::grad({loss}, model.parameters());
+      result.push_back(loss.detach());
+      return result;
+    };
+    const auto a = run(*plain), b = run(*checkpointed);
+    for (size_t i = 0; i < a.size(); ++i) CHECK(at::equal(a[i], b[i]));
+  }
+}
+
+TEST_CASE("soft cap, tied head") {
+  torch::manual_seed(7);
+  ModelOptions options = small_options();
+  const auto model = make(options);
+  options.output_logit_soft_cap = 1.5;
+  options.tie_weights = true;
+  const auto capped = make(options);
+  CHECK(capped->head_weight().is_same(capped->named_parameters()["embedding.weight"]));
+  CHECK_FALSE(model->head_weight().is_same(model->named_parameters()["embedding.weight"]));
+  const at::Tensor ids = random_ids(2, 6);
+  const at::Tensor logits = capped->forward(ids).first;
+  CHECK(logits.abs().max().item<double>() < 1.5);
+  const at::Tensor raw = at::linear(capped->hidden(ids, {}, {}).first, capped->head_weight());
+  CHECK(raw.abs().max().item<double>() > 1.5);  // the cap had something to do
+  CHECK(difference(logits, 1.5 * at::tanh(raw / 1.5)) < kTolerance);
+}
+
+TEST_CASE("dropout acts in training alone") {
+  torch::manual_seed(8);
+  ModelOptions options = small_options();
+  options.dropout = 0.5;
+  const auto model = make(options);
+  const at::Tensor ids = random_ids(2, 6);
+  CHECK_FALSE(at::equal(model->forward(ids).first, model->forward(ids).first));
+  model->eval();
+  CHECK(at::equal(model->forward(ids).first, model->forward(ids).first));
+}
+
+TEST_CASE("bfloat16 autocast gives float32 logits near those of float32") {
+  torch::manual_seed(9);
+  for (const auto& options : {small_options(), large_options()}) {
+    const auto model = make(options);
+    model->to(at::kFloat);
+    const at::Tensor ids = random_ids(2, 20);
+    const at::Tensor exact = model->forward(ids).first;
+    at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+    at::autocast::set_autocast_enabled(at::kCPU, true);
+    const auto [low, state] = model->forward(ids);
+    model->loss(ids, ids).backward();
+    at::autocast::clear_cache();
+    at::autocast::set_autocast_enabled(at::kCPU, false);
+    CHECK(low.scalar_type() == at::kFloat);
+    CHECK(state[0].back().scalar_type() == at::kFloat);
+    const double error = difference(low, exact);
+    CHECK(error > 0);
+    CHECK(error < 0.1);  // 8 bits, three blocks
+    for (const auto& parameter : model->parameters())
+      CHECK(parameter.grad().scalar_type() == at::kFloat);
+  }
+}
+
+TEST_CASE("inputs that do not fit are refused by name") {
+  const auto model = make(small_options());
+  const auto message = [&](const at::Tensor& ids, const ModelState& state,
+                           const std::optional<at::Tensor>& reset) {
+    try {
+      model->forward(ids, state, reset);
+    } catch (const c10::Error& e) {
+      return std::string(e.what());
+    }
+    return std::string();
+  };
+  const at::Tensor ids = random_ids(2, 4);
+  CHECK(message(ids.to(at::kInt), {}, {}).find("ids: expected (B,T) int64") == 0);
+  CHECK(message(ids[0], {}, {}).find("ids: expected (B,T) int64") == 0);
+  CHECK(message(ids, ModelState(2), {}).find("state: expected one entry for each of 3 blocks") ==
+        0);
+  CHECK(message(ids, {}, at::ones({2, 3}, at::kBool))
+            .find("reset: expected bool of the shape of ids") == 0);
+  CHECK(message(ids + kVocabulary, {}, {}).find("out of range") != std::string::npos);
+}
+
+TEST_CASE("one seed, one model") {
+  const auto build = [](uint64_t seed) {
+    torch::manual_seed(seed);
+    return make_language_model(small_options());
+  };
+  const auto a = build(1)->parameters(), b = build(1)->parameters(), c = build(2)->parameters();
+  for (size_t i = 0; i < a.size(); ++i) CHECK(at::equal(a[i], b[i]));
+  CHECK_FALSE(at::equal(a[0], c[0]));
+}
+
+}  // namespace
+}  // namespace xlstm::models
