@@ -59,16 +59,14 @@ class ForwardWorker {
     const Tile<const T> k = load_tile<T>(p.k, chunk, head, p.dqk, k_);
     const Tile<const T> v = load_tile<T>(p.v, chunk, head, p.dv, v_);
     const Tile<T> h = output_tile<T>(p.h, chunk, head, p.dv, h_);
-    gemm<T>(Op::kNone, Op::kTranspose, length, length, p.dqk, T(1), q.data, q.ld, k.data, k.ld,
-            T(0), scores_, length);
+    causal_scores<T>(length, p.dqk, q, k, scores_);
     for (int64_t t = 0; t < length; ++t) {
       T* row = scores_ + t * length;
       gates_.decay_row(decay_, t);
       sums_[t] = multiply_sum<T>(row, decay_, t + 1);
-      zero_row(row + t + 1, length - t - 1);
+      zero_row(row + t + 1, causal_end(t, length) - t - 1);
     }
-    gemm<T>(Op::kNone, Op::kNone, length, p.dv, length, T(1), scores_, length, v.data, v.ld, T(0),
-            h.data, h.ld);
+    causal_times<T>(length, p.dv, scores_, v, h);
     if (!chunk.fresh) {
       for (int64_t t = 0; t < length; ++t) {
         T* row = weighted_q_ + t * p.dqk;

@@ -30,6 +30,48 @@ void run_items(int64_t count, const Args&... args) {
   });
 }
 
+// ---- products with a causal (lower triangular) length x length matrix ---------------------------------------------
+// By blocks of rows, so that most of the upper triangle is neither computed nor read: entry (t, s) counts for
+// s < causal_end(t, length), and must be zero there for s > t.
+
+constexpr int64_t kCausalBlock = 32;
+inline int64_t causal_end(int64_t t, int64_t length) {
+  return min_of(length, (t / kCausalBlock + 1) * kCausalBlock);
+}
+
+/// scores = a b^T; a, b (length, width)
+template <class T>
+inline void causal_scores(int64_t length, int64_t width, const Tile<const T>& a,
+                          const Tile<const T>& b, T* scores) {
+  for (int64_t t = 0; t < length; t += kCausalBlock) {
+    const int64_t end = causal_end(t, length);
+    gemm<T>(Op::kNone, Op::kTranspose, end - t, end, width, T(1), a.row(t), a.ld, b.data, b.ld,
+            T(0), scores + t * length, length);
+  }
+}
+
+/// out = scores x; x, out (length, width)
+template <class T>
+inline void causal_times(int64_t length, int64_t width, const T* scores, const Tile<const T>& x,
+                         const Tile<T>& out) {
+  for (int64_t t = 0; t < length; t += kCausalBlock) {
+    const int64_t end = causal_end(t, length);
+    gemm<T>(Op::kNone, Op::kNone, end - t, width, end, T(1), scores + t * length, length, x.data,
+            x.ld, T(0), out.row(t), out.ld);
+  }
+}
+
+/// out = scores^T x
+template <class T>
+inline void causal_transposed_times(int64_t length, int64_t width, const T* scores,
+                                    const Tile<const T>& x, const Tile<T>& out) {
+  for (int64_t s = 0; s < length; s += kCausalBlock) {
+    const int64_t end = causal_end(s, length);
+    gemm<T>(Op::kTranspose, Op::kNone, end - s, width, length - s, T(1), scores + s * length + s,
+            length, x.row(s), x.ld, T(0), out.row(s), out.ld);
+  }
+}
+
 /// State of a head, or its gradient: (DQK,DV) and (DQK). Null pointers: the empty state.
 template <class T>
 struct StateRef {
@@ -112,8 +154,6 @@ class StateUpdate {
   void run(const ChunkGates<T>& gates, const Tile<const T>& k, const Tile<const T>& v,
            StateRef<T> from, StateRef<T> to) {
     const bool empty = from.c == nullptr;
-    for (int64_t s = 0; s < gates.length; ++s)
-      scale_row<T>(weighted_k_ + s * p.dqk, k.row(s), gates.u[s], p.dqk);
     T beta = empty ? T(0) : gates.gamma;
     if (empty) {
       zero_row(to.n, p.dqk);
@@ -124,8 +164,11 @@ class StateUpdate {
       }
       scale_row(to.n, from.n, gates.gamma, p.dqk);
     }
-    for (int64_t s = 0; s < gates.length; ++s)
-      add_row<T>(to.n, weighted_k_ + s * p.dqk, T(1), p.dqk);
+    for (int64_t s = 0; s < gates.length; ++s) {
+      T* row = weighted_k_ + s * p.dqk;
+      scale_row(row, k.row(s), gates.u[s], p.dqk);
+      add_row(to.n, row, T(1), p.dqk);
+    }
     gemm<T>(Op::kTranspose, Op::kNone, p.dqk, p.dv, gates.length, T(1), weighted_k_, p.dqk, v.data,
             v.ld, beta, to.c, p.dv);
   }
