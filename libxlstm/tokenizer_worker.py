@@ -49,7 +49,7 @@ def load(files):
             special = [token for token in END_OF_DOCUMENT if tokenizer.token_to_id(token) is not None]
             tokenizer.add_special_tokens(special)
     except Exception as error:  # the package raises bare Exception
-        raise WorkerError(f"{files[0]}: not a tokenizer: {error}") from error
+        raise WorkerError(f"not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

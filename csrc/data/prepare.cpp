@@ -18,7 +18,7 @@ constexpr size_t kBytesPiece = size_t{1}
                                << 15;  ///< of a text for a bytewise tokenizer: stays in cache
 constexpr size_t kDocumentPiece = size_t{16} << 20;  ///< of a long document for other tokenizers
 constexpr size_t kBatchBytes = size_t{1} << 20;  ///< of small documents per call of the tokenizer
-constexpr int64_t kSmallTotal = 10'000'000;      ///< bytes; progress below is counted in kB
+constexpr int64_t kSmallTotal = 1'000'000;       ///< bytes; progress below is counted in kB
 
 bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
@@ -133,7 +133,7 @@ void read_all(const PrepareJob& job, DocumentWriter& writer, PrepareReport& repo
   int64_t total = 0, done = 0;
   for (const auto& file : job.files) total += file.size_bytes;
   const int64_t unit = total < kSmallTotal ? 1000 : 1'000'000;
-  const auto units = [&](int64_t bytes) { return (bytes + unit / 2) / unit; };
+  const auto units = [&](int64_t bytes) { return (bytes + unit - 1) / unit; };
   Progress progress(job.label, units(total), unit == 1000 ? "kB" : "MB");
   for (const auto& file : job.files) {
     DocumentSink sink;
@@ -155,6 +155,9 @@ void read_all(const PrepareJob& job, DocumentWriter& writer, PrepareReport& repo
   writer.flush();
   progress.update(units(total));
   progress.finish();
+  if (report.bad_documents > job.max_warnings)
+    std::fprintf(stderr, "warning: %s: %lld bad documents skipped in all\n", job.what.c_str(),
+                 static_cast<long long>(report.bad_documents));
 }
 
 void check_not_empty(const PrepareJob& job, const PrepareReport& report) {

@@ -36,7 +36,5 @@ std::unique_ptr<Tokenizer> make_tokenizer(const std::string& spec);
 std::vector<std::string> tokenizer_files(const std::string& spec);
 /// sha256 over those files' contents; "" for "bytes". Starts no process.
 std::string tokenizer_sha256(const std::string& spec);
-/// The files behind a spec, to be copied into a checkpoint; none for "bytes". Throws Error(kData) when they are missing.
-std::vector<std::string> tokenizer_files(const std::string& spec);
 
 }  // namespace xlstm::data

@@ -1,0 +1,283 @@
+// Windows, shuffling, mixtures, masks.
+#include "csrc/data/dataset.h"
+
+#include <cmath>
+#include <map>
+#include <numeric>
+#include <set>
+
+#include "csrc/data/sampling.h"
+#include "tests/data/data_files.h"
+
+using namespace xlstm;
+using namespace xlstm::data;
+using namespace xlstm::testing;
+
+namespace {
+
+struct Golden {
+  uint64_t index, n, seed, epoch, value;
+};
+// Written by the independent Python version in tests/python/test_data.py, which checks this table too.
+const Golden kGolden[] = {
+#include "tests/data/permute_golden.inc"
+};
+
+/// One document 0, 1, 2, ...: a token is its own position.
+std::string write_counting(const TemporaryFolder& folder, const std::string& name, int64_t count) {
+  std::vector<int64_t> document(static_cast<size_t>(count));
+  std::iota(document.begin(), document.end(), 0);
+  return write_tokens(folder / name, 1 << 20, {document}, count);
+}
+
+DatasetOptions options_of(int64_t seq_len, bool shuffle = true) {
+  DatasetOptions options;
+  options.seq_len = seq_len;
+  options.shuffle = shuffle;
+  return options;
+}
+
+}  // namespace
+
+TEST_CASE("permute is the same as in Python") {
+  for (const auto& golden : kGolden)
+    CHECK(permute(golden.index, golden.n, golden.seed, golden.epoch) == golden.value);
+}
+
+TEST_CASE("permute is a bijection that moves things") {
+  for (const uint64_t n : {1, 2, 3, 4, 5, 7, 16, 17, 100, 1000, 4097}) {
+    for (const uint64_t epoch : {0, 1, 2}) {
+      std::set<uint64_t> seen;
+      for (uint64_t i = 0; i < n; ++i) {
+        const uint64_t value = permute(i, n, 42, epoch);
+        CHECK(value < n);
+        seen.insert(value);
+      }
+      CHECK(seen.size() == n);
+    }
+  }
+  const uint64_t n = 10000;
+  double product = 0;
+  int fixed = 0, same_in_next_epoch = 0;
+  for (uint64_t i = 0; i < n; ++i) {
+    const uint64_t value = permute(i, n, 1, 0);
+    fixed += value == i;
+    same_in_next_epoch += value == permute(i, n, 1, 1);
+    product += (static_cast<double>(i) - 4999.5) * (static_cast<double>(value) - 4999.5);
+  }
+  CHECK(fixed < 10);
+  CHECK(same_in_next_epoch < 10);
+  const double variance = (static_cast<double>(n) * static_cast<double>(n) - 1) / 12;
+  CHECK(std::abs(product / static_cast<double>(n) / variance) <
+        0.04);  // 4 deviations of a random order
+  CHECK(permute((uint64_t{1} << 63) - 5, uint64_t{1} << 63, 1, 1) < uint64_t{1} << 63);
+  error_of([] { permute(3, 3, 0, 0); });
+}
+
+TEST_CASE("a mixture follows its weights at every moment") {
+  const std::vector<double> weights{0.5, 3, 1.5};
+  const Mixture mixture(weights);
+  const auto period = static_cast<double>(Mixture::kPeriod);
+  CHECK(std::accumulate(mixture.shares().begin(), mixture.shares().end(), int64_t{0}) ==
+        Mixture::kPeriod);
+  std::vector<double> shares;
+  for (size_t k = 0; k < 3; ++k) {
+    shares.push_back(static_cast<double>(mixture.shares()[k]) / period);
+    CHECK(std::abs(shares[k] - weights[k] / 5) <= 1 / period);
+  }
+  std::vector<int64_t> counts(3);
+  double farthest = 0;
+  for (int64_t i = 0; i < 3 * Mixture::kPeriod; ++i) {
+    const auto pick = mixture.pick(i);
+    const auto s = static_cast<size_t>(pick.source);
+    REQUIRE(pick.rank == counts[s]);
+    ++counts[s];
+    for (size_t k = 0; k < 3; ++k) {
+      const double share = static_cast<double>(i + 1) * shares[k];
+      farthest = std::max(farthest, std::abs(static_cast<double>(counts[k]) - share));
+    }
+  }
+  CHECK(farthest < 1);
+  const Mixture tiny({1.0, 1e-30});
+  CHECK(tiny.shares() == std::vector<int64_t>{Mixture::kPeriod - 1, 1});
+  CHECK(Mixture({2.0}).pick(int64_t{1} << 50).rank == int64_t{1} << 50);
+  for (const double weight : {0.0, -1.0, std::nan(""), HUGE_VAL})
+    CHECK(contains(error_of(
+                       [&] {
+                         Mixture m({1.0, weight});
+                       },
+                       ExitCode::kConfig),
+                   "is not positive"));
+}
+
+TEST_CASE("each window of an epoch is seen once, offsets move by epoch") {
+  TemporaryFolder folder;
+  const int64_t seq_len = 7, count = 100;  // 14 windows, one token left over
+  const auto file = open_tokens(write_counting(folder, "t", count));
+  const Dataset dataset({{file, 1.0}}, options_of(seq_len));
+  REQUIRE(dataset.samples_per_epoch() == 14);
+  std::set<int64_t> offsets;
+  std::vector<std::vector<int64_t>> orders;
+  for (int64_t epoch = 0; epoch < 12; ++epoch) {
+    std::vector<int64_t> firsts;
+    for (int64_t i = 0; i < 14; ++i) {
+      const Batch batch = dataset.batch(epoch * 14 + i, 1);
+      for (size_t t = 0; t < 7; ++t) {
+        CHECK(batch.input[t] == batch.input[0] + static_cast<int64_t>(t));
+        CHECK(batch.target[t] == batch.input[t] + 1);
+        CHECK(batch.reset[t] == (t == 0));
+      }
+      CHECK(batch.num_targets == 7);
+      firsts.push_back(batch.input[0]);
+    }
+    orders.push_back(firsts);
+    std::sort(firsts.begin(), firsts.end());
+    const int64_t offset = firsts[0];
+    CHECK((offset == 0 || offset == 1));
+    offsets.insert(offset);
+    for (int64_t w = 0; w < 14; ++w) CHECK(firsts[static_cast<size_t>(w)] == offset + 7 * w);
+  }
+  CHECK(offsets.size() == 2);
+  CHECK(std::set<std::vector<int64_t>>(orders.begin(), orders.end()).size() == 12);
+  const Batch straight = Dataset({{file, 1.0}}, options_of(seq_len, false)).batch(13, 2);
+  CHECK(straight.input[0] == 91);
+  CHECK(straight.input[7] == 0);
+}
+
+TEST_CASE("batches do not depend on how samples are asked for") {
+  TemporaryFolder folder;
+  const auto a = open_tokens(write_counting(folder, "a", 1000)),
+             b = open_tokens(write_counting(folder, "b", 333));
+  const Dataset dataset({{a, 1.0}, {b, 2.0}}, options_of(16)),
+      again({{a, 1.0}, {b, 2.0}}, options_of(16));
+  CHECK(dataset.samples_per_epoch() == 62 + 20);
+  const Batch all = dataset.batch(0, 300);
+  for (const int64_t size : {1, 7, 100}) {
+    for (int64_t first = 0; first + size <= 300; first += size) {
+      const Batch part = again.batch(first, size);
+      CHECK(std::equal(part.input.begin(), part.input.end(), all.input.begin() + first * 16));
+      CHECK(std::equal(part.target.begin(), part.target.end(), all.target.begin() + first * 16));
+    }
+  }
+  CHECK(dataset.batch(5, 0).input.empty());
+  CHECK(dataset.fingerprint() == again.fingerprint());
+}
+
+TEST_CASE("mixed files keep their own epochs") {
+  TemporaryFolder folder;
+  // Tokens tell the file: even in one, odd in the other.
+  std::vector<int64_t> even, odd;
+  for (int64_t i = 0; i < 41; ++i) even.push_back(2 * i);
+  for (int64_t i = 0; i < 11; ++i) odd.push_back(2 * i + 1);
+  const auto a = open_tokens(write_tokens(folder / "a", 256, {even}));
+  const auto b = open_tokens(write_tokens(folder / "b", 256, {odd}));
+  const Dataset dataset({{a, 3.0}, {b, 1.0}}, options_of(5));  // 8 and 2 windows
+  std::map<int64_t, std::vector<int64_t>> firsts;
+  const Batch batch = dataset.batch(0, 64);
+  for (size_t row = 0; row < 64; ++row)
+    firsts[batch.input[row * 5] % 2].push_back(batch.input[row * 5]);
+  REQUIRE(firsts[0].size() == 48);
+  REQUIRE(firsts[1].size() == 16);
+  for (const auto& [source, values] : firsts) {
+    const size_t windows = source == 0 ? 8 : 2;
+    for (size_t epoch = 0; (epoch + 1) * windows <= values.size(); ++epoch) {
+      const auto first = values.begin() + static_cast<ptrdiff_t>(epoch * windows);
+      CHECK(std::set<int64_t>(first, first + static_cast<ptrdiff_t>(windows)).size() == windows);
+    }
+  }
+}
+
+TEST_CASE("resets at document starts and no target across documents") {
+  TemporaryFolder folder;
+  const auto file =
+      open_tokens(write_tokens(folder / "t", 256, {{1, 2, 3}, {4}, {}, {5, 6, 7, 8}, {9}}));
+  DatasetOptions options = options_of(4, false);
+  const Batch batch = Dataset({{file, 1.0}}, options).batch(0, 2);
+  CHECK(batch.input == std::vector<int64_t>{1, 2, 3, 4, 5, 6, 7, 8});
+  CHECK(batch.target == std::vector<int64_t>{2, 3, -100, -100, 6, 7, 8, -100});
+  CHECK(batch.reset == std::vector<uint8_t>{1, 0, 0, 1, 1, 0, 0, 0});
+  CHECK(batch.num_targets == 5);
+  options.mask_loss_across_documents = false;
+  options.reset_state_at_document = false;
+  const Batch plain = Dataset({{file, 1.0}}, options).batch(0, 2);
+  CHECK(plain.target == std::vector<int64_t>{2, 3, 4, 5, 6, 7, 8, 9});
+  CHECK(plain.reset == std::vector<uint8_t>{1, 0, 0, 0, 1, 0, 0, 0});
+  CHECK(plain.num_targets == 8);
+}
+
+TEST_CASE("too little text is an error with counts") {
+  TemporaryFolder folder;
+  const auto file = open_tokens(write_counting(folder, "t", 9));
+  CHECK(Dataset({{file, 1.0}}, options_of(8)).samples_per_epoch() == 1);  // T+1 tokens exactly
+  CHECK(Dataset({{file, 1.0}}, options_of(8)).batch(5, 1).input[7] == 7);
+  CHECK(contains(
+      error_of([&] {
+        Dataset({{file, 1.0}}, options_of(9));
+      }),
+      "t.bin: 9 tokens, but a window of data.seq_len=9 needs 10; set a smaller data.seq_len"));
+  error_of([&] { Dataset({{file, 1.0}}, options_of(0)); }, ExitCode::kConfig);
+  error_of([&] { Dataset({}, options_of(4)); }, ExitCode::kConfig);
+  error_of([&] { Dataset({{file, 1.0}}, options_of(4)).batch(-1, 1); });
+  const auto one = open_tokens(write_counting(folder, "one", 1));
+  CHECK(contains(error_of([&] { EvalSet(one, options_of(4)); }),
+                 "1 tokens; a held-out set needs at least 2"));
+}
+
+TEST_CASE("the fingerprint covers data, order and settings") {
+  TemporaryFolder folder;
+  const auto a = open_tokens(write_counting(folder, "a", 100)),
+             b = open_tokens(write_counting(folder, "b", 101));
+  DatasetOptions seed = options_of(8), reset = options_of(8), mask = options_of(8);
+  seed.seed = 7;
+  reset.reset_state_at_document = false;
+  mask.mask_loss_across_documents = false;
+  const std::vector<Dataset> datasets{{{{a, 1.0}}, options_of(8)},
+                                      {{{b, 1.0}}, options_of(8)},
+                                      {{{a, 1.0}}, options_of(9)},
+                                      {{{a, 1.0}}, seed},
+                                      {{{a, 1.0}}, reset},
+                                      {{{a, 1.0}}, mask},
+                                      {{{a, 1.0}}, options_of(8, false)},
+                                      {{{a, 1.0}, {b, 1.0}}, options_of(8)},
+                                      {{{b, 1.0}, {a, 1.0}}, options_of(8)},
+                                      {{{a, 1.0}, {b, 2.0}}, options_of(8)},
+                                      {{{a, 1.0}, {a, 1.0}}, options_of(8)}};
+  std::set<std::string> fingerprints;
+  for (const auto& dataset : datasets) fingerprints.insert(dataset.fingerprint());
+  CHECK(fingerprints.size() == datasets.size());
+}
+
+TEST_CASE("held-out tokens are scored exactly once") {
+  TemporaryFolder folder;
+  const std::vector<std::vector<int64_t>> documents{
+      {1, 2, 3, 4, 5}, {6}, {7, 8, 9}, {10, 11, 12, 13}};
+  const auto file = open_tokens(write_tokens(folder / "t", 256, documents, 90));
+  for (const int64_t seq_len : {1, 2, 3, 4, 5, 6, 7, 12, 13, 50}) {
+    for (const bool mask : {true, false}) {
+      DatasetOptions options = options_of(seq_len);
+      options.mask_loss_across_documents = mask;
+      const EvalSet set(file, options);
+      std::multiset<int64_t> scored;
+      int64_t counted = 0;
+      for (int64_t w = 0; w < set.num_windows(); ++w) {
+        const Batch batch = set.batch(w, 1);
+        counted += batch.num_targets;
+        CHECK(batch.reset[0] == 1);
+        for (size_t t = 0; t < static_cast<size_t>(seq_len); ++t) {
+          if (batch.target[t] == -100) continue;
+          scored.insert(batch.target[t]);
+          CHECK(batch.input[t] == batch.target[t] - 1);
+        }
+      }
+      const std::multiset<int64_t> want =
+          mask ? std::multiset<int64_t>{2, 3, 4, 5, 8, 9, 11, 12, 13}
+               : std::multiset<int64_t>{2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
+      CHECK(scored == want);
+      CHECK(counted == static_cast<int64_t>(want.size()));
+      CHECK(set.bytes_per_token() == Approx(90.0 / static_cast<double>(want.size())));
+      const Batch all = set.batch(0, set.num_windows());
+      CHECK(all.num_targets == counted);
+      error_of([&] { set.batch(0, set.num_windows() + 1); });
+    }
+  }
+}

@@ -1,0 +1,270 @@
+// Finding texts and reading documents out of them.
+#include <unistd.h>
+#include <zstd.h>
+
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "csrc/data/jsonl.h"
+#include "csrc/data/text_source.h"
+#include "csrc/data/utf8.h"
+#include "tests/data/data_files.h"
+
+using namespace xlstm;
+using namespace xlstm::data;
+using namespace xlstm::testing;
+
+namespace {
+
+std::string compress(const std::string& text) {
+  std::string out(ZSTD_compressBound(text.size()), '\0');
+  out.resize(ZSTD_compress(out.data(), out.size(), text.data(), text.size(), 3));
+  return out;
+}
+
+/// Documents as "source|line|text", problems as "line!what".
+std::vector<std::string> read_all(const std::string& path) {
+  std::vector<std::string> seen;
+  int64_t last = 0;
+  DocumentSink sink;
+  sink.document = [&](const Document& d) {
+    seen.push_back(std::string(d.source) + "|" + std::to_string(d.line) + "|" +
+                   std::string(d.text));
+  };
+  sink.bad = [&](int64_t line, const std::string& what) {
+    seen.push_back(std::to_string(line) + "!" + what);
+  };
+  sink.progress = [&](int64_t position) {
+    CHECK(position >= last);
+    last = position;
+  };
+  TextFile file = find_texts({path}, "*").at(0);
+  file.input = "in";
+  read_documents(file, sink);
+  CHECK(last <= file.size_bytes);
+  return seen;
+}
+
+std::vector<std::string> names(const std::vector<TextFile>& files) {
+  std::vector<std::string> result;
+  for (const auto& file : files) result.push_back(file.name);
+  return result;
+}
+
+/// Well-formedness by decoding each character, written apart from the code under test.
+size_t invalid_by_decoding(const std::string& s) {
+  for (size_t i = 0; i < s.size();) {
+    const auto byte = [&](size_t k) {
+      return i + k < s.size() ? static_cast<unsigned char>(s[i + k]) : 0u;
+    };
+    const unsigned lead = byte(0);
+    const size_t n = lead < 0x80       ? 1
+                     : lead >> 5 == 6  ? 2
+                     : lead >> 4 == 14 ? 3
+                     : lead >> 3 == 30 ? 4
+                                       : 0;
+    if (n == 0) return i;
+    unsigned code = n == 1 ? lead : lead & (0xffu >> (n + 1));
+    for (size_t k = 1; k < n; ++k) {
+      if (byte(k) >> 6 != 2) return i;
+      code = code << 6 | (byte(k) & 0x3f);
+    }
+    const unsigned smallest[] = {0, 0, 0x80, 0x800, 0x10000};
+    if (code < smallest[n] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000)) return i;
+    i += n;
+  }
+  return s.size();
+}
+
+}  // namespace
+
+TEST_CASE("utf8 validation agrees with decoding") {
+  std::mt19937 random(5);
+  const std::string parts[] = {"a",
+                               "abcdefghijklmnopqrstuvwxyz",
+                               "\xc3\xa9",
+                               "\xe2\x82\xac",
+                               "\xf0\x9f\x98\x80",
+                               "\xed\xa0\x80",
+                               "\xc0\x80",
+                               "\xf4\x90\x80\x80",
+                               "\xe0\x80\x80",
+                               "\xff",
+                               "\x80",
+                               "\xf0\x9f"};
+  int well_formed = 0;
+  for (int trial = 0; trial < 20000; ++trial) {
+    std::string text;
+    const unsigned pool = trial % 2 == 0 ? 5 : 12;
+    for (unsigned n = random() % 8; n > 0; --n) text += parts[random() % pool];
+    if (random() % 5 == 0 && !text.empty())
+      text[random() % text.size()] = static_cast<char>(random());
+    REQUIRE(find_invalid_utf8(text) == invalid_by_decoding(text));
+    well_formed += find_invalid_utf8(text) == text.size();
+  }
+  CHECK(well_formed > 5000);
+}
+
+TEST_CASE("utf8 boundary never cuts a character") {
+  const std::string text = "a\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80z";
+  const size_t want[] = {0, 1, 1, 3, 3, 3, 6, 6, 6, 6, 10, 11};
+  for (size_t i = 0; i < 12; ++i) CHECK(utf8_boundary(text, i) == want[i]);
+  CHECK(utf8_boundary(text, 100) == text.size());
+}
+
+TEST_CASE("jsonl parser") {
+  JsonlParser parser;
+  REQUIRE(parser.parse(
+      R"( {"a":[1,-2.5e+3,true,null,{"text":"no"}],"text":"x\u00e9\n\ud83d\ude00\"\/", "meta": )"
+      R"({"redpajama_set_name":"RedPajamaC4","n":{}}} )"));
+  CHECK(parser.text() == "x\xc3\xa9\n\xf0\x9f\x98\x80\"/");
+  CHECK(parser.set_name() == "RedPajamaC4");
+  REQUIRE(parser.parse(R"({"meta":null,"text":""})"));
+  CHECK(parser.text().empty());
+  CHECK(parser.set_name().empty());
+  REQUIRE(parser.parse(R"({"text":"\u0000","meta":{"redpajama_set_name":7}})"));
+  CHECK(parser.text() == std::string(1, '\0'));
+
+  const std::vector<std::pair<std::string, std::string>> bad{
+      {R"({"text":3})", "\"text\" is not a string"},
+      {R"({"text":null})", "\"text\" is not a string"},
+      {R"({"txt":"a"})", "no \"text\""},
+      {R"({})", "no \"text\""},
+      {R"(["text"])", "not a JSON object"},
+      {R"("text")", "not a JSON object"},
+      {R"({"text":"a"} x)", "not valid JSON at byte 14: text behind the object"},
+      {R"({"text":"a")", "expected ',' or '}'"},
+      {R"({"text":"a)", "string without an end"},
+      {R"({"text":"\ud800"})", "lone surrogate"},
+      {R"({"text":"\ud800\u0041"})", "lone surrogate"},
+      {R"({"text":"\udc00"})", "lone surrogate"},
+      {R"({"text":"\x"})", "unknown escape"},
+      {R"({"text":"\u12g4"})", "bad \\u escape"},
+      {R"({"text":"a","text":"b"})", "a second \"text\""},
+      {R"({"text":"a","n":01})", "expected ',' or '}'"},
+      {R"({"text":"a","n":nul})", "unknown word"},
+      {R"({"text":"a","n":-})", "unexpected character"},
+      {R"({"text":"a",})", "expected a name in quotes"},
+      {"{\"text\":\"a\tb\"}", "control character in a string"},
+      {"{\"text\":\"\xff\"}", "invalid UTF-8 at byte 10"},
+      {"{\"text\":\"\xed\xa0\x80\"}", "invalid UTF-8"},
+      {R"({"text":"a","n":)" + std::string(100000, '[') + "}", "nested too deeply"}};
+  for (const auto& [line, message] : bad) {
+    CHECK_FALSE(parser.parse(line));
+    CHECK(contains(parser.error(), message));
+  }
+}
+
+TEST_CASE("jsonl parser agrees with another JSON library on damaged lines") {
+  const std::string good =
+      R"({"text":"The \"cell\" \u00e9 \\ state\n", "n":[1,2.5e-3,{"k":null}], "meta":{"redpajama_set_name":"A","x":true}})";
+  std::mt19937 random(17);
+  JsonlParser parser;
+  int accepted = 0;
+  for (int trial = 0; trial < 20000; ++trial) {
+    std::string line = good;
+    for (unsigned n = random() % 3; n > 0; --n) {
+      const size_t at = random() % line.size();
+      if (random() % 2 == 0) {
+        line[at] = "{}[]\",:\\u0aef-1.\xc3\n "[random() % 20];
+      } else {
+        line.erase(at, 1);
+      }
+    }
+    const auto json = nlohmann::json::parse(line, nullptr, false);
+    const bool usable = json.is_object() && json.contains("text") && json["text"].is_string();
+    const bool parsed = parser.parse(line);
+    INFO(line);
+    REQUIRE(parsed == usable);
+    if (!parsed) continue;
+    ++accepted;
+    REQUIRE(parser.text() == json["text"].get<std::string>());
+  }
+  CHECK(accepted > 2000);
+}
+
+TEST_CASE("texts are found in a fixed order") {
+  TemporaryFolder folder;
+  for (const std::string name :
+       {"b.txt", "a/z.py", "a/c.txt", "a.txt", ".hidden.txt", ".git/x.txt", "a/.deep/y.txt"})
+    write_bytes(folder / "t" / name, name);
+  const std::string root = (folder / "t").string();
+  CHECK(names(find_texts({root}, "*")) ==
+        std::vector<std::string>{"a.txt", "a/c.txt", "a/z.py", "b.txt"});
+  CHECK(names(find_texts({root}, "*.txt")) ==
+        std::vector<std::string>{"a.txt", "a/c.txt", "b.txt"});
+  CHECK(names(find_texts({root + "/*.txt"}, "*")) ==
+        std::vector<std::string>{root + "/a.txt", root + "/b.txt"});
+  CHECK(names(find_texts({root + "/a"}, "[yz].py")) == std::vector<std::string>{"z.py"});
+  SECTION("a file counts once") {
+    CHECK(names(find_texts({root + "/b.txt", root, root}, "*.txt")) ==
+          std::vector<std::string>{root + "/b.txt", "a.txt", "a/c.txt"});
+    std::filesystem::create_symlink(root + "/b.txt", root + "/link.txt");
+    CHECK(find_texts({root}, "*.txt").size() == 3);
+  }
+  SECTION("nothing found") {
+    CHECK(contains(error_of([&] { find_texts({root + "/nope"}, "*"); }),
+                   "nope: no such file or folder"));
+    CHECK(contains(error_of([&] { find_texts({root + "/*.rst"}, "*"); }),
+                   "no file matches it as a pattern"));
+    CHECK(contains(error_of([&] { find_texts({root}, "*.rst"); }),
+                   "nor a folder with files that match \"*.rst\""));
+    CHECK(contains(error_of([&] { find_texts({"/dev/null"}, "*"); }), "not a text file"));
+  }
+  SECTION("kinds go by name") {
+    write_bytes(folder / "k" / "a.jsonl", "");
+    write_bytes(folder / "k" / "b.jsonl.zst", "");
+    write_bytes(folder / "k" / "c.json", "");
+    const auto files = find_texts({(folder / "k").string()}, "*");
+    CHECK(files.at(0).kind == TextFile::Kind::kJsonl);
+    CHECK(files.at(1).kind == TextFile::Kind::kJsonlZst);
+    CHECK(files.at(2).kind == TextFile::Kind::kText);
+  }
+}
+
+TEST_CASE("documents of a text file") {
+  TemporaryFolder folder;
+  CHECK(read_all(write_bytes(folder / "t.txt", "a\r\nb")) ==
+        std::vector<std::string>{"in|1|a\r\nb"});
+  CHECK(read_all(write_bytes(folder / "e.txt", "")) == std::vector<std::string>{"in|1|"});
+  const auto bad = read_all(write_bytes(folder / "b.txt", "ok\nok\n\xff"));
+  CHECK(bad == std::vector<std::string>{"3!invalid UTF-8 at byte 7 of the file"});
+}
+
+TEST_CASE("documents of jsonl, plain and compressed") {
+  TemporaryFolder folder;
+  std::string text =
+      "{\"text\":\"one\",\"meta\":{\"redpajama_set_name\":\"C4\"}}\r\n\n  "
+      "\n{\"text\":\"two\"}\n{bad\n{\"text\":3}\n";
+  std::vector<std::string> want{"C4|1|one", "in|4|two",
+                                "5!not valid JSON at byte 2: expected a name in quotes",
+                                "6!\"text\" is not a string"};
+  for (int i = 7; i < 4000;
+       ++i) {  // several buffers of the decompressor, lines across their borders
+    const std::string word = std::to_string(i) + std::string(static_cast<size_t>(i % 300), 'x');
+    text += "{\"text\":\"" + word + "\"}\n";
+    want.push_back("in|" + std::to_string(i) + "|" + word);
+  }
+  text += "{\"text\":\"last\"}";
+  want.push_back("in|4000|last");
+  CHECK(read_all(write_bytes(folder / "t.jsonl", text)) == want);
+  const std::string packed = compress(text);
+  CHECK(read_all(write_bytes(folder / "t.jsonl.zst", packed)) == want);
+  CHECK(read_all(write_bytes(folder / "two.jsonl.zst", compress(text + "\n") + compress(""))) ==
+        want);
+  CHECK(read_all(write_bytes(folder / "empty.jsonl.zst", "")).empty());
+
+  SECTION("a truncated file gives its whole documents and one problem") {
+    for (const size_t size : {packed.size() - 1, packed.size() / 2, size_t{5}}) {
+      const auto seen = read_all(write_bytes(folder / "cut.jsonl.zst", packed.substr(0, size)));
+      REQUIRE_FALSE(seen.empty());
+      CHECK(contains(seen.back(), "the zstd data ends early"));
+      CHECK(std::equal(seen.begin(), seen.end() - 1, want.begin()));
+    }
+  }
+  SECTION("a damaged file") {
+    const auto seen = read_all(write_bytes(folder / "bad.jsonl.zst", "this is not zstd"));
+    REQUIRE(seen.size() == 1);
+    CHECK(contains(seen[0], "1!damaged zstd data"));
+  }
+}

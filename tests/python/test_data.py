@@ -1,0 +1,261 @@
+"""Token files as other programs see them, and the xlstm-data program from outside."""
+
+import hashlib
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+XLSTM_DATA = ROOT / "build" / "bin" / "xlstm-data"
+GPT2 = ROOT.parent / "shared" / "data" / "gpt2-bpe"
+MEGATRON_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+
+
+def run(*args, check=0):
+    done = subprocess.run([XLSTM_DATA, *map(str, args)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "XLSTM_PYTHON": sys.executable})
+    assert done.returncode == check, done.stderr
+    return done
+
+
+def error(*args, check=3):
+    """The one line that a failing call prints."""
+    lines = run(*args, check=check).stderr.splitlines()
+    errors = [line for line in lines if "error:" in line]
+    assert len(errors) == 1 and errors[0].startswith("xlstm-data: error: ")
+    return errors[0]
+
+
+def read_megatron(prefix):
+    """Documents as Megatron-LM's IndexedDataset reads them: header, lengths, pointers, document index."""
+    with open(f"{prefix}.idx", "rb") as stream:
+        assert stream.read(9) == b"MMIDIDX\x00\x00"
+        assert struct.unpack("<Q", stream.read(8)) == (1,)
+        dtype = np.dtype(MEGATRON_DTYPES[struct.unpack("<B", stream.read(1))[0]])
+        sequences, entries = struct.unpack("<QQ", stream.read(16))
+        offset = stream.tell()
+    index = np.memmap(f"{prefix}.idx", mode="r")
+    lengths = np.frombuffer(index, np.int32, sequences, offset)
+    pointers = np.frombuffer(index, np.int64, sequences, offset + lengths.nbytes)
+    documents = np.frombuffer(index, np.int64, entries, offset + lengths.nbytes + pointers.nbytes)
+    assert offset + lengths.nbytes + pointers.nbytes + documents.nbytes == len(index)
+    assert documents.tolist() == list(range(sequences + 1))
+    tokens = np.memmap(f"{prefix}.bin", mode="r", dtype=np.uint8)
+    assert lengths.sum(dtype=np.int64) * dtype.itemsize == len(tokens)
+    return dtype, [np.frombuffer(tokens, dtype, n, at) for n, at in zip(lengths, pointers)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": t, "meta": {"redpajama_set_name": "C4"}}) + "\n" for t in texts))
+    return path
+
+
+def test_bytes_round_trip_through_numpy(tmp_path):
+    texts = ["plain", "Grüße €😀", "line\r\nend\x00nul", " " * 70000]
+    run("prepare", write_jsonl(tmp_path / "t.jsonl", texts), "--output", tmp_path / "out")
+    dtype, documents = read_megatron(tmp_path / "out")
+    assert dtype == np.uint16
+    assert [bytes(d.astype(np.uint8)) for d in documents] == [t.encode() + b"\0" for t in texts]
+    meta = json.loads((tmp_path / "out.meta.json").read_text())
+    for name in ("bin", "idx"):
+        assert meta[f"{name}_sha256"] == hashlib.sha256((tmp_path / f"out.{name}").read_bytes()).hexdigest()
+    assert meta["num_bytes"] == sum(len(t.encode()) for t in texts)
+    assert meta["num_documents"] == 4 and meta["vocab_size"] == 256 and meta["eos_id"] == 0
+    assert meta["max_token_id"] == 0xF0 and meta["source_documents"] == {"C4": 4}
+    assert meta["command"].startswith("xlstm-data prepare ")
+
+
+def test_large_vocabulary_through_numpy(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {f"w{i}": i for i in range(70000)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    done = run("prepare", write_jsonl(tmp_path / "t.jsonl", ["w69999 w1", "nope w65536"]), "--output", tmp_path / "out",
+               "--tokenizer", tmp_path)
+    assert "no end-of-document token" in done.stderr
+    dtype, documents = read_megatron(tmp_path / "out")
+    assert dtype == np.int32
+    assert [d.tolist() for d in documents] == [[69999, 1], [0, 65536]]
+
+
+def test_trained_bpe_equals_the_package(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    source = Path(__file__).read_text()
+    tokenizer = tokenizers.ByteLevelBPETokenizer(add_prefix_space=False)
+    tokenizer.train_from_iterator([source], vocab_size=400, special_tokens=["<|endoftext|>"])
+    tokenizer.save_model(str(tmp_path))
+    texts = [source, "Grüße €😀", " a  b\n\n c"]
+    run("prepare", write_jsonl(tmp_path / "t.jsonl", texts), "--output", tmp_path / "out", "--tokenizer", tmp_path)
+    _, documents = read_megatron(tmp_path / "out")
+    end = tokenizer.token_to_id("<|endoftext|>")
+    assert [d.tolist() for d in documents] == [tokenizer.encode(t).ids + [end] for t in texts]
+    assert [tokenizer.decode(d[:-1].tolist()) for d in documents] == texts
+    meta = json.loads((tmp_path / "out.meta.json").read_text())
+    files = [hashlib.sha256((tmp_path / n).read_bytes()).hexdigest() for n in ("vocab.json", "merges.txt")]
+    assert meta["tokenizer_sha256"] == hashlib.sha256("".join(files).encode()).hexdigest()
+
+
+def test_gpt2_files(tmp_path):
+    pytest.importorskip("tokenizers")
+    if not GPT2.is_dir():
+        pytest.skip("GPT-2's encoder.json and vocab.bpe are not beside the checkout")
+    texts = ["Hello world", " Hello  world\n", "<|endoftext|>"]
+    run("prepare", write_jsonl(tmp_path / "t.jsonl", texts), "--output", tmp_path / "out", "--tokenizer", GPT2)
+    _, documents = read_megatron(tmp_path / "out")
+    assert [d.tolist() for d in documents] == [
+        [15496, 995, 50256], [18435, 220, 995, 198, 50256], [50256, 50256]]
+
+
+def test_folder_and_glob(tmp_path):
+    for name in ("a.py", "sub/b.py", "c.txt", ".hidden/d.py"):
+        (tmp_path / "t" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "t" / name).write_text(name)
+    run("prepare", tmp_path / "t", "--glob", "*.py", "--output", tmp_path / "out", "--no-eos")
+    _, documents = read_megatron(tmp_path / "out")
+    assert [bytes(d.astype(np.uint8)).decode() for d in documents] == ["a.py", "sub/b.py"]
+
+
+def test_report_stats_and_verify(tmp_path):
+    lines = ['{"text": "four"}', '{"text": ""}', "broken", '{"text": "seven77", "meta": {"redpajama_set_name": "C4"}}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    done = run("prepare", tmp_path / "t.jsonl", "--output", tmp_path / "out")
+    assert "2 documents, 13 tokens from 11 bytes" in done.stdout
+    assert "left out: 1 empty and 1 bad documents" in done.stdout
+    assert "t.jsonl:3: not a JSON object (skipped)" in done.stderr
+    stats = run("stats", tmp_path / "out").stdout
+    for part in ("tokens: 13", "documents: 2", "min 5, median 6.5, mean 6.5, max 8", "source: C4: 1", "(0.846 per token)",
+                 "vocabulary: 256, largest id used 118, end of document 0"):
+        assert part in stats
+    assert "good: 13 tokens in 2 documents" in run("verify", tmp_path / "out").stdout
+
+
+def test_verify_names_the_damaged_file(tmp_path):
+    run("prepare", write_jsonl(tmp_path / "t.jsonl", ["some text", "more"]), "--output", tmp_path / "out")
+    for name in ("out.bin", "out.idx"):
+        good = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(good[:-1] + bytes([good[-1] ^ 64]))
+        assert name in error("verify", tmp_path / "out")
+        (tmp_path / name).write_bytes(good[:-2])
+        assert f"{name}: " in error("verify", tmp_path / "out")
+        (tmp_path / name).write_bytes(good)
+    run("verify", tmp_path / "out")
+    (tmp_path / "out.meta.json").unlink()
+    assert "no sha256 to compare with" in error("verify", tmp_path / "out")
+
+
+def test_wrong_input_exits_3(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "a.txt").write_text("a")
+    out = ("--output", tmp_path / "out")
+    assert "no such file or folder" in error("prepare", tmp_path / "nope", *out)
+    assert "no text in it (1 files, 1 empty" in error("prepare", tmp_path / "empty.txt", *out)
+    assert "no such tokenizer" in error("prepare", tmp_path / "a.txt", *out, "--tokenizer", "gpt5")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    assert "bad.jsonl:2: not valid JSON at byte 10" in error("prepare", tmp_path / "bad.jsonl", *out, "--strict")
+    assert not list(tmp_path.glob("out*"))
+    assert "out.idx: no such file" in error("stats", tmp_path / "out")
+
+
+def test_wrong_usage_exits_2(tmp_path):
+    for args, part in (((), "which command"), (("prepare",), "no INPUT"), (("prepare", "x"), "--output PREFIX is missing"),
+                       (("frobnicate",), "unknown command"), (("verify",), "no PREFIX"), (("stats",), "no PREFIX"),
+                       (("stats", "--strict", "x"), "takes no --strict"), (("prepare", "--strikt"), "--strict")):
+        assert part in error(*args, check=2)
+    text = run("--help").stdout
+    for word in ("prepare", "verify", "stats", "--tokenizer", "--glob", "--no-eos", "--strict", "exit status"):
+        assert word in text
+
+
+def test_path_with_an_equals_sign(tmp_path):
+    (tmp_path / "lang=en.txt").write_text("text")
+    done = subprocess.run([XLSTM_DATA, "prepare", "lang=en.txt", "--output", "out"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "out.meta.json").exists()
+
+
+# The order of samples, written here a second time: csrc/data/sampling.cpp must agree with it for ever, since resumed
+# runs rely on it.
+MASK = (1 << 64) - 1
+GAMMA = 0x9E3779B97F4A7C15
+
+
+def mix64(x):
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def permute(index, n, seed, epoch):
+    if n == 1:
+        return 0
+    half = ((n - 1).bit_length() + 1) // 2
+    low = (1 << half) - 1
+    key = mix64((mix64((seed + GAMMA) & MASK) + epoch) & MASK)
+    value = index
+    while True:
+        left, right = value >> half, value & low
+        for turn in range(1, 5):
+            left, right = right, left ^ (mix64((key + turn * GAMMA + right) & MASK) & low)
+        value = left << half | right
+        if value < n:
+            return value
+
+
+def test_golden_permutations():
+    rows = re.findall(r"\{(\d+)u, (\d+)u, (\d+)u, (\d+)u, (\d+)u\}",
+                      (ROOT / "tests" / "data" / "permute_golden.inc").read_text())
+    assert len(rows) > 100
+    for index, n, seed, epoch, value in (map(int, row) for row in rows):
+        assert permute(index, n, seed, epoch) == value
+    assert sorted(permute(i, 1000, 7, 3) for i in range(1000)) == list(range(1000))
+
+
+def worker(*args, stdin=b""):
+    return subprocess.run([sys.executable, ROOT / "libxlstm" / "tokenizer_worker.py", *map(str, args)], input=stdin,
+                          capture_output=True, timeout=60)
+
+
+def frames(data):
+    result = []
+    while data:
+        (length,) = struct.unpack("<Q", data[1:9])
+        result.append((data[:1], data[9:9 + length]))
+        data = data[9 + length:]
+    return result
+
+
+def test_worker_protocol(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "a": 1, "</s>": 9}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "t.json"))
+
+    def request(kind, payload):
+        return kind + struct.pack("<Q", len(payload)) + payload
+
+    encode = struct.pack("<Q", 2) + struct.pack("<Q", 3) + b"a b" + struct.pack("<Q", 0)
+    done = worker(tmp_path / "t.json", stdin=request(b"E", encode) + request(b"D", struct.pack("<2q", 1, 9))
+                  + request(b"Q", b"") + request(b"E", struct.pack("<QQ", 1, 1) + b"a"))
+    assert done.returncode == 0 and done.stderr == b""
+    hello, first, second, third, fourth = frames(done.stdout)
+    assert hello[0] == b"H" and json.loads(hello[1]) == {"vocab_size": 10, "eos_id": 9}
+    assert first == (b"E", struct.pack("<2Q", 2, 0) + struct.pack("<2i", 1, 0))
+    assert second == (b"D", b"a </s>")
+    assert third[0] == b"X" and b"unknown request" in third[1]
+    assert fourth == (b"E", struct.pack("<Q", 1) + struct.pack("<i", 1))
+
+
+def test_worker_errors(tmp_path):
+    pytest.importorskip("tokenizers")
+    assert worker().returncode == 2
+    (tmp_path / "t.json").write_text("{}")
+    done = worker(tmp_path / "t.json")
+    ((kind, message),) = frames(done.stdout)
+    assert done.returncode == 1 and kind == b"X" and message.startswith(b"not a tokenizer: ")
