@@ -102,7 +102,7 @@ void RunFolder::create_and_lock() {
 
 void RunFolder::probe() const {
   OutputFile probe(file(kProbe));
-  probe.write(std::string(1 << 16, '\0'));
+  probe.write(std::string(1 << 12, '\0'));
   probe.sync_and_close();
   fs::remove(probe.path());
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <optional>
 #include <system_error>
@@ -209,6 +210,7 @@ ExitCode Trainer::Impl::train() {
     if (due(config_.sample.every) && !finished()) samples_->write(*model_, state_.step);  // 9
     if (due(config_.ckpt.every) && !finished()) save();                                   // 10
     failpoint("trainer.step_end", state_.step);
+    if (failpoint_at("trainer.raise_sigterm", state_.step)) std::raise(SIGTERM);
     if (const char* signal = stop_requested()) return stop(signal);  // 11
   }
   save();  // before the final evaluation: nothing that comes now can lose the run

@@ -1,0 +1,355 @@
+"""xlstm-train as a program: whole runs, kills, signals, full disks, and what it leaves in the run folder."""
+
+import hashlib
+import json
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "build" / "bin" / "xlstm-train"
+pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="build/bin/xlstm-train is not built")
+
+CONFIG = """
+run: {{name: demo, out_dir: {out}, num_threads: 1}}
+model: {{vocab_size: 256, embedding_dim: 16, num_blocks: 2, num_heads: 2, slstm_at: [1]}}
+data: {{text: {text}, cache_dir: {cache}, seq_len: 16}}
+train: {{global_batch_size: 4, max_steps: 12}}
+optim: {{learning_rate: 1.0e-2, min_lr: 1.0e-3, warmup_steps: 3}}
+ckpt: {{every: 4, keep_last: 2}}
+eval: {{every: 5, batches: 4}}
+sample: {{prompts: ["line "], max_new_tokens: 8}}
+log: {{every: 1, plot: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    text = "".join(f"line {i * i} of a small text, {i % 7}\n" for i in range(600))
+    (folder / "text.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def setup(tmp_path, corpus):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(out=tmp_path / "runs", text=corpus / "text.txt", cache=corpus / "cache"))
+    return config, tmp_path / "runs" / "demo"
+
+
+def train(config, *arguments, failpoint=None, **options):
+    environment = {**os.environ, "XLSTM_PYTHON": sys.executable}
+    environment.pop("XLSTM_FAILPOINT", None)
+    if failpoint:
+        environment["XLSTM_FAILPOINT"] = failpoint
+    return subprocess.run([PROGRAM, config, *arguments], env=environment, capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+def records(run, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def losses(run):
+    return {r["step"]: r["train/loss_hex"] for r in records(run) if "train/loss_hex" in r}
+
+
+def fingerprint(run, step):
+    folder = run / "ckpt" / f"step-{step:08d}"
+    return [hashlib.sha256((folder / f).read_bytes()).hexdigest()
+            for f in ("model.safetensors", "optim-rank00000.safetensors")]
+
+
+def one_line_error(done, code):
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("xlstm-train: error: ")]
+    assert len(lines) == 1 and done.stderr.splitlines()[-1] == lines[0], done.stderr
+    return lines[0]
+
+
+def test_a_whole_run(setup):
+    config, run = setup
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"held-out bits per byte: \d+\.\d\d", done.stdout.splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step ") and "gnorm" in line]
+    assert len(lines) == 12
+    assert re.fullmatch(r"step 12/12 \| loss \d\.\d{4} \| ppl [\d.]+ \| gnorm [\d.]+ \| lr 1\.0e-03 \| "
+                        r"[\d.]+k? tok/s \| data \d+% \| eta 0s", lines[-1])
+    assert "tok/s" not in lines[0]  # the first step is in no mean
+
+    metrics = [r for r in records(run) if "train/loss" in r]
+    assert [m["step"] for m in metrics] == list(range(1, 13))
+    for key in ("train/ppl", "train/grad_norm", "train/lr", "train/tokens", "train/skipped_updates",
+                "perf/tokens_per_s", "perf/step_ms", "perf/data_ms", "mem/peak_gib"):
+        assert key in metrics[-1], key
+    assert metrics[-1]["train/tokens"] == 12 * 4 * 16
+    assert float.fromhex(metrics[-1]["train/loss_hex"]) == pytest.approx(metrics[-1]["train/loss"], rel=1e-9)
+    assert [r["step"] for r in records(run) if "val/loss" in r] == [5, 10, 12]
+    assert all({"val/ppl", "val/bits_per_byte"} <= r.keys() for r in records(run) if "val/loss" in r)
+    assert sorted(p.name for p in (run / "ckpt").iterdir()) == ["step-00000008", "step-00000012"]
+    sample = records(run, "samples.jsonl")
+    assert [s["step"] for s in sample] == [12] and sample[0]["prompt"] == "line "
+    header = json.loads((run / "run.json").read_text())
+    assert header["versions"]["torch"] and header["threads"] == 1 and "embedding_dim: 16" in header["config"]
+    assert "step 12/12" in (run / "run.log").read_text()
+
+    again = train(config)
+    assert again.returncode == 0
+    assert "finished" in again.stdout
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert losses(run) == {m["step"]: m["train/loss_hex"] for m in metrics}
+
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def read_varint(data, at):
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def parse_message(data):
+    """Field number -> list of raw values of a protocol-buffer message."""
+    fields, at = {}, 0
+    while at < len(data):
+        tag, at = read_varint(data, at)
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            value, at = read_varint(data, at)
+        else:
+            size = {1: 8, 5: 4}.get(kind)
+            if size is None:
+                assert kind == 2
+                size, at = read_varint(data, at)
+            value, at = data[at:at + size], at + size
+        fields.setdefault(number, []).append(value)
+    return fields
+
+
+def read_events(path):
+    """Events of a TensorBoard file, every checksum checked."""
+    data, events = path.read_bytes(), []
+
+    def check(bytes_, masked):
+        crc = crc32c(bytes_)
+        assert ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF == struct.unpack("<I", masked)[0]
+
+    while data:
+        size, = struct.unpack("<Q", data[:8])
+        check(data[:8], data[8:12])
+        check(data[12:12 + size], data[12 + size:16 + size])
+        events.append(parse_message(data[12:12 + size]))
+        data = data[16 + size:]
+    return events
+
+
+def test_tensorboard_events_hold_the_same_numbers(setup):
+    config, run = setup
+    assert train(config, "train.max_steps=5").returncode == 0
+    assert train(config).returncode == 0  # goes on: a second file, which says so
+    first, second = sorted((run / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime)
+    expected = {(r["step"], k): v for r in records(run) for k, v in r.items()
+                if "/" in k and isinstance(v, (int, float))}
+    found = {}
+    for path in (first, second):
+        events = read_events(path)
+        assert events[0][3] == [b"brain.Event:2"]
+        for event in events[1:]:
+            assert abs(struct.unpack("<d", event[1][0])[0] - time.time()) < 600
+            for value in parse_message(event[5][0])[1] if 5 in event else []:
+                scalar = parse_message(value)
+                found[event[2][0], scalar[1][0].decode()] = struct.unpack("<f", scalar[2][0])[0]
+    assert parse_message(read_events(second)[1][7][0]) == {1: [1]} and read_events(second)[1][2] == [6]
+    assert found.keys() == expected.keys()
+    assert all(found[k] == pytest.approx(v, rel=1e-6) for k, v in expected.items())
+
+
+def test_killed_runs_end_with_the_same_bits(setup):
+    config, run = setup
+    assert train(config).returncode == 0
+    expected, expected_losses = fingerprint(run, 12), losses(run)
+    assert train(config, "--fresh", failpoint="trainer.step_end:2").returncode == -signal.SIGKILL
+    assert (run.parent / "demo.old-1" / "run.json").exists()
+    assert not (run / "ckpt").exists()  # nothing saved yet: the same command starts at step 0
+    assert train(config, failpoint="trainer.step_end:7").returncode == -signal.SIGKILL
+    assert train(config, failpoint="trainer.step_end:9").returncode == -signal.SIGKILL
+    done = train(config)
+    assert done.returncode == 0 and "resumed from" in done.stdout
+    assert fingerprint(run, 12) == expected
+    assert losses(run) == expected_losses
+    assert len([r for r in records(run) if "train/loss" in r]) == 12  # no step twice
+    assert [r["step"] for r in records(run) if r.get("event") == "resume"] == [4, 8]
+    assert (run / "metrics.jsonl.bak").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_says_how_to_go_on(setup, number):
+    config, run = setup
+    process = subprocess.Popen([PROGRAM, config, "train.max_steps=1000000", "eval.every=0", "ckpt.every=0"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert number.name in out and "run the same command again: " in out and str(config) in out
+    step = max(losses(run))
+    assert [p.name for p in (run / "ckpt").iterdir()] == [f"step-{step:08d}"]
+
+
+def test_two_trainers_in_one_folder(setup):
+    config, run = setup
+    first = subprocess.Popen([PROGRAM, config, "train.max_steps=1000000"], stdout=subprocess.PIPE, text=True)
+    try:
+        for line in first.stdout:
+            if line.startswith("step 1/"):
+                break
+        assert f"pid {first.pid}" in one_line_error(train(config), 4)
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_saves_that_fail(setup):
+    config, run = setup
+
+    def small_files():  # every file of a checkpoint that is larger fails to be written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    arguments = ["ckpt.every=2", "log.tensorboard=false"]
+    assert train(config, *arguments, "train.max_steps=2").returncode == 0
+    good = fingerprint(run, 2)
+    done = train(config, *arguments, "ckpt.max_failed_saves=10", preexec_fn=small_files)
+    message = one_line_error(done, 4)  # the last one must succeed
+    assert "step 12" in message and "free" in message
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: checkpoint of step")]
+    assert len(warnings) == 4 and all("training goes on" in line and "step 2" in line for line in warnings)
+    assert fingerprint(run, 2) == good and [p.name for p in (run / "ckpt").iterdir()] == ["step-00000002"]
+    assert [r["ckpt/failed"] for r in records(run) if "ckpt/failed" in r] == [1, 2, 3, 4, 5]
+    done = train(config, *arguments, "ckpt.max_failed_saves=2", preexec_fn=small_files)
+    assert "step 6" in one_line_error(done, 4)
+    assert train(config, *arguments).returncode == 0
+
+
+@pytest.mark.parametrize("arguments, code, expected", [
+    (["run.out_dir={file}"], 4, "run.out_dir="),
+    (["run.out_dir=/proc/none"], 4, "cannot be written"),
+    (["data.text={missing}"], 3, "missing"),
+    (["data.text=", "data.train=[]"], 2, "data"),
+    (["model.vocab_size=100"], 2, "model.vocab_size=256"),
+    (["--resume", "step-99"], 4, "step-99"),
+    (["--frehs"], 2, "--fresh"),
+    (["run.device=cuda"], 2, "run.device=cpu"),
+])
+def test_mistakes_are_one_line_before_step_one(setup, tmp_path, arguments, code, expected):
+    config, run = setup
+    (tmp_path / "file").write_text("x")
+    arguments = [a.format(file=tmp_path / "file", missing=tmp_path / "missing.txt") for a in arguments]
+    done = train(config, *arguments)
+    assert expected in one_line_error(done, code)
+    assert "step 1/" not in done.stdout
+
+
+def test_changed_settings_are_refused_on_resume(setup, corpus, tmp_path):
+    config, run = setup
+    assert train(config, "train.max_steps=4").returncode == 0
+    assert "data.seq_len: 8 now" in one_line_error(train(config, "data.seq_len=8"), 2)
+    assert "train.global_batch_size" in one_line_error(train(config, "train.global_batch_size=8"), 2)
+    (tmp_path / "other.txt").write_text("another text\n" * 500)
+    assert "fingerprint" in one_line_error(train(config, f"data.text={tmp_path / 'other.txt'}"), 2)
+    assert "--fresh" in one_line_error(train(config, "--resume", "never"), 4)
+    assert train(config, "train.max_steps=6").returncode == 0
+
+
+def test_non_finite_gradient_stops(setup):
+    config, run = setup
+    message = one_line_error(train(config, failpoint="trainer.nan_grad:6"), 5)
+    assert "step 6" in message and "samples 20 to 23" in message
+    assert [p.name for p in (run / "ckpt").iterdir()] == ["step-00000004"]
+
+
+def test_dry_run(setup, tmp_path):
+    config, run = setup
+    done = train(config, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"parameters +[\d,]+ \(\d+\.\d M\)", done.stdout)
+    assert re.search(r"per step +64 tokens", done.stdout) and re.search(r"whole run +12 steps, 768 tokens", done.stdout)
+    assert "one step    loss" in done.stdout
+    assert not run.exists()
+
+
+def test_dry_run_counts_models_that_do_not_fit(tmp_path):
+    config = tmp_path / "large.yaml"
+    config.write_text("""
+model: {kind: xlstm_large, vocab_size: 50304, embedding_dim: 4096, num_blocks: 32, num_heads: 8, norm_eps: 1.0e-6,
+        output_logit_soft_cap: 30, feed_forward: {proj_factor: 2.667, round_up_to_multiple_of: 64, act_fn: silu}}
+data: {train: [{path: nowhere/train}], seq_len: 8192}
+train: {max_steps: 10}
+""")
+    start = time.time()
+    done = train(config, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "6,865,424,896" in done.stdout and "not checked" in done.stdout
+    assert time.time() - start < 30
+
+
+def test_print_config_and_help(setup):
+    config, run = setup
+    printed = train(config, "--print-config", "train.max_steps=77")
+    assert printed.returncode == 0 and "max_steps: 77" in printed.stdout
+    done = subprocess.run([PROGRAM, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "optim.learning_rate" in done.stdout and "75" in done.stdout
+
+
+def test_plot(setup, tmp_path):
+    config, run = setup
+    done = train(config, "log.plot=true")
+    assert done.returncode == 0, done.stderr
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+    assert not (run / "plot.log").exists()
+
+    sys.path.insert(0, str(ROOT / "libxlstm"))
+    try:
+        import plot
+    finally:
+        sys.path.pop(0)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12, "train/loss": nul')  # what a crash leaves
+    series = plot.read_series(run)
+    assert series["train/loss"][0] == tuple(range(1, 13)) and len(series["val/loss"][0]) == 3
+    assert plot.smooth([1.0, 2.0, 6.0, 3.0], 3) == [1.0, 3.0, pytest.approx(11 / 3), 3.0]
+    plot.main([str(run), str(run), "--out", str(tmp_path / "both.svg")])
+    assert b"<svg" in (tmp_path / "both.svg").read_bytes()
+    with pytest.raises(SystemExit, match="nowhere"):
+        plot.main([str(tmp_path / "nowhere")])
+
+
+def test_a_picture_that_fails_is_a_warning(setup, monkeypatch):
+    config, run = setup
+    done = subprocess.run([PROGRAM, config, "log.plot=true"], env={**os.environ, "XLSTM_PYTHON": "/bin/false"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "no loss.png" in done.stderr and "draw it with: /bin/false" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("held-out bits per byte")

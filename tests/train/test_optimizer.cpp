@@ -1,0 +1,154 @@
+// AdamW against the update rule written out in double precision.
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/zeros.h>
+
+#include <cmath>
+#include <vector>
+
+#include "csrc/core/error.h"
+#include "tests/support/catch.h"
+#include "train/optimizer.h"
+
+using namespace xlstm;
+using train::AdamW;
+
+namespace {
+
+at::Tensor parameter(at::IntArrayRef shape) {
+  return at::randn(shape, at::kDouble).set_requires_grad(true);
+}
+
+NamedTensors some_parameters() {
+  return {{"token_embedding.weight", parameter({5, 3})},
+          {"blocks.0.proj_up.weight", parameter({3, 7})},
+          {"blocks.0.proj_up.bias", parameter({7})},
+          {"blocks.0.norm.weight", parameter({3})}};
+}
+
+struct Oracle {
+  std::vector<double> p, m, v;
+  explicit Oracle(const at::Tensor& tensor)
+      : p(tensor.data_ptr<double>(), tensor.data_ptr<double>() + tensor.numel()),
+        m(p.size()),
+        v(p.size()) {}
+  void step(const std::vector<double>& g, double lr, double decay, int64_t t,
+            const config::OptimConfig& o) {
+    for (size_t i = 0; i < p.size(); ++i) {
+      p[i] -= lr * decay * p[i];
+      m[i] = o.beta1 * m[i] + (1 - o.beta1) * g[i];
+      v[i] = o.beta2 * v[i] + (1 - o.beta2) * g[i] * g[i];
+      const double m_hat = m[i] / (1 - std::pow(o.beta1, static_cast<double>(t)));
+      const double v_hat = v[i] / (1 - std::pow(o.beta2, static_cast<double>(t)));
+      p[i] -= lr * m_hat / (std::sqrt(v_hat) + o.eps);
+    }
+  }
+};
+
+void set_gradient(const at::Tensor& parameter, const at::Tensor& gradient) {
+  parameter.mutable_grad() = gradient;
+}
+
+}  // namespace
+
+TEST_CASE("AdamW follows its rule, with decay on the matrices alone") {
+  config::OptimConfig options;
+  options.weight_decay = 0.3;
+  const NamedTensors parameters = some_parameters();
+  const std::vector<double> decay = {0, 0.3, 0, 0};
+  std::vector<Oracle> oracles;
+  for (const auto& entry : parameters) oracles.emplace_back(entry.second);
+  AdamW optimizer(parameters, options);
+  for (int64_t t = 1; t <= 5; ++t) {
+    const double lr = 0.01 / static_cast<double>(t), factor = t == 3 ? 0.25 : 1.0;
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      const at::Tensor& p = parameters[i].second;
+      const at::Tensor gradient = at::randn(p.sizes(), at::kDouble);
+      const double* data = gradient.data_ptr<double>();
+      std::vector<double> clipped(data, data + gradient.numel());
+      for (double& g : clipped) g *= factor;
+      set_gradient(p, gradient);
+      oracles[i].step(clipped, lr, decay[i], t, options);
+    }
+    optimizer.step(lr, factor);
+    CHECK(optimizer.steps() == t);
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      for (size_t k = 0; k < oracles[i].p.size(); ++k) {
+        REQUIRE(parameters[i].second.data_ptr<double>()[k] ==
+                Approx(oracles[i].p[k]).epsilon(1e-12));
+      }
+    }
+  }
+  optimizer.zero_grad();
+  for (const auto& entry : parameters) CHECK(!entry.second.grad().defined());
+}
+
+TEST_CASE("which parameters decay") {
+  config::OptimConfig options;
+  const at::Tensor matrix = at::ones({2, 2}), vector = at::ones({2});
+  CHECK(AdamW::decays("blocks.0.q_proj.weight", matrix, options));
+  CHECK(AdamW::decays("lm_head.weight", matrix, options));
+  CHECK(!AdamW::decays("blocks.0.q_proj.bias", vector, options));
+  CHECK(!AdamW::decays("blocks.0.xlstm_norm.weight", vector, options));
+  CHECK(!AdamW::decays("blocks.0.learnable_skip", vector, options));
+  CHECK(!AdamW::decays("blocks.0.slstm_cell._recurrent_kernel_", matrix, options));
+  CHECK(!AdamW::decays("token_embedding.weight", matrix, options));
+  options.weight_decay_on_embedding = true;
+  CHECK(AdamW::decays("token_embedding.weight", matrix, options));
+}
+
+TEST_CASE("a parameter without a gradient stays, and so does its state") {
+  const NamedTensors parameters = some_parameters();
+  AdamW optimizer(parameters, {});
+  const at::Tensor before = parameters[1].second.detach().clone();
+  set_gradient(parameters[0].second, at::ones({5, 3}, at::kDouble));
+  optimizer.step(0.1);
+  CHECK(parameters[1].second.equal(before));
+}
+
+TEST_CASE("the state goes out and in without changing a bit") {
+  const NamedTensors first = some_parameters();
+  NamedTensors second;
+  for (const auto& [name, p] : first)
+    second.emplace_back(name, p.detach().clone().set_requires_grad(true));
+  AdamW a(first, {}), b(second, {});
+  const auto update = [](AdamW& optimizer, const NamedTensors& parameters) {
+    for (const auto& entry : parameters) set_gradient(entry.second, entry.second.detach().mul(2));
+    optimizer.step(0.01);
+  };
+  update(a, first);
+  update(a, first);
+  {
+    const at::NoGradGuard no_grad;
+    for (size_t i = 0; i < first.size(); ++i) second[i].second.copy_(first[i].second);
+  }
+  b.load_state(a.state());
+  CHECK(b.steps() == 2);
+  update(a, first);
+  update(b, second);
+  for (size_t i = 0; i < first.size(); ++i) CHECK(first[i].second.equal(second[i].second));
+  CHECK(a.state().size() == 9);
+}
+
+TEST_CASE("a state of another model is refused by name") {
+  AdamW optimizer(some_parameters(), {});
+  const auto message_of = [&](const NamedTensors& state) -> std::string {
+    try {
+      optimizer.load_state(state);
+    } catch (const Error& error) {
+      CHECK(error.code == ExitCode::kCheckpoint);
+      return error.what();
+    }
+    return "";
+  };
+  NamedTensors state = optimizer.state();
+  state.pop_back();
+  CHECK(message_of(state).find("lacks step") != std::string::npos);
+  state = optimizer.state();
+  state.emplace_back("exp_avg.other", at::zeros({1}));
+  CHECK(message_of(state).find("exp_avg.other") != std::string::npos);
+  state = optimizer.state();
+  state[0].second = at::zeros({3, 5}, at::kDouble);
+  CHECK(message_of(state).find(state[0].first) != std::string::npos);
+}

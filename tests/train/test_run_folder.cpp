@@ -1,0 +1,157 @@
+#include <unistd.h>
+
+#include <fstream>
+#include <functional>
+
+#include "csrc/core/error.h"
+#include "tests/support/catch.h"
+#include "tests/support/temporary_folder.h"
+#include "train/run_folder.h"
+
+using namespace xlstm;
+using namespace xlstm::train;
+namespace fs = std::filesystem;
+
+namespace {
+
+config::RunConfig run_in(const testing::TemporaryFolder& folder) {
+  config::RunConfig run;
+  run.out_dir = (folder / "runs").string();
+  run.name = "demo";
+  return run;
+}
+
+/// Message and code of the Error that `body` throws.
+std::pair<std::string, ExitCode> error_of(const std::function<void()>& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    return {error.what(), error.code};
+  }
+  return {"", ExitCode::kOk};
+}
+
+bool holds(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+}  // namespace
+
+TEST_CASE("one process per run folder") {
+  const testing::TemporaryFolder folder;
+  {
+    const RunFolder first(run_in(folder), false);
+    CHECK(!first.held_run());
+    const auto [message, code] = error_of([&] { RunFolder(run_in(folder), false); });
+    CHECK(code == ExitCode::kCheckpoint);
+    CHECK(holds(message, "pid " + std::to_string(::getpid())));
+  }
+  const RunFolder again(run_in(folder), false);
+  CHECK(!again.held_run());
+}
+
+TEST_CASE("a run folder that cannot be one is refused before anything is written") {
+  const testing::TemporaryFolder folder;
+  fs::create_directories(folder / "runs");
+  SECTION("a file in its place") {
+    std::ofstream(folder / "runs/demo") << "x";
+    const auto [message, code] = error_of([&] { RunFolder(run_in(folder), false); });
+    CHECK(code == ExitCode::kCheckpoint);
+    CHECK(holds(message, "is a file"));
+    CHECK(holds(message, "run.out_dir="));
+  }
+  SECTION("a file above it") {
+    std::ofstream(folder / "file") << "x";
+    config::RunConfig run = run_in(folder);
+    run.out_dir = (folder / "file/runs").string();
+    CHECK(error_of([&] { RunFolder(run, false); }).second == ExitCode::kCheckpoint);
+  }
+  SECTION("a file system that cannot be written") {
+    config::RunConfig run = run_in(folder);
+    run.out_dir = "/proc/runs";
+    const auto [message, code] = error_of([&] { RunFolder(run, false); });
+    CHECK(code == ExitCode::kCheckpoint);
+    CHECK(holds(message, "cannot be written"));
+  }
+  SECTION("somebody else's files") {
+    fs::create_directories(folder / "runs/demo");
+    std::ofstream(folder / "runs/demo/thesis.tex") << "x";
+    CHECK(holds(error_of([&] { RunFolder(run_in(folder), false); }).first, "not a run"));
+    CHECK(fs::exists(folder / "runs/demo/thesis.tex"));
+  }
+}
+
+TEST_CASE("--fresh moves the old run aside and loses nothing") {
+  const testing::TemporaryFolder folder;
+  for (int number = 1; number <= 2; ++number) {
+    { RunFolder(run_in(folder), true); }
+    std::ofstream(folder / "runs/demo/run.json") << number;
+  }
+  const RunFolder third(run_in(folder), true);
+  CHECK(!third.held_run());
+  CHECK(third.moved_to() == (folder / "runs/demo.old-2").string());
+  CHECK(fs::exists(folder / "runs/demo.old-1/run.json"));
+  CHECK(fs::exists(folder / "runs/demo.old-2/run.json"));
+}
+
+TEST_CASE("resume never does not touch a run") {
+  const testing::TemporaryFolder folder;
+  config::Config config;
+  config.run = run_in(folder);
+  config.run.resume = "never";
+  {
+    const RunFolder first(config.run, false);
+    CHECK(!choose_checkpoint(first, config).has_value());
+    std::ofstream(first.file("run.json")) << "{}";
+  }
+  const RunFolder second(config.run, false);
+  const auto [message, code] = error_of([&] { choose_checkpoint(second, config); });
+  CHECK(code == ExitCode::kCheckpoint);
+  CHECK(holds(message, "--fresh"));
+  config.run.resume = "step-7";
+  CHECK(holds(error_of([&] { choose_checkpoint(second, config); }).first, "no checkpoint step-7"));
+}
+
+TEST_CASE("checkpoint folders by name") {
+  CHECK(checkpoint_step("runs/a/ckpt/step-00001000") == 1000);
+  CHECK(checkpoint_step("step-7") == 7);
+  CHECK(checkpoint_step("step-") == -1);
+  CHECK(checkpoint_step("step-12x") == -1);
+  CHECK(checkpoint_step("ckpt-00001000") == -1);
+}
+
+TEST_CASE("checkpoints beyond the resumed step are set aside") {
+  const testing::TemporaryFolder folder;
+  const RunFolder run(run_in(folder), false);
+  for (const char* step : {"step-00000010", "step-00000020", "step-00000030"})
+    fs::create_directories(run.file("ckpt") + "/" + step);
+  set_aside_later_checkpoints(run, 10);
+  CHECK(fs::exists(run.file("ckpt/step-00000010")));
+  CHECK(!fs::exists(run.file("ckpt/step-00000020")));
+  CHECK(fs::exists(run.file("ckpt-old-1/step-00000020")));
+  CHECK(fs::exists(run.file("ckpt-old-1/step-00000030")));
+}
+
+TEST_CASE("settings that must not change are named") {
+  const config::Config saved;
+  const auto message_with = [&](const std::function<void(config::Config&)>& change) {
+    config::Config now;
+    change(now);
+    const auto [message, code] = error_of([&] { check_same_run(now, saved, "runs/a"); });
+    CHECK(code == (message.empty() ? ExitCode::kOk : ExitCode::kConfig));
+    return message;
+  };
+  CHECK(message_with([](config::Config& c) { c.train.max_steps = 99999; }).empty());
+  CHECK(message_with([](config::Config& c) { c.optim.learning_rate = 7; }).empty());
+  CHECK(message_with([](config::Config& c) { c.model.chunk_size = 32; }).empty());
+  CHECK(message_with([](config::Config& c) { c.train.micro_batch_size = 2; }).empty());
+  CHECK(holds(message_with([](config::Config& c) { c.train.global_batch_size = 3; }),
+              "train.global_batch_size: 3 now"));
+  CHECK(holds(message_with([](config::Config& c) { c.data.seq_len = 3; }), "data.seq_len"));
+  CHECK(holds(message_with([](config::Config& c) {
+                c.model.slstm_at = {0, 2};
+              }),
+              "model.slstm_at: [0, 2] now"));
+  CHECK(holds(message_with([](config::Config& c) { c.model.tie_weights = true; }),
+              "model.tie_weights: true now"));
+}

@@ -1,0 +1,227 @@
+// The training loop on a tiny model: exact accumulation, the guard before the update, and resuming to the bit.
+#include <ATen/CPUGeneratorImpl.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <csignal>
+#include <cstdlib>
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "csrc/core/sha256.h"
+#include "csrc/data/prepare.h"
+#include "tests/support/catch.h"
+#include "tests/support/temporary_folder.h"
+#include "train/checkpoint.h"
+#include "train/log.h"
+#include "train/signals.h"
+#include "train/train_step.h"
+#include "train/trainer.h"
+
+using namespace xlstm;
+using namespace xlstm::train;
+namespace fs = std::filesystem;
+
+namespace {
+
+config::Config tiny_config(const testing::TemporaryFolder& folder) {
+  const std::string prefix = (folder / "tokens").string();
+  if (!fs::exists(prefix + ".bin")) {
+    std::ofstream text(folder / "text.txt");
+    for (int i = 0; i < 400; ++i) text << "line " << i * i << " of a small text, " << i % 7 << "\n";
+    text.close();
+    data::PrepareOptions options;
+    options.inputs = {(folder / "text.txt").string()};
+    options.output_prefix = prefix;
+    data::prepare(options);
+  }
+  config::Config config;
+  config.run.out_dir = (folder / "runs").string();
+  config.model.embedding_dim = 16;
+  config.model.num_blocks = 2;
+  config.model.num_heads = 2;
+  config.model.slstm_at = {1};
+  config.model.dropout = 0.1;  // the random stream must be resumed too
+  config.data.train = {{prefix, 1.0}};
+  config.data.val = prefix;
+  config.data.seq_len = 16;
+  config.train.global_batch_size = 4;
+  config.train.max_steps = 20;
+  config.optim.warmup_steps = 5;
+  config.ckpt.every = 10;
+  config.eval.every = 7;
+  config.eval.batches = 2;
+  config.log.every = 1;
+  config.log.console = "off";
+  config.log.plot = false;
+  return config;
+}
+
+/// sha256 of the files that hold weights and optimizer state.
+std::string hash_of(const std::string& checkpoint) {
+  return sha256_file(checkpoint + "/model.safetensors") +
+         sha256_file(checkpoint + "/optim-rank00000.safetensors");
+}
+
+std::map<int64_t, std::string> losses(const std::string& run) {
+  std::map<int64_t, std::string> result;
+  std::ifstream file(run + "/metrics.jsonl");
+  for (std::string line; std::getline(file, line);) {
+    const auto json = nlohmann::json::parse(line);
+    if (json.contains("train/loss_hex")) result[json["step"]] = json["train/loss_hex"];
+  }
+  return result;
+}
+
+ExitCode train_once(const config::Config& config) {
+  clear_stop_request();
+  set_console_verbosity(Verbosity::kQuiet);
+  return Trainer(config, {}).run();
+}
+
+}  // namespace
+
+TEST_CASE("micro batches give the gradient of the whole batch, masked targets or not") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.model.dropout = 0;
+  at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(1);
+  const auto model = models::make_language_model(config.model);
+  model->to(at::kDouble);
+  AdamW optimizer(named_parameters(*model), config.optim);
+  data::Batch host;
+  host.batch_size = 4;
+  host.seq_len = 6;
+  host.reset.assign(24, 0);
+  for (int64_t i = 0; i < 24; ++i) {
+    host.input.push_back(i * 7 % 256);
+    host.target.push_back(i < 11 ? -100 : i * 5 % 256);  // the first micro batch has one target
+  }
+  host.num_targets = 13;
+  host.reset[14] = 1;
+  const TrainBatch batch(std::move(host));
+
+  const auto gradients = [&](int64_t micro, double& loss) {
+    config.train.micro_batch_size = micro;
+    TrainStep step(*model, optimizer, config);
+    loss = step.accumulate_gradients(batch);
+    std::map<std::string, at::Tensor> result;
+    for (const auto& [name, p] : named_parameters(*model)) {
+      if (p.grad().defined()) result[name] = p.grad().clone();
+    }
+    optimizer.zero_grad();
+    return result;
+  };
+  // The mean over targets by definition, through autograd alone.
+  const at::Tensor mean = model->loss(batch.ids, batch.targets, batch.reset, "mean");
+  double whole = 0, split = 0;
+  const auto one = gradients(0, whole);
+  const auto two = gradients(2, split);
+  const auto odd = gradients(3, split);
+  CHECK(whole == Approx(mean.item<double>()).epsilon(1e-12));
+  CHECK(split == Approx(whole).epsilon(1e-12));
+  for (const auto& [name, gradient] : one) {
+    INFO(name);
+    CHECK((gradient - two.at(name)).abs().max().item<double>() < 1e-12);
+    CHECK((gradient - odd.at(name)).abs().max().item<double>() < 1e-12);
+  }
+}
+
+TEST_CASE("a run stopped by a signal and resumed has the bits of one that was not") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.run.name = "whole";
+  REQUIRE(train_once(config) == ExitCode::kOk);
+  const std::string whole = (folder / "runs/whole").string();
+
+  config.run.name = "halved";
+  const std::string halved = (folder / "runs/halved").string();
+  install_signal_handlers();
+  clear_stop_request();
+  ::setenv("XLSTM_FAILPOINT", "trainer.raise_sigterm:13", 1);
+  CHECK(Trainer(config, {}).run() == ExitCode::kPreempted);
+  ::unsetenv("XLSTM_FAILPOINT");
+  CHECK(fs::exists(halved + "/ckpt/step-00000013"));
+  REQUIRE(train_once(config) == ExitCode::kOk);
+
+  CHECK(hash_of(whole + "/ckpt/step-00000020") == hash_of(halved + "/ckpt/step-00000020"));
+  CHECK(losses(whole).size() == 20);
+  CHECK(losses(whole) == losses(halved));
+
+  SECTION("a finished run evaluates again and changes nothing") {
+    const std::string before = hash_of(halved + "/ckpt/step-00000020");
+    CHECK(train_once(config) == ExitCode::kOk);
+    CHECK(hash_of(halved + "/ckpt/step-00000020") == before);
+  }
+  SECTION("a bad newest checkpoint is passed over, and training reaches the same bits") {
+    std::fstream file(halved + "/ckpt/step-00000020/model.safetensors",
+                      std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(2000);
+    file.put('\x55');
+    file.close();
+    CHECK(train_once(config) == ExitCode::kOk);
+    CHECK(hash_of(whole + "/ckpt/step-00000020") == hash_of(halved + "/ckpt/step-00000020"));
+    CHECK(fs::exists(halved + "/ckpt-old-1/step-00000020"));
+    CHECK(losses(whole) == losses(halved));
+  }
+  SECTION("a named checkpoint, longer training") {
+    config.run.resume = "step-10";
+    config.train.max_steps = 22;
+    CHECK(train_once(config) == ExitCode::kOk);
+    CHECK(fs::exists(halved + "/ckpt/step-00000022"));
+    CHECK(fs::exists(halved + "/metrics.jsonl.bak"));
+  }
+  SECTION("another model is refused by name") {
+    config.model.embedding_dim = 32;
+    try {
+      train_once(config);
+      FAIL("expected an error");
+    } catch (const Error& error) {
+      CHECK(error.code == ExitCode::kConfig);
+      CHECK(std::string(error.what()).find("model.embedding_dim: 32 now") != std::string::npos);
+    }
+  }
+}
+
+TEST_CASE("a gradient that is not finite changes nothing") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.train.max_steps = 6;
+  ::setenv("XLSTM_FAILPOINT", "trainer.nan_grad:4", 1);
+  SECTION("stop") {
+    try {
+      train_once(config);
+      FAIL("expected an error");
+    } catch (const Error& error) {
+      CHECK(error.code == ExitCode::kNonFinite);
+      const std::string message = error.what();
+      CHECK(message.find("step 4") != std::string::npos);
+      CHECK(message.find("samples 12 to 15") != std::string::npos);
+      CHECK(message.find(".weight") != std::string::npos);
+    }
+    CHECK(!fs::exists(folder / "runs/run/ckpt/step-00000006"));
+  }
+  SECTION("skip") {
+    config.train.nonfinite = "skip";
+    CHECK(train_once(config) == ExitCode::kOk);
+    const SafetensorsFile optimizer = load_safetensors(
+        (folder / "runs/run/ckpt/step-00000006/optim-rank00000.safetensors").string());
+    CHECK(optimizer.tensors.at("step").item<float>() == 5);  // six steps, one of them skipped
+  }
+  ::unsetenv("XLSTM_FAILPOINT");
+}
+
+TEST_CASE("bfloat16 training with accumulation falls too") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.train.dtype = "bfloat16";
+  config.train.micro_batch_size = 2;
+  config.train.max_steps = 40;
+  config.optim.learning_rate = 1e-2;
+  CHECK(train_once(config) == ExitCode::kOk);
+  const auto hex = losses((folder / "runs/run").string());
+  const auto value = [&](int64_t step) { return std::strtod(hex.at(step).c_str(), nullptr); };
+  CHECK(value(1) == Approx(std::log(256.0)).epsilon(0.1));
+  CHECK(value(40) < value(1) - 1);
+}
