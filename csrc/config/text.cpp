@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cmath>
 #include <system_error>
+#include <utility>
 
 namespace xlstm::config {
 namespace {
@@ -51,11 +52,36 @@ bool is_decimal_number(std::string_view text) {
   return position == text.size();
 }
 
+char hex_digit(char c) { return "0123456789abcdef"[static_cast<unsigned char>(c) & 15]; }
+
+// Characters that some YAML reader refuses or takes for a line break, as their escape: C1 controls,
+// line and paragraph separator, byte-order mark, U+FFFE, U+FFFF. "" for any other place; the length
+// of the UTF-8 sequence goes to `length`.
+std::string escape_of_unprintable(std::string_view text, size_t& length) {
+  if (text.size() >= 2 && text[0] == '\xc2' && static_cast<unsigned char>(text[1]) < 0xa0) {
+    length = 2;
+    return static_cast<unsigned char>(text[1]) < 0x90 ? std::string("\\u008") + hex_digit(text[1])
+                                                      : std::string("\\u009") + hex_digit(text[1]);
+  }
+  static constexpr std::array<std::pair<std::string_view, std::string_view>, 5> kOthers = {
+      {{"\xe2\x80\xa8", "\\u2028"},
+       {"\xe2\x80\xa9", "\\u2029"},
+       {"\xef\xbb\xbf", "\\ufeff"},
+       {"\xef\xbf\xbe", "\\ufffe"},
+       {"\xef\xbf\xbf", "\\uffff"}}};
+  length = 3;
+  for (const auto& [sequence, escape] : kOthers) {
+    if (text.starts_with(sequence)) return std::string(escape);
+  }
+  return "";
+}
+
 std::string escaped(std::string_view text, char quote) {
-  static constexpr char kHex[] = "0123456789abcdef";
   std::string out;
-  for (const char c : text) {
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
     const auto byte = static_cast<unsigned char>(c);
+    size_t length = 1;
     if (c == '\n') {
       out += "\\n";
     } else if (c == '\t') {
@@ -63,9 +89,11 @@ std::string escaped(std::string_view text, char quote) {
     } else if (c == '\r') {
       out += "\\r";
     } else if (byte < 0x20 || byte == 0x7f) {
-      out += "\\u00";
-      out += kHex[byte >> 4];
-      out += kHex[byte & 15];
+      out += std::string("\\u00") + static_cast<char>('0' + (byte >> 4)) + hex_digit(c);
+    } else if (const std::string escape = escape_of_unprintable(text.substr(i), length);
+               !escape.empty()) {
+      out += escape;
+      i += length - 1;
     } else {
       if (quote == '"' && (c == '"' || c == '\\')) out += '\\';
       out += c;

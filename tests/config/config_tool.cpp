@@ -1,5 +1,5 @@
-// For tests in other languages: `config_tool schema`, `config_tool help`, `config_tool print FILE [key.sub=value ...]`.
-// Errors go to standard error as one line, exit status as of the programs.
+// For tests in other languages: `config_tool schema`, `config_tool help`, `config_tool print FILE
+// [key.sub=value ...]`. Errors go to standard error as one line, exit status as of the programs.
 #include <cstdio>
 #include <string>
 #include <vector>

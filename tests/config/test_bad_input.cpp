@@ -1,4 +1,5 @@
-// Every kind of bad YAML: a one-line error with place, key, what came, what was expected, and a hint.
+// Every kind of bad YAML: a one-line error with place, key, what came, what was expected, and a
+// hint.
 #include <random>
 
 #include "tests/config/support.h"

@@ -1,4 +1,5 @@
-// Settings that contradict each other: of the model when it is read, of a training run when it starts.
+// Settings that contradict each other: of the model when it is read, of a training run when it
+// starts.
 #include "tests/config/support.h"
 #include "tests/support/catch.h"
 
