@@ -34,8 +34,9 @@ inline OptionalTensor or_absent(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-/// In the backward of a Function: an ordinary backward pass skips the Autograd kernels; one with create_graph goes
-/// through them, where the backward operators are registered as having no derivative of their own.
+/// In the backward of a Function: an ordinary backward pass skips the Autograd kernels; one with
+/// create_graph goes through them, where the backward operators are registered as having no
+/// derivative of their own.
 class BelowAutogradUnlessRecording {
  public:
   BelowAutogradUnlessRecording() {

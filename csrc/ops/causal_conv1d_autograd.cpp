@@ -68,7 +68,8 @@ std::tuple<at::Tensor, at::Tensor> causal_conv1d_autograd(
   return causal_conv1d(x, weight, bias, state0, reset, cu_seqlens, silu);
 }
 
-// The step has no gradient: a backward pass that reaches it is an error rather than silently incomplete.
+// The step has no gradient: a backward pass that reaches it is an error rather than silently
+// incomplete.
 class CausalConv1dStep : public torch::autograd::Function<CausalConv1dStep> {
  public:
   static at::Tensor forward(AutogradContext*, const at::Tensor& x, const at::Tensor& weight,

@@ -36,8 +36,8 @@ void check_arguments(const at::Tensor& x, const at::Tensor& weight, const at::Te
               reduction, "\"");
 }
 
-// The rows that count, as matrices in the dtype of accumulation. Ignored rows are left out: whatever they hold reaches
-// neither the loss nor a gradient.
+// The rows that count, as matrices in the dtype of accumulation. Ignored rows are left out:
+// whatever they hold reaches neither the loss nor a gradient.
 class Rows {
  public:
   Rows(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
@@ -182,8 +182,8 @@ at::Tensor reduced(const Rows& rows, const at::Tensor& loss, const at::Tensor& t
   return at::empty({}, loss.options()).fill_(mean ? sum / static_cast<double>(rows.count()) : sum);
 }
 
-// Gradients are for an upstream gradient of one, in the dtype of accumulation: scaled by the backward pass and only then
-// rounded, so that a loss scale saves float16 gradients from underflow.
+// Gradients are for an upstream gradient of one, in the dtype of accumulation: scaled by the
+// backward pass and only then rounded, so that a loss scale saves float16 gradients from underflow.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_forward_cpu(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, int64_t ignore_index,
     double soft_cap, std::string_view reduction, bool need_dx, bool need_dweight) {

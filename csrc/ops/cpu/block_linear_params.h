@@ -4,8 +4,8 @@
 
 namespace xlstm::cpu {
 
-/// block_linear and its backward: `blocks` maps of `in` to `out` channels on each row. "Acc" is the dtype of
-/// accumulation.
+/// block_linear and its backward: `blocks` maps of `in` to `out` channels on each row. "Acc" is the
+/// dtype of accumulation.
 struct BlockLinearParams {
   Dtype dtype = Dtype::kFloat;
   int64_t rows = 0, blocks = 0, in = 0, out = 0;
@@ -23,11 +23,12 @@ struct BlockLinearParams {
   void* dbias = nullptr;     // Acc (blocks * out) or null
 };
 
-/// Blocks up to this size (in and out) run vectorised in one pass over the rows, larger ones as GEMMs.
+/// Blocks up to this size (in and out) run vectorised in one pass over the rows, larger ones as
+/// GEMMs.
 constexpr int64_t kSmallBlock = 16;
 
-/// Elements of one row block's sums: weights (padded so that any vector layout fits) and biases for small blocks, biases
-/// alone for large ones.
+/// Elements of one row block's sums: weights (padded so that any vector layout fits) and biases for
+/// small blocks, biases alone for large ones.
 inline int64_t block_linear_partial_size(int64_t blocks, int64_t in, int64_t out) {
   const int64_t bias = blocks * out;
   return in <= kSmallBlock && out <= kSmallBlock ? blocks * in * kSmallBlock + bias : bias;

@@ -1,9 +1,11 @@
 #pragma once
 // Small blocks of block_linear, memory-bound: one pass over the rows. Two ways to vectorise:
-//   RotatedBlocks: square blocks of 2, 4 or 8 (at most the lanes). A vector holds whole blocks; output channel o takes
-//     sum_k w[o, (o+k) mod S] * x[(o+k) mod S], so each k is one in-register rotation inside the blocks.
-//   PaddedBlocks: any other size up to 16. A vector holds the outputs of one block; each input is broadcast.
-// Both keep the sums for dweight in their own layout: unpack() brings them to the weight.s order.
+//   RotatedBlocks: square blocks of 2, 4 or 8 (at most the lanes). A vector holds whole blocks;
+//     output channel o takes sum_k w[o, (o+k) mod S] * x[(o+k) mod S], so each k is one in-register
+//     rotation inside the blocks.
+//   PaddedBlocks: any other size up to 16. A vector holds the outputs of one block; each input is
+//     broadcast.
+// Both keep the sums for dweight in their own layout; unpack() brings them to the weight's order.
 #include "csrc/ops/cpu/block_linear_params.h"
 #include "csrc/ops/cpu/vectors.h"
 

@@ -52,8 +52,10 @@ void forward(const CausalConv1dParams& p) {
                    });
 }
 
-// The backward pass of one item on channels c0 .. c1. d(t) is the gradient of the pre-activation at position t:
-//   dx(s) = sum over j of d(s + j) * weight[W-1-j] where position s + j sees s, plus the final state's gradient
+// The backward pass of one item on channels c0 .. c1. d(t) is the gradient of the pre-activation at
+// position t:
+//   dx(s) = sum over j of d(s + j) * weight[W-1-j] where position s + j sees s, plus the final
+//   state's gradient
 //   dweight[W-1-j] = sum over t of d(t) * x(t - j)
 template <class T, int W>
 class BackwardItem {
@@ -101,7 +103,8 @@ class BackwardItem {
       }
   }
 
-  // True where positions s .. s + kGroup are tokens seen by all W positions from them on, and outside the final state.
+  // True where positions s .. s + kGroup are tokens seen by all W positions from them on, and
+  // outside the final state.
   bool whole_group(int64_t s) const {
     if (s < 0 || s + kGroup > item_.end || s + kGroup + W - 1 > sequence_.length()) return false;
     for (int64_t t = s; t < s + kGroup + W - 1; ++t)

@@ -4,13 +4,14 @@
 
 namespace xlstm::cpu {
 
-/// One sequence: tokens start .. start + length of a batch row. Positions count from its first token; position -1 is the
-/// newest row of its start state.
+/// One sequence: tokens start .. start + length of a batch row. Positions count from its first
+/// token; position -1 is the newest row of its start state.
 struct ConvSequence {
   int64_t batch = 0, start = 0, length = 0;
 };
 
-/// Positions begin .. end of one sequence. Begins below zero where the start state's gradient is wanted.
+/// Positions begin .. end of one sequence. Begins below zero where the start state's gradient is
+/// wanted.
 struct ConvItem {
   int64_t sequence = 0, begin = 0, end = 0;
 };

@@ -1,5 +1,6 @@
 #pragma once
-// What a position of a sequence sees, and the convolution of a range of positions; shared by forward and backward.
+// What a position of a sequence sees, and the convolution of a range of positions; shared by
+// forward and backward.
 #include "csrc/ops/cpu/causal_conv1d_params.h"
 #include "csrc/ops/cpu/vectors.h"
 
@@ -61,8 +62,9 @@ class Sequence {
   const bool* reset_ = nullptr;
 };
 
-/// bias + sum over the seen inputs of weight * input for positions begin .. end and channels c0 .. c1, handed to
-/// emit(position, channel, lanes, value). The order of the additions is that of the taps everywhere.
+/// bias + sum over the seen inputs of weight * input for positions begin .. end and channels c0 ..
+/// c1, handed to emit(position, channel, lanes, value). The order of the additions is that of the
+/// taps everywhere.
 template <class T, int W, class Emit>
 void convolve(const CausalConv1dParams& p, const Sequence<T>& sequence, int64_t begin, int64_t end,
               int64_t c0, int64_t c1, const Emit& emit) {

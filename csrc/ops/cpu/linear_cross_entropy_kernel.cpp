@@ -52,7 +52,8 @@ class Row {
       store(logits_ + i, load(logits_ + i, lanes(i)) * by, lanes(i));
   }
 
-  /// Capped logits become scale * exp(logit - lse) * (1 - (logit / cap)^2): the probabilities times the cap's slope.
+  /// Capped logits become scale * exp(logit - lse) * (1 - (logit / cap)^2): the probabilities times
+  /// the cap's slope.
   void capped_gradient(A lse, A scale) {
     const Vec<A> shift(lse), by(scale), one(A(1)), inverse(A(1) / cap_);
     for (int64_t i = 0; i < vocab_; i += kSize) {

@@ -9,7 +9,8 @@ struct Statistics {
   A mean, rstd;
 };
 
-// Sum over i < dim of f(vector at i, lanes), f giving zero in the lanes past n. Four sums hide the latency.
+// Sum over i < dim of f(vector at i, lanes), f giving zero in the lanes past n. Four sums hide the
+// latency.
 template <class A, class F>
 inline A sum_over(int64_t dim, const F& f) {
   constexpr int64_t kSize = kLanes<A>;
@@ -104,8 +105,8 @@ inline void add_to(A* sum, const Vec<A>& v, int64_t n) {
   store(sum, load(sum, n) + v, n);
 }
 
-// With dp = dy * act(gate) and g = dp * weight: dx = rstd * (g - mean(g) - x^ * mean(g * x^)), x^ = norm(x), the middle
-// term for layer norm only. g_row holds g between the two passes.
+// With dp = dy * act(gate) and g = dp * weight: dx = rstd * (g - mean(g) - x^ * mean(g * x^)), x^ =
+// norm(x), the middle term for layer norm only. g_row holds g between the two passes.
 template <class T>
 inline void backward_head(const HeadwiseNormParams& p, const Head<T>& head, const T* dy,
                           const HeadGrads<T>& grads, Acc<T>* g_row) {

@@ -4,7 +4,8 @@
 
 namespace xlstm::cpu {
 
-/// headwise_norm and its backward on `rows` rows of heads * dim channels. "Acc" is the dtype of accumulation.
+/// headwise_norm and its backward on `rows` rows of heads * dim channels. "Acc" is the dtype of
+/// accumulation.
 struct HeadwiseNormParams {
   Dtype dtype = Dtype::kFloat;
   int64_t rows = 0, heads = 1, dim = 0;

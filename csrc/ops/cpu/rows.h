@@ -6,8 +6,9 @@ namespace xlstm::cpu {
 
 enum class Dtype : uint8_t { kFloat, kDouble, kBFloat16, kHalf };
 
-/// The rows of a strided tensor whose last dimension has unit stride: row r starts at data + offset(r) elements. Two
-/// strides describe a slice of a batch (x[:, a:b]) and a slice of channels (x[..., a:b]) without a copy.
+/// The rows of a strided tensor whose last dimension has unit stride: row r starts at data +
+/// offset(r) elements. Two strides describe a slice of a batch (x[:, a:b]) and a slice of channels
+/// (x[..., a:b]) without a copy.
 struct Rows {
   const void* data = nullptr;  // null: the tensor is absent
   int64_t inner_rows = 1;      // rows that are inner_stride apart

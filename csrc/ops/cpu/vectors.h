@@ -1,6 +1,6 @@
 #pragma once
-// Vectors of float or double with loads and stores in any dtype, for the kernels (csrc/ops/cpu/*_kernel.cpp) only:
-// everything lives in the namespace of the instruction set.
+// Vectors of float or double with loads and stores in any dtype, for the kernels alone
+// (csrc/ops/cpu/*_kernel.cpp): everything lives in the namespace of the instruction set.
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -42,7 +42,8 @@ void visit_dtype(Dtype dtype, const F& f) {
   }
 }
 
-/// Memory of one task, freed at the end of the scope (std::vector is shared with code of other instruction sets).
+/// Memory of one task, freed at the end of the scope (std::vector is shared with code of other
+/// instruction sets).
 template <class A>
 class Scratch {
  public:
@@ -139,8 +140,8 @@ inline A horizontal_sum(const Vec<A>& v) {
 
 inline Vec<double> exp(const Vec<double>& x) { return x.exp(); }
 
-/// e^x to 2 units in the last place, about half the cost of Sleef's call. Zero below -87.3 (the denormal results),
-/// at most 2^127 or so above 88; NaN stays NaN.
+/// e^x to 2 units in the last place, about half the cost of Sleef's call. Zero below -87.3 (the
+/// denormal results), at most 2^127 or so above 88; NaN stays NaN.
 inline Vec<float> exp(const Vec<float>& x) {
   const Vec<float> low(-87.3f), high(88.0f);
   const Vec<float> clamped = at::vec::minimum(at::vec::maximum(x, low), high);  // both keep NaN
@@ -169,7 +170,8 @@ inline Vec<A> silu_slope(const Vec<A>& x, const Vec<A>& s) {
   return s * at::vec::fmadd(x, Vec<A>(A(1)) - s, Vec<A>(A(1)));
 }
 
-/// out[i] = sum over parts of partials[part * stride + i], in the order of the parts (deterministic).
+/// out[i] = sum over parts of partials[part * stride + i], in the order of the parts
+/// (deterministic).
 template <class A>
 void sum_partials(const A* partials, int64_t parts, int64_t stride, int64_t size, A* out) {
   constexpr int64_t kSize = kLanes<A>;
