@@ -98,7 +98,7 @@ std::vector<Field> model_fields() {
       XLSTM_FIELD(model.slstm_at, integers(0, 9999),
                   "kind xlstm: 0-based positions of the sLSTM blocks"),
       XLSTM_FIELD(model.bias, any(),
-                  "kind xlstm: biases of projections and sLSTM gate projections"),
+                  "kind xlstm: biases of all up- and down-projections and of q, k, v"),
       XLSTM_FIELD(model.qk_dim_factor, above_up_to(0, 1000),
                   "kind xlstm_large: width of queries and keys / embedding_dim"),
       XLSTM_FIELD(model.v_dim_factor, above_up_to(0, 1000),

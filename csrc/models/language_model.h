@@ -30,8 +30,8 @@ class LanguageModel : public torch::nn::Module {
   std::pair<at::Tensor, ModelState> forward(const at::Tensor& ids, const ModelState& state = {},
                                             const std::optional<at::Tensor>& reset = {});
   /// Cross entropy in nats without ever holding all logits: sum over targets != -100 (reduction "sum") or their mean.
-  at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets, const std::optional<at::Tensor>& reset = {},
-                  const char* reduction = "mean");
+  at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets,
+                  const std::optional<at::Tensor>& reset = {}, const char* reduction = "mean");
   /// (V,D) weight of the output head (the embedding's where tied).
   virtual at::Tensor head_weight() const = 0;
   virtual const ModelOptions& options() const = 0;
@@ -40,7 +40,8 @@ class LanguageModel : public torch::nn::Module {
 /// Builds and initialises a model. Initialisation draws from torch's default CPU generator: seed it first
 /// (torch::manual_seed). Throws c10::Error naming the option when sizes do not fit together.
 /// On device "meta" nothing is allocated, which counts the parameters of any size.
-std::shared_ptr<LanguageModel> make_language_model(const ModelOptions& options, at::Device device = at::kCPU);
+std::shared_ptr<LanguageModel> make_language_model(const ModelOptions& options,
+                                                   at::Device device = at::kCPU);
 
 int64_t count_parameters(const ModelOptions& options);
 

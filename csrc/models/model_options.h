@@ -7,8 +7,8 @@
 namespace xlstm::models {
 
 struct ModelOptions {
-  std::string kind =
-      "xlstm";  ///< "xlstm": blocks of arXiv 2405.04517; "xlstm_large": the 7B block of arXiv 2503.13427
+  /// "xlstm": blocks of arXiv 2405.04517; "xlstm_large": the 7B block of arXiv 2503.13427
+  std::string kind = "xlstm";
   int64_t vocab_size = 256;
   int64_t embedding_dim = 128;
   int64_t num_blocks = 4;
@@ -25,12 +25,11 @@ struct ModelOptions {
 
   // kind "xlstm"
   std::vector<int64_t> slstm_at;  ///< 0-based positions of sLSTM blocks; all others are mLSTM
-  bool bias =
-      false;  ///< biases of the up- and down-projections and of the gate projections of sLSTM
+  bool bias = false;  ///< biases of all up- and down-projections and of the mLSTM's q, k and v
   struct Mlstm {
     double proj_factor = 2.0;
     int64_t round_proj_up_to_multiple_of = 64;
-    int64_t conv1d_kernel_size = 4;
+    int64_t conv1d_kernel_size = 4;  ///< 0: no convolution
     int64_t qkv_proj_blocksize = 4;
     std::string input_gate = "exp";  ///< "exp" | "sigmoid"
     bool normalize = true;

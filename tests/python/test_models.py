@@ -1,0 +1,202 @@
+"""The C++ models seen from Python, and torch.ops.xlstm inside a model written in Python."""
+
+import threading
+
+import pytest
+import torch
+
+import libxlstm
+
+YAML = """
+model:
+  vocab_size: 300
+  embedding_dim: 32
+  num_blocks: 3
+  num_heads: 2
+  slstm_at: [1]
+"""
+C = libxlstm._C
+
+
+def make_model(seed=1):
+    torch.manual_seed(seed)
+    return C.make_model(YAML)
+
+
+def random_ids(*shape):
+    return torch.randint(300, shape)
+
+
+def test_call_gives_logits_and_state():
+    model = make_model()
+    ids = random_ids(2, 11)
+    with torch.no_grad():
+        logits, state = model(ids)
+        assert logits.shape == (2, 11, 300) and logits.dtype == torch.float32
+        assert [len(block) for block in state] == [4, 5, 4]
+        first, middle = model(ids[:, :6])
+        second, last = model(ids[:, 6:], middle)
+        torch.testing.assert_close(torch.cat([first, second], 1), logits, rtol=1e-4, atol=1e-5)
+        for block, expected in zip(last, state):
+            for tensor, other in zip(block, expected):
+                torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5)
+        reset = torch.zeros(2, 11, dtype=torch.bool)
+        reset[:, 6] = True
+        torch.testing.assert_close(model(ids, None, reset)[0][:, 6:], model(ids[:, 6:])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_grad_mode_is_honoured():
+    model = make_model()
+    ids = random_ids(2, 7)
+    assert model(ids)[0].requires_grad
+    with torch.no_grad():
+        assert not model(ids)[0].requires_grad
+    with torch.inference_mode():
+        assert not model(ids)[0].requires_grad
+
+
+def test_parameters_share_storage_and_train():
+    model = make_model()
+    parameters = model.parameters()
+    assert sum(p.numel() for p in parameters.values()) == model.num_parameters
+    assert {"embedding.weight", "blocks.0.mlstm.skip", "blocks.1.slstm.recurrent", "lm_head.weight"} <= set(parameters)
+    ids = random_ids(4, 17)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    losses = []
+    for _ in range(15):
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    with torch.no_grad():
+        parameters["lm_head.weight"].zero_()
+        assert model(ids)[0].abs().max() == 0
+
+
+def test_gradient_equals_that_of_the_logits():
+    model = make_model()
+    ids, targets = random_ids(2, 9), random_ids(2, 9)
+    parameters = list(model.parameters().values())
+    expected = torch.nn.functional.cross_entropy(model(ids)[0].flatten(0, 1), targets.flatten())
+    loss = model.loss(ids, targets)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_save_and_load(tmp_path):
+    model = make_model()
+    C.save_model_folder(str(tmp_path / "model"), YAML, {k: v.detach() for k, v in model.parameters().items()})
+    loaded = libxlstm.load(tmp_path / "model")
+    assert not loaded.training and "embedding_dim: 32" in loaded.config and loaded.folder == str(tmp_path / "model")
+    ids = random_ids(2, 7)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids)[0], model(ids)[0])
+
+    weights = tmp_path / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(libxlstm.Error, match="model.safetensors") as caught:
+        libxlstm.load(tmp_path / "model")
+    assert caught.value.code == 4 and isinstance(caught.value, RuntimeError)
+    libxlstm.load(tmp_path / "model", verify=False)
+
+
+def test_errors_are_python_exceptions():
+    model = make_model()
+    with pytest.raises(RuntimeError, match=r"ids: expected \(B,T\) int64"):
+        model(torch.zeros(2, 3))
+    with pytest.raises(IndexError, match="out of range"):
+        model(torch.full((1, 2), 300))
+    with pytest.raises(libxlstm.Error, match="<string>:2.*colour") as caught:
+        C.make_model("model:\n  colour: 3\n")
+    assert caught.value.code == 2
+    with pytest.raises(libxlstm.Error, match="does-not-exist"):
+        libxlstm.load("does-not-exist")
+
+
+def test_threads_may_call_one_model():
+    """Several threads at once give what one gives."""
+    model = make_model()
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        expected = model(ids)[0]
+    results = [None] * 4
+
+    def work(index):
+        with torch.no_grad():
+            results[index] = model(ids)[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_schema_is_json():
+    import json
+
+    assert "model" in json.dumps(json.loads(C.config_schema_json()))
+
+
+class OpsBlock(torch.nn.Module):
+    """An mLSTM block and an sLSTM block in one, from the operators alone."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        parameter = lambda *shape: torch.nn.Parameter(torch.randn(shape) * 0.2)  # noqa: E731
+        self.norm, self.out_norm = parameter(dim), parameter(dim)
+        self.conv, self.conv_bias = parameter(dim, 4), parameter(dim)
+        self.q, self.k, self.v = (parameter(dim // 4, 4, 4) for _ in range(3))
+        self.gates, self.skip, self.z = parameter(2 * heads, dim), parameter(dim), parameter(dim, dim)
+        size = dim // heads
+        self.wx, self.r, self.b = parameter(4 * dim, dim), parameter(4, heads, size, size), parameter(4, heads, size)
+
+    def forward(self, x, reset):
+        ops = torch.ops.xlstm
+        batch, length, dim = x.shape
+        u = ops.headwise_norm(x.unsqueeze(-2), self.norm)
+        a, _ = ops.causal_conv1d(u, self.conv, self.conv_bias, reset=reset, silu=True)
+        q, k, v = (ops.block_linear(s, w).view(batch, length, self.heads, -1) for s, w in ((a, self.q), (a, self.k), (u, self.v)))
+        i, f = torch.nn.functional.linear(a, self.gates).chunk(2, -1)
+        h, *_ = ops.mlstm_chunkwise(q, k, v, i, f, reset=reset)
+        x = x + ops.headwise_norm(h, self.out_norm, None, a, self.skip, torch.nn.functional.linear(u, self.z))
+        wx = torch.nn.functional.linear(x, self.wx).view(batch, length, 4, self.heads, -1)
+        y, *_ = ops.slstm(wx, self.r, self.b, reset=reset)
+        return x + y.flatten(2)
+
+
+class OpsModel(torch.nn.Module):
+    def __init__(self, vocabulary=50, dim=16, heads=2):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocabulary, dim)
+        self.blocks = torch.nn.ModuleList(OpsBlock(dim, heads) for _ in range(2))
+        self.head = torch.nn.Parameter(torch.randn(vocabulary, dim) * 0.2)
+
+    def forward(self, ids, targets, reset):
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x, reset)
+        return torch.ops.xlstm.linear_cross_entropy(x, self.head, targets)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_model_of_operators_compiles_without_graph_break(dynamic):
+    torch.manual_seed(3)
+    torch._dynamo.reset()
+    model = OpsModel()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    parameters = list(model.parameters())
+    for length in (9, 14):
+        ids, targets = torch.randint(50, (2, length)), torch.randint(50, (2, length))
+        reset = torch.rand(2, length) < 0.2
+        expected, loss = model(ids, targets, reset), compiled(ids, targets, reset)
+        torch.testing.assert_close(loss, expected)
+        for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)):
+            torch.testing.assert_close(a, b)

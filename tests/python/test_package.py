@@ -1,0 +1,68 @@
+"""`import libxlstm`: what it registers, what it refuses, and what it does not load."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import libxlstm
+
+OPERATORS = [
+    "mlstm_chunkwise", "mlstm_step", "slstm", "causal_conv1d", "causal_conv1d_step", "headwise_norm", "block_linear",
+    "linear_cross_entropy",
+]  # fmt: skip
+BUILD = Path(torch.ops.loaded_libraries.__iter__().__next__()).parent
+
+
+def run(code, path=None):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=path)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_are_registered(name):
+    assert callable(getattr(torch.ops.xlstm, name))
+
+
+def test_import_loads_the_operators_and_not_the_models():
+    done = run("import sys, libxlstm; print('libxlstm._C' in sys.modules); libxlstm.Error; print('libxlstm._C' in sys.modules)")
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_unknown_attributes():
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        libxlstm.colour  # noqa: B018
+
+
+@pytest.fixture
+def copied_package(tmp_path):
+    """An installed package as far as the operators go: __init__.py and lib/."""
+    package = tmp_path / "libxlstm"
+    shutil.copytree(Path(libxlstm.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "lib"))
+    (package / "lib").mkdir()
+    (package / "lib" / "libxlstm_ops.so").symlink_to(BUILD / "libxlstm_ops.so")
+    return tmp_path
+
+
+def test_another_torch_is_refused_before_loading(copied_package):
+    version = copied_package / "libxlstm" / "lib" / "libxlstm_torch_version"
+    version.write_text("2.1.0\n")
+    done = run("import libxlstm", copied_package)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: libxlstm was built with torch 2.1.0, but torch ") and "2.1.*" in last
+    version.write_text(torch.__version__)
+    assert run("import libxlstm", copied_package).returncode == 0
+
+
+def test_a_package_without_its_library_says_how_to_build(copied_package):
+    (copied_package / "libxlstm" / "lib" / "libxlstm_ops.so").unlink()
+    done = run("import libxlstm", copied_package)
+    assert "libxlstm_ops.so is in none of" in done.stderr and "pip install" in done.stderr
+
+
+def test_library_was_built_with_this_torch():
+    built_with = (BUILD / "libxlstm_torch_version").read_text().strip()
+    assert torch.__version__.split("+")[0] == built_with
