@@ -33,7 +33,7 @@ std::string similar_file(const fs::path& path) {
 std::string read_text(const fs::path& path, const std::string& where) {
   std::error_code ignored;
   const fs::file_status status = fs::status(path, ignored);
-  const std::string name = in_quotes(path.string());
+  const std::string name = "'" + path.string() + "'";  // never cut: the end tells files apart
   if (!fs::exists(status)) config_error(where, "", "no such file " + name + similar_file(path));
   if (fs::is_directory(status))
     config_error(where, "", name + " is a folder, expected a YAML file");
