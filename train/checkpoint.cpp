@@ -26,7 +26,8 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
-constexpr int64_t kTextSlackBytes = 1 << 20;  // JSON, YAML, tensor headers, folder entries
+constexpr int64_t kTextBytes = 1 << 16;   // JSON, YAML, the manifest, folder entries
+constexpr int64_t kBytesPerTensor = 512;  // its line in the header
 
 [[noreturn]] void fail(const std::string& what) {
   throw std::system_error(errno, std::generic_category(), what);
@@ -44,9 +45,14 @@ std::string to_hex(const at::Tensor& bytes) {
   return hex;
 }
 
-int64_t tensor_bytes(const NamedTensors& tensors) {
-  int64_t bytes = 0;
-  for (const auto& entry : tensors) bytes += static_cast<int64_t>(entry.second.nbytes());
+/// Room for tensors and all that goes with them.
+int64_t needed_bytes(const config::Config& config, const std::vector<const NamedTensors*>& files) {
+  int64_t bytes = kTextBytes;
+  for (const NamedTensors* tensors : files)
+    for (const auto& entry : *tensors)
+      bytes += static_cast<int64_t>(entry.second.nbytes()) + kBytesPerTensor;
+  for (const std::string& path : data::tokenizer_files(config.data.tokenizer))
+    bytes += static_cast<int64_t>(fs::file_size(path));
   return bytes;
 }
 
@@ -225,8 +231,7 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
   const fs::path parent = fs::path(run_dir) / "ckpt";
   const NamedTensors weights = named_model_tensors(model);
   fs::create_directories(parent);
-  check_free_space(parent.string(),
-                   tensor_bytes(weights) + tensor_bytes(optimizer) + kTextSlackBytes);
+  check_free_space(parent.string(), needed_bytes(config, {&weights, &optimizer}));
   Writer writer(parent / name, state.step);
   writer.add(kModelName, weights);
   writer.add(kOptimizerName, optimizer);
@@ -243,7 +248,7 @@ void save_model_folder(const std::string& folder, const config::Config& config,
     throw Error(ExitCode::kCheckpoint,
                 folder + ": exists and is not a model folder; choose another name");
   fs::create_directories(path.parent_path());
-  check_free_space(path.parent_path().string(), tensor_bytes(model_tensors) + kTextSlackBytes);
+  check_free_space(path.parent_path().string(), needed_bytes(config, {&model_tensors}));
   Writer writer(path, 0);
   writer.add(kModelName, model_tensors);
   add_common_files(writer, config);

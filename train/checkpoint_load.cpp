@@ -6,6 +6,8 @@
 #include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <tuple>
+#include <utility>
 
 #include "csrc/core/error.h"
 #include "csrc/core/file.h"
@@ -92,20 +94,36 @@ void check_fit(const std::string& path, const NamedTensors& expected,
                   " of another dtype); use the model settings of its config.yaml");
 }
 
-/// The folder to load: the argument itself, or the newest good checkpoint of a run folder.
-std::string resolve_folder(const std::string& folder_or_run, bool verify) {
+/// The manifest of a folder whose files were checked against it.
+Manifest checked_manifest(const std::string& folder, bool verify) {
+  const Manifest manifest = read_manifest(folder);
+  verify ? check_manifest_hashes(folder, manifest) : check_manifest_sizes(folder, manifest);
+  for (const char* name : {kModelName, kConfigName})
+    if (manifest.find(name) == nullptr)
+      throw Error(ExitCode::kCheckpoint, folder + ": its manifest lists no " + name);
+  return manifest;
+}
+
+void load_weights(const std::string& folder, models::LanguageModel& model) {
+  const std::string path = (fs::path(folder) / kModelName).string();
+  const SafetensorsFile weights = load_safetensors(path);
+  const NamedTensors targets = named_model_tensors(model);
+  check_fit(path, targets, weights.tensors);
+  const at::NoGradGuard no_grad;
+  for (const auto& [name, tensor] : targets) tensor.copy_(weights.tensors.at(name));
+}
+
+/// The folder to load, checked: the argument itself, or the newest good checkpoint of a run folder.
+std::pair<std::string, Manifest> resolve_folder(const std::string& folder_or_run, bool verify) {
   const fs::path given(folder_or_run);
   if (!fs::is_directory(given))
     throw Error(ExitCode::kCheckpoint, folder_or_run + ": no such folder");
   if (!fs::is_directory(given / "ckpt"))
-    return folder_or_run;  // read_manifest says what is wrong, if anything
+    return {folder_or_run, checked_manifest(folder_or_run, verify)};
   const auto folders = list_checkpoints(folder_or_run);
   for (size_t i = folders.size(); i-- > 0;) {
     try {
-      const Manifest manifest = read_manifest(folders[i]);
-      verify ? check_manifest_hashes(folders[i], manifest)
-             : check_manifest_sizes(folders[i], manifest);
-      return folders[i];
+      return {folders[i], checked_manifest(folders[i], verify)};
     } catch (const Error& error) {
       std::cerr << "warning: skipping a bad checkpoint: " << error.what() << std::endl;
     }
@@ -144,18 +162,8 @@ void verify_checkpoint(const std::string& folder) {
 }
 
 Checkpoint load_checkpoint(const std::string& folder, models::LanguageModel& model, bool verify) {
-  const Manifest manifest = read_manifest(folder);
-  verify ? check_manifest_hashes(folder, manifest) : check_manifest_sizes(folder, manifest);
-  if (manifest.find(kModelName) == nullptr)
-    throw Error(ExitCode::kCheckpoint, folder + ": its manifest lists no " + kModelName);
-  const std::string model_path = (fs::path(folder) / kModelName).string();
-  const SafetensorsFile weights = load_safetensors(model_path);
-  const NamedTensors targets = named_model_tensors(model);
-  check_fit(model_path, targets, weights.tensors);
-  {
-    const at::NoGradGuard no_grad;
-    for (const auto& [name, tensor] : targets) tensor.copy_(weights.tensors.at(name));
-  }
+  const Manifest manifest = checked_manifest(folder, verify);
+  load_weights(folder, model);
   Checkpoint checkpoint;
   checkpoint.path = folder;
   if (manifest.find(kTrainerName) != nullptr)
@@ -169,14 +177,12 @@ Checkpoint load_checkpoint(const std::string& folder, models::LanguageModel& mod
 
 LoadedModel load_model(const std::string& folder_or_run, bool verify) {
   LoadedModel loaded;
-  loaded.folder = resolve_folder(folder_or_run, verify);
-  const Manifest manifest = read_manifest(loaded.folder);
-  if (manifest.find(kConfigName) == nullptr)
-    throw Error(ExitCode::kCheckpoint, loaded.folder + ": its manifest lists no " + kConfigName);
+  Manifest manifest;
+  std::tie(loaded.folder, manifest) = resolve_folder(folder_or_run, verify);
   loaded.config = config::load_config((fs::path(loaded.folder) / kConfigName).string());
   const KeepRandomState keep_random_state;
   loaded.model = models::make_language_model(loaded.config.model);
-  load_checkpoint(loaded.folder, *loaded.model, verify);
+  load_weights(loaded.folder, *loaded.model);
   loaded.model->eval();
   loaded.tokenizer = resolve_tokenizer(loaded.folder, manifest, loaded.config.data.tokenizer);
   return loaded;

@@ -1,11 +1,12 @@
 """Bad input: one line that says what, where and how to fix it, and the documented exit status."""
 
 import os
+import re
 import shutil
 import subprocess
 
 import pytest
-from tiny_run import TinyRun, program
+from tiny_run import BIN, TinyRun, environment, program
 
 
 @pytest.fixture
@@ -65,15 +66,17 @@ def test_bad_override_and_option(run):
 def test_3e_4_is_a_number(run, text):
     config = run.config.read_text().replace("learning_rate: 1e-2", f"learning_rate: {text}")
     run.config.write_text(config.replace("min_lr: 1e-3", "min_lr: 1e-5"))
-    printed = run.train("--print-config", check=0).stdout
-    value = [line.split(":")[1] for line in printed.splitlines() if "learning_rate" in line][0]
-    assert float(value) == 3e-4
-    assert float([line.split(":")[1] for line in run.train("--print-config", f"optim.learning_rate={text}", check=0)
-                  .stdout.splitlines() if "learning_rate" in line][0]) == 3e-4
+    for arguments in [[], [f"optim.learning_rate={text}"]]:
+        printed = run.train("--print-config", *arguments, check=0).stdout
+        value = re.search(r"learning_rate: *([^ \n]+)", printed).group(1)
+        assert float(value) == 3e-4
 
 
 def test_token_beyond_the_vocabulary(run, prefix):
-    refused(run.train(*on_tokens(prefix), "model.vocab_size=100"), 3, prefix, "100")
+    arguments = [*on_tokens(prefix), "model.vocab_size=100"]
+    refused(run.train(*arguments), 2, prefix, "model.vocab_size 100", "model.vocab_size=256")  # the sidecar tells
+    prefix.with_suffix(".meta.json").unlink()
+    refused(run.train(*arguments), 3, prefix, "100")  # the tokens tell
 
 
 def test_truncated_bin(run, prefix):
@@ -141,7 +144,6 @@ def test_read_only_run_folder(run, tmp_path):
     command = ["unshare", "-m", "sh", "-c", script, "sh"]
     if subprocess.run([*command, "true"], capture_output=True).returncode != 0:
         pytest.skip("no private mounts here")
-    from tiny_run import BIN, environment
     done = subprocess.run([*command, BIN / "xlstm-train", run.config, f"run.out_dir={read_only}"], env=environment(),
                           capture_output=True, text=True)
     refused(done, 4, read_only)

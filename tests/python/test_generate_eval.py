@@ -58,7 +58,7 @@ def test_generation_continues_what_it_generated(run):
 def test_output_is_streamed_and_valid_utf8(run):
     process = subprocess.Popen([BIN / "xlstm-generate", run.path, "--prompt", "é", "--max-new-tokens", "2000",
                                 "--temperature", "5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=environment())
+                               env=environment(), bufsize=0)
     first = process.stdout.read(64)
     assert process.poll() is None, "text comes before the end"
     rest, errors = process.communicate(timeout=120)
