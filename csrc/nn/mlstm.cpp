@@ -2,10 +2,17 @@
 
 #include <ATen/autocast_mode.h>
 
+#include "csrc/ops/block_linear.h"
 #include "csrc/ops/mlstm.h"
 #include "csrc/ops/norm.h"
 
 namespace xlstm::nn {
+namespace {
+
+constexpr int64_t kManyTokens =
+    32;  // from here on the gates are computed from the inputs of q, k and v
+
+}  // namespace
 
 Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const at::Tensor& igate, const at::Tensor& fgate, const State& cnm,
@@ -64,17 +71,28 @@ MlstmLayer::MlstmLayer(const MlstmBlockOptions& options, at::Device device) : op
   if (!device.is_meta()) igate_->bias.normal_(0, 0.1);
 }
 
-std::pair<at::Tensor, at::Tensor> MlstmLayer::gates(const at::Tensor& q, const at::Tensor& k,
+std::pair<at::Tensor, at::Tensor> MlstmLayer::gates(const at::Tensor& a, const at::Tensor& x,
+                                                    const at::Tensor& q, const at::Tensor& k,
                                                     const at::Tensor& v) const {
-  // Under autocast one product over the concatenation, so that the pre-activations are rounded once, not three times.
-  if (at::autocast::is_autocast_enabled(q.device().type()))
+  // A few tokens: as written. Under autocast too: the pre-activations are then rounded once.
+  const int64_t tokens = x.size(0) * x.size(1);
+  if (tokens < kManyTokens || at::autocast::is_autocast_enabled(x.device().type())) {
     return gate_pair(at::cat({q, k, v}, -1), *igate_, *fgate_);
-  const int64_t batch = q.size(0), length = q.size(1), heads = options_.num_heads;
-  const auto weights = at::cat({igate_->weight, fgate_->weight}).t().chunk(3, 0);
-  at::Tensor sum = at::addmm(at::cat({igate_->bias, fgate_->bias}), q.flatten(0, 1), weights[0]);
-  sum = at::addmm(sum, k.flatten(0, 1), weights[1]);
-  sum = at::addmm(sum, v.flatten(0, 1), weights[2]);
-  const auto parts = sum.view({batch, length, 2 * heads}).chunk(2, -1);
+  }
+  // q, k and v are small linear maps of a and x. Applied to the gates' few rows of weights instead of to the tokens,
+  // they leave two products instead of one three times as wide, and no gradient to add to those of q, k and v.
+  const auto rows = at::cat({igate_->weight, fgate_->weight}).chunk(3, 1);
+  const auto through = [](const at::Tensor& gate_rows, const BlockLinear& proj) {
+    return ops::block_linear(gate_rows, proj.weight.transpose(1, 2));
+  };
+  at::Tensor bias = at::cat({igate_->bias, fgate_->bias});
+  if (options_.bias) {
+    bias = bias + rows[0].mv(q_proj_->bias) + rows[1].mv(k_proj_->bias) + rows[2].mv(v_proj_->bias);
+  }
+  const at::Tensor of_a = through(rows[0], *q_proj_) + through(rows[1], *k_proj_);
+  const at::Tensor sum = at::addmm(at::addmm(bias, a.flatten(0, 1), of_a.t()), x.flatten(0, 1),
+                                   through(rows[2], *v_proj_).t());
+  const auto parts = sum.view({x.size(0), x.size(1), 2 * options_.num_heads}).chunk(2, -1);
   return {parts[0], parts[1]};
 }
 
@@ -92,7 +110,7 @@ Result MlstmLayer::forward(const at::Tensor& x, const State& state,
     window = at::zeros({batch, 0, options_.inner_dim}, inner.options());
   }
   const at::Tensor q = q_proj_->forward(a), k = k_proj_->forward(a), v = v_proj_->forward(inner);
-  const auto [igate, fgate] = gates(q, k, v);
+  const auto [igate, fgate] = gates(a, inner, q, k, v);
 
   const std::vector<int64_t> by_head = {batch, length, heads, options_.inner_dim / heads};
   const State cnm = state.empty() ? State{} : State{state[1], state[2], state[3]};

@@ -30,7 +30,9 @@ class MlstmLayer : public torch::nn::Module {
   Result forward(const at::Tensor& x, const State& state, const std::optional<at::Tensor>& reset);
 
  private:
-  std::pair<at::Tensor, at::Tensor> gates(const at::Tensor& q, const at::Tensor& k,
+  /// Gate pre-activations (B,T,NH) from (q, k, v), the images of a and x.
+  std::pair<at::Tensor, at::Tensor> gates(const at::Tensor& a, const at::Tensor& x,
+                                          const at::Tensor& q, const at::Tensor& k,
                                           const at::Tensor& v) const;
 
   const MlstmBlockOptions options_;

@@ -89,9 +89,9 @@ TEST_CASE("two halves and single tokens give the logits of one pass") {
   torch::manual_seed(1);
   for (auto& [name, model] : all_models()) {
     INFO(name);
-    const at::Tensor ids = random_ids(2, 12);
+    const at::Tensor ids = random_ids(3, 12);
     const auto [whole, last] = model->forward(ids);
-    REQUIRE(whole.sizes() == at::IntArrayRef({2, 12, kVocabulary}));
+    REQUIRE(whole.sizes() == at::IntArrayRef({3, 12, kVocabulary}));
     const auto [first, middle] = model->forward(ids.narrow(1, 0, 7));
     const auto [second, end] = model->forward(ids.narrow(1, 7, 5), middle);
     CHECK(difference(at::cat({first, second}, 1), whole) < kTolerance);
@@ -106,7 +106,7 @@ TEST_CASE("two halves and single tokens give the logits of one pass") {
     }
     CHECK(difference(state, last) < kTolerance);
     const auto [nothing, same] = model->forward(ids.narrow(1, 0, 0), state);
-    CHECK(nothing.sizes() == at::IntArrayRef({2, 0, kVocabulary}));
+    CHECK(nothing.sizes() == at::IntArrayRef({3, 0, kVocabulary}));
     CHECK(difference(same, state) == 0);
   }
 }
@@ -135,8 +135,8 @@ TEST_CASE("changing a token of document A changes no bit of document B") {
   torch::manual_seed(2);
   constexpr int64_t kBorder = 5;
   for (auto& [name, model] : all_models()) {
-    const at::Tensor ids = random_ids(2, 12);
-    at::Tensor reset = at::zeros({2, 12}, at::kBool);
+    const at::Tensor ids = random_ids(3, 12);
+    at::Tensor reset = at::zeros({3, 12}, at::kBool);
     reset.select(1, 0).fill_(true);
     reset.select(1, kBorder).fill_(true);
     for (const bool training : {true, false}) {

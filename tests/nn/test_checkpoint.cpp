@@ -47,9 +47,9 @@ TEST_CASE("checkpointing changes no bit of results and gradients") {
   torch::manual_seed(7);
   for (auto& [name, block] : all_blocks()) {
     INFO(name);
-    const State start = block->forward(random_input(2, 4), {}, {}).second;
-    const at::Tensor x = random_input(2, 7);
-    at::Tensor reset = at::zeros({2, 7}, at::kBool);
+    const State start = block->forward(random_input(5, 4), {}, {}).second;
+    const at::Tensor x = random_input(5, 7);
+    at::Tensor reset = at::zeros({5, 7}, at::kBool);
     reset[1][3].fill_(true);
     check_equal(run(block, true, x, {}, {}), run(block, false, x, {}, {}));
     check_equal(run(block, true, x, start, reset), run(block, false, x, start, reset));
@@ -61,7 +61,7 @@ TEST_CASE("checkpointing repeats dropout and leaves the random stream where it w
   options.dropout = 0.5;
   torch::manual_seed(8);
   const auto block = named_block<MlstmBlock>("dropout", options).block;
-  const at::Tensor x = random_input(2, 7);
+  const at::Tensor x = random_input(5, 7);
   const auto draw = [&](bool checkpointed) {
     torch::manual_seed(9);
     auto results = run(block, checkpointed, x, {}, {});
@@ -83,7 +83,7 @@ TEST_CASE(
         : kind == std::string("slstm") ? named_block<SlstmBlock>("", slstm_options()).block
                                        : named_block<XlstmLargeBlock>("", large_options()).block;
     block->to(at::kFloat);
-    const at::Tensor x = random_input(2, 7).to(at::kFloat);
+    const at::Tensor x = random_input(5, 7).to(at::kFloat);
     const auto with_autocast = [&](bool checkpointed) {
       at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
       at::autocast::set_autocast_enabled(at::kCPU, true);

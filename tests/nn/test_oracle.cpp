@@ -54,6 +54,12 @@ struct PlainMlstm {
   }
 };
 
+/// y plus the bias of the projection `name`, where it has one.
+at::Tensor biased(const at::Tensor& y, const Parameters& p, const std::string& name) {
+  const auto found = p.find(name + ".bias");
+  return found == p.end() ? y : y + found->second;
+}
+
 at::Tensor heads(const at::Tensor& x, int64_t count) { return x.view({x.size(0), count, -1}); }
 
 at::Tensor mlstm_oracle(const at::Tensor& u, Parameters p, const MlstmBlockOptions& o) {
@@ -62,14 +68,16 @@ at::Tensor mlstm_oracle(const at::Tensor& u, Parameters p, const MlstmBlockOptio
   std::vector<at::Tensor> inner;  // x of every token so far
   for (int64_t t = 0; t < u.size(1); ++t) {
     const at::Tensor normed = group_norm(u.select(1, t), 1, o.norm_eps) * p["norm.weight"];
-    const at::Tensor up = normed.mm(p["mlstm.proj_up.weight"].t());
+    const at::Tensor up = biased(normed.mm(p["mlstm.proj_up.weight"].t()), p, "mlstm.proj_up");
     inner.push_back(up.narrow(1, 0, o.inner_dim));
     const at::Tensor z = up.narrow(1, o.inner_dim, o.inner_dim);
     const at::Tensor a =
         conv_at(at::stack(inner, 1), t, p["mlstm.conv.weight"], p["mlstm.conv.bias"]);
-    const at::Tensor q = blockwise(a, p["mlstm.q_proj.weight"]),
-                     k = blockwise(a, p["mlstm.k_proj.weight"]);
-    const at::Tensor v = blockwise(inner.back().contiguous(), p["mlstm.v_proj.weight"]);
+    const auto project = [&](const at::Tensor& in, const std::string& name) {
+      return biased(blockwise(in, p[name + ".weight"]), p, name);
+    };
+    const at::Tensor q = project(a, "mlstm.q_proj"), k = project(a, "mlstm.k_proj");
+    const at::Tensor v = project(inner.back().contiguous(), "mlstm.v_proj");
     const at::Tensor qkv = at::cat({q, k, v}, 1);
     const at::Tensor i = qkv.mm(p["mlstm.igate.weight"].t()) + p["mlstm.igate.bias"];
     const at::Tensor f = qkv.mm(p["mlstm.fgate.weight"].t()) + p["mlstm.fgate.bias"];
@@ -78,7 +86,8 @@ at::Tensor mlstm_oracle(const at::Tensor& u, Parameters p, const MlstmBlockOptio
         cell.step(heads(q, nh), heads(k, nh), heads(v, nh), i, f).reshape({u.size(0), -1});
     const at::Tensor normed_h = group_norm(h, nh, o.norm_eps) * p["mlstm.out_norm.weight"];
     const at::Tensor gated = (normed_h + p["mlstm.skip"] * a) * at::silu(z);
-    outputs.push_back(u.select(1, t) + gated.mm(p["mlstm.proj_down.weight"].t()));
+    outputs.push_back(u.select(1, t) +
+                      biased(gated.mm(p["mlstm.proj_down.weight"].t()), p, "mlstm.proj_down"));
   }
   return at::stack(outputs, 1);
 }
@@ -148,15 +157,22 @@ at::Tensor large_oracle(const at::Tensor& u, Parameters p, const XlstmLargeBlock
 template <class BlockType, class Options, class Oracle>
 void compare(const Options& options, const Oracle& oracle) {
   const NamedBlock made = named_block<BlockType>("", options);
-  const at::Tensor x = random_input(2, 10);
-  CHECK(difference(made.block->forward(x, {}, {}).first,
-                   oracle(x, parameters_of(*made.block), options)) < 1e-10);
+  for (const int64_t batch : {2, 4}) {  // few tokens and many are computed in different ways
+    const at::Tensor x = random_input(batch, 10);
+    CHECK(difference(made.block->forward(x, {}, {}).first,
+                     oracle(x, parameters_of(*made.block), options)) < 1e-10);
+  }
 }
 
 TEST_CASE("blocks equal the papers' equations") {
   torch::manual_seed(6);
   at::NoGradGuard no_grad;
   SECTION("mLSTM") { compare<MlstmBlock>(mlstm_options(), mlstm_oracle); }
+  SECTION("mLSTM with biases") {
+    auto options = mlstm_options();
+    options.bias = true;
+    compare<MlstmBlock>(options, mlstm_oracle);
+  }
   SECTION("sLSTM") { compare<SlstmBlock>(slstm_options(), slstm_oracle); }
   SECTION("7B") { compare<XlstmLargeBlock>(large_options(), large_oracle); }
 }
