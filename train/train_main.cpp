@@ -12,7 +12,7 @@
 #include "train/command_line.h"
 #include "train/dry_run.h"
 #include "train/log.h"
-#include "train/metrics.h"
+#include "train/process_setup.h"
 #include "train/signals.h"
 #include "train/trainer.h"
 
@@ -116,6 +116,9 @@ int run(int argc, char** argv) {
     std::fputs(xlstm::config::print_config(config).c_str(), stdout);
     return 0;
   }
+  // A dry run also describes a model alone, without data.
+  const bool has_data = !config.data.text.empty() || !config.data.train.empty();
+  if (has_data || !line.has("--dry-run")) xlstm::config::validate_for_training(config);
   const bool quiet = line.has("--quiet");
   train::set_console_verbosity(quiet                 ? train::Verbosity::kQuiet
                                : line.has("--debug") ? train::Verbosity::kDebug
@@ -134,5 +137,6 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  train::prepare_long_process(argv);
   return train::run_main("xlstm-train", [&] { return run(argc, argv); });
 }

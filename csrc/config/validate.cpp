@@ -159,6 +159,19 @@ int64_t num_steps(const Config& config) {
       std::ceil(static_cast<double>(config.train.max_tokens) / tokens_per_step));
 }
 
+bool is_override(const Config& config, const std::string& name) {
+  const auto place = config.origin.find(name);
+  return place != config.origin.end() && place->second.starts_with("override ");
+}
+
+// Whether `name` must fit into the run: not where the command line cuts a complete run short
+// (train.max_steps=3 to try it), which is no contradiction in the file.
+bool must_fit_run(const Config& config, const std::string& name) {
+  const bool cut =
+      is_override(config, "train.max_steps") || is_override(config, "train.max_tokens");
+  return !cut || is_override(config, name);
+}
+
 void validate_schedule(const Config& config) {
   const auto& optim = config.optim;
   const int64_t steps = num_steps(config);
@@ -166,15 +179,18 @@ void validate_schedule(const Config& config) {
           "optim.min_lr",
           "is " + format_double(optim.min_lr) + ", expected at most optim.learning_rate " +
               format_double(optim.learning_rate));
-  require(optim.warmup_steps <= steps, config, "optim.warmup_steps",
+  require(optim.warmup_steps <= steps || !must_fit_run(config, "optim.warmup_steps"), config,
+          "optim.warmup_steps",
           "is " + to_string(optim.warmup_steps) + ", expected at most the " + to_string(steps) +
               " steps of the run");
   require(
       optim.schedule == "wsd" || optim.decay_steps == 0, config, "optim.decay_steps",
       "applies to optim.schedule wsd only, but the schedule is " + optim.schedule + "; remove it");
-  require(optim.decay_steps <= steps - optim.warmup_steps, config, "optim.decay_steps",
-          "is " + to_string(optim.decay_steps) + ", expected at most " +
-              to_string(steps - optim.warmup_steps) + ", the steps after the warm-up");
+  require(
+      optim.decay_steps <= steps - optim.warmup_steps || !must_fit_run(config, "optim.decay_steps"),
+      config, "optim.decay_steps",
+      "is " + to_string(optim.decay_steps) + ", expected at most " +
+          to_string(steps - optim.warmup_steps) + ", the steps after the warm-up");
 }
 
 }  // namespace

@@ -130,6 +130,22 @@ TEST_CASE("what a training run needs") {
         "");
 }
 
+TEST_CASE("the command line may cut a run short of its warm-up") {
+  const TemporaryFolder folder;
+  const std::string path = folder.write(
+      "a.yaml", "data: {text: a}\ntrain: {max_steps: 500}\noptim: {warmup_steps: 100}\n");
+  const auto message = [&](const std::vector<std::string>& overrides) {
+    return message_of([&] { validate_for_training(load_config(path, overrides)); });
+  };
+  CHECK(message({"train.max_steps=3"}) == "");
+  CHECK(message({"train.max_steps=0", "train.max_tokens=9000"}) == "");
+  CHECK(message({"optim.schedule=wsd", "train.max_steps=3"}) == "");
+  CHECK(message({"optim.warmup_steps=501"}) ==
+        "override 'optim.warmup_steps=501': optim.warmup_steps: is 501, expected at most the 500 "
+        "steps of the run");
+  CHECK(message({"train.max_steps=3", "optim.warmup_steps=4"}) != "");
+}
+
 TEST_CASE("programs other than the trainer read incomplete configurations") {
   CHECK(parse_message("model: {num_blocks: 2}") == "");
   CHECK(parse_message("train: {max_steps: 5, max_tokens: 5}") == "");
