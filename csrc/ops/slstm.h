@@ -15,6 +15,11 @@ namespace xlstm::ops {
 /// y0,c0,n0,m0 (B,NH,DH) float32 (float64 for float64): the empty state y=c=n=0, m=-inf where absent (then m_1 = i_1).
 /// Give y0 and c0 together, and for the sLSTM cells n0 and m0 with them. lstm ignores n0 and m0 and returns zeros there.
 /// reset (B,T) bool: empty state before that token.  cu_seqlens (N+1) int32: B must be 1, states are (N,NH,DH).
+/// Maths, states and, on the CPU, the y that enters the recurrent product are float32 (float64 for float64): y is rounded
+/// to wx's dtype on the way out only. r and b may be in wx's dtype or in float32. T = 0 and zero-length sequences pass
+/// their states through. Gradients are the true ones for wx, r, b, y0, c0, n0, with m constant (m0 gets none); those of
+/// c and n at the end mean c and n in units of e^m. Forward + backward keep 3-4 floats per unit and token, not wx.
+/// Gradients are the same bits every time for a given number of threads. Second derivatives are an error.
 /// Returns y (B,T,NH,DH) in wx's dtype and the last y, c, n, m in float32. m is detached (exact: y does not depend on it).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> slstm(
     const at::Tensor& wx, const at::Tensor& r, const at::Tensor& b,

@@ -163,6 +163,7 @@ struct BackwardItem {
                                   rows[row].batch * p.dy_stride[0] +
                                   (rows[row].begin + t) * p.dy_stride[1] + head * p.dy_stride[2];
       if (p.dy_stride[3] == 1) {
+        for (int64_t u = 0; u < dh; u += 16) __builtin_prefetch(from + u - 3 * p.dy_stride[1]);
         for (int64_t u = 0; u < dh; ++u) to[u] = to_real(from[u]) + carried[u];
       } else {
         for (int64_t u = 0; u < dh; ++u) to[u] = to_real(from[u * p.dy_stride[3]]) + carried[u];
@@ -178,6 +179,9 @@ struct BackwardItem {
                           (rows[row].begin + t) * stride[1] + head * stride[3];
       const Real* const from = step_gates + row * gate_pitch;
       if (stride[4] == 1) {
+        for (int64_t gate = 0; gate < 4; ++gate)
+          for (int64_t u = 0; u < dh; u += 16)
+            __builtin_prefetch(to + gate * stride[2] + u - 2 * stride[1], 1);
         for (int64_t gate = 0; gate < 4; ++gate)
           for (int64_t u = 0; u < dh; ++u)
             from_real(from[gate * pitch + u], to[gate * stride[2] + u]);
@@ -197,6 +201,9 @@ struct BackwardItem {
         const int64_t at = (first + row) * pitch + unit, carried = row * pitch + unit;
         Vec<Real> saved[4];
         load_saved<Cell>(from + unit, width_of(unit), saved);
+        // The next piece's gates come into the L2 cache behind this piece's arithmetic.
+        for (int i = 0; i < Cell::kSaved; ++i)
+          __builtin_prefetch(from + unit + (i - kSlstmSegment * Cell::kSaved) * dh, 0, 2);
         const Vec<Real> aux[2] = {load(aux0 + at),
                                   Cell::kNormalized ? load(aux1 + at) : Vec<Real>{}};
         Vec<Real> dc_row = load(dc + carried), dn_row = load(dn + carried);

@@ -117,15 +117,16 @@ struct ForwardItem {
     if (lanes == kWidth && unit_stride == 1) {
       for (int64_t gate = 0; gate < 4; ++gate) {
         const Element* const from = wx + gate * gate_stride;
-        __builtin_prefetch(
-            from + 2 * p.wx_stride[1]);  // each gate is its own stream, too short for the hardware
-        for (int64_t lane = 0; lane < kWidth; ++lane)
-          to[gate * kWidth + lane] = to_real(from[lane]) + b[gate * kWidth + lane];
+        // Each gate is a stream of its own, with steps too far apart for the hardware to foresee.
+        __builtin_prefetch(from + 2 * p.wx_stride[1]);
+        store(to + gate * kWidth, load_elements<Real>(from, 1) + load(b + gate * kWidth));
       }
-    } else if (lanes == kWidth && unit_stride == 4 && gate_stride == 1) {
-      for (int64_t lane = 0; lane < kWidth; ++lane)
-        for (int64_t gate = 0; gate < 4; ++gate)
-          to[gate * kWidth + lane] = to_real(wx[lane * 4 + gate]) + b[gate * kWidth + lane];
+    } else if (lanes == kWidth && unit_stride == 4) {
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        const Element* const from = wx + gate * gate_stride;
+        __builtin_prefetch(wx + gate * kWidth + 2 * p.wx_stride[1]);
+        store(to + gate * kWidth, load_elements<Real>(from, 4) + load(b + gate * kWidth));
+      }
     } else {
       for (int64_t gate = 0; gate < 4; ++gate)
         for (int64_t lane = 0; lane < kWidth; ++lane)
@@ -159,7 +160,10 @@ struct ForwardItem {
       if (!p.gates) continue;
       const int64_t token = (rows[row].batch * p.heads + head) * p.time + rows[row].begin + t;
       Real* const to = static_cast<Real*>(p.gates) + token * Cell::kSaved * dh + panel * kWidth;
-      for (int64_t i = 0; i < Cell::kSaved; ++i) store_part(to + i * dh, saved[i], lanes);
+      for (int64_t i = 0; i < Cell::kSaved; ++i) {
+        store_part(to + i * dh, saved[i], lanes);
+        __builtin_prefetch(to + (Cell::kSaved + i) * dh, 1);
+      }
     }
   }
 

@@ -152,6 +152,14 @@ XLSTM_INLINE void from_real(float x, BFloat16& out) {  // to nearest even; NaN s
   out.bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
 }
 
+/// A vector of elements `stride` apart (1 or a constant: then it is vectorised).
+template <class Real, class Element>
+XLSTM_INLINE Vec<Real> load_elements(const Element* p, int64_t stride) {
+  Real lanes[Simd<Real>::kWidth];
+  for (int i = 0; i < Simd<Real>::kWidth; ++i) lanes[i] = to_real(p[i * stride]);
+  return load(lanes);
+}
+
 /// Calls f with a value of the tensors' element type.
 template <class Real, class F>
 XLSTM_INLINE void with_element(SlstmDtype dtype, const F& f) {
