@@ -122,7 +122,8 @@ Config load_config(const std::string& path, const std::vector<std::string>& over
 /// The same from a string; `name` stands for the file in messages.
 Config parse_config(const std::string& yaml, const std::string& name);
 /// Throws Error(kConfig) naming the setting (and its file:line) when a training run is not fully or
-/// not consistently described: length, batches, data, schedule.
+/// not consistently described: length, batches, data, schedule. A length given as an override may be
+/// shorter than the warm-up of the file.
 void validate_for_training(const Config& config);
 /// Every setting with its value, as YAML that load_config reads back to an equal Config.
 std::string print_config(const Config& config);
