@@ -106,6 +106,7 @@ bool JsonlParser::parse_object(int depth, bool in_meta) {
 
 bool JsonlParser::parse_member(int depth, bool in_meta, std::string_view key) {
   if (depth == 0 && key == "text") {
+    if (next_ == end_) return fail("ends early");
     if (!at('"')) {
       error_ = "\"text\" is not a string";
       return false;

@@ -18,6 +18,7 @@ namespace xlstm::testing {
 
 inline std::string write_bytes(const std::filesystem::path& path, const std::string& bytes) {
   std::filesystem::create_directories(path.parent_path());
+  std::filesystem::remove(path);  // truncating a file in place makes ext4 wait for the disk
   std::ofstream(path, std::ios::binary)
       .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   return path.string();

@@ -184,7 +184,8 @@ TEST_CASE("faults of the tokenizer's process are one-line errors") {
                    "ended with exit status 4"));
   }
   {
-    const PythonIs python(write_script(folder, hello + "; " + frame('E', "xxxxxxx")));
+    const PythonIs python(write_script(
+        folder, hello + "; head -c 26 >/dev/null; " + frame('E', "xxxxxxx") + "; cat >/dev/null"));
     const auto liar = make_tokenizer(spec);
     CHECK(contains(error_of([&] { liar->encode("a"); }), "short reply"));
   }
