@@ -14,7 +14,7 @@ struct MlstmOptions {
   bool normalize = true;
   std::optional<double> scale;  ///< applied to q; default DQK^-1/2
   double eps = 1e-6;
-  int64_t chunk_size = 0;  ///< 0: automatic; never changes the result beyond rounding
+  int64_t chunk_size = 0;  ///< 0: automatic, above 1024: 1024; never changes the result beyond rounding
 };
 
 /// mLSTM over a sequence (arXiv 2405.04517, eq. 19-27), chunkwise-parallel, linear memory in T.
@@ -23,7 +23,9 @@ struct MlstmOptions {
 /// q,k (B,T,NH,DQK)  v (B,T,NH,DV)  igate,fgate (B,T,NH) pre-activations; any strides; T >= 0.
 /// c0 (B,NH,DQK,DV) n0 (B,NH,DQK) m0 (B,NH): float32 (float64 for float64 inputs), zero where absent.
 /// Returns h (B,T,NH,DV) in q's dtype and the states c, n, m after the last token, shaped as c0, n0, m0.
-/// Gradients are exact with m detached: dm0 = 0 and a gradient into m is ignored; the path eps -> m is left out, which
+/// input_gate "sigmoid": logsig(i_t) in place of i_t, and every m is 0, m0 too. normalize = false: h_t = C_t^T (scale q_t),
+/// meant for the sigmoid gate (with "exp" it is h relative to e^m).
+/// Gradients are exact with m detached: m carries no gradient and dm0 = 0; the path eps -> m is left out, which
 /// is nothing at eps = 0 and at most 1e-3 of the gate gradients in extreme gates at 1e-6.
 /// Throws c10::Error naming the argument, what was expected and what came.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlstm_chunkwise(

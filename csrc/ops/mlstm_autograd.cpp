@@ -105,8 +105,8 @@ class MlstmChunkwise : public torch::autograd::Function<MlstmChunkwise> {
     result[4] = dfgate;
     if (saved[5].defined()) result[5] = dc0;
     if (saved[6].defined()) result[6] = dn0;
-    if (saved[7].defined() && ctx->needs_input_grad(7))
-      result[7] = at::zeros_like(saved[7]);  // m is held constant
+    // The stabiliser is held constant.
+    if (saved[7].defined() && saved[7].requires_grad()) result[7] = at::zeros_like(saved[7]);
     return result;
   }
 };
@@ -127,6 +127,19 @@ Outputs mlstm_chunkwise_autograd(const at::Tensor& q, const at::Tensor& k, const
       MlstmChunkwise::apply(q, k, v, igate, fgate, c0, n0, m0, reset, cu_seqlens,
                             std::string(input_gate), normalize, scale, eps, chunk_size);
   return {out[0], out[1], out[2], out[3]};
+}
+
+/// Tells autograd that the states were written, so that a graph which saved them raises an error.
+at::Tensor mlstm_step_in_place(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
+                               at::Tensor& n, at::Tensor& m, std::string_view input_gate,
+                               bool normalize, std::optional<double> scale, double eps) {
+  const at::Tensor h = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_step(q, k, v, igate, fgate, c, n, m, input_gate, normalize, scale, eps);
+  }();
+  for (const at::Tensor& state : {c, n, m}) torch::autograd::impl::bump_version(state);
+  return h;
 }
 
 // ---- Autocast: q, k, v in the autocast type; gates and states keep full precision ---------------------------------
@@ -235,9 +248,7 @@ TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
   m.impl("mlstm_step", torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(xlstm, ADInplaceOrView, m) {
-  m.impl("mlstm_step", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
-}
+TORCH_LIBRARY_IMPL(xlstm, ADInplaceOrView, m) { m.impl("mlstm_step", mlstm_step_in_place); }
 
 TORCH_LIBRARY_IMPL(xlstm, AutocastCPU, m) {
   m.impl("mlstm_chunkwise", Autocast<c10::DispatchKey::AutocastCPU>::chunkwise);

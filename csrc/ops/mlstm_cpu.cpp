@@ -26,15 +26,23 @@ const void* data_of(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
+/// Threads worth starting: one for calls so small that handing out the work would take longer than doing it.
+int64_t useful_threads(const MlstmSizes& sizes) {
+  constexpr int64_t kSmall = 1 << 20;  // multiplications: about 10 microseconds
+  const int64_t work = sizes.batch * sizes.time * sizes.num_heads * sizes.dqk * sizes.dv;
+  return work < kSmall ? 1 : at::get_num_threads();
+}
+
 /// Everything but outputs and the gradients. Keeps the arguments' contiguous states alive.
 struct Call {
   explicit Call(MlstmArguments arguments)
       : a(std::move(arguments)),
         sizes(check_mlstm_arguments(a)),
-        plan(plan_mlstm(a, sizes, at::get_num_threads())) {
+        plan(plan_mlstm(a, sizes, useful_threads(sizes))) {
     a.c0 = contiguous(a.c0);
     a.n0 = contiguous(a.n0);
     a.m0 = contiguous(a.m0);
+    params.num_threads = useful_threads(sizes);
     params.num_heads = sizes.num_heads;
     params.dqk = sizes.dqk;
     params.dv = sizes.dv;

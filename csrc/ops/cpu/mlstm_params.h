@@ -30,6 +30,7 @@ struct MlstmPart {
 };
 
 struct MlstmChunkwiseParams {
+  int64_t num_threads = 1;                                 // at most
   int64_t num_heads = 0, dqk = 0, dv = 0, max_length = 0;  // max_length: the longest chunk
   int64_t num_sequences = 0, num_chunks = 0, num_parts = 0;
   const MlstmChunk* chunks = nullptr;

@@ -14,14 +14,14 @@
 
 namespace xlstm::cpu::XLSTM_CPU_CAPABILITY {
 
-/// Runs worker.run(i) for all i < count; each thread makes one Worker(args...) and takes the next free i, so that long
+/// Runs worker.run(i) for all i < count; each thread makes one Worker(p, args...) and takes the next free i, so that long
 /// and short sequences share the threads evenly. Results do not depend on who runs what.
 template <class Worker, class... Args>
-void run_items(int64_t count, const Args&... args) {
+void run_items(int64_t count, const MlstmChunkwiseParams& p, const Args&... args) {
   int64_t next = 0;
-  const int64_t workers = min_of(count, at::get_num_threads());
+  const int64_t workers = min_of(count, p.num_threads);
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    Worker worker(args...);
+    Worker worker(p, args...);
     for (;;) {
       const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (i >= count) return;
