@@ -1,4 +1,5 @@
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -45,6 +46,16 @@ cpu::BlockLinearParams make_params(const at::Tensor& x, const at::Tensor& weight
   return p;
 }
 
+bool by_matrix_unit(const at::Tensor& x, const cpu::BlockLinearParams& p) {
+  const bool small = p.in <= cpu::kSmallBlock && p.out <= cpu::kSmallBlock;
+  return !small && p.rows > 0 && has_matrix_unit(x.scalar_type());
+}
+
+// (rows, blocks * width) as one matrix per block, (blocks, rows, width).
+at::Tensor by_block(const at::Tensor& tensor, int64_t rows, int64_t blocks, int64_t width) {
+  return tensor.reshape({rows, blocks, width}).transpose(0, 1);
+}
+
 at::Tensor block_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                             const OptionalTensor& bias) {
   cpu::BlockLinearParams p = make_params(x, weight);
@@ -57,16 +68,34 @@ at::Tensor block_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
     TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "block_linear: bias: expected x's dtype ",
                 x.scalar_type(), ", got ", bias->scalar_type());
   }
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = p.blocks * p.out;
+  at::Tensor y = at::empty(sizes, x.options());
+  if (by_matrix_unit(x, p)) {
+    by_block(y, p.rows, p.blocks, p.out)
+        .copy_(at::bmm(by_block(x, p.rows, p.blocks, p.in), weight.transpose(1, 2)));
+    return bias ? y.add_(*bias) : y;
+  }
   at::Tensor rows = x;
   p.x = rows_for(rows, p);
   p.weight = weights.const_data_ptr();
   p.bias = data_or_null(biases);
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = p.blocks * p.out;
-  at::Tensor y = at::empty(sizes, x.options());
   p.y = y.mutable_data_ptr();
   cpu::block_linear(p);
   return y;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> matrix_unit_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, bool has_bias,
+    const cpu::BlockLinearParams& p) {
+  const at::Tensor dy_blocks = by_block(dy, p.rows, p.blocks, p.out);
+  at::Tensor dx = at::empty(x.sizes(), x.options());
+  by_block(dx, p.rows, p.blocks, p.in).copy_(at::bmm(dy_blocks, weight));
+  at::Tensor dweight =
+      at::bmm(dy_blocks.transpose(1, 2), by_block(x, p.rows, p.blocks, p.in)).contiguous();
+  at::Tensor dbias =
+      has_bias ? dy.reshape({p.rows, p.blocks * p.out}).sum(0) : at::empty({0}, x.options());
+  return {dx, dweight, dbias};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> block_linear_backward_cpu(const at::Tensor& dy,
@@ -75,6 +104,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> block_linear_backward_cpu(const a
                                                                          bool has_bias) {
   cpu::BlockLinearParams p = make_params(x, weight);
   const at::ScalarType type = x.scalar_type();
+  if (by_matrix_unit(x, p)) return matrix_unit_backward(dy.to(type), x, weight, has_bias, p);
   const at::Tensor weights = parameter(weight, accumulate_type(type));
   at::Tensor x_rows = x, dy_rows = dy.to(type);
   p.x = rows_for(x_rows, p);

@@ -1,5 +1,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -48,14 +49,19 @@ class Rows {
     collect(target.contiguous(), ignore_index);
     x_ = x.reshape({total_, width_});
     if (!all_counted()) x_ = x_.index_select(0, positions_);
-    x_ = matrix(x_.to(accumulate));
-    weight_ = matrix(weight.to(accumulate));
+    matrix_unit_ = has_matrix_unit(x.scalar_type());
+    accumulate_ = x.options().dtype(accumulate);
+    x_ = matrix(matrix_unit_ ? x_ : x_.to(accumulate));
+    weight_ = matrix(matrix_unit_ ? weight : weight.to(accumulate));
   }
 
   int64_t count() const { return targets_.numel(); }
   int64_t width() const { return width_; }
   int64_t vocab() const { return vocab_; }
   bool all_counted() const { return count() == total_; }
+  at::TensorOptions accumulate() const { return accumulate_; }
+  /// Whether x and weight stay in their dtype, for at::mm; else they are in that of accumulation.
+  bool matrix_unit() const { return matrix_unit_; }
   const at::Tensor& x() const { return x_; }
   const at::Tensor& weight() const { return weight_; }
   const int64_t* targets() const { return targets_.const_data_ptr<int64_t>(); }
@@ -104,6 +110,8 @@ class Rows {
   }
 
   int64_t total_, width_, vocab_;
+  bool matrix_unit_ = false;
+  at::TensorOptions accumulate_;
   at::Tensor x_, weight_, targets_, positions_;
 };
 
@@ -126,38 +134,93 @@ int64_t leading(const at::Tensor& matrix) {
   return matrix.size(0) > 1 ? matrix.stride(0) : std::max<int64_t>(1, matrix.size(1));
 }
 
+// The three products of one block of rows, in float32 or float64 by BLAS.
 template <class A>
+class BlasProducts {
+ public:
+  explicit BlasProducts(const Rows& rows)
+      : width_(rows.width()),
+        vocab_(rows.vocab()),
+        x_(rows.x().const_data_ptr<A>()),
+        weight_(rows.weight().const_data_ptr<A>()),
+        x_stride_(leading(rows.x())),
+        weight_stride_(leading(rows.weight())) {}
+
+  void logits(int64_t first, const at::Tensor& block) const {
+    cpu::gemm<A>(Op::kNone, Op::kTranspose, block.size(0), vocab_, width_, A(1), x(first),
+                 x_stride_, weight_, weight_stride_, A(0), block.mutable_data_ptr<A>(), vocab_);
+  }
+  void input_grad(int64_t first, const at::Tensor& block, const at::Tensor& dx) const {
+    cpu::gemm<A>(Op::kNone, Op::kNone, block.size(0), width_, vocab_, A(1),
+                 block.const_data_ptr<A>(), vocab_, weight_, weight_stride_, A(0),
+                 dx.mutable_data_ptr<A>() + first * width_, width_);
+  }
+  void weight_grad(int64_t first, const at::Tensor& block, const at::Tensor& dweight) const {
+    cpu::gemm<A>(Op::kTranspose, Op::kNone, vocab_, width_, block.size(0), A(1),
+                 block.const_data_ptr<A>(), vocab_, x(first), x_stride_, first == 0 ? A(0) : A(1),
+                 dweight.mutable_data_ptr<A>(), width_);
+  }
+
+ private:
+  using Op = cpu::Op;
+  const A* x(int64_t first) const { return x_ + first * x_stride_; }
+
+  int64_t width_, vocab_;
+  const A *x_, *weight_;
+  int64_t x_stride_, weight_stride_;
+};
+
+// The same by the matrix unit: factors in bfloat16, sums over blocks in float32.
+class MatrixUnitProducts {
+ public:
+  explicit MatrixUnitProducts(const Rows& rows) : x_(rows.x()), weight_(rows.weight()) {}
+
+  void logits(int64_t first, const at::Tensor& block) const {
+    block.copy_(at::mm(x(first, block), weight_.t()));
+  }
+  void input_grad(int64_t first, const at::Tensor& block, const at::Tensor& dx) const {
+    dx.narrow(0, first, block.size(0)).copy_(at::mm(block.to(weight_.scalar_type()), weight_));
+  }
+  void weight_grad(int64_t first, const at::Tensor& block, const at::Tensor& dweight) const {
+    const at::Tensor part = at::mm(block.to(x_.scalar_type()).t(), x(first, block));
+    if (first == 0) {
+      dweight.copy_(part);
+    } else {
+      dweight.add_(part);
+    }
+  }
+
+ private:
+  at::Tensor x(int64_t first, const at::Tensor& block) const {
+    return x_.narrow(0, first, block.size(0));
+  }
+
+  at::Tensor x_, weight_;
+};
+
+template <class A, class Products>
 void sweep(const Rows& rows, double soft_cap, double scale, const at::Tensor& row_scales,
            const Results& results) {
-  const int64_t vocab = rows.vocab(), width = rows.width(), count = rows.count();
-  const int64_t step = block_rows(count, vocab);
-  const A* weight = rows.weight().const_data_ptr<A>();
-  const int64_t x_stride = leading(rows.x()), weight_stride = leading(rows.weight());
-  const at::Tensor logits = at::empty({std::min(step, count), vocab}, rows.x().options());
+  const Products products(rows);
+  const int64_t count = rows.count(), step = block_rows(count, rows.vocab());
+  const at::Tensor logits = at::empty({std::min(step, count), rows.vocab()}, rows.accumulate());
   cpu::SoftmaxCrossEntropyParams p;
   p.dtype = std::is_same_v<A, double> ? cpu::Dtype::kDouble : cpu::Dtype::kFloat;
-  p.vocab = vocab;
+  p.vocab = rows.vocab();
   p.soft_cap = soft_cap;
   p.scale = scale;
   p.gradient = results.dx.defined() || results.dweight.defined();
-  A* block = logits.mutable_data_ptr<A>();
-  p.logits = block;
-  using cpu::Op;
+  p.logits = logits.mutable_data_ptr();
   for (int64_t first = 0; first < count; first += step) {
     p.rows = std::min(step, count - first);
-    const A* x = rows.x().const_data_ptr<A>() + first * x_stride;
-    cpu::gemm<A>(Op::kNone, Op::kTranspose, p.rows, vocab, width, A(1), x, x_stride, weight,
-                 weight_stride, A(0), block, vocab);
+    const at::Tensor block = logits.narrow(0, 0, p.rows);
+    products.logits(first, block);
     p.targets = rows.targets() + first;
     p.loss = results.loss.defined() ? results.loss.mutable_data_ptr<A>() + first : nullptr;
     p.row_scales = row_scales.defined() ? row_scales.const_data_ptr<A>() + first : nullptr;
     cpu::softmax_cross_entropy(p);
-    if (results.dx.defined())
-      cpu::gemm<A>(Op::kNone, Op::kNone, p.rows, width, vocab, A(1), block, vocab, weight,
-                   weight_stride, A(0), results.dx.mutable_data_ptr<A>() + first * width, width);
-    if (results.dweight.defined())
-      cpu::gemm<A>(Op::kTranspose, Op::kNone, vocab, width, p.rows, A(1), block, vocab, x, x_stride,
-                   first == 0 ? A(0) : A(1), results.dweight.mutable_data_ptr<A>(), width);
+    if (results.dx.defined()) products.input_grad(first, block, results.dx);
+    if (results.dweight.defined()) products.weight_grad(first, block, results.dweight);
   }
 }
 
@@ -167,10 +230,12 @@ void run_sweep(const Rows& rows, double soft_cap, double scale, const at::Tensor
     if (results.dweight.defined()) results.dweight.zero_();
     return;
   }
-  if (rows.x().scalar_type() == at::kDouble) {
-    sweep<double>(rows, soft_cap, scale, row_scales, results);
+  if (rows.matrix_unit()) {
+    sweep<float, MatrixUnitProducts>(rows, soft_cap, scale, row_scales, results);
+  } else if (rows.x().scalar_type() == at::kDouble) {
+    sweep<double, BlasProducts<double>>(rows, soft_cap, scale, row_scales, results);
   } else {
-    sweep<float>(rows, soft_cap, scale, row_scales, results);
+    sweep<float, BlasProducts<float>>(rows, soft_cap, scale, row_scales, results);
   }
 }
 
@@ -192,7 +257,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_forward_cpu(
       reduction != "none" || !(need_dx || need_dweight),
       "linear_cross_entropy_forward: reduction: \"none\" has its gradients in the backward");
   const Rows rows(x, weight, target, ignore_index);
-  const auto accumulate = rows.x().options();
+  const auto accumulate = rows.accumulate();
   Results results;
   results.loss = at::empty({rows.count()}, accumulate);
   if (need_dx) results.dx = at::empty({rows.count(), rows.width()}, accumulate);
@@ -227,7 +292,7 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_backward_cpu(
               "linear_cross_entropy: grad: expected target's shape ", target.sizes(), ", got ",
               grad.sizes());
   const Rows rows(x, weight, target, ignore_index);
-  const auto accumulate = rows.x().options();
+  const auto accumulate = rows.accumulate();
   Results results;
   results.dx = at::empty({rows.count(), rows.width()}, accumulate);
   results.dweight = at::empty(weight.sizes(), accumulate);

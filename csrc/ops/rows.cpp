@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "csrc/ops/cpu/capability.h"
+
 namespace xlstm::ops {
 
 cpu::Dtype dtype_code(const at::Tensor& tensor, std::string_view name) {
@@ -27,6 +29,17 @@ at::ScalarType accumulate_type(at::ScalarType type) {
 at::Tensor parameter(const std::optional<at::Tensor>& tensor, at::ScalarType accumulate) {
   if (!tensor.has_value() || !tensor->defined()) return {};
   return tensor->to(accumulate).contiguous();
+}
+
+bool has_matrix_unit(at::ScalarType type) {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  static const bool amx =
+      cpu::cpu_capability() == cpu::Capability::kAvx512 && __builtin_cpu_supports("amx-bf16");
+  return amx && type == at::kBFloat16;
+#else
+  (void)type;
+  return false;
+#endif
 }
 
 const void* data_or_null(const at::Tensor& tensor) {
