@@ -1,6 +1,7 @@
 #pragma once
 // Helpers of the data tests: files with given bytes, token files, and the message an error carries.
 #include <cstdint>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -76,6 +77,21 @@ std::string error_of(Body body, ExitCode code = ExitCode::kData) {
   FAIL("no error");
   return "";
 }
+
+/// XLSTM_PYTHON for the time of a scope.
+class PythonIs {
+ public:
+  explicit PythonIs(const std::string& path)
+      : old_(std::getenv("XLSTM_PYTHON") ? std::getenv("XLSTM_PYTHON") : "") {
+    ::setenv("XLSTM_PYTHON", path.c_str(), 1);
+  }
+  ~PythonIs() { ::setenv("XLSTM_PYTHON", old_.c_str(), 1); }
+  PythonIs(const PythonIs&) = delete;
+  PythonIs& operator=(const PythonIs&) = delete;
+
+ private:
+  std::string old_;
+};
 
 inline bool contains(const std::string& text, const std::string& part) {
   const bool found = text.find(part) != std::string::npos;

@@ -188,11 +188,12 @@ TEST_CASE("python-stdlib finds Python's own sources") {
   CHECK(val.num_tokens() > 200'000);
   const std::string source = text_of(result.train_prefix) + text_of(result.val_prefix);
   CHECK(contains(source, "class OrderedDict"));
-  ::setenv("XLSTM_PYTHON", "/nonexistent/python", 1);
-  CHECK(contains(error_of([&] { cached(folder, "python-stdlib"); }),
-                 "/nonexistent/python: cannot run it"));
-  ::setenv("XLSTM_PYTHON", "/bin/false", 1);
+  {
+    const PythonIs python("/nonexistent/python");
+    CHECK(contains(error_of([&] { cached(folder, "python-stdlib"); }),
+                   "/nonexistent/python: cannot run it"));
+  }
+  const PythonIs python("/bin/false");
   CHECK(contains(error_of([&] { cached(folder, "python-stdlib"); }),
                  "does not tell its standard library (exit status 1)"));
-  ::unsetenv("XLSTM_PYTHON");
 }

@@ -15,21 +15,6 @@ using namespace xlstm::testing;
 
 namespace {
 
-/// XLSTM_PYTHON for the time of a scope.
-class PythonIs {
- public:
-  explicit PythonIs(const std::string& path)
-      : old_(std::getenv("XLSTM_PYTHON") ? std::getenv("XLSTM_PYTHON") : "") {
-    ::setenv("XLSTM_PYTHON", path.c_str(), 1);
-  }
-  ~PythonIs() { ::setenv("XLSTM_PYTHON", old_.c_str(), 1); }
-  PythonIs(const PythonIs&) = delete;
-  PythonIs& operator=(const PythonIs&) = delete;
-
- private:
-  std::string old_;
-};
-
 std::string write_script(const TemporaryFolder& folder, const std::string& body) {
   const std::string path = write_bytes(folder / "python", "#!/bin/sh\n" + body + "\n");
   std::filesystem::permissions(path, std::filesystem::perms::owner_all);
