@@ -15,18 +15,18 @@ namespace xlstm::train {
 
 /// What resumes a run besides weights and optimizer tensors.
 struct TrainerState {
-  int64_t step = 0;               ///< finished optimizer steps
-  int64_t tokens = 0;             ///< tokens consumed
-  int64_t samples_consumed = 0;   ///< global sample index of the next batch
+  int64_t step = 0;              ///< finished optimizer steps
+  int64_t tokens = 0;            ///< tokens consumed
+  int64_t samples_consumed = 0;  ///< global sample index of the next batch
   int64_t skipped_updates = 0;
   std::string data_fingerprint;
-  at::Tensor rng_state;           ///< of torch's default CPU generator (uint8)
+  at::Tensor rng_state;  ///< of torch's default CPU generator (uint8)
 };
 
 struct Checkpoint {
   std::string path;
   TrainerState state;
-  NamedTensors optimizer;         ///< empty for a model-only folder
+  NamedTensors optimizer;  ///< empty for a model-only folder
 };
 
 /// Parameters and buffers by dotted name, in registration order.
@@ -38,7 +38,8 @@ NamedTensors named_model_tensors(const models::LanguageModel& model);
 std::string save_checkpoint(const std::string& run_dir, const config::Config& config,
                             const models::LanguageModel& model, const NamedTensors& optimizer,
                             const TrainerState& state);
-void save_model_folder(const std::string& folder, const config::Config& config, const NamedTensors& model_tensors);
+void save_model_folder(const std::string& folder, const config::Config& config,
+                       const NamedTensors& model_tensors);
 
 /// Checks every file against the manifest. Throws Error(kCheckpoint) naming the first bad file and what is wrong.
 void verify_checkpoint(const std::string& folder);
@@ -53,9 +54,9 @@ Checkpoint load_checkpoint(const std::string& folder, models::LanguageModel& mod
 /// A model ready to run from a checkpoint folder, or from a run folder (its newest good checkpoint).
 struct LoadedModel {
   config::Config config;
-  std::shared_ptr<models::LanguageModel> model;   ///< in eval mode
+  std::shared_ptr<models::LanguageModel> model;  ///< in eval mode
   std::string folder;
-  std::string tokenizer;                          ///< spec for data::make_tokenizer, resolved to the folder's own copy
+  std::string tokenizer;  ///< spec for data::make_tokenizer, resolved to the folder's own copy
 };
 LoadedModel load_model(const std::string& folder_or_run, bool verify = true);
 

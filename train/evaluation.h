@@ -7,15 +7,16 @@
 namespace xlstm::train {
 
 struct EvaluationResult {
-  double loss = 0;             ///< nats per scored token
+  double loss = 0;  ///< nats per scored token
   double perplexity = 0;
-  double bits_per_byte = 0;    ///< 0 when the data set does not know its bytes
-  int64_t tokens = 0;          ///< tokens scored
+  double bits_per_byte = 0;  ///< 0 when the data set does not know its bytes
+  int64_t tokens = 0;        ///< tokens scored
 };
 
 /// Token-weighted mean over a fixed set, without gradients. max_batches 0: the whole set. The model's training mode is
 /// put back afterwards. show_progress: a bar on standard error.
-EvaluationResult evaluate(models::LanguageModel& model, const data::EvalSet& data, int64_t batch_size,
-                          int64_t max_batches = 0, bool bfloat16 = false, bool show_progress = false);
+EvaluationResult evaluate(models::LanguageModel& model, const data::EvalSet& data,
+                          int64_t batch_size, int64_t max_batches = 0, bool bfloat16 = false,
+                          bool show_progress = false);
 
 }  // namespace xlstm::train

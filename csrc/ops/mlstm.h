@@ -14,7 +14,8 @@ struct MlstmOptions {
   bool normalize = true;
   std::optional<double> scale;  ///< applied to q; default DQK^-1/2
   double eps = 1e-6;
-  int64_t chunk_size = 0;  ///< 0: automatic, above 1024: 1024; never changes the result beyond rounding
+  int64_t chunk_size =
+      0;  ///< 0: automatic, above 1024: 1024; never changes the result beyond rounding
 };
 
 /// mLSTM over a sequence (arXiv 2405.04517, eq. 19-27), chunkwise-parallel, linear memory in T.

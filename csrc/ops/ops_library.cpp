@@ -5,56 +5,79 @@
 TORCH_LIBRARY(xlstm, m) {
   m.set_python_module("libxlstm");
   m.def(
-      "mlstm_chunkwise(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, Tensor? c0=None, Tensor? n0=None, "
-      "Tensor? m0=None, *, Tensor? reset=None, Tensor? cu_seqlens=None, str input_gate=\"exp\", bool normalize=True, "
-      "float? scale=None, float eps=1e-6, int chunk_size=0) -> (Tensor h, Tensor c, Tensor n, Tensor m)");
+      "mlstm_chunkwise(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, Tensor? c0=None, "
+      "Tensor? n0=None, "
+      "Tensor? m0=None, *, Tensor? reset=None, Tensor? cu_seqlens=None, str input_gate=\"exp\", "
+      "bool normalize=True, "
+      "float? scale=None, float eps=1e-6, int chunk_size=0) -> (Tensor h, Tensor c, Tensor n, "
+      "Tensor m)");
   m.def(
-      "mlstm_chunkwise_backward(Tensor? dh, Tensor? dc, Tensor? dn, Tensor q, Tensor k, Tensor v, Tensor igate, "
-      "Tensor fgate, Tensor? c0, Tensor? n0, Tensor? m0, Tensor h, *, Tensor? reset, Tensor? cu_seqlens, "
+      "mlstm_chunkwise_backward(Tensor? dh, Tensor? dc, Tensor? dn, Tensor q, Tensor k, Tensor v, "
+      "Tensor igate, "
+      "Tensor fgate, Tensor? c0, Tensor? n0, Tensor? m0, Tensor h, *, Tensor? reset, Tensor? "
+      "cu_seqlens, "
       "str input_gate, bool normalize, float? scale, float eps, int chunk_size) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor digate, Tensor dfgate, Tensor dc0, Tensor dn0)");
   m.def(
-      "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
-      "*, str input_gate=\"exp\", bool normalize=True, float? scale=None, float eps=1e-6) -> Tensor h");
+      "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, Tensor(a!) c, "
+      "Tensor(b!) n, Tensor(c!) m, "
+      "*, str input_gate=\"exp\", bool normalize=True, float? scale=None, float eps=1e-6) -> "
+      "Tensor h");
   m.def(
-      "slstm(Tensor wx, Tensor r, Tensor b, Tensor? y0=None, Tensor? c0=None, Tensor? n0=None, Tensor? m0=None, *, "
+      "slstm(Tensor wx, Tensor r, Tensor b, Tensor? y0=None, Tensor? c0=None, Tensor? n0=None, "
+      "Tensor? m0=None, *, "
       "Tensor? reset=None, Tensor? cu_seqlens=None, str cell=\"slstm\") "
       "-> (Tensor y, Tensor y_last, Tensor c, Tensor n, Tensor m)");
   m.def(
-      "slstm_forward(Tensor wx, Tensor r, Tensor b, Tensor? y0, Tensor? c0, Tensor? n0, Tensor? m0, *, Tensor? reset, "
-      "Tensor? cu_seqlens, str cell) -> (Tensor y, Tensor y_last, Tensor c, Tensor n, Tensor m, Tensor gates, "
+      "slstm_forward(Tensor wx, Tensor r, Tensor b, Tensor? y0, Tensor? c0, Tensor? n0, Tensor? "
+      "m0, *, Tensor? reset, "
+      "Tensor? cu_seqlens, str cell) -> (Tensor y, Tensor y_last, Tensor c, Tensor n, Tensor m, "
+      "Tensor gates, "
       "Tensor checkpoints)");
   m.def(
-      "slstm_backward(Tensor? dy, Tensor? dy_last, Tensor? dc, Tensor? dn, Tensor gates, Tensor checkpoints, Tensor r, "
-      "Tensor? y0, Tensor? c0, Tensor? n0, *, Tensor? reset, Tensor? cu_seqlens, str cell, ScalarType dtype, "
+      "slstm_backward(Tensor? dy, Tensor? dy_last, Tensor? dc, Tensor? dn, Tensor gates, Tensor "
+      "checkpoints, Tensor r, "
+      "Tensor? y0, Tensor? c0, Tensor? n0, *, Tensor? reset, Tensor? cu_seqlens, str cell, "
+      "ScalarType dtype, "
       "int gate_dim) -> (Tensor dwx, Tensor dr, Tensor db, Tensor dy0, Tensor dc0, Tensor dn0)");
   m.def(
-      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? state0=None, *, Tensor? reset=None, "
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? state0=None, *, Tensor? "
+      "reset=None, "
       "Tensor? cu_seqlens=None, bool silu=False) -> (Tensor y, Tensor state)");
   m.def(
-      "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, *, bool silu=False) -> Tensor y");
+      "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, *, bool "
+      "silu=False) -> Tensor y");
   m.def(
-      "causal_conv1d_backward(Tensor? dy, Tensor? dstate, Tensor x, Tensor weight, Tensor? bias, Tensor? state0, *, "
+      "causal_conv1d_backward(Tensor? dy, Tensor? dstate, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor? state0, *, "
       "Tensor? reset, Tensor? cu_seqlens, bool silu) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dstate0)");
   m.def(
-      "headwise_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, Tensor? skip=None, Tensor? skip_weight=None, "
-      "Tensor? gate=None, *, float eps=1e-5, str kind=\"layer\", str gate_activation=\"silu\") -> Tensor");
+      "headwise_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, Tensor? skip=None, Tensor? "
+      "skip_weight=None, "
+      "Tensor? gate=None, *, float eps=1e-5, str kind=\"layer\", str gate_activation=\"silu\") -> "
+      "Tensor");
   m.def(
-      "headwise_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? skip, Tensor? skip_weight, "
-      "Tensor? gate, *, float eps, str kind, str gate_activation) -> (Tensor dx, Tensor dweight, Tensor dbias, "
+      "headwise_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? skip, "
+      "Tensor? skip_weight, "
+      "Tensor? gate, *, float eps, str kind, str gate_activation) -> (Tensor dx, Tensor dweight, "
+      "Tensor dbias, "
       "Tensor dskip, Tensor dskip_weight, Tensor dgate)");
   m.def("block_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(
       "block_linear_backward(Tensor dy, Tensor x, Tensor weight, *, bool has_bias) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
-      "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, *, int ignore_index=-100, float soft_cap=0., "
+      "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, *, int ignore_index=-100, "
+      "float soft_cap=0., "
       "str reduction=\"mean\") -> Tensor");
   m.def(
-      "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor target, *, int ignore_index, float soft_cap, "
-      "str reduction, bool need_dx, bool need_dweight) -> (Tensor loss, Tensor dx, Tensor dweight)");
+      "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor target, *, int ignore_index, "
+      "float soft_cap, "
+      "str reduction, bool need_dx, bool need_dweight) -> (Tensor loss, Tensor dx, Tensor "
+      "dweight)");
   m.def(
-      "linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? dx, Tensor? dweight, "
+      "linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? "
+      "dx, Tensor? dweight, "
       "*, int ignore_index, float soft_cap, str reduction) -> (Tensor dx, Tensor dweight)");
 }
