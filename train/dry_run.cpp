@@ -31,7 +31,9 @@ std::string format_gib(int64_t bytes) {
 }
 
 std::string format_parameters(int64_t count) {
-  return format_thousands(count) + " (" + format("%.1f M", static_cast<double>(count) / 1e6) + ")";
+  const double millions = static_cast<double>(count) / 1e6;
+  return format_thousands(count) + " (" + format(millions < 10 ? "%.2f M" : "%.1f M", millions) +
+         ")";
 }
 
 int64_t micro_batch(const config::Config& config) {
@@ -39,8 +41,9 @@ int64_t micro_batch(const config::Config& config) {
                                            : config.train.global_batch_size;
 }
 
-/// Numbers kept per token by the backward pass of one mLSTM block: block input, normed input, the two branches, the
-/// convolved one, q, k, v, h, normed h, gated h; and the matrix states between chunks.
+/// Numbers kept per token by the backward pass of one mLSTM block: block input, normed input, the
+/// two branches, the convolved one, q, k, v, h, normed h, gated h; and the matrix states between
+/// chunks.
 double mlstm_block_numbers(const models::ModelOptions& model) {
   const double width = static_cast<double>(model.embedding_dim);
   const bool large = model.kind == "xlstm_large";
@@ -52,7 +55,8 @@ double mlstm_block_numbers(const models::ModelOptions& model) {
   return 2 * width + 2 * key_width + 8 * value_width + states + feed_forward;
 }
 
-/// The same for one sLSTM block: inputs and norms, convolution, four gates, four states, and the gated feed-forward.
+/// The same for one sLSTM block: inputs and norms, convolution, four gates, four states, and the
+/// gated feed-forward.
 double slstm_block_numbers(const models::ModelOptions& model) {
   return static_cast<double>(model.embedding_dim) * (14 + 4 * model.feed_forward.proj_factor);
 }
@@ -123,7 +127,8 @@ void print_data(const config::Config& config, const TrainingData& data) {
 
 /// One real optimizer step on the first batch.
 void run_one_step(const config::Config& config, const TrainingData& data) {
-  at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(static_cast<uint64_t>(config.run.seed));
+  at::Generator(at::detail::getDefaultCPUGenerator())
+      .set_current_seed(static_cast<uint64_t>(config.run.seed));
   const auto model = models::make_language_model(config.model);
   model->train();
   AdamW optimizer(named_parameters(*model), config.optim);

@@ -13,19 +13,21 @@ struct ParameterCount {
 /// Counts without allocating: any size.
 ParameterCount count_parameters_by_part(const models::ModelOptions& options);
 
-/// Bytes a training step needs. Weights, gradients and optimizer state are exact, activations an estimate: what the
-/// blocks keep for their backward pass, per token of a micro batch.
+/// Bytes a training step needs. Weights, gradients and optimizer state are exact, activations an
+/// estimate: what the blocks keep for their backward pass, per token of a micro batch.
 struct MemoryEstimate {
   int64_t weights = 0, gradients = 0, optimizer = 0, activations = 0;
   int64_t total() const { return weights + gradients + optimizer + activations; }
 };
 MemoryEstimate estimate_memory(const config::Config& config);
 
-/// Memory this process can still get: the machine's, or its control group's where that is less; -1 when unknown.
+/// Memory this process can still get: the machine's, or its control group's where that is less; -1
+/// when unknown.
 int64_t available_memory_bytes();
 
-/// Prints what a run would do, checks its data, and makes one real step where data and memory allow; says what was left
-/// out and why. Writes nothing but the cache of prepared text. Throws Error for bad data.
+/// Prints what a run would do, checks its data, and makes one real step where data and memory
+/// allow; says what was left out and why. Writes nothing but the cache of prepared text. Throws
+/// Error for bad data.
 void dry_run(const config::Config& config);
 
 }  // namespace xlstm::train

@@ -1,6 +1,7 @@
 #pragma once
-// Faults on demand, for tests: XLSTM_FAILPOINT=name[:n][,name[:n]...] arms points in the code. Unset, a point costs one
-// getenv. Every point that exists is listed where it is passed ("trainer.step_end", "trainer.nan_grad", ...).
+// Faults on demand, for tests: XLSTM_FAILPOINT=name[:n][,name[:n]...] arms points in the code.
+// Unset, a point costs one getenv. Every point that exists is listed where it is passed
+// ("trainer.step_end", "trainer.nan_grad", ...).
 #include <csignal>
 #include <cstdint>
 #include <cstdlib>
@@ -31,7 +32,8 @@ inline bool failpoint_at(std::string_view name, int64_t value) {
   return armed.has_value() && *armed == value;
 }
 
-/// Dies by SIGKILL, as a power cut would, where the point is armed for this value. Without a value: where armed at all.
+/// Dies by SIGKILL, as a power cut would, where the point is armed for this value. Without a value:
+/// where armed at all.
 inline void failpoint(std::string_view name) {
   if (failpoint_value(name).has_value()) std::raise(SIGKILL);
 }

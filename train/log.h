@@ -1,6 +1,6 @@
 #pragma once
-// Messages of the trainer: to the console and, with the time, to <run>/run.log. A progress bar on the terminal's last
-// line is taken away before a message and drawn again behind it.
+// Messages of the trainer: to the console and, with the time, to <run>/run.log. A progress bar on
+// the terminal's last line is taken away before a message and drawn again behind it.
 #include <string>
 
 namespace xlstm::train {
@@ -12,7 +12,8 @@ enum class Verbosity {
 };  ///< kQuiet: warnings alone (the file still gets everything)
 
 void set_console_verbosity(Verbosity verbosity);
-/// Also appends messages to `path` from now on. A file that cannot be written is reported once and costs nothing else.
+/// Also appends messages to `path` from now on. A file that cannot be written is reported once and
+/// costs nothing else.
 void open_log_file(const std::string& path);
 void close_log_file();
 

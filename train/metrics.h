@@ -1,11 +1,18 @@
 #pragma once
-// Where the numbers of a run go: console, <run>/metrics.jsonl and TensorBoard's event file, under the same keys:
-//   train/loss       nats per unmasked target token of the global batch of this step; train/loss_hex: its exact double
-//   train/ppl        exp(train/loss)            train/grad_norm  global L2 norm before clipping
-//   train/lr         of this update             train/tokens     input tokens consumed so far
-//   train/skipped_updates  so far               perf/tokens_per_s, perf/step_ms, perf/data_ms  means since the last line
-//   (without the process's first step; data_ms is time spent waiting for data)      mem/peak_gib  of this process
-//   val/loss, val/ppl, val/bits_per_byte        ckpt/save_s, ckpt/failed (failed saves so far)
+// Where the numbers of a run go: console, <run>/metrics.jsonl and TensorBoard's event file, under the
+// same keys:
+//   train/loss             nats per unmasked target token of this step's global batch
+//   train/loss_hex         its exact double (JSON alone)
+//   train/ppl              exp(train/loss)
+//   train/grad_norm        global L2 norm before clipping
+//   train/lr               of this update
+//   train/tokens           input tokens consumed so far
+//   train/skipped_updates  so far
+//   perf/tokens_per_s, perf/step_ms, perf/data_ms (waiting for data)
+//                          means since the last line, without the process's first step
+//   mem/peak_gib           of this process
+//   val/loss, val/ppl, val/bits_per_byte
+//   ckpt/save_s, ckpt/failed (failed saves so far)
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -16,7 +23,8 @@ namespace xlstm::train {
 
 using Metrics = std::vector<std::pair<std::string, double>>;
 
-/// One JSON object per line in a file, each by one write(2) in append mode: a crash tears at most the last line.
+/// One JSON object per line in a file, each by one write(2) in append mode: a crash tears at most
+/// the last line.
 class JsonlWriter {
  public:
   explicit JsonlWriter(std::string path);
@@ -25,8 +33,8 @@ class JsonlWriter {
   JsonlWriter& operator=(const JsonlWriter&) = delete;
   /// Appends `json` and a line break. A failing write is undone and reported as a warning once.
   void write_line(std::string json);
-  /// {"step":..,"time":..,<metrics>}; values that are not finite become null (JSON has no NaN). A "train/loss" is
-  /// followed by its hexadecimal float as a string.
+  /// {"step":..,"time":..,<metrics>}; values that are not finite become null (JSON has no NaN). A
+  /// "train/loss" is followed by its hexadecimal float as a string.
   void write_metrics(int64_t step, const Metrics& metrics);
   /// {"event":..,"step":..,"time":..,<fields>}
   void write_event(const std::string& event, int64_t step,
@@ -38,18 +46,19 @@ class JsonlWriter {
   bool failed_ = false;
 };
 
-/// Keeps the lines of a JSONL file whose "step" is at most `step`; the others, and a torn last line, are appended to
-/// <path>.bak. Returns how many lines went there. No file: 0.
+/// Keeps the lines of a JSONL file whose "step" is at most `step`; the others, and a torn last
+/// line, are appended to <path>.bak. Returns how many lines went there. No file: 0.
 int64_t truncate_jsonl(const std::string& path, int64_t step);
 
 /// The last finite value of `key` in a JSONL file; NaN where there is none.
 double last_value(const std::string& path, const std::string& key);
 
-/// TensorBoard's event file <folder>/events.out.tfevents.<time>.<host>.<pid>: TFRecords (length, masked CRC32C) of
-/// hand-encoded Event messages.
+/// TensorBoard's event file <folder>/events.out.tfevents.<time>.<host>.<pid>: TFRecords (length,
+/// masked CRC32C) of hand-encoded Event messages.
 class TensorboardWriter {
  public:
-  /// first_step > 0 marks a resumed run: TensorBoard then drops what it read from earlier files at or after that step.
+  /// first_step > 0 marks a resumed run: TensorBoard then drops what it read from earlier files at
+  /// or after that step.
   TensorboardWriter(const std::string& folder, int64_t first_step);
   ~TensorboardWriter();
   TensorboardWriter(const TensorboardWriter&) = delete;
@@ -73,14 +82,16 @@ struct ConsoleStep {
   double seconds_left = -1;  ///< negative: not known yet
 };
 
-/// "step 120/2000 | loss 4.8312 | ppl 125.3 | gnorm 0.81 | lr 1.6e-04 | 41.2k tok/s | data 1% | eta 2m13s"
+/// "step 120/2000 | loss 4.8312 | ppl 125.3 | gnorm 0.81 | lr 1.6e-04 | 41.2k tok/s | data 1% | eta
+/// 2m13s"
 std::string format_step(const ConsoleStep& step);
 /// "950", "41.2k", "1.53M"
 std::string format_count(double value);
 /// "1,234,567"
 std::string format_thousands(int64_t value);
 
-/// Steps on the console: a refreshing bar on a terminal, a plain line per log.every elsewhere; always to run.log.
+/// Steps on the console: a refreshing bar on a terminal, a plain line per log.every elsewhere;
+/// always to run.log.
 class Console {
  public:
   /// mode: "auto" | "bar" | "plain" | "off"
@@ -88,7 +99,8 @@ class Console {
   ~Console();
   Console(const Console&) = delete;
   Console& operator=(const Console&) = delete;
-  /// Called for every step; `logged` on those that log.every selects. Redraws at most ten times a second.
+  /// Called for every step; `logged` on those that log.every selects. Redraws at most ten times a
+  /// second.
   void step(const ConsoleStep& step, bool logged);
   void finish();
   bool has_bar() const { return bar_; }

@@ -14,8 +14,9 @@
 namespace xlstm::train {
 namespace {
 
-// Protocol-buffer wire format. Field numbers: Event {wall_time=1 double, step=2 int64, file_version=3 string,
-// summary=5, session_log=7}, Summary {value=1}, Value {tag=1 string, simple_value=2 float}, SessionLog {status=1}.
+// Protocol-buffer wire format. Field numbers: Event {wall_time=1 double, step=2 int64,
+// file_version=3 string, summary=5, session_log=7}, Summary {value=1}, Value {tag=1 string,
+// simple_value=2 float}, SessionLog {status=1}.
 enum WireType { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };
 
 void append_varint(std::string& out, uint64_t value) {

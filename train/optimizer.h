@@ -10,30 +10,34 @@
 
 namespace xlstm::train {
 
-/// AdamW (decoupled weight decay, arXiv 1711.05101) with bias correction, one fused pass over each parameter:
+/// AdamW (decoupled weight decay, arXiv 1711.05101) with bias correction, one fused pass over each
+/// parameter:
 ///   p <- p - lr wd p;  m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;
 ///   p <- p - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
 class AdamW {
  public:
-  /// `parameters`: name and tensor. Parameters that decays() names form the group with options.weight_decay, all
-  /// others have none. The tensors are updated in place.
+  /// `parameters`: name and tensor. Parameters that decays() names form the group with
+  /// options.weight_decay, all others have none. The tensors are updated in place.
   AdamW(const NamedTensors& parameters, const config::OptimConfig& options);
 
-  /// One update at `learning_rate` from the parameters' gradients, each multiplied by `gradient_factor` first (the clip
-  /// factor; it costs nothing here). Parameters without a gradient stay as they are.
+  /// One update at `learning_rate` from the parameters' gradients, each multiplied by
+  /// `gradient_factor` first (the clip factor; it costs nothing here). Parameters without a
+  /// gradient stay as they are.
   void step(double learning_rate, double gradient_factor = 1.0);
-  /// Drops all gradients, so that the next backward pass hands its buffers over instead of adding to zeros.
+  /// Drops all gradients, so that the next backward pass hands its buffers over instead of adding
+  /// to zeros.
   void zero_grad();
 
   int64_t steps() const;
-  /// "exp_avg.<name>" and "exp_avg_sq.<name>" like the parameter, and "step" (float32, one element). The tensors are
-  /// the optimizer's own: copy them to keep them.
+  /// "exp_avg.<name>" and "exp_avg_sq.<name>" like the parameter, and "step" (float32, one
+  /// element). The tensors are the optimizer's own: copy them to keep them.
   NamedTensors state() const;
   /// Throws Error(kCheckpoint) naming a missing, extra or misshapen tensor.
   void load_state(const NamedTensors& state);
 
-  /// Whether a parameter decays: a matrix weight (its name holds "weight" and not "norm"; biases, skips and recurrent
-  /// kernels are neither); the token embedding only with weight_decay_on_embedding.
+  /// Whether a parameter decays: a matrix weight (its name holds "weight" and not "norm"; biases,
+  /// skips and recurrent kernels are neither); the token embedding only with
+  /// weight_decay_on_embedding.
   static bool decays(const std::string& name, const at::Tensor& parameter,
                      const config::OptimConfig& options);
 

@@ -22,8 +22,9 @@ namespace {
 namespace fs = std::filesystem;
 constexpr int kTimeLimitMs = 120'000;
 
-/// The folder that holds the Python package: two levels above the program, both in a source tree (build/bin) and in an
-/// installed package (site-packages/libxlstm/bin). "" where it is elsewhere, that is, where Python finds it by itself.
+/// The folder that holds the Python package: two levels above the program, both in a source tree
+/// (build/bin) and in an installed package (site-packages/libxlstm/bin). "" where it is elsewhere,
+/// that is, where Python finds it by itself.
 std::string package_parent() {
   std::error_code error;
   const fs::path program = fs::read_symlink("/proc/self/exe", error);
@@ -39,7 +40,8 @@ std::vector<char*> pointers(std::vector<std::string>& strings) {
   return result;
 }
 
-/// Runs a command with its output in `log_path`. Returns its exit status; -1 where it did not start or took too long.
+/// Runs a command with its output in `log_path`. Returns its exit status; -1 where it did not start
+/// or took too long.
 int run_command(std::vector<std::string> arguments, const std::string& log_path) {
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);

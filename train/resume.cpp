@@ -61,11 +61,7 @@ class Comparison {
   template <typename Value>
   static std::string text(const Value& value) {
     std::ostringstream out;
-    if constexpr (requires {
-                    value.begin();
-                    value.push_back(0);
-                  } &&
-                  !std::is_same_v<Value, std::string>) {
+    if constexpr (requires { value.begin(); } && !std::is_same_v<Value, std::string>) {
       out << "[";
       for (size_t i = 0; i < value.size(); ++i) out << (i > 0 ? ", " : "") << value[i];
       out << "]";

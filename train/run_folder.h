@@ -8,12 +8,13 @@
 namespace xlstm::train {
 
 /// The folder of a run, out_dir/name, owned by this process for as long as the object lives:
-///   run.json  config.yaml  run.log  metrics.jsonl  samples.jsonl  tensorboard/  loss.png  ckpt/step-.../  lock
+///   run.json  config.yaml  run.log  metrics.jsonl  samples.jsonl
+///   tensorboard/  loss.png  ckpt/step-.../  lock
 class RunFolder {
  public:
-  /// Creates the folder, proves that it can be written, and locks it. fresh: what it holds is moved aside to
-  /// <name>.old-N first. Throws Error(kCheckpoint) when it cannot be written, when another process trains there (with
-  /// its pid), or when it holds files of something else than a run.
+  /// Creates the folder, proves that it can be written, and locks it. fresh: what it holds is moved
+  /// aside to <name>.old-N first. Throws Error(kCheckpoint) when it cannot be written, when another
+  /// process trains there (with its pid), or when it holds files of something else than a run.
   RunFolder(const config::RunConfig& run, bool fresh);
 
   const std::string& path() const { return path_; }
@@ -41,13 +42,15 @@ class RunFolder {
 /// Free bytes for this user on the file system that holds `path`; -1 when unknown.
 int64_t free_disk_bytes(const std::string& path);
 
-/// Writes <run>/run.json (command, versions, host, threads, time, configuration) and <run>/config.yaml.
+/// Writes <run>/run.json (command, versions, host, threads, time, configuration) and
+/// <run>/config.yaml.
 void write_run_header(const RunFolder& folder, const config::Config& config,
                       const std::string& command, int64_t num_parameters);
 
-/// The checkpoint to go on from by config.run.resume, verified where ckpt.verify_on_load; nothing: start at step 0.
-/// "auto" falls back past bad checkpoints with a warning that names the bad file. Throws Error(kCheckpoint) when every
-/// checkpoint is bad, the named one is missing or bad, or "never" meets a run.
+/// The checkpoint to go on from by config.run.resume, verified where ckpt.verify_on_load; nothing:
+/// start at step 0. "auto" falls back past bad checkpoints with a warning that names the bad file.
+/// Throws Error(kCheckpoint) when every checkpoint is bad, the named one is missing or bad, or
+/// "never" meets a run.
 std::optional<std::string> choose_checkpoint(const RunFolder& folder, const config::Config& config);
 
 /// Step of a checkpoint folder named "step-00001000"; -1 for other names.
@@ -56,8 +59,8 @@ int64_t checkpoint_step(const std::string& folder);
 /// Moves checkpoints beyond `step` to <run>/ckpt-old-N: the run is about to write those steps anew.
 void set_aside_later_checkpoints(const RunFolder& folder, int64_t step);
 
-/// Throws Error(kConfig) naming the first setting that must not change when a run goes on: model, global batch, sequence
-/// length, data order. `saved_in`: the checkpoint, for the message.
+/// Throws Error(kConfig) naming the first setting that must not change when a run goes on: model,
+/// global batch, sequence length, data order. `saved_in`: the checkpoint, for the message.
 void check_same_run(const config::Config& now, const config::Config& saved,
                     const std::string& saved_in);
 

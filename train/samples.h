@@ -10,7 +10,8 @@
 
 namespace xlstm::train {
 
-/// Text that the model writes during training: to the console and, one JSON object per sample, to <run>/samples.jsonl.
+/// Text that the model writes during training: to the console and, one JSON object per sample, to
+/// <run>/samples.jsonl.
 class SampleWriter {
  public:
   /// Does nothing without sample.prompts. Throws Error(kConfig) for a prompt without a token.

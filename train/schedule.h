@@ -10,8 +10,8 @@ int64_t total_steps(const config::Config& config);
 
 /// Learning rate of update number `step`, 1 <= step <= total; a pure function of its arguments.
 ///
-/// Warm-up: learning_rate * step / warmup_steps, so that update warmup_steps has the full rate. Then, with p in (0, 1]
-/// the share of the remaining updates and lr, min_lr the two rates:
+/// Warm-up: learning_rate * step / warmup_steps, so that update warmup_steps has the full rate.
+/// Then, with p in (0, 1] the share of the remaining updates and lr, min_lr the two rates:
 ///   cosine    min_lr + (lr - min_lr) * (1 + cos(pi p)) / 2
 ///   linear    lr + (min_lr - lr) * p
 ///   constant  lr

@@ -2,9 +2,9 @@
 
 namespace xlstm::train {
 
-/// From now on SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop after the current step; a second SIGINT exits at
-/// once with status 130. SIGPIPE, SIGXFSZ and SIGHUP are ignored: a closed terminal or a full disk is seen by the call
-/// that fails, and the run goes on in its log file.
+/// From now on SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop after the current step; a
+/// second SIGINT exits at once with status 130. SIGPIPE, SIGXFSZ and SIGHUP are ignored: a closed
+/// terminal or a full disk is seen by the call that fails, and the run goes on in its log file.
 void install_signal_handlers();
 /// Name of the signal that asked to stop, null where none has.
 const char* stop_requested();

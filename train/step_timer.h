@@ -24,7 +24,8 @@ class StepTimer {
   /// Means since restart_means().
   StepTimes times() const;
   void restart_means();
-  /// Wall time per step since the first one, evaluation and saving included: what is left is estimated from it.
+  /// Wall time per step since the first one, evaluation and saving included: what is left is
+  /// estimated from it.
   double seconds_per_step() const;
 
  private:

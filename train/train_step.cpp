@@ -16,7 +16,8 @@
 namespace xlstm::train {
 namespace {
 
-/// bfloat16 matrix products for as long as it lives. The weights' bfloat16 copies belong to one graph: they go with it.
+/// bfloat16 matrix products for as long as it lives. The weights' bfloat16 copies belong to one
+/// graph: they go with it.
 class Autocast {
  public:
   explicit Autocast(bool enabled) : enabled_(enabled) {
@@ -84,7 +85,8 @@ double TrainStep::accumulate_gradients(const TrainBatch& batch) {
   const int64_t batch_size = batch.host.batch_size;
   const int64_t micro =
       config_.train.micro_batch_size > 0 ? config_.train.micro_batch_size : batch_size;
-  // Sums per micro batch, divided by the targets of all of them: masked tokens do not shift the weights.
+  // Sums per micro batch, divided by the targets of all of them: masked tokens do not shift the
+  // weights.
   const double count = static_cast<double>(std::max<int64_t>(1, batch.host.num_targets));
   double loss_sum = 0;
   for (int64_t first = 0; first < batch_size; first += micro) {

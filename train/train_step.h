@@ -18,7 +18,8 @@ struct StepResult {
       bad_parameter;  ///< the first with a gradient that is not finite; "" where none or finite
 };
 
-/// One optimizer step: phases 2 (forward and backward per micro batch) to 6 (update). Gradients are gone afterwards.
+/// One optimizer step: phases 2 (forward and backward per micro batch) to 6 (update). Gradients are
+/// gone afterwards.
 class TrainStep {
  public:
   TrainStep(models::LanguageModel& model, AdamW& optimizer, const config::Config& config);

@@ -307,8 +307,8 @@ void Trainer::Impl::evaluate_now() {
   if (tensorboard_) tensorboard_->write_metrics(state_.step, metrics);
 }
 
-/// Saves this step. A full disk or a lost file system is survived until it happened ckpt.max_failed_saves times in a row;
-/// the checkpoint of the last step must succeed.
+/// Saves this step. A full disk or a lost file system is survived until it happened
+/// ckpt.max_failed_saves times in a row; the checkpoint of the last step must succeed.
 void Trainer::Impl::save() {
   if (saved_step_ == state_.step) return;
   if (const std::string bad = first_non_finite(named_parameters(*model_)); !bad.empty()) {

@@ -5,8 +5,9 @@
 //   3 finite check of loss and gradient norm, before anything is changed
 //   4 clip       5 learning rate      6 optimizer      7 log      8 evaluate      9 sample
 //   10 save      11 signals: asked to stop -> save, exit status 75
-// A step is a pure function of (weights, optimizer state, random stream, step number), all of which a checkpoint holds:
-// a resumed run has the bits of one that was never stopped, for the same number of threads.
+// A step is a pure function of (weights, optimizer state, random stream, step number), all of which
+// a checkpoint holds: a resumed run has the bits of one that was never stopped, for the same number
+// of threads.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -29,9 +30,10 @@ class Trainer {
   Trainer(const Trainer&) = delete;
   Trainer& operator=(const Trainer&) = delete;
 
-  /// Starts or resumes the run and trains to its end: kOk, or kPreempted when a signal stopped it with everything saved.
-  /// The last line on standard output is "held-out bits per byte: N.NN" ("held-out perplexity: N.NN" where the data does
-  /// not know its bytes, "final training loss: N.NNNN" without held-out data). Throws Error with its exit status.
+  /// Starts or resumes the run and trains to its end: kOk, or kPreempted when a signal stopped it
+  /// with everything saved. The last line on standard output is "held-out bits per byte: N.NN"
+  /// ("held-out perplexity: N.NN" where the data does not know its bytes, "final training loss:
+  /// N.NNNN" without held-out data). Throws Error with its exit status.
   ExitCode run();
 
  private:

@@ -20,9 +20,10 @@ bool has_data(const config::Config& config);
 /// The first token file of data.train or data.val that does not exist; "" where all do.
 std::string first_missing_file(const config::Config& config);
 
-/// Prepares data.text into the cache, or opens data.train and data.val, and checks that every token fits the model.
-/// Takes data.tokenizer over from the files where they name another one than the default, so that samples and checkpoints
-/// know it. Throws Error(kConfig) without data and where model.vocab_size is too small, Error(kData) for bad files.
+/// Prepares data.text into the cache, or opens data.train and data.val, and checks that every token
+/// fits the model. Takes data.tokenizer over from the files where they name another one than the
+/// default, so that samples and checkpoints know it. Throws Error(kConfig) without data and where
+/// model.vocab_size is too small, Error(kData) for bad files.
 TrainingData open_training_data(config::Config& config);
 
 }  // namespace xlstm::train

@@ -1,4 +1,5 @@
-// The training loop on a tiny model: exact accumulation, the guard before the update, and resuming to the bit.
+// The training loop on a tiny model: exact accumulation, the guard before the update, and resuming
+// to the bit.
 #include <ATen/CPUGeneratorImpl.h>
 #include <unistd.h>
 
