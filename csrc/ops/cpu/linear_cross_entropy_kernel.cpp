@@ -12,7 +12,7 @@ class Row {
  public:
   Row(A* logits, int64_t vocab, A soft_cap) : logits_(logits), vocab_(vocab), cap_(soft_cap) {}
 
-  /// Caps the logits; the largest one, NaN where there is a NaN.
+  /// Caps the logits; the largest one. A NaN may be passed over: the sum of exponentials shows it.
   A cap_and_max() {
     const Vec<A> lowest(-static_cast<A>(__builtin_inf()));
     const Vec<A> cap(cap_), inverse(cap_ > 0 ? A(1) / cap_ : A(0));
@@ -25,11 +25,11 @@ class Row {
         v = (v * inverse).tanh() * cap;
         store(logits_ + i, v, n);
       }
-      most[turn] = at::vec::maximum(most[turn], n == kSize ? v : Vec<A>::set(lowest, v, n));
+      most[turn] = larger_lanes(most[turn], n == kSize ? v : Vec<A>::set(lowest, v, n));
     }
     return at::vec::vec_reduce_all<A>(
-        [](const Vec<A>& a, const Vec<A>& b) { return at::vec::maximum(a, b); },
-        at::vec::maximum(most[0], most[1]));
+        [](const Vec<A>& a, const Vec<A>& b) { return larger_lanes(a, b); },
+        larger_lanes(most[0], most[1]));
   }
 
   /// Sum of exp(logit - max); keeps the terms in place of the logits where keep.
