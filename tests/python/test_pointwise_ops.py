@@ -59,7 +59,7 @@ def conv_by_aten(x, weight, bias=None, state0=None, silu=False):
 
 
 @pytest.mark.parametrize("width", range(2, 9))
-@pytest.mark.parametrize("time", [1, 2, 3, 9, 150])
+@pytest.mark.parametrize("time", [2, 9, 150])
 def test_conv_equals_conv1d(width, time):
     channels = 37
     x, w, b = randn(2, time, channels), randn(channels, width), randn(channels)
