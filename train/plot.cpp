@@ -6,12 +6,11 @@
 #include <unistd.h>
 
 #include <csignal>
-#include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <vector>
 
+#include "csrc/data/child_process.h"
 #include "train/log.h"
 
 extern char** environ;
@@ -26,10 +25,7 @@ constexpr int kTimeLimitMs = 120'000;
 /// (build/bin) and in an installed package (site-packages/libxlstm/bin). "" where it is elsewhere,
 /// that is, where Python finds it by itself.
 std::string package_parent() {
-  std::error_code error;
-  const fs::path program = fs::read_symlink("/proc/self/exe", error);
-  if (error) return "";
-  const fs::path parent = program.parent_path().parent_path().parent_path();
+  const fs::path parent = fs::path(data::program_folder()).parent_path().parent_path();
   return fs::exists(parent / "libxlstm" / "plot.py") ? parent.string() : "";
 }
 
@@ -76,8 +72,7 @@ std::string last_line(const std::string& path) {
 }  // namespace
 
 void draw_loss_plot(const std::string& run_dir) {
-  const char* configured = std::getenv("XLSTM_PYTHON");
-  const std::string python = configured != nullptr && *configured != 0 ? configured : "python3";
+  const std::string python = data::python_interpreter();
   // As a file where it is known: `-m` imports the package and with it torch, which takes seconds.
   const std::string parent = package_parent();
   std::vector<std::string> command = {python, "-m", "libxlstm.plot", run_dir};
