@@ -120,6 +120,13 @@ int64_t CommandLine::get_int(const std::string& name, int64_t fallback) const {
   return *value;
 }
 
+int64_t CommandLine::get_int(const std::string& name, int64_t fallback, int64_t least) const {
+  const int64_t value = get_int(name, fallback);
+  if (value < least)
+    fail(name + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
+  return value;
+}
+
 double CommandLine::get_double(const std::string& name, double fallback) const {
   if (!has(name)) return fallback;
   const auto value = config::parse_double(options.at(name));

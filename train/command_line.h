@@ -23,6 +23,8 @@ struct CommandLine {
   std::string get(const std::string& name, const std::string& fallback) const;
   int64_t get_int(const std::string& name,
                   int64_t fallback) const;  ///< throws Error(kConfig) on text
+  int64_t get_int(const std::string& name, int64_t fallback,
+                  int64_t least) const;  ///< throws Error(kConfig) below `least` too
   double get_double(const std::string& name, double fallback) const;
 };
 

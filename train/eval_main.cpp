@@ -36,15 +36,6 @@ const std::vector<OptionSpec> kOptions{
     {"--no-verify", "", "skip the checksums of the checkpoint"},
     {"--help", "", "show this"}};
 
-int64_t at_least(const CommandLine& line, const std::string& name, int64_t fallback,
-                 int64_t least) {
-  const int64_t value = line.get_int(name, fallback);
-  if (value < least)
-    throw Error(ExitCode::kConfig, name + " must be at least " + std::to_string(least) + ", got " +
-                                       std::to_string(value));
-  return value;
-}
-
 /// A folder of its own below the system's temporary one, removed at the end.
 class TemporaryFolder {
  public:
@@ -141,17 +132,17 @@ int body(int argc, char** argv) {
     throw Error(ExitCode::kConfig, "expected one checkpoint or run folder; see xlstm-eval --help");
   if (line.has("--data") && line.has("--text"))
     throw Error(ExitCode::kConfig, "--data and --text exclude each other; give one");
-  if (const int64_t threads = at_least(line, "--threads", 0, 0); threads > 0)
+  if (const int64_t threads = line.get_int("--threads", 0, 0); threads > 0)
     at::set_num_threads(static_cast<int>(threads));
 
   const LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"));
   const config::Config& config = loaded.config;
-  const int64_t seq_len = at_least(line, "--seq-len", config.data.seq_len, 1);
+  const int64_t seq_len = line.get_int("--seq-len", config.data.seq_len, 1);
   const int64_t trained_batch = config.train.micro_batch_size > 0 ? config.train.micro_batch_size
                                                                   : config.train.global_batch_size;
-  const int64_t batch_size = at_least(
-      line, "--batch-size", std::max<int64_t>(1, trained_batch * config.data.seq_len / seq_len), 1);
-  const int64_t batches = at_least(line, "--batches", 0, 0);
+  const int64_t batch_size = line.get_int(
+      "--batch-size", std::max<int64_t>(1, trained_batch * config.data.seq_len / seq_len), 1);
+  const int64_t batches = line.get_int("--batches", 0, 0);
 
   const EvalData source = choose_data(line, loaded);
   data::DatasetOptions options;

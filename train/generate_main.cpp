@@ -54,18 +54,9 @@ std::string read_prompt(const CommandLine& line) {
   return ::isatty(STDIN_FILENO) != 0 ? "" : read_all(std::cin);
 }
 
-int64_t at_least(const CommandLine& line, const std::string& name, int64_t fallback,
-                 int64_t least) {
-  const int64_t value = line.get_int(name, fallback);
-  if (value < least)
-    throw Error(ExitCode::kConfig, name + " must be at least " + std::to_string(least) + ", got " +
-                                       std::to_string(value));
-  return value;
-}
-
 SamplingOptions sampling_options(const CommandLine& line, const data::Tokenizer& tokenizer) {
   SamplingOptions options;
-  options.max_new_tokens = at_least(line, "--max-new-tokens", 256, 0);
+  options.max_new_tokens = line.get_int("--max-new-tokens", 256, 0);
   options.temperature = line.has("--greedy") ? 0.0 : line.get_double("--temperature", 0.8);
   options.top_k = line.get_int("--top-k", 0);
   options.top_p = line.get_double("--top-p", 1.0);
@@ -128,9 +119,9 @@ int body(int argc, char** argv) {
   if (line.positional.size() != 1 || !line.overrides.empty())
     throw Error(ExitCode::kConfig,
                 "expected one checkpoint or run folder; see xlstm-generate --help");
-  if (const int64_t threads = at_least(line, "--threads", 0, 0); threads > 0)
+  if (const int64_t threads = line.get_int("--threads", 0, 0); threads > 0)
     at::set_num_threads(static_cast<int>(threads));
-  const int64_t num_samples = at_least(line, "--num-samples", 1, 1);
+  const int64_t num_samples = line.get_int("--num-samples", 1, 1);
   const int64_t seed = line.get_int("--seed", 42);
   const std::string text = read_prompt(line);
 

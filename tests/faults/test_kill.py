@@ -30,7 +30,7 @@ def finish_and_compare(run, reference):
 @pytest.mark.parametrize("case", range(RANDOM_KILLS))
 def test_kill_at_a_random_moment(case, tmp_path, shared, reference, rng):
     run = TinyRun(tmp_path, shared)
-    delay = rng.uniform(0.1, reference.seconds)
+    delay = rng.uniform(0.8 * reference.seconds_to_step_1, reference.seconds)
     process = run.start()
     time.sleep(delay)
     stop(process)
@@ -57,15 +57,14 @@ def test_many_kills_in_one_run(tmp_path, shared, reference, rng):
     run = TinyRun(tmp_path, shared)
     kills, wanted = 0, 20 if FULL else 3
     while kills < wanted:
+        resumed_from = max((int(p.name[5:]) for p in run.checkpoints()), default=0)
+        target = max(run.last_step() + 1, resumed_from + rng.randint(1, 2 * SAVE_EVERY))
+        assert target < run.steps
         process = run.start()
-        try:
-            process.wait(timeout=rng.uniform(0.3, 1.0) * reference.seconds * 0.7)
-        except subprocess.TimeoutExpired:
-            stop(process)
-            kills += 1
-            continue
-        assert process.returncode == 0, run.output()
-        break
+        run.wait_for_step(process, target)
+        time.sleep(rng.uniform(0, 0.03))
+        stop(process)
+        kills += 1
     print(f"{kills} kills, last at step {run.last_step()}")
     finish_and_compare(run, reference)
 
@@ -124,7 +123,9 @@ def test_second_trainer_on_a_run_folder_is_refused(tmp_path, shared, reference):
     process = run.start()
     try:
         run.wait_for_step(process, 1)
+        process.send_signal(signal.SIGSTOP)  # it must not be done before the second one has looked
         second = run.train()
+        process.send_signal(signal.SIGCONT)
         assert second.returncode == 4, second.stderr
         assert str(process.pid) in second.stderr and str(run.path) in second.stderr
         assert process.wait(timeout=120) == 0, run.output()

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BIN = ROOT / "build" / "bin"
-STEPS = 100
+BIN = Path(os.environ.get("XLSTM_BIN", ROOT / "build" / "bin"))  # programs of another build
+STEPS = 300 if os.environ.get("XLSTM_FAULTS") == "full" else 160
 SAVE_EVERY = 10
 
 CONFIG = """\
@@ -19,7 +19,7 @@ run: {{name: tiny, out_dir: {out_dir}, seed: 7, device: cpu, num_threads: 1}}
 model: {{vocab_size: 256, embedding_dim: 32, num_blocks: 2, num_heads: 2, slstm_at: [1], dropout: 0.1}}
 data: {{text: {text}, cache_dir: {cache_dir}, tokenizer: bytes, seq_len: 32}}
 train: {{global_batch_size: 4, micro_batch_size: 2, max_steps: {steps}}}
-optim: {{learning_rate: 1e-2, min_lr: 1e-3, warmup_steps: 10}}
+optim: {{learning_rate: 1e-2, min_lr: 1e-3, warmup_steps: {warmup}}}
 ckpt: {{every: {every}, keep_last: 3}}
 eval: {{every: 50, batches: 2}}
 sample: {{every: 50, prompts: ["the "], max_new_tokens: 8}}
@@ -69,7 +69,7 @@ class TinyRun:
         self.path = self.folder / "tiny"
         self.config = self.folder / "config.yaml"
         self.config.write_text(CONFIG.format(out_dir=self.folder, text=text, cache_dir=Path(shared) / "cache",
-                                             steps=steps, every=every))
+                                             steps=steps, warmup=min(10, steps // 2), every=every))
 
     def train(self, *overrides, check=None, **env):
         return program("xlstm-train", self.config, *overrides, check=check, **env)
