@@ -129,16 +129,38 @@ Outputs mlstm_chunkwise_autograd(const at::Tensor& q, const at::Tensor& k, const
   return {out[0], out[1], out[2], out[3]};
 }
 
-/// Tells autograd that the states were written, so that a graph which saved them raises an error.
-at::Tensor mlstm_step_in_place(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+/// One token: h joins the graph, so that a backward pass through it is an error and not a silent zero.
+class MlstmStep : public torch::autograd::Function<MlstmStep> {
+ public:
+  static at::Tensor forward(AutogradContext*, const at::Tensor& q, const at::Tensor& k,
+                            const at::Tensor& v, const at::Tensor& igate, const at::Tensor& fgate,
+                            at::Tensor c, at::Tensor n, at::Tensor m, const std::string& input_gate,
+                            bool normalize, std::optional<double> scale, double eps) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call_step(q, k, v, igate, fgate, c, n, m, input_gate, normalize, scale, eps);
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "mlstm_step has no derivative: train with mlstm_chunkwise (T may be 1)");
+  }
+};
+
+at::Tensor mlstm_step_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
                                at::Tensor& n, at::Tensor& m, std::string_view input_gate,
                                bool normalize, std::optional<double> scale, double eps) {
-  const at::Tensor h = [&] {
+  TORCH_CHECK(!recording(c, n, m),
+              "mlstm_step: c, n, m: expected states without gradient, which are written in place");
+  at::Tensor h;
+  if (recording(q, k, v, igate, fgate)) {
+    h = MlstmStep::apply(q, k, v, igate, fgate, c, n, m, std::string(input_gate), normalize, scale,
+                         eps);
+  } else {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return call_step(q, k, v, igate, fgate, c, n, m, input_gate, normalize, scale, eps);
-  }();
-  for (const at::Tensor& state : {c, n, m}) torch::autograd::impl::bump_version(state);
+    h = call_step(q, k, v, igate, fgate, c, n, m, input_gate, normalize, scale, eps);
+  }
+  // A graph that saved a state sees that it was written.
+  for (const at::Tensor& state : {c, n, m})
+    if (!state.is_inference()) torch::autograd::impl::bump_version(state);
   return h;
 }
 
@@ -245,10 +267,8 @@ at::Tensor mlstm_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
   m.impl("mlstm_chunkwise", mlstm_chunkwise_autograd);
   m.impl("mlstm_chunkwise_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("mlstm_step", torch::autograd::autogradNotImplementedFallback());
+  m.impl("mlstm_step", mlstm_step_autograd);
 }
-
-TORCH_LIBRARY_IMPL(xlstm, ADInplaceOrView, m) { m.impl("mlstm_step", mlstm_step_in_place); }
 
 TORCH_LIBRARY_IMPL(xlstm, AutocastCPU, m) {
   m.impl("mlstm_chunkwise", Autocast<c10::DispatchKey::AutocastCPU>::chunkwise);

@@ -275,6 +275,16 @@ def test_step_writes_in_place():
     assert all(x._version > before for x, before in zip(state, versions))
 
 
+def test_step_has_no_derivative():
+    inputs = leaves([x[:, 0] for x in make(dtype=torch.float32)])
+    state = [torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3), torch.zeros(2, 2)]
+    h = step(*inputs, *state)
+    with pytest.raises(RuntimeError, match="mlstm_step has no derivative"):
+        h.sum().backward()
+    with pytest.raises(RuntimeError, match="mlstm_step: c, n, m: expected states without gradient"):
+        step(*inputs, *leaves(state))
+
+
 def test_errors_name_the_argument():
     q, k, v, i, f = make()
     with pytest.raises(RuntimeError, match=r"mlstm_chunkwise: k: expected \(B,T,NH,DQK\) = \[2, 7, 2, 3\], got"):

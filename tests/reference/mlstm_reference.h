@@ -18,6 +18,7 @@ struct MlstmInput {
 
 struct MlstmOutput {
   std::vector<double> h, c, n;
+  std::vector<double> norm;  // (T): what the numerator of h is divided by
   double m = 0;
 };
 
