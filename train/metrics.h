@@ -1,6 +1,6 @@
 #pragma once
-// Where the numbers of a run go: console, <run>/metrics.jsonl and TensorBoard's event file, under the
-// same keys:
+// Where the numbers of a run go: console, <run>/metrics.jsonl and TensorBoard's event file, under
+// the same keys:
 //   train/loss             nats per unmasked target token of this step's global batch
 //   train/loss_hex         its exact double (JSON alone)
 //   train/ppl              exp(train/loss)
@@ -85,6 +85,9 @@ struct ConsoleStep {
 /// "step 120/2000 | loss 4.8312 | ppl 125.3 | gnorm 0.81 | lr 1.6e-04 | 41.2k tok/s | data 1% | eta
 /// 2m13s"
 std::string format_step(const ConsoleStep& step);
+/// "[########....] 800/2000 | eta 2m13s | loss 4.8312 | 41.2k tok/s | lr 1.6e-04 | gnorm 0.81":
+/// what matters first, because a narrow terminal cuts the end.
+std::string format_bar_line(const ConsoleStep& step);
 /// "950", "41.2k", "1.53M"
 std::string format_count(double value);
 /// "1,234,567"

@@ -54,6 +54,17 @@ std::string format_step(const ConsoleStep& step) {
   return line;
 }
 
+std::string format_bar_line(const ConsoleStep& step) {
+  const double fraction = static_cast<double>(step.step) / static_cast<double>(step.total_steps);
+  std::string line =
+      format_bar(fraction, 20) + format(" %lld/%lld", static_cast<long long>(step.step),
+                                        static_cast<long long>(step.total_steps));
+  if (step.seconds_left >= 0) line += " | eta " + format_duration(step.seconds_left);
+  line += format(" | loss %.4f", step.loss);
+  if (step.tokens_per_s > 0) line += " | " + format_count(step.tokens_per_s) + " tok/s";
+  return line + format(" | lr %.1e | gnorm %.2f", step.learning_rate, step.grad_norm);
+}
+
 Console::Console(const std::string& mode) {
   bar_ = mode == "bar" || (mode == "auto" && stderr_is_terminal());
   plain_ = mode == "plain" || (mode == "auto" && !bar_);
@@ -68,8 +79,7 @@ void Console::step(const ConsoleStep& step, bool logged) {
   const double now = now_seconds();
   if (now - last_draw_ < 0.1 && step.step < step.total_steps) return;
   last_draw_ = now;
-  const double fraction = static_cast<double>(step.step) / static_cast<double>(step.total_steps);
-  show_bar(format_bar(fraction, 20) + " " + format_step(step));
+  show_bar(format_bar_line(step));
 }
 
 void Console::finish() {

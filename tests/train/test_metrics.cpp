@@ -34,6 +34,9 @@ TEST_CASE("the console line") {
   CHECK(format_step(step) ==
         "step 120/2000 | loss 4.8312 | ppl 125.4 | gnorm 0.81 | lr 1.6e-04 | 41.2k tok/s | data 1% "
         "| eta 2m13s");
+  CHECK(format_bar_line(step) ==
+        "[#...................] 120/2000 | eta 2m13s | loss 4.8312 | 41.2k tok/s | lr 1.6e-04 | "
+        "gnorm 0.81");
   step.tokens_per_s = 0;
   step.seconds_left = -1;
   step.loss = 20;
