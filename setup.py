@@ -20,7 +20,7 @@ TARGETS = ["xlstm-train", "xlstm-generate", "xlstm-eval", "xlstm-data", "xlstm_p
 class CMakeBuild(build_ext):
     def run(self):
         build = ROOT / "build"
-        options = ["-DCMAKE_BUILD_TYPE=Release", f"-DPython3_EXECUTABLE={sys.executable}"]
+        options = ["-DCMAKE_BUILD_TYPE=Release", "-DXLSTM_CPU_VARIANTS=all", f"-DPython3_EXECUTABLE={sys.executable}"]
         if not (build / "CMakeCache.txt").exists():
             options += ["-G", "Ninja"]
         options += os.environ.get("CMAKE_ARGS", "").split()

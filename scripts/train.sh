@@ -9,7 +9,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 setup_environment numpy matplotlib safetensors tokenizers
-build_project -- xlstm-train xlstm-generate xlstm-eval xlstm-data xlstm_python
+# A first build takes the kernels for this machine alone; test.sh and pip build them for every instruction set.
+variants=(); [ -e build/CMakeCache.txt ] || variants=(-DXLSTM_CPU_VARIANTS=native)
+build_project ${variants[@]+"${variants[@]}"} -- xlstm-train xlstm-generate xlstm-eval xlstm-data xlstm_python
 [ $# -gt 0 ] || set -- configs/runs/quickstart.yaml
 say "xlstm-train $*"
 exec build/bin/xlstm-train "$@"

@@ -45,12 +45,12 @@ Capability cpu_capability();
   namespace xlstm::cpu::XLSTM_CPU_CAPABILITY { \
   void name(const Params& p);                  \
   }
-#else
-#define XLSTM_CPU_KERNEL(name, Params)                    \
-  namespace xlstm::cpu {                                  \
-  namespace DEFAULT {                                     \
-  void name(const Params& p);                             \
-  }                                                       \
-  inline void name(const Params& p) { DEFAULT::name(p); } \
+#else  // one instruction set: XLSTM_CPU_ONLY
+#define XLSTM_CPU_KERNEL(name, Params)                           \
+  namespace xlstm::cpu {                                         \
+  namespace XLSTM_CPU_ONLY {                                     \
+  void name(const Params& p);                                    \
+  }                                                              \
+  inline void name(const Params& p) { XLSTM_CPU_ONLY::name(p); } \
   }
 #endif
