@@ -1,7 +1,6 @@
 #pragma once
 // State of the emulator, for its own translation units only.
 #include <deque>
-#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -20,8 +19,6 @@ struct CopyOp {
   unsigned bytes, valid;
 };
 
-using Async = std::function<void()>;
-
 struct Fiber {
   void* sp = nullptr;
   char* stack = nullptr;
@@ -34,18 +31,16 @@ struct Fiber {
   Where where;
   void* tsan = nullptr;
   void* fake_stack = nullptr;
-  const std::function<bool()>* predicate = nullptr;
   std::vector<CopyOp> open_copies;
   std::deque<std::vector<CopyOp>> copy_groups;
-  std::vector<Async> open_stores;
-  std::deque<std::vector<Async>> store_groups;
   bool cluster_arrived = false;
   unsigned cluster_generation = 0;
 };
 
 struct Barrier {
   unsigned arrived = 0, expected = 0, generation = 0;
-  char edge[2] = {};  // one TSan object per parity: a fast thread's next arrival must not reach slow ones
+  char edge[2] =
+      {};  // one TSan object per parity: a fast thread's next arrival must not reach slow ones
   std::vector<Fiber*> waiting;
   Where where;
 };
@@ -60,32 +55,10 @@ struct Rendezvous {
   Where where;
 };
 
-struct WgmmaOp {
-  std::vector<float*> accumulators;   // per lane
-  std::vector<float> saved;           // lanes x registers, values at issue
-  std::vector<std::uint32_t> a_saved; // lanes x 4, A from registers
-  std::vector<std::uint32_t*> a_registers;
-  std::uint64_t a_descriptor = 0, b_descriptor = 0;
-  unsigned n = 0, warp = 0;
-  bool a_transposed = false, b_transposed = false, half = false, keep = true, chained = false;
-};
-
 struct Warp {
   Rendezvous meetings[32];
-  char edge[2] = {};
-  unsigned generation = 0;
-  unsigned registers = 0;
-  bool fenced = false;
-  std::vector<WgmmaOp> open;
-  std::deque<std::vector<WgmmaOp>> groups;
-};
-
-struct MBarrier {
-  std::uint32_t count = 0, pending = 0, phase = 0;
-  std::int64_t tx = 0;
-  std::uint32_t offset = 0;
-  bool seen = true;  // phase completion observed by a wait
-  char edge[2] = {};
+  char edge[32][2] = {};  // of __syncwarp, by the first lane of its mask
+  unsigned generation[32] = {};
 };
 
 struct Block {
@@ -96,18 +69,13 @@ struct Block {
   std::size_t shared_bytes = 0;
   std::vector<Warp> warps;
   Barrier barriers[16];
-  std::vector<std::unique_ptr<MBarrier>> mbarriers;
-  unsigned free_registers = 0;
-  char proxy_edge = 0;
-  void* tsan_proxy = nullptr;
 };
 
 struct Gang {
   std::vector<Block> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Fiber*> ready, pollers;
+  std::vector<Fiber*> ready;
   std::size_t head = 0, left = 0;
-  std::vector<Async> async;
   Barrier cluster_barrier;
   Fiber main;
   Launch shape;
@@ -116,7 +84,6 @@ struct Gang {
   std::uint64_t idle_yields = 0;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
-  void* tsan_async = nullptr;
 };
 
 extern Counters counters;
@@ -129,10 +96,12 @@ bool same_place(const Where& a, const Where& b);
 void make_ready(Fiber* fiber);
 /// Suspends the calling thread until make_ready.
 void park(const char* what, const Where& where);
-void park_until(const std::function<bool()>& predicate, const char* what, const Where& where);
 
 /// Every lane of `mask` deposits its argument; the last one runs `op` for all. Same op and same line required.
-void collective(unsigned mask, LaneFunction op, void* argument, const char* what, const Where& where);
+void collective(unsigned mask, LaneFunction op, void* argument, const char* what,
+                const Where& where);
+/// A turn of a spin loop: lets the others run; too many without progress are a livelock.
+void spin(const Where& where);
 inline Warp& own_warp() { return current->block->warps[current->linear / 32]; }
 inline unsigned own_lane() { return current->linear % 32; }
 
@@ -142,8 +111,7 @@ void barriers_after_exit(Fiber* fiber);
 /// Offset of a pointer in the caller's shared memory plus the window's base; fails for any other pointer or overrun.
 std::uint32_t shared_address(const void* pointer, std::size_t bytes);
 char* shared_pointer(Block* block, std::uint32_t address, std::size_t bytes);
-inline constexpr std::uint32_t kWindow = 1024;  // shared windows do not begin at 0 on hardware either
-
-void check_mbarriers_overlap(const void* pointer, std::size_t bytes);
+inline constexpr std::uint32_t kWindow =
+    1024;  // shared windows do not begin at 0 on hardware either
 
 }  // namespace simt

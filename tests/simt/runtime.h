@@ -20,16 +20,16 @@ struct Error : std::runtime_error {
 };
 
 struct Launch {
-  Dim3 grid;
-  Dim3 block;
+  Dim3 grid = {};
+  Dim3 block = {};
   std::size_t shared_bytes = 0;  ///< dynamic shared memory per block, filled with NaN
   unsigned cluster = 1;          ///< blocks that run together; 0: all of them (cooperative launch)
-  std::uint64_t seed = 0;        ///< 0: first come first served; else a random ready thread at every switch
-  unsigned registers = 0;        ///< per thread at launch; only setmaxnreg needs it
+  std::uint64_t seed =
+      0;  ///< 0: first come first served; else a random ready thread at every switch
 };
 
 struct Counters {
-  std::uint64_t switches = 0, mma = 0, ldmatrix = 0, ldmatrix_conflicts = 0, tma = 0, wgmma = 0;
+  std::uint64_t switches = 0, mma = 0, ldmatrix = 0, ldmatrix_conflicts = 0;
 };
 
 /// Runs `body(argument)` once per CUDA thread of the grid and returns the counts. Throws Error.
@@ -37,7 +37,8 @@ Counters launch_raw(const Launch& shape, void (*body)(void*), void* argument);
 
 template <class Kernel>
 Counters launch(const Launch& shape, Kernel kernel) {
-  return launch_raw(shape, [](void* argument) { (*static_cast<Kernel*>(argument))(); }, &kernel);
+  return launch_raw(
+      shape, [](void* argument) { (*static_cast<Kernel*>(argument))(); }, &kernel);
 }
 
 /// Reports the sanitizer of this build has made so far (races, overruns); 0 in a plain build.

@@ -10,7 +10,8 @@ extern "C" {
 #if defined(SIMT_TSAN)
 void __tsan_on_report(void*) { ++reports; }
 const char* __tsan_default_options() {
-  return "suppress_equal_stacks=0:suppress_equal_addresses=0:exitcode=0:halt_on_error=0:history_size=4:"
+  return "suppress_equal_stacks=0:suppress_equal_addresses=0:exitcode=0:halt_on_error=0:history_"
+         "size=4:"
          "report_signal_unsafe=0:report_thread_leaks=0";
 }
 #elif defined(SIMT_ASAN)

@@ -27,7 +27,8 @@ constexpr std::size_t kStack = 256 << 10;
 constexpr std::size_t kStack = 64 << 10;
 #endif
 
-char end_edge;  // every thread's end -> the host after the launch; once per launch, or races across blocks hide
+char
+    end_edge;  // every thread's end -> the host after the launch; once per launch, or races across blocks hide
 std::vector<char*> stack_pool;
 #if defined(SIMT_ASAN)
 const void* main_stack = nullptr;
@@ -81,7 +82,8 @@ static void switch_to(Fiber* to) {
   current = to;
   SIMT_TSAN_ONLY(__tsan_switch_to_fiber(to->tsan, 1);)
 #if defined(SIMT_ASAN)
-  __sanitizer_start_switch_fiber(from->done ? nullptr : &from->fake_stack, to->stack ? to->stack : main_stack,
+  __sanitizer_start_switch_fiber(from->done ? nullptr : &from->fake_stack,
+                                 to->stack ? to->stack : main_stack,
                                  to->stack ? kStack : main_stack_bytes);
 #endif
   simt_switch(&from->sp, to->sp);
@@ -94,15 +96,17 @@ static void switch_to(Fiber* to) {
 
 static std::string name(const Fiber* f) {
   const Dim3& b = f->block->index;
-  return "block(" + std::to_string(b.x) + "," + std::to_string(b.y) + "," + std::to_string(b.z) + ") thread " +
-         std::to_string(f->linear);
+  return "block(" + std::to_string(b.x) + "," + std::to_string(b.y) + "," + std::to_string(b.z) +
+         ") thread " + std::to_string(f->linear);
 }
 
 std::string describe(const Where& where) {
   return std::string(where.file_name()) + ":" + std::to_string(where.line());
 }
 
-bool same_place(const Where& a, const Where& b) { return a.line() == b.line() && a.column() == b.column(); }
+bool same_place(const Where& a, const Where& b) {
+  return a.line() == b.line() && a.column() == b.column();
+}
 
 void fail(const std::string& message) {
   Gang* gang = current->gang;
@@ -121,65 +125,28 @@ static std::string deadlock_report(const Gang& gang) {
   }
   std::string report = "deadlock:";
   for (const auto& [place, entry] : places) {
-    report += " {" + std::to_string(entry.first) + " threads in " + place + ", first " + entry.second + "}";
+    report += " {" + std::to_string(entry.first) + " threads in " + place + ", first " +
+              entry.second + "}";
   }
   return report;
 }
 
-static bool wake_pollers(Gang* gang) {
-  bool any = false;
-  for (std::size_t i = 0; i < gang->pollers.size();) {
-    Fiber* f = gang->pollers[i];
-    if ((*f->predicate)()) {
-      gang->ready.push_back(f);
-      gang->pollers[i] = gang->pollers.back();
-      gang->pollers.pop_back();
-      any = true;
-    } else {
-      ++i;
-    }
-  }
-  return any;
-}
-
-// Late on purpose: an asynchronous copy lands only when no thread can run without it.
-static void land_one(Gang* gang) {
-  const std::size_t i = gang->shape.seed ? gang->random() % gang->async.size() : 0;
-  Async landing = std::move(gang->async[i]);
-  gang->async.erase(gang->async.begin() + static_cast<std::ptrdiff_t>(i));
-#if defined(SIMT_TSAN)
-  __tsan_switch_to_fiber(gang->tsan_async, 1);
-  ignore_begin();
-  landing();
-  ignore_end();
-  __tsan_switch_to_fiber(current->tsan, 1);
-#else
-  landing();
-#endif
-}
-
 static Fiber* next_ready(Gang* gang) {
-  for (;;) {
-    const std::size_t count = gang->ready.size() - gang->head;
-    if (count > 0 && gang->shape.seed != 0) {
-      std::swap(gang->ready[gang->head + gang->random() % count], gang->ready.back());
-      Fiber* f = gang->ready.back();
-      gang->ready.pop_back();
-      return f;
-    }
-    if (count > 0) {
-      Fiber* f = gang->ready[gang->head++];
-      if (gang->head == gang->ready.size()) gang->ready.clear(), gang->head = 0;
-      return f;
-    }
-    if (gang->left == 0) return &gang->main;
-    if (wake_pollers(gang)) continue;
-    if (gang->async.empty()) {
-      gang->error = deadlock_report(*gang);
-      return &gang->main;
-    }
-    land_one(gang);
+  const std::size_t count = gang->ready.size() - gang->head;
+  if (count > 0 && gang->shape.seed != 0) {
+    std::swap(gang->ready[gang->head + gang->random() % count], gang->ready.back());
+    Fiber* f = gang->ready.back();
+    gang->ready.pop_back();
+    return f;
   }
+  if (count > 0) {
+    Fiber* f = gang->ready[gang->head++];
+    if (gang->head == gang->ready.size()) gang->ready.clear(), gang->head = 0;
+    return f;
+  }
+  if (gang->left == 0) return &gang->main;
+  gang->error = deadlock_report(*gang);
+  return &gang->main;
 }
 
 void make_ready(Fiber* fiber) {
@@ -191,13 +158,6 @@ void park(const char* what, const Where& where) {
   current->what = what;
   current->where = where;
   switch_to(next_ready(current->gang));
-}
-
-void park_until(const std::function<bool()>& predicate, const char* what, const Where& where) {
-  if (predicate()) return;
-  current->predicate = &predicate;
-  current->gang->pollers.push_back(current);
-  park(what, where);
 }
 
 void spin(const Where& where) {
@@ -214,9 +174,6 @@ static void check_exit(const Fiber* f) {
     if (!group.empty()) fail("thread exits with cp.async groups never waited for");
   }
   if (!f->open_copies.empty()) fail("thread exits with cp.async copies never committed");
-  if (!f->store_groups.empty() || !f->open_stores.empty()) fail("thread exits with TMA stores never waited for");
-  const Warp& warp = f->block->warps[f->linear / 32];
-  if (!warp.open.empty() || !warp.groups.empty()) fail("thread exits with wgmma groups never waited for");
 }
 
 static void fiber_entry() {
@@ -249,7 +206,8 @@ static char* take_stack() {
     stack_pool.pop_back();
     return stack;
   }
-  void* p = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw Error("no memory for a thread's stack");
   mprotect(p, kPage, PROT_NONE);
   return static_cast<char*>(p) + kPage;
@@ -257,7 +215,8 @@ static char* take_stack() {
 
 static void give_stack(char* stack) {
 #if defined(SIMT_TSAN)
-  munmap(stack - kPage, kStack + kPage);  // a fresh mapping has a fresh shadow: no false races between blocks
+  munmap(stack - kPage,
+         kStack + kPage);  // a fresh mapping has a fresh shadow: no false races between blocks
 #else
 #if defined(SIMT_ASAN)
   __asan_unpoison_memory_region(stack, kStack);
@@ -274,7 +233,6 @@ static void start_block(Gang& gang, unsigned rank, Dim3 index) {
   block.rank = rank;
   block.threads = block.alive = shape.block.x * shape.block.y * shape.block.z;
   block.warps = std::vector<Warp>((block.threads + 31) / 32);
-  for (Warp& warp : block.warps) warp.registers = shape.registers;
   block.shared_bytes = shape.shared_bytes;
   const std::size_t padded = (shape.shared_bytes + 1023) / 1024 * 1024 + 1024;
   block.shared = static_cast<char*>(std::aligned_alloc(1024, padded));
@@ -282,13 +240,13 @@ static void start_block(Gang& gang, unsigned rank, Dim3 index) {
 #if defined(SIMT_ASAN)
   __asan_poison_memory_region(block.shared + shape.shared_bytes, padded - shape.shared_bytes);
 #endif
-  SIMT_TSAN_ONLY(block.tsan_proxy = __tsan_create_fiber(0);)  // now: creation is itself a happens-before edge
   for (unsigned t = 0; t < block.threads; ++t) {
     auto f = std::make_unique<Fiber>();
     f->block = &block;
     f->gang = &gang;
     f->linear = t;
-    f->thread = {t % shape.block.x, t / shape.block.x % shape.block.y, t / (shape.block.x * shape.block.y)};
+    f->thread = {t % shape.block.x, t / shape.block.x % shape.block.y,
+                 t / (shape.block.x * shape.block.y)};
     f->stack = take_stack();
     prepare_stack(f.get(), fiber_entry);
     SIMT_TSAN_ONLY(f->tsan = __tsan_create_fiber(0);)
@@ -298,15 +256,12 @@ static void start_block(Gang& gang, unsigned rank, Dim3 index) {
 }
 
 static void end_gang(Gang& gang) {
-  acquire(&end_edge);
   for (auto& f : gang.fibers) {
     SIMT_TSAN_ONLY(if (f->done) __tsan_destroy_fiber(f->tsan);)
     release_context(f.get());
     give_stack(f->stack);
   }
-  SIMT_TSAN_ONLY(__tsan_destroy_fiber(gang.tsan_async);)
   for (Block& block : gang.blocks) {
-    SIMT_TSAN_ONLY(__tsan_destroy_fiber(block.tsan_proxy);)
 #if defined(SIMT_ASAN)
     __asan_unpoison_memory_region(block.shared, (block.shared_bytes + 1023) / 1024 * 1024 + 1024);
 #endif
@@ -314,8 +269,8 @@ static void end_gang(Gang& gang) {
   }
 }
 
-static void run_gang(const Launch& shape, const std::vector<Dim3>& blocks, std::uint64_t salt, void (*body)(void*),
-                     void* argument) {
+static void run_gang(const Launch& shape, const std::vector<Dim3>& blocks, std::uint64_t salt,
+                     void (*body)(void*), void* argument) {
   Gang gang;
   gang.shape = shape;
   gang.body = body;
@@ -323,7 +278,7 @@ static void run_gang(const Launch& shape, const std::vector<Dim3>& blocks, std::
   gang.random.seed(shape.seed * 7919 + salt);
   gang.main.gang = &gang;
   gang.blocks = std::vector<Block>(blocks.size());
-  SIMT_TSAN_ONLY(gang.main.tsan = __tsan_get_current_fiber(); gang.tsan_async = __tsan_create_fiber(0);)
+  SIMT_TSAN_ONLY(gang.main.tsan = __tsan_get_current_fiber();)
   for (unsigned i = 0; i < blocks.size(); ++i) start_block(gang, i, blocks[i]);
   gang.left = gang.fibers.size();
   current = &gang.main;
@@ -355,6 +310,7 @@ Counters launch_raw(const Launch& shape, void (*body)(void*), void* argument) {
     const auto first = all.begin() + static_cast<std::ptrdiff_t>(gang * per_gang);
     run_gang(shape, {first, first + static_cast<std::ptrdiff_t>(per_gang)}, gang, body, argument);
   }
+  acquire(&end_edge);
   return counters;
 }
 
