@@ -17,7 +17,9 @@ const char* __tsan_default_options() {
 #elif defined(SIMT_ASAN)
 void __ubsan_on_report() { ++reports; }
 // Leaks: a kernel that ends in an error leaves its threads' stacks as they are.
-const char* __asan_default_options() { return "halt_on_error=0:detect_leaks=0"; }
+const char* __asan_default_options() {
+  return "halt_on_error=0:suppress_equal_pcs=0:detect_leaks=0";
+}
 #endif
 }
 

@@ -1,0 +1,29 @@
+#pragma once
+// One-instruction primitives of the CUDA kernels: inline PTX on the device, the emulator of tests/simt on the host.
+// A kernel includes this header alone, contains no asm, and takes shared memory from dynamic_shared().
+//
+//   KERNEL_FUNCTION(128) name(Params p) {...}   __global__ with launch bounds, a plain function on the host
+//   DEVICE_FUNCTION T name(...)                 inlined helper
+#if defined(__CUDACC__)
+#include "cuda/prim/device_sm80.cuh"
+#define DEVICE_FUNCTION __device__ __forceinline__
+#define KERNEL_FUNCTION(threads) __global__ void __launch_bounds__(threads)
+#else
+#include "cuda/prim/host.h"
+#define DEVICE_FUNCTION inline
+#define KERNEL_FUNCTION(threads) void
+#endif
+
+namespace prim {
+
+/// All blocks of the grid meet; they must be resident together. `counter` starts at 0, `round` counts from 1.
+DEVICE_FUNCTION void grid_barrier(u32* counter, u32 round) {
+  sync_block();
+  if (thread_idx().x == 0) {
+    red_release_add(counter, 1);
+    while (static_cast<int>(ld_acquire(counter) - round * grid_dim().x) < 0) backoff();
+  }
+  sync_block();
+}
+
+}  // namespace prim

@@ -1,0 +1,61 @@
+// Every correct kernel runs without a report under several schedules, every planted bug is reported.
+#include <string>
+
+#include "tests/simt/cases.h"
+#include "tests/simt/runtime.h"
+// Not tests/support/catch.h: it needs torch's headers, and nothing here does.
+#if __has_include(<catch2/catch_all.hpp>)
+#include <catch2/catch_all.hpp>
+#else
+#include <catch2/catch.hpp>
+#endif
+
+using simt_test::Case;
+using simt_test::List;
+using simt_test::Planted;
+
+namespace {
+
+constexpr std::uint64_t kSeeds = 4;
+
+void all_correct(const List<Case>& list) {
+  for (std::size_t i = 0; i < list.count; ++i) {
+    for (std::uint64_t seed = 0; seed < kSeeds; ++seed) {
+      INFO(list.first[i].name << ", seed " << seed);
+      const int before = simt::sanitizer_reports();
+      CHECK_NOTHROW(list.first[i].run(seed));
+      CHECK(simt::sanitizer_reports() == before);
+    }
+  }
+}
+
+void all_reported(const List<Planted>& list) {
+  const simt::Build build = simt::build_kind();
+  for (std::size_t i = 0; i < list.count; ++i) {
+    const Planted& bug = list.first[i];
+    const int at_start = simt::sanitizer_reports();
+    for (std::uint64_t seed = 0; seed < kSeeds; ++seed) {
+      INFO(bug.name << ", seed " << seed);
+      const int before = simt::sanitizer_reports();
+      std::string message;
+      try {
+        bug.run(seed);
+      } catch (const std::runtime_error& error) {
+        message = error.what();
+      }
+      INFO("message: " << message);
+      if (bug.error != nullptr) CHECK(message.find(bug.error) != std::string::npos);
+      if (build == simt::Build::kThread && bug.thread) CHECK(simt::sanitizer_reports() > before);
+    }
+    // The undefined-behaviour sanitizer reports a line once per process.
+    INFO(bug.name);
+    if (build == simt::Build::kAddress && bug.address) CHECK(simt::sanitizer_reports() > at_start);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("barriers, shuffles, copies, clusters") { all_correct(simt_test::sm80_cases()); }
+TEST_CASE("fragment layouts") { all_correct(simt_test::layout_cases()); }
+TEST_CASE("planted bugs of synchronisation are reported") { all_reported(simt_test::sm80_bugs()); }
+TEST_CASE("planted bugs of access are reported") { all_reported(simt_test::access_bugs()); }
