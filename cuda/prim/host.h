@@ -1,6 +1,6 @@
 #pragma once
 // Host bodies of the primitives, executed by the emulator in tests/simt. Meaning: the PTX instruction of the device
-// body (device_sm80.cuh). Every function that waits or needs the whole warp takes its call site.
+// body (device_sm80.cuh, device_sm90.cuh). Every function that waits or needs the whole warp takes its call site.
 #include <cmath>
 #include <cstring>
 

@@ -6,6 +6,7 @@
 //   DEVICE_FUNCTION T name(...)                 inlined helper
 #if defined(__CUDACC__)
 #include "cuda/prim/device_sm80.cuh"
+#include "cuda/prim/device_sm90.cuh"
 #define DEVICE_FUNCTION __device__ __forceinline__
 #define KERNEL_FUNCTION(threads) __global__ void __launch_bounds__(threads)
 #else

@@ -29,6 +29,20 @@ GOLDEN = [
     ("st_release", "st_release(p, p[1])", rf"st\.release\.gpu\.global\.u32 \[%rd\d+\], {R};"),
     ("red_release_add", "red_release_add(p, p[1])", rf"red\.release\.gpu\.global\.add\.u32 \[%rd\d+\], {R};"),
 ]
+GOLDEN += [
+    (f"stmatrix_x4{_trans}", f"for (int i = 0; i < 4; ++i) r4[i] = p[i]; stmatrix_x4{_trans}(s, r4)",
+     rf"stmatrix\.sync\.aligned\.m8n8\.x4{_dot}\.shared\.b16 \[%r\d+\], \{{{R}, {R}, {R}, {R}\}};")
+    for _trans, _dot in (("", ""), ("_trans", r"\.trans"))
+]
+GOLDEN += [
+    ("cluster_rank", "p[0] = cluster_rank()", rf"mov\.u32 {R}, %cluster_ctarank;"),
+    ("cluster_size", "p[0] = cluster_size()", rf"mov\.u32 {R}, %cluster_nctarank;"),
+    ("cluster_sync", "cluster_sync()", r"barrier\.cluster\.arrive\.release;[^;]*barrier\.cluster\.wait\.acquire;"),
+    ("remote_store", "remote_store((u32*)s, p[0], p[1])",
+     r"mapa\.shared::cluster\.u32 (%r\d+), %r\d+, %r\d+;[^;]*st\.shared::cluster\.u32 \[%r\d+\], %r\d+;"),
+    ("remote_load", "p[2] = remote_load((u32*)s, p[0])",
+     r"mapa\.shared::cluster\.u32 (%r\d+), %r\d+, %r\d+;[^;]*ld\.shared::cluster\.u32 %r\d+, \[\1\];"),
+]
 for _count in (1, 2, 4):
     for _trans in ("", "_trans"):
         _list = ", ".join([R] * _count)
@@ -67,7 +81,7 @@ def ptx(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ptx")
     (folder / "golden.cu").write_text(source())
     subprocess.run(
-        [NVCC, "-std=c++17", "-arch=compute_80", "-ptx", f"-I{ROOT}", "-o", folder / "golden.ptx", folder / "golden.cu"],
+        [NVCC, "-std=c++17", "-arch=compute_90", "-ptx", f"-I{ROOT}", "-o", folder / "golden.ptx", folder / "golden.cu"],
         check=True, timeout=120,
     )
     text = (folder / "golden.ptx").read_text()
