@@ -17,8 +17,8 @@ struct View {
 
 struct MlstmProblem {
   int64_t batch = 0, time = 0, num_heads = 0, dqk = 0, dv = 0;
-  int64_t num_sequences = 0;              ///< B, or N with cu_seqlens
-  Dtype dtype = Dtype::kFloat32;          ///< of q, k, v, h and their gradients
+  int64_t num_sequences = 0;      ///< B, or N with cu_seqlens
+  Dtype dtype = Dtype::kFloat32;  ///< of q, k, v, h and their gradients
   Dtype igate_dtype = Dtype::kFloat32, fgate_dtype = Dtype::kFloat32;  ///< and of their gradients
   bool sigmoid_input_gate = false, normalize = true;
   float scale = 1, eps = 0;
@@ -27,9 +27,9 @@ struct MlstmProblem {
 
 /// What a device offers; decides tiles and kernels.
 struct DeviceLimits {
-  int compute_capability = 80;           ///< 10 * major + minor
+  int compute_capability = 80;  ///< 10 * major + minor
   int num_multiprocessors = 108;
-  size_t shared_bytes = 163 * 1024;      ///< dynamic shared memory that a block may opt into
+  size_t shared_bytes = 163 * 1024;  ///< dynamic shared memory that a block may opt into
 };
 
 /// Inputs shared by both directions. States are contiguous (N,NH,DQK,DV), (N,NH,DQK), (N,NH) float32, null where absent.
@@ -45,14 +45,15 @@ struct MlstmForward {
   MlstmInputs in;
   View h;
   float *c = nullptr, *n = nullptr, *m = nullptr;  ///< final states
-  float* product = nullptr;  ///< (B,T,NH) contiguous: scale * q_t . n_t, kept for the backward pass; null: not wanted
+  float* product =
+      nullptr;  ///< (B,T,NH) contiguous: scale * q_t . n_t, kept for the backward pass; null: not wanted
 };
 
 struct MlstmBackward {
   MlstmInputs in;
   View h;
-  const float* product = nullptr;  ///< of the forward pass; not read without normalize
-  View dh;                         ///< may have stride 0
+  const float* product = nullptr;            ///< of the forward pass; not read without normalize
+  View dh;                                   ///< may have stride 0
   const float *dc = nullptr, *dn = nullptr;  ///< gradients of the final states, both or neither
   View dq, dk, dv, digate, dfgate;
   float *dc0 = nullptr, *dn0 = nullptr;  ///< null: not wanted
@@ -76,8 +77,8 @@ size_t mlstm_forward_workspace(const MlstmProblem& problem, const DeviceLimits& 
 size_t mlstm_backward_workspace(const MlstmProblem& problem, const DeviceLimits& device);
 
 /// T >= 1, B, NH, DQK, DV >= 1. Throw std::runtime_error where a launch fails (text of the CUDA error and kernel).
-void mlstm_forward(const MlstmProblem& problem, const DeviceLimits& device, const MlstmForward& call,
-                   void* workspace, Stream stream);
+void mlstm_forward(const MlstmProblem& problem, const DeviceLimits& device,
+                   const MlstmForward& call, void* workspace, Stream stream);
 void mlstm_backward(const MlstmProblem& problem, const DeviceLimits& device,
                     const MlstmBackward& call, void* workspace, Stream stream);
 /// The problem's time is 1; needs no workspace.

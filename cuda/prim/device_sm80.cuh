@@ -65,6 +65,12 @@ PRIM_DEVICE u32 pack_f16x2(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+// Adds -0: mul.bf16x2 does not assemble for sm_80.
+PRIM_DEVICE u32 mul_bf16x2(u32 a, u32 b) {
+  u32 r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000U));
+  return r;
+}
 PRIM_DEVICE u32 to_tf32(float value) {
   u32 r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(value));

@@ -67,6 +67,12 @@ inline u32 pack_bf16x2(float low, float high) {
 inline u32 pack_f16x2(float low, float high) {
   return float_to_f16(low) | static_cast<u32>(float_to_f16(high)) << 16;
 }
+/// Both halves; the product of two bfloat16 numbers is exact in float32, so one rounding.
+inline u32 mul_bf16x2(u32 a, u32 b) {
+  return pack_bf16x2(
+      bf16_to_float(static_cast<u16>(a)) * bf16_to_float(static_cast<u16>(b)),
+      bf16_to_float(static_cast<u16>(a >> 16)) * bf16_to_float(static_cast<u16>(b >> 16)));
+}
 /// Nearest tf32, ties away from zero (cvt.rna).
 inline u32 to_tf32(float value) {
   return value != value ? 0x7fffffffU : (bits_of(value) + 0x1000U) & 0xffffe000U;

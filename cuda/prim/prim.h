@@ -4,15 +4,18 @@
 //
 //   KERNEL_FUNCTION(128) name(Params p) {...}   __global__ with launch bounds, a plain function on the host
 //   DEVICE_FUNCTION T name(...)                 inlined helper
+//   const GRID_CONSTANT Params p                a kernel parameter that is read in place, never copied
 #if defined(__CUDACC__)
 #include "cuda/prim/device_sm80.cuh"
 #include "cuda/prim/device_sm90.cuh"
 #define DEVICE_FUNCTION __device__ __forceinline__
 #define KERNEL_FUNCTION(threads) __global__ void __launch_bounds__(threads)
+#define GRID_CONSTANT __grid_constant__
 #else
 #include "cuda/prim/host.h"
 #define DEVICE_FUNCTION inline
 #define KERNEL_FUNCTION(threads) void
+#define GRID_CONSTANT
 #endif
 
 namespace prim {

@@ -28,6 +28,9 @@ struct Launch {
       0;  ///< 0: first come first served; else a random ready thread at every switch
 };
 
+/// The seed that prim::launch uses.
+inline std::uint64_t launch_seed = 0;
+
 struct Counters {
   std::uint64_t switches = 0, mma = 0, ldmatrix = 0, ldmatrix_conflicts = 0;
 };

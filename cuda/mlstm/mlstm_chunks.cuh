@@ -1,0 +1,40 @@
+#pragma once
+// Which tokens belong to which chunk.
+#include "cuda/mlstm/mlstm_params.h"
+#include "cuda/prim/prim.h"
+
+namespace xlstm::cuda {
+
+PRIM_FUNCTION constexpr int32_t divide_up(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+struct SequenceRange {
+  int32_t batch, begin, length;  ///< row, first token in the row, tokens
+  int32_t first_slot, num_chunks;
+};
+
+/// Slots need no prefix sum over sequences: floor(cu_seqlens[s] / L) + s leaves room for every partial chunk before.
+DEVICE_FUNCTION SequenceRange sequence_at(const Chunks& c, int32_t sequence) {
+  if (c.cu_seqlens == nullptr) {
+    const int32_t count = divide_up(c.time, c.length);
+    return {sequence, 0, c.time, sequence * count, count};
+  }
+  const int32_t begin = c.cu_seqlens[sequence], length = c.cu_seqlens[sequence + 1] - begin;
+  return {0, begin, length, begin / c.length + sequence, divide_up(length, c.length)};
+}
+
+/// Slots that sequence_at can name.
+PRIM_FUNCTION constexpr int32_t slot_count(bool packed, int32_t sequences, int32_t time,
+                                           int32_t length) {
+  return packed ? time / length + sequences : sequences * divide_up(time, length);
+}
+
+/// Chunks [begin, end) of segment `segment`.
+struct SegmentRange {
+  int32_t begin, end;
+};
+DEVICE_FUNCTION SegmentRange segment_at(const Chunks& c, const SequenceRange& s, int32_t segment) {
+  return {static_cast<int32_t>(static_cast<int64_t>(s.num_chunks) * segment / c.segments),
+          static_cast<int32_t>(static_cast<int64_t>(s.num_chunks) * (segment + 1) / c.segments)};
+}
+
+}  // namespace xlstm::cuda

@@ -1,0 +1,70 @@
+#pragma once
+// Launches a kernel: on the device through the CUDA runtime, on the host in the emulator. A kernel takes one params struct.
+#include <stdexcept>
+#include <string>
+
+#include "cuda/prim/prim.h"
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+namespace prim {
+
+struct LaunchShape {
+  u32 blocks = 1;
+  u32 threads = 1;
+  std::size_t shared_bytes = 0;  ///< dynamic
+  u32 cluster = 1;               ///< blocks per cluster
+};
+
+#if defined(__CUDACC__)
+
+inline void check_launch(cudaError_t status, const char* name) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
+}
+
+template <class Params>
+void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape,
+            const Params& params, void* stream) {
+  if (shape.blocks == 0) return;
+  constexpr std::size_t kDefaultShared = 48 * 1024;
+  if (shape.shared_bytes > kDefaultShared)
+    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shape.shared_bytes)),
+                 name);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {shape.cluster, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  check_launch(cudaLaunchKernelEx(&config, kernel, params), name);
+}
+
+#else
+
+template <class Params>
+void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape,
+            const Params& params, void*) {
+  if (shape.blocks == 0) return;
+  simt::Launch launch_shape;
+  launch_shape.grid = {shape.blocks, 1, 1};
+  launch_shape.block = {shape.threads, 1, 1};
+  launch_shape.shared_bytes = shape.shared_bytes;
+  launch_shape.cluster = shape.cluster;
+  launch_shape.seed = simt::launch_seed;
+  try {
+    simt::launch(launch_shape, [&] { kernel(params); });
+  } catch (const simt::Error& error) {
+    throw simt::Error(std::string(name) + ": " + error.what());
+  }
+}
+
+#endif
+
+}  // namespace prim
