@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cuda/prim/host_sm90.h"
 #include "cuda/prim/types.h"
 #include "tests/simt/runtime.h"
 

@@ -3,19 +3,31 @@
 // A kernel includes this header alone, contains no asm, and takes shared memory from dynamic_shared().
 //
 //   KERNEL_FUNCTION(128) name(Params p) {...}   __global__ with launch bounds, a plain function on the host
+//   KERNEL_FUNCTION(384, 1) name(...)           the same with a minimum of blocks per multiprocessor; set_max_registers
+//                                               is ignored without it
 //   DEVICE_FUNCTION T name(...)                 inlined helper
-//   const GRID_CONSTANT Params p                a kernel parameter that is read in place, never copied
+//   PRIM_HAS_SM90A   1 where wgmma and set_max_registers exist: the emulator and device code for sm_90a. They trap
+//                    in device code for other targets, so that one source compiles for all.
+//   const GRID_CONSTANT Params p                a kernel parameter that is read in place, never copied; TensorMaps must
+//                                               lie in one
 #if defined(__CUDACC__)
 #include "cuda/prim/device_sm80.cuh"
 #include "cuda/prim/device_sm90.cuh"
+#include "cuda/prim/device_tma.cuh"
+#include "cuda/prim/device_wgmma.cuh"
 #define DEVICE_FUNCTION __device__ __forceinline__
-#define KERNEL_FUNCTION(threads) __global__ void __launch_bounds__(threads)
+#define KERNEL_FUNCTION(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define GRID_CONSTANT __grid_constant__
 #else
 #include "cuda/prim/host.h"
 #define DEVICE_FUNCTION inline
-#define KERNEL_FUNCTION(threads) void
+#define KERNEL_FUNCTION(...) void
 #define GRID_CONSTANT
+#endif
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PRIM_HAS_SM90A 1
+#else
+#define PRIM_HAS_SM90A 0
 #endif
 
 namespace prim {

@@ -34,6 +34,13 @@ PRIM_FUNCTION constexpr u32 swizzled(u32 a, Swizzle mode) {
   return a ^ ((a >> 3) & (mode == Swizzle::kNone ? 0U : swizzle_bytes(mode) - 16));
 }
 
+/// Describes a tensor in global memory to the copy engine; made by make_tensor_map (tensor_map.h). The bits of a
+/// CUtensorMap on the device, the emulator's own description on the host. A kernel takes it inside a
+/// `const GRID_CONSTANT` parameter.
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
 /// 64-bit matrix descriptor of wgmma (PTX "Matrix Descriptor Format"); address and offsets in bytes, base offset 0.
 PRIM_FUNCTION constexpr u64 wgmma_descriptor(u32 address, u32 leading_bytes, u32 stride_bytes,
                                              Swizzle mode) {
