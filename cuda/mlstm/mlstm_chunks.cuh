@@ -22,12 +22,6 @@ DEVICE_FUNCTION SequenceRange sequence_at(const Chunks& c, int32_t sequence) {
   return {0, begin, length, begin / c.length + sequence, divide_up(length, c.length)};
 }
 
-/// Slots that sequence_at can name.
-PRIM_FUNCTION constexpr int32_t slot_count(bool packed, int32_t sequences, int32_t time,
-                                           int32_t length) {
-  return packed ? time / length + sequences : sequences * divide_up(time, length);
-}
-
 /// Chunks [begin, end) of segment `segment`.
 struct SegmentRange {
   int32_t begin, end;

@@ -1,0 +1,200 @@
+// The backward pass as a sequence of launches: gates again, prep (G and z), [states that enter the segments,] dv, dq and
+// dk by the fused sweep or by the state and out kernels, gate gradients last.
+#include "cuda/mlstm/mlstm_launch.h"
+#include "cuda/mlstm/mlstm_plan.h"
+
+namespace xlstm::cuda {
+namespace {
+
+struct BackwardMemory {
+  GateRecord* records;
+  float *gamma, *z;
+  void* g;  // (B,T,NH,DV), bfloat16 or float32
+  float *dots_r, *dots_c;
+  float *dc0, *dn0;  // where the gate gradients need them and the caller does not
+  SegmentMemory forward_segments, reverse_segments;
+  StateMemory states;  // C first, then dC in its place
+  BackwardMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace)
+      : records(workspace.take<GateRecord>(plan.positions())),
+        gamma(workspace.take<float>(plan.positions() / plan.chunks.length)),
+        z(workspace.take<float>(plan.positions())),
+        g(workspace.take<uint16_t>(problem.batch * problem.time * problem.num_heads * problem.dv *
+                                   plan.planes)),
+        dots_r(workspace.take<float>(plan.positions() * plan.dot_tiles)),
+        dots_c(workspace.take<float>(plan.positions() * plan.dot_tiles)),
+        dc0(workspace.take<float>(plan.items() * problem.dqk * problem.dv)),
+        dn0(workspace.take<float>(plan.items() * problem.dqk)),
+        forward_segments(plan, problem, workspace),
+        reverse_segments(plan, problem, workspace),
+        states(plan, problem, workspace) {}
+};
+
+/// One backward call: the pieces that every launch takes from.
+struct Backward {
+  const MlstmProblem& problem;
+  const DeviceLimits& device;
+  const MlstmBackward& call;
+  const MlstmPlan& plan;
+  const BackwardMemory& memory;
+  Stream stream;
+
+  bool has_start() const { return call.in.c0 != nullptr || call.in.n0 != nullptr; }
+  float* dc0() const { return call.dc0 != nullptr ? call.dc0 : has_start() ? memory.dc0 : nullptr; }
+  float* dn0() const { return call.dn0 != nullptr ? call.dn0 : has_start() ? memory.dn0 : nullptr; }
+  Operand key_like(const View& view) const { return operand_of(view, problem.dqk, problem.dtype); }
+  Operand value_like(const View& view) const { return operand_of(view, problem.dv, problem.dtype); }
+
+  Operand g() const {
+    const int64_t head = problem.dv, time = head * problem.num_heads, batch = time * problem.time;
+    return operand_of({memory.g, batch, time, head, 1}, problem.dv,
+                      plan.planes == 1 ? Dtype::kBFloat16 : Dtype::kFloat32);
+  }
+
+  void prepare() const {
+    launch_gates(gates_params(plan, problem, call.in, memory.records, memory.gamma, nullptr),
+                 stream);
+    PrepParams p;
+    p.chunks = plan.chunks;
+    p.h = value_like(call.h);
+    p.dh = value_like(call.dh);
+    p.records = memory.records;
+    p.product = call.product;
+    p.normalize = problem.normalize;
+    p.eps = problem.eps;
+    p.g = g();
+    p.z = memory.z;
+    launch_prep(p, stream);
+  }
+
+  StateParams state(bool reverse) const {
+    StateParams p;
+    p.chunks = plan.chunks;
+    p.reverse = reverse;
+    p.b = key_like(reverse ? call.in.q : call.in.k);
+    p.x = reverse ? g() : value_like(call.in.v);
+    p.records = memory.records;
+    p.gamma = memory.gamma;
+    p.z = reverse ? memory.z : nullptr;
+    p.dqk = static_cast<int32_t>(problem.dqk);
+    p.dv = static_cast<int32_t>(problem.dv);
+    p.start_c = reverse ? call.dc : call.in.c0;
+    p.start_n = reverse ? call.dn : call.in.n0;
+    return p;
+  }
+
+  SweepParams sweep(Use use) const {
+    SweepParams p;
+    p.chunks = plan.chunks;
+    const Operand q = key_like(call.in.q), k = key_like(call.in.k), v = value_like(call.in.v);
+    p.a = use == Use::kDv ? k : use == Use::kDq ? g() : v;
+    p.b = use == Use::kDv ? q : use == Use::kDq ? v : g();
+    p.x = use == Use::kDv ? g() : use == Use::kDq ? k : q;
+    p.out = use == Use::kDv   ? value_like(call.dv)
+            : use == Use::kDq ? key_like(call.dq)
+                              : key_like(call.dk);
+    p.scale = problem.scale;
+    p.records = memory.records;
+    p.gamma = memory.gamma;
+    p.dqk = static_cast<int32_t>(problem.dqk);
+    p.dv = static_cast<int32_t>(problem.dv);
+    if (use != Use::kDv) {
+      p.z = memory.z;
+      p.dot = use == Use::kDq ? q : k;
+      p.dots = use == Use::kDq ? memory.dots_r : memory.dots_c;
+    }
+    return p;
+  }
+
+  void run_fused() const {
+    const SegmentStarts forward =
+        segment_starts(plan, state(false), memory.forward_segments, device, stream);
+    const SegmentStarts reverse =
+        segment_starts(plan, state(true), memory.reverse_segments, device, stream);
+    for (const Use use : {Use::kDv, Use::kDq, Use::kDk}) {
+      SweepParams p = sweep(use);
+      p.start_c = use == Use::kDq ? forward.c : reverse.c;
+      p.start_n = use == Use::kDq ? forward.n : reverse.n;
+      if (use == Use::kDv) p.end_c = dc0();
+      if (use == Use::kDk) p.end_n = dn0();
+      launch_sweep(use, p, device, stream);
+    }
+  }
+
+  void run_two_phase() const {
+    for (const bool is_reverse : {false, true}) {
+      StateParams states = state(is_reverse);
+      const SegmentStarts starts = segment_starts(
+          plan, states, is_reverse ? memory.reverse_segments : memory.forward_segments, device,
+          stream);
+      states.start_c = starts.c;
+      states.start_n = starts.n;
+      states.states = memory.states.c;
+      states.state_n = memory.states.n;
+      states.end_c = is_reverse ? dc0() : nullptr;
+      states.end_n = is_reverse ? dn0() : nullptr;
+      launch_state(states, device, stream);
+      for (const Use use : {Use::kDv, Use::kDq, Use::kDk}) {
+        if ((use == Use::kDq) == is_reverse) continue;
+        SweepParams p = sweep(use);
+        p.states = memory.states.c;
+        p.state_n = memory.states.n;
+        launch_out(use, p, device, stream);
+      }
+    }
+  }
+
+  void gate_gradients() const {
+    GateGradientParams p;
+    p.chunks = plan.chunks;
+    p.igate = call.in.igate;
+    p.fgate = call.in.fgate;
+    p.igate_dtype = problem.igate_dtype;
+    p.fgate_dtype = problem.fgate_dtype;
+    p.sigmoid_input_gate = problem.sigmoid_input_gate;
+    p.reset = call.in.reset;
+    p.reset_batch = call.in.reset_batch;
+    p.reset_time = call.in.reset_time;
+    p.dots_r = memory.dots_r;
+    p.dots_c = memory.dots_c;
+    p.tiles = plan.dot_tiles;
+    p.state_size = problem.dqk * problem.dv;
+    p.n_size = problem.dqk;
+    if (call.in.c0 != nullptr) {
+      p.c0 = call.in.c0;
+      p.dc0 = dc0();
+    }
+    if (call.in.n0 != nullptr) {
+      p.n0 = call.in.n0;
+      p.dn0 = dn0();
+    }
+    p.digate = call.digate;
+    p.dfgate = call.dfgate;
+    launch_gate_gradients(p, stream);
+  }
+};
+
+}  // namespace
+
+size_t mlstm_backward_workspace(const MlstmProblem& problem, const DeviceLimits& device) {
+  Workspace count(nullptr);
+  BackwardMemory(plan_mlstm(problem, device, Direction::kBackward), problem, count);
+  return count.used();
+}
+
+void mlstm_backward(const MlstmProblem& problem, const DeviceLimits& device,
+                    const MlstmBackward& call, void* workspace, Stream stream) {
+  MlstmPlan plan = plan_mlstm(problem, device, Direction::kBackward);
+  plan.chunks.cu_seqlens = call.in.cu_seqlens;
+  Workspace pieces(workspace);
+  const BackwardMemory memory(plan, problem, pieces);
+  const Backward backward{problem, device, call, plan, memory, stream};
+  backward.prepare();
+  if (plan.fused) {
+    backward.run_fused();
+  } else {
+    backward.run_two_phase();
+  }
+  backward.gate_gradients();
+}
+
+}  // namespace xlstm::cuda

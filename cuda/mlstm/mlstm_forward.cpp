@@ -1,0 +1,93 @@
+// The forward pass as a sequence of launches: gates, [states that enter the segments,] then either the fused sweep or the
+// state and out kernels.
+#include "cuda/mlstm/mlstm_launch.h"
+#include "cuda/mlstm/mlstm_plan.h"
+
+namespace xlstm::cuda {
+namespace {
+
+struct ForwardMemory {
+  GateRecord* records;
+  float* gamma;
+  SegmentMemory segments;
+  StateMemory states;
+  ForwardMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace)
+      : records(workspace.take<GateRecord>(plan.positions())),
+        gamma(workspace.take<float>(plan.positions() / plan.chunks.length)),
+        segments(plan, problem, workspace),
+        states(plan, problem, workspace) {}
+};
+
+StateParams state_params(const MlstmPlan& plan, const MlstmProblem& problem,
+                         const MlstmForward& call, const ForwardMemory& memory) {
+  StateParams p;
+  p.chunks = plan.chunks;
+  p.b = operand_of(call.in.k, problem.dqk, problem.dtype);
+  p.x = operand_of(call.in.v, problem.dv, problem.dtype);
+  p.records = memory.records;
+  p.gamma = memory.gamma;
+  p.dqk = static_cast<int32_t>(problem.dqk);
+  p.dv = static_cast<int32_t>(problem.dv);
+  p.start_c = call.in.c0;
+  p.start_n = call.in.n0;
+  return p;
+}
+
+SweepParams h_params(const MlstmPlan& plan, const MlstmProblem& problem, const MlstmForward& call,
+                     const ForwardMemory& memory) {
+  SweepParams p;
+  p.chunks = plan.chunks;
+  p.a = operand_of(call.in.q, problem.dqk, problem.dtype);
+  p.b = operand_of(call.in.k, problem.dqk, problem.dtype);
+  p.x = operand_of(call.in.v, problem.dv, problem.dtype);
+  p.out = operand_of(call.h, problem.dv, problem.dtype);
+  p.scale = problem.scale;
+  p.records = memory.records;
+  p.gamma = memory.gamma;
+  p.normalize = problem.normalize;
+  p.eps = problem.eps;
+  p.product = call.product;
+  p.dqk = static_cast<int32_t>(problem.dqk);
+  p.dv = static_cast<int32_t>(problem.dv);
+  return p;
+}
+
+}  // namespace
+
+size_t mlstm_forward_workspace(const MlstmProblem& problem, const DeviceLimits& device) {
+  Workspace count(nullptr);
+  ForwardMemory(plan_mlstm(problem, device, Direction::kForward), problem, count);
+  return count.used();
+}
+
+void mlstm_forward(const MlstmProblem& problem, const DeviceLimits& device,
+                   const MlstmForward& call, void* workspace, Stream stream) {
+  MlstmPlan plan = plan_mlstm(problem, device, Direction::kForward);
+  plan.chunks.cu_seqlens = call.in.cu_seqlens;
+  Workspace pieces(workspace);
+  const ForwardMemory memory(plan, problem, pieces);
+  launch_gates(gates_params(plan, problem, call.in, memory.records, memory.gamma, call.m), stream);
+  StateParams state = state_params(plan, problem, call, memory);
+  SweepParams h = h_params(plan, problem, call, memory);
+  const SegmentStarts starts = segment_starts(plan, state, memory.segments, device, stream);
+  if (plan.fused) {
+    h.start_c = starts.c;
+    h.start_n = starts.n;
+    h.end_c = call.c;
+    h.end_n = call.n;
+    launch_sweep(Use::kH, h, device, stream);
+    return;
+  }
+  state.start_c = starts.c;
+  state.start_n = starts.n;
+  state.end_c = call.c;
+  state.end_n = call.n;
+  state.states = memory.states.c;
+  state.state_n = memory.states.n;
+  launch_state(state, device, stream);
+  h.states = memory.states.c;
+  h.state_n = memory.states.n;
+  launch_out(Use::kH, h, device, stream);
+}
+
+}  // namespace xlstm::cuda

@@ -1,0 +1,155 @@
+#include "cuda/mlstm/mlstm_plan.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "cuda/mlstm/mlstm_launch.h"
+
+namespace xlstm::cuda {
+namespace {
+
+constexpr int64_t kTile = 64;
+// Chunks of the two-phase form: longer ones write fewer states but compute more scores.
+constexpr int64_t kLongestChunk = 256;
+// A segment shorter than this would cost more in its own state than it brings in parallel work.
+constexpr int64_t kMinSegmentChunks = 4;
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t chunk_length(const MlstmProblem& problem, bool fused) {
+  if (fused) return kTile;
+  const int64_t wanted = problem.chunk_size > 0 ? problem.chunk_size : kLongestChunk;
+  int64_t length = kTile;
+  while (length < std::min({wanted, kLongestChunk, problem.time})) length *= 2;
+  return length;
+}
+
+/// Enough blocks for two waves of the device, as far as the sequences are long enough.
+int64_t segment_count(const MlstmProblem& problem, const DeviceLimits& device, int64_t length,
+                      int64_t blocks_per_segment) {
+  const int64_t average =
+      problem.time * problem.batch / std::max<int64_t>(problem.num_sequences, 1);
+  const int64_t most = std::max<int64_t>(1, ceil_div(average, length) / kMinSegmentChunks);
+  return std::clamp<int64_t>(
+      2 * device.num_multiprocessors / std::max<int64_t>(blocks_per_segment, 1), 1, most);
+}
+
+}  // namespace
+
+bool mlstm_supported(const MlstmProblem& p, const DeviceLimits& device) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
+  const int64_t tokens =
+      round_up(p.time, kLongestChunk) * p.batch + p.num_sequences * kLongestChunk;
+  return device.compute_capability >= 80 && tokens * p.num_heads < kMost && p.dqk < 65536 &&
+         p.dv < 65536;
+}
+
+MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Direction direction) {
+  MlstmPlan plan;
+  plan.planes = problem.dtype == Dtype::kBFloat16 ? 1 : 2;
+  const int dqk = static_cast<int>(problem.dqk), dv = static_cast<int>(problem.dv);
+  plan.fused = sweep_covers(dqk, problem.dtype, device) &&
+               (direction == Direction::kForward || sweep_covers(dv, problem.dtype, device));
+  const int64_t length = chunk_length(problem, plan.fused);
+  const auto columns = [&](int64_t contraction, int64_t width) {
+    const int tile = plan.fused ? sweep_tile_columns(static_cast<int>(contraction),
+                                                     static_cast<int>(width), problem.dtype, device)
+                                : out_tile_columns(problem.dtype, device);
+    return ceil_div(width, tile);
+  };
+  plan.dot_tiles = static_cast<int32_t>(columns(problem.dv, problem.dqk));
+  Chunks& chunks = plan.chunks;
+  chunks.num_sequences = static_cast<int32_t>(problem.num_sequences);
+  chunks.time = static_cast<int32_t>(problem.time);
+  chunks.num_heads = static_cast<int32_t>(problem.num_heads);
+  chunks.length = static_cast<int32_t>(length);
+  // One row may hold packed sequences, each with a partial chunk at its end (sequence_at).
+  chunks.slots = static_cast<int32_t>(problem.batch == 1
+                                          ? problem.time / length + problem.num_sequences
+                                          : problem.num_sequences * ceil_div(problem.time, length));
+  const int64_t tiles = plan.fused
+                            ? columns(problem.dqk, problem.dv)
+                            : ceil_div(problem.dqk, 2 * kTile) * ceil_div(problem.dv, 2 * kTile);
+  chunks.segments =
+      static_cast<int32_t>(segment_count(problem, device, length, plan.items() * tiles));
+  return plan;
+}
+
+SegmentMemory::SegmentMemory(const MlstmPlan& plan, const MlstmProblem& problem,
+                             Workspace& workspace) {
+  if (plan.chunks.segments == 1) return;
+  const int64_t count = plan.items() * plan.chunks.segments;
+  c = workspace.take<float>(count * problem.dqk * problem.dv);
+  n = workspace.take<float>(count * problem.dqk);
+  gamma = workspace.take<float>(count);
+}
+
+StateMemory::StateMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace) {
+  if (plan.fused) return;
+  const int64_t slots = int64_t{plan.chunks.num_heads} * plan.chunks.slots;
+  const int64_t rows = round_up(problem.dqk, kTile), columns = round_up(problem.dv, kTile);
+  c = workspace.take<uint16_t>(slots * plan.planes * rows * columns);
+  n = workspace.take<float>(slots * rows);
+}
+
+Operand operand_of(const View& view, int64_t width, Dtype dtype) {
+  const int64_t bytes = dtype == Dtype::kFloat32 ? 4 : 2;
+  const auto aligned = [bytes](int64_t stride) { return stride * bytes % 16 == 0; };
+  const bool vector = view.inner == 1 && aligned(view.batch) && aligned(view.time) &&
+                      aligned(view.head) && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  return {view.data, view.batch, view.time, view.head, view.inner, static_cast<int32_t>(width),
+          dtype,     vector};
+}
+
+GatesParams gates_params(const MlstmPlan& plan, const MlstmProblem& problem, const MlstmInputs& in,
+                         GateRecord* records, float* gamma, float* m) {
+  GatesParams p;
+  p.chunks = plan.chunks;
+  p.igate = in.igate;
+  p.fgate = in.fgate;
+  p.igate_dtype = problem.igate_dtype;
+  p.fgate_dtype = problem.fgate_dtype;
+  p.sigmoid_input_gate = problem.sigmoid_input_gate;
+  p.scale = problem.scale;
+  p.m0 = in.m0;
+  p.reset = in.reset;
+  p.reset_batch = in.reset_batch;
+  p.reset_time = in.reset_time;
+  p.records = records;
+  p.gamma = gamma;
+  p.m = m;
+  return p;
+}
+
+SegmentStarts segment_starts(const MlstmPlan& plan, const StateParams& state,
+                             const SegmentMemory& memory, const DeviceLimits& device,
+                             Stream stream) {
+  if (plan.chunks.segments == 1) return {state.start_c, state.start_n};
+  StateParams sums = state;
+  sums.start_c = sums.start_n = nullptr;
+  sums.end_c = sums.end_n = sums.state_n = nullptr;
+  sums.states = nullptr;
+  sums.segment_c = memory.c;
+  sums.segment_n = memory.n;
+  sums.segment_gamma = memory.gamma;
+  launch_state(sums, device, stream);
+  SegmentScanParams scan;
+  scan.items = static_cast<int32_t>(plan.items());
+  scan.segments = plan.chunks.segments;
+  scan.reverse = state.reverse;
+  scan.gamma = memory.gamma;
+  scan.size = int64_t{state.dqk} * state.dv;
+  scan.start = state.start_c;
+  scan.sums = memory.c;
+  launch_segment_scan(scan, stream);
+  scan.size = state.dqk;
+  scan.start = state.start_n;
+  scan.sums = memory.n;
+  launch_segment_scan(scan, stream);
+  return {memory.c, memory.n};
+}
+
+}  // namespace xlstm::cuda

@@ -1,0 +1,65 @@
+#pragma once
+// How a call is cut into chunks, segments and kernels. Depends on sizes and device alone.
+#include "cuda/mlstm/mlstm_params.h"
+
+namespace xlstm::cuda {
+
+enum class Direction { kForward, kBackward };
+
+struct MlstmPlan {
+  Chunks chunks;
+  bool fused = true;      ///< sweep kernels; else state and out kernels, with the states in memory
+  int32_t planes = 1;     ///< bfloat16 planes per number
+  int32_t dot_tiles = 1;  ///< column tiles of DQK: partial row dots per token
+  int64_t items() const { return int64_t{chunks.num_sequences} * chunks.num_heads; }
+  int64_t positions() const { return int64_t{chunks.num_heads} * chunks.slots * chunks.length; }
+};
+
+MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Direction direction);
+
+/// Hands out pieces of one allocation; with a null base it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    constexpr size_t kAlignment = 256;
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+/// What the segments' own sums and the states that enter them are kept in; empty with one segment.
+struct SegmentMemory {
+  float *c = nullptr, *n = nullptr, *gamma = nullptr;
+  SegmentMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace);
+};
+
+/// States entering every chunk, for the out kernels; empty where the sweep is fused.
+struct StateMemory {
+  void* c = nullptr;
+  float* n = nullptr;
+  StateMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace);
+};
+
+Operand operand_of(const View& view, int64_t width, Dtype dtype);
+
+GatesParams gates_params(const MlstmPlan& plan, const MlstmProblem& problem, const MlstmInputs& in,
+                         GateRecord* records, float* gamma, float* m);
+
+/// The states that enter the segments: C forward or dC in reverse. Fills `memory` where there are several; afterwards
+/// start_c, start_n of the kernels are `c`, `n`.
+struct SegmentStarts {
+  const float *c, *n;
+};
+SegmentStarts segment_starts(const MlstmPlan& plan, const StateParams& state,
+                             const SegmentMemory& memory, const DeviceLimits& device,
+                             Stream stream);
+
+}  // namespace xlstm::cuda
