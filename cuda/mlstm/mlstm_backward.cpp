@@ -1,5 +1,7 @@
 // The backward pass as a sequence of launches: gates again, prep (G and z), [states that enter the segments,] dv, dq and
 // dk by the fused sweep or by the state and out kernels, gate gradients last.
+#include <initializer_list>
+
 #include "cuda/mlstm/mlstm_launch.h"
 #include "cuda/mlstm/mlstm_plan.h"
 
