@@ -23,6 +23,8 @@ struct MlstmProblem {
   bool sigmoid_input_gate = false, normalize = true;
   float scale = 1, eps = 0;
   int64_t chunk_size = 0;  ///< 0: automatic
+  bool two_phase =
+      false;  ///< the state and out kernels even where the fused sweep fits (to compare them)
 };
 
 /// What a device offers; decides tiles and kernels.

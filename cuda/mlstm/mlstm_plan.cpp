@@ -51,7 +51,7 @@ MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Di
   MlstmPlan plan;
   plan.planes = problem.dtype == Dtype::kBFloat16 ? 1 : 2;
   const int dqk = static_cast<int>(problem.dqk), dv = static_cast<int>(problem.dv);
-  plan.fused = sweep_covers(dqk, problem.dtype, device) &&
+  plan.fused = !problem.two_phase && sweep_covers(dqk, problem.dtype, device) &&
                (direction == Direction::kForward || sweep_covers(dv, problem.dtype, device));
   const int64_t length = chunk_length(problem, plan.fused);
   const auto columns = [&](int64_t contraction, int64_t width) {
