@@ -19,7 +19,7 @@ void mbar_arrive_expect_tx(u64* bar, u32 bytes);
 /// Arrives at the barrier at the place of `bar` in block `rank` of the cluster.
 void mbar_arrive_remote(u64* bar, u32 rank);
 /// True when the phase of that parity has completed; true for parity 1 on a fresh barrier.
-bool mbar_test(u64* bar, u32 parity);
+bool mbar_test(u64* bar, u32 parity, Where where = Where::current());
 void mbar_wait(u64* bar, u32 parity, Where where = Where::current());
 /// As mbar_wait, and ordered after arrivals and st_async of other blocks.
 void mbar_wait_cluster(u64* bar, u32 parity, Where where = Where::current());

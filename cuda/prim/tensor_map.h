@@ -37,7 +37,7 @@ inline void check_tensor_map(const TensorMapSpec& spec) {
   require(spec.base != nullptr && reinterpret_cast<std::uintptr_t>(spec.base) % 16 == 0, "base",
           "16-byte aligned and not null");
   u64 box_bytes = spec.element_bytes;
-  for (u32 i = 0; i < spec.rank; ++i) {
+  for (u32 i = 0; i < 5 && i < spec.rank; ++i) {
     const std::string index = "[" + std::to_string(i) + "]";
     require(spec.dims[i] >= 1 && spec.dims[i] <= u64{1} << 32, "dims" + index, "1 to 2^32");
     require(spec.box[i] >= 1 && spec.box[i] <= 256, "box" + index, "1 to 256");
@@ -92,7 +92,7 @@ inline TensorMap make_tensor_map(const TensorMapSpec& spec) {
       spec.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_UINT32;
   cuuint64_t dims[5], strides[5];
   cuuint32_t box[5], element_strides[5];
-  for (u32 i = 0; i < spec.rank; ++i) {
+  for (u32 i = 0; i < 5 && i < spec.rank; ++i) {
     dims[i] = spec.dims[i];
     box[i] = spec.box[i];
     element_strides[i] = 1;
@@ -131,7 +131,7 @@ inline TensorMap make_tensor_map(const TensorMapSpec& spec) {
   EmulatedTensorMap description{};
   description.magic = EmulatedTensorMap::kMagic;
   description.base = static_cast<char*>(spec.base);
-  for (u32 i = 0; i < spec.rank; ++i) {
+  for (u32 i = 0; i < 5 && i < spec.rank; ++i) {
     description.last[i] = static_cast<u32>(spec.dims[i] - 1);
     description.box[i] = static_cast<u16>(spec.box[i]);
     if (i > 0) description.strides[i - 1] = spec.strides[i];

@@ -40,6 +40,16 @@ void barriers_after_exit(Fiber* fiber) {
   if (cluster.arrived != 0 && cluster.arrived >= fiber->gang->left) complete(cluster);
 }
 
+Block& cluster_block(unsigned rank) {
+  Gang* gang = current->gang;
+  if (rank >= gang->blocks.size()) fail("mapa: the rank is outside the cluster");
+  Block& target = gang->blocks[rank];
+  if (target.alive == 0) fail("access to the shared memory of a block that has exited");
+  if (gang->cluster_barrier.generation == 0 && &target != current->block)
+    fail("access to another block's shared memory before the first cluster barrier");
+  return target;
+}
+
 static Rendezvous& find_meeting(Warp& warp, unsigned mask) {
   Rendezvous* free = nullptr;
   for (Rendezvous& r : warp.meetings) {
@@ -223,14 +233,7 @@ void cluster_wait(Where where) {
 void* remote_pointer(void* own, u32 rank, std::size_t bytes) {
   Quiet quiet;
   const u32 address = simt::shared_address(own, bytes);
-  simt::Gang* gang = current->gang;
-  if (rank >= gang->blocks.size()) simt::fail("mapa: the rank is outside the cluster");
-  simt::Block& target = gang->blocks[rank];
-  if (target.alive == 0) simt::fail("access to the shared memory of a block that has exited");
-  if (gang->cluster_barrier.generation == 0 && &target != current->block) {
-    simt::fail("access to another block's shared memory before the first cluster barrier");
-  }
-  return simt::shared_pointer(&target, address, bytes);
+  return simt::shared_pointer(&simt::cluster_block(rank), address, bytes);
 }
 
 }  // namespace prim

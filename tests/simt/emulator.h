@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "tests/simt/async.h"
 #include "tests/simt/runtime.h"
 
 namespace simt {
@@ -17,6 +18,8 @@ struct CopyOp {
   char* dst;
   const char* src;
   unsigned bytes, valid;
+  std::size_t number;  // by thread
+  bool landed = false;
 };
 
 struct Fiber {
@@ -33,6 +36,10 @@ struct Fiber {
   void* fake_stack = nullptr;
   std::vector<CopyOp> open_copies;
   std::deque<std::vector<CopyOp>> copy_groups;
+  std::size_t copies_issued = 0;
+  std::size_t copies_covered = 0;  // of them, those an mbarrier waits for
+  std::vector<Store> open_stores;
+  std::deque<StoreGroup> store_groups;
   bool cluster_arrived = false;
   unsigned cluster_generation = 0;
 };
@@ -59,6 +66,9 @@ struct Warp {
   Rendezvous meetings[32];
   char edge[32][2] = {};  // of __syncwarp, by the first lane of its mask
   unsigned generation[32] = {};
+  TensorCore core;
+  unsigned registers = 0, wanted_registers = 0;
+  std::vector<unsigned> register_changes;
 };
 
 struct Block {
@@ -67,6 +77,8 @@ struct Block {
   unsigned rank = 0, threads = 0, alive = 0;
   char* shared = nullptr;
   std::size_t shared_bytes = 0;
+  std::uint32_t window = 0;  // address of the first byte of dynamic shared memory
+  BlockAsync async;
   std::vector<Warp> warps;
   Barrier barriers[16];
 };
@@ -82,6 +94,8 @@ struct Gang {
   std::mt19937_64 random;
   std::string error;
   std::uint64_t idle_yields = 0;
+  std::vector<Flight> flights;
+  std::vector<Store> late_stores;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
 };
@@ -111,6 +125,10 @@ void barriers_after_exit(Fiber* fiber);
 /// Offset of a pointer in the caller's shared memory plus the window's base; fails for any other pointer or overrun.
 std::uint32_t shared_address(const void* pointer, std::size_t bytes);
 char* shared_pointer(Block* block, std::uint32_t address, std::size_t bytes);
+/// The block of that rank in the caller's cluster; fails where its shared memory may not be touched.
+Block& cluster_block(unsigned rank);
+/// Moves the data of a cp.async, unless that has happened.
+void land_copy(CopyOp& copy);
 inline constexpr std::uint32_t kWindow =
     1024;  // shared windows do not begin at 0 on hardware either
 

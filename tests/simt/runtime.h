@@ -26,13 +26,16 @@ struct Launch {
   unsigned cluster = 1;          ///< blocks that run together; 0: all of them (cooperative launch)
   std::uint64_t seed =
       0;  ///< 0: first come first served; else a random ready thread at every switch
+  unsigned registers_per_thread = 168;  ///< at launch, for set_max_registers
+  unsigned shared_offset =
+      0;  ///< bytes, of 128, from a multiple of 1024 to the shared window's begin
 };
 
 /// The seed that prim::launch uses.
 inline std::uint64_t launch_seed = 0;
 
 struct Counters {
-  std::uint64_t switches = 0, mma = 0, ldmatrix = 0, ldmatrix_conflicts = 0;
+  std::uint64_t switches = 0, mma = 0, wgmma = 0, ldmatrix = 0, ldmatrix_conflicts = 0;
 };
 
 /// Runs `body(argument)` once per CUDA thread of the grid and returns the counts. Throws Error.

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 
+#include "tests/simt/agent.h"
 #include "tests/simt/emulator.h"
 #include "tests/simt/sanitizer.h"
 
@@ -145,6 +146,7 @@ static Fiber* next_ready(Gang* gang) {
     return f;
   }
   if (gang->left == 0) return &gang->main;
+  if (land_one(gang)) return next_ready(gang);
   gang->error = deadlock_report(*gang);
   return &gang->main;
 }
@@ -162,6 +164,7 @@ void park(const char* what, const Where& where) {
 
 void spin(const Where& where) {
   Gang* gang = current->gang;
+  if (gang->idle_yields > 2 * gang->fibers.size()) land_one(gang);
   if (++gang->idle_yields > 2000 * gang->fibers.size()) {
     fail("livelock: all threads spin; " + deadlock_report(*gang));
   }
@@ -171,9 +174,14 @@ void spin(const Where& where) {
 
 static void check_exit(const Fiber* f) {
   for (const auto& group : f->copy_groups) {
-    if (!group.empty()) fail("thread exits with cp.async groups never waited for");
+    for (const CopyOp& copy : group) {
+      if (copy.number >= f->copies_covered)
+        fail("thread exits with cp.async groups never waited for");
+    }
   }
-  if (!f->open_copies.empty()) fail("thread exits with cp.async copies never committed");
+  for (const CopyOp& copy : f->open_copies) {
+    if (copy.number >= f->copies_covered) fail("thread exits with cp.async copies never committed");
+  }
 }
 
 static void fiber_entry() {
@@ -193,6 +201,7 @@ static void fiber_entry() {
     --current->gang->left;
     current->gang->idle_yields = 0;
     barriers_after_exit(current);
+    async_after_exit(current);
     release(&end_edge);
     next = next_ready(current->gang);
   }
@@ -225,6 +234,10 @@ static void give_stack(char* stack) {
 #endif
 }
 
+static std::size_t padded_bytes(const Launch& shape) {
+  return (shape.shared_offset + shape.shared_bytes + 1023) / 1024 * 1024 + 1024;
+}
+
 static void start_block(Gang& gang, unsigned rank, Dim3 index) {
   Block& block = gang.blocks[rank];
   const Launch& shape = gang.shape;
@@ -234,12 +247,18 @@ static void start_block(Gang& gang, unsigned rank, Dim3 index) {
   block.threads = block.alive = shape.block.x * shape.block.y * shape.block.z;
   block.warps = std::vector<Warp>((block.threads + 31) / 32);
   block.shared_bytes = shape.shared_bytes;
-  const std::size_t padded = (shape.shared_bytes + 1023) / 1024 * 1024 + 1024;
-  block.shared = static_cast<char*>(std::aligned_alloc(1024, padded));
-  std::memset(block.shared, 0xff, padded);
+  block.window = kWindow + shape.shared_offset;
+  const std::size_t padded = padded_bytes(shape);
+  char* memory = static_cast<char*>(std::aligned_alloc(1024, padded));
+  std::memset(memory, 0xff, padded);
+  block.shared = memory + shape.shared_offset;
 #if defined(SIMT_ASAN)
-  __asan_poison_memory_region(block.shared + shape.shared_bytes, padded - shape.shared_bytes);
+  __asan_poison_memory_region(memory, padded);
+  __asan_unpoison_memory_region(block.shared, shape.shared_bytes);
 #endif
+  SIMT_TSAN_ONLY(block.async.proxy = create_agent();)
+  for (Warp& warp : block.warps)
+    warp.registers = warp.wanted_registers = shape.registers_per_thread;
   for (unsigned t = 0; t < block.threads; ++t) {
     auto f = std::make_unique<Fiber>();
     f->block = &block;
@@ -262,10 +281,11 @@ static void end_gang(Gang& gang) {
     give_stack(f->stack);
   }
   for (Block& block : gang.blocks) {
+    char* memory = block.shared - gang.shape.shared_offset;
 #if defined(SIMT_ASAN)
-    __asan_unpoison_memory_region(block.shared, (block.shared_bytes + 1023) / 1024 * 1024 + 1024);
+    __asan_unpoison_memory_region(memory, padded_bytes(gang.shape));
 #endif
-    std::free(block.shared);
+    std::free(memory);
   }
 }
 
@@ -284,6 +304,8 @@ static void run_gang(const Launch& shape, const std::vector<Dim3>& blocks, std::
   current = &gang.main;
   switch_to(next_ready(&gang));
   current = nullptr;
+  if (gang.error.empty()) finish_stores(gang, &end_edge);
+  drop_async(gang);
   end_gang(gang);
   if (!gang.error.empty()) throw Error(gang.error);
 }
@@ -296,6 +318,8 @@ Counters launch_raw(const Launch& shape, void (*body)(void*), void* argument) {
   if (threads == 0 || threads > 1024) throw Error("a block has 1 to 1024 threads");
   if (total == 0 || total % per_gang != 0) throw Error("the grid is not a multiple of the cluster");
   if (shape.cluster > 16) throw Error("a cluster has at most 16 blocks");
+  if (shape.shared_offset % 128 != 0 || shape.shared_offset >= 1024)
+    throw Error("the shared window begins at a multiple of 128 below 1024");
   if (shape.shared_bytes > 227 * 1024) throw Error("more than 227 KB of shared memory");
   std::vector<Dim3> all;
   for (unsigned z = 0; z < shape.grid.z; ++z)

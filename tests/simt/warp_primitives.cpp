@@ -14,14 +14,21 @@ std::uint32_t shared_address(const void* pointer, std::size_t bytes) {
       reinterpret_cast<std::uintptr_t>(pointer) - reinterpret_cast<std::uintptr_t>(block->shared);
   if (offset >= block->shared_bytes) fail("the address is not in this block's shared memory");
   if (offset + bytes > block->shared_bytes) fail("access past the end of shared memory");
-  return kWindow + static_cast<std::uint32_t>(offset);
+  return block->window + static_cast<std::uint32_t>(offset);
 }
 
 char* shared_pointer(Block* block, std::uint32_t address, std::size_t bytes) {
-  if (address < kWindow || address - kWindow + bytes > block->shared_bytes) {
+  if (address < block->window || address - block->window + bytes > block->shared_bytes) {
     fail("shared address outside the block's shared memory");
   }
-  return block->shared + (address - kWindow);
+  return block->shared + (address - block->window);
+}
+
+void land_copy(CopyOp& copy) {
+  if (copy.landed) return;
+  copy.landed = true;
+  std::memset(copy.dst, 0, copy.bytes);
+  if (copy.valid != 0) std::memcpy(copy.dst, copy.src, copy.valid);
 }
 
 }  // namespace simt
@@ -48,8 +55,8 @@ static void cp_async(void* dst, const void* src, unsigned bytes, unsigned valid,
   simt::touch_write(dst, bytes);
   if (valid != 0) simt::touch_read(src, valid);
   std::memset(dst, 0xff, bytes);
-  current->open_copies.push_back(
-      {static_cast<char*>(dst), static_cast<const char*>(src), bytes, valid});
+  current->open_copies.push_back({static_cast<char*>(dst), static_cast<const char*>(src), bytes,
+                                  valid, current->copies_issued++});
 }
 
 void cp_async16(void* dst, const void* src, u32 valid) {
@@ -71,12 +78,11 @@ void cp_async_commit() {
 void cp_async_wait_pending(u32 pending) {
   Quiet quiet;
   while (current->copy_groups.size() > pending) {
-    for (const simt::CopyOp& copy : current->copy_groups.front()) {
+    for (simt::CopyOp& copy : current->copy_groups.front()) {
+      if (copy.landed) continue;
       simt::touch_write(copy.dst, copy.bytes);
-      std::memset(copy.dst, 0, copy.bytes);
-      if (copy.valid == 0) continue;
-      simt::touch_read(copy.src, copy.valid);
-      std::memcpy(copy.dst, copy.src, copy.valid);
+      if (copy.valid != 0) simt::touch_read(copy.src, copy.valid);
+      simt::land_copy(copy);
     }
     current->copy_groups.pop_front();
   }
