@@ -41,6 +41,9 @@ List<Case> sm90_cases();
 List<Case> wgmma_cases();
 List<Planted> sm80_bugs();
 List<Planted> access_bugs();
+List<Planted> sm90_bugs();
+List<Planted> tensor_bugs();
+List<Planted> wgmma_bugs();
 
 inline void expect(bool condition, const char* what, long index = -1) {
   if (!condition)

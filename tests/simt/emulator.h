@@ -1,6 +1,7 @@
 #pragma once
 // State of the emulator, for its own translation units only.
 #include <deque>
+#include <exception>
 #include <memory>
 #include <random>
 #include <string>
@@ -93,6 +94,7 @@ struct Gang {
   Launch shape;
   std::mt19937_64 random;
   std::string error;
+  std::exception_ptr exception;
   std::uint64_t idle_yields = 0;
   std::vector<Flight> flights;
   std::vector<Store> late_stores;

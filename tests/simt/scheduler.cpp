@@ -184,6 +184,16 @@ static void check_exit(const Fiber* f) {
   }
 }
 
+// An exception of the kernel ends the launch and leaves it.
+static void run_body(Gang* gang) {
+  try {
+    gang->body(gang->argument);
+  } catch (...) {
+    gang->exception = std::current_exception();
+  }
+  if (gang->exception) switch_to(&gang->main);
+}
+
 static void fiber_entry() {
 #if defined(SIMT_ASAN)
   const void* bottom;
@@ -191,7 +201,7 @@ static void fiber_entry() {
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
   if (main_stack == nullptr) main_stack = bottom, main_stack_bytes = size;
 #endif
-  current->gang->body(current->gang->argument);
+  run_body(current->gang);
   Fiber* next;
   {
     Quiet quiet;
@@ -304,9 +314,10 @@ static void run_gang(const Launch& shape, const std::vector<Dim3>& blocks, std::
   current = &gang.main;
   switch_to(next_ready(&gang));
   current = nullptr;
-  if (gang.error.empty()) finish_stores(gang, &end_edge);
+  if (gang.error.empty() && !gang.exception) finish_stores(gang, &end_edge);
   drop_async(gang);
   end_gang(gang);
+  if (gang.exception) std::rethrow_exception(gang.exception);
   if (!gang.error.empty()) throw Error(gang.error);
 }
 

@@ -23,6 +23,15 @@ inline prim::TensorMap matrix_map(void* base, prim::u32 width, prim::u32 height,
       {base, 2, {width, height}, {2, prim::u64{2} * pitch}, {box_width, box_height}, 2, mode});
 }
 
+/// 64 x 64 numbers and boxes of 32 rows.
+struct Picture {
+  std::vector<prim::u16> data = std::vector<prim::u16>(64 * 64);
+  prim::TensorMap map = matrix_map(data.data(), 64, 64, 64, 64, 32, prim::Swizzle::k128);
+  Picture() {
+    for (prim::u32 i = 0; i < data.size(); ++i) data[i] = static_cast<prim::u16>(i);
+  }
+};
+
 /// A wgmma operand of `mn` rows (or columns) and `depth` k, as tensor copies lay it down: strips as wide as the
 /// swizzle, one behind the other. Transposed: [k][mn] in memory, else [mn][k].
 struct Operand {
