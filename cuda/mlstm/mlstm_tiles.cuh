@@ -83,28 +83,38 @@ DEVICE_FUNCTION int64_t token_offset(const Operand& x, int batch, int64_t token,
 template <int kThreads, int kRows, int kCols, int kPlanes>
 DEVICE_FUNCTION void load_tile(Tile<kRows, kCols, kPlanes>& tile, const Operand& x, int64_t base,
                                int rows, int col) {
+  // A thread keeps its 8 columns and walks down the rows.
+  constexpr int kStep = kThreads * 8 / kCols;
+  static_assert(kThreads * 8 % kCols == 0);
   const int thread = static_cast<int>(prim::thread_idx().x);
-  constexpr int kPieces = kRows * kCols / 8;
-#pragma unroll 1
-  for (int piece = thread; piece < kPieces; piece += kThreads) {
-    const int row = piece / (kCols / 8), c = piece % (kCols / 8) * 8;
-    const int left =
-        row < rows ? x.width - col - c : 0;  // numbers of this piece, may be <= 0 or > 8
-    const int64_t from = base + row * x.time + (col + c) * x.inner;
-    if constexpr (kPlanes == 1) {
-      if (x.vector) {
-        const int valid = left < 0 ? 0 : left > 8 ? 8 : left;
-        prim::cp_async16(tile.at(0, row, c),
-                         static_cast<const bf16*>(x.data) + (valid > 0 ? from : 0),
-                         static_cast<u32>(2 * valid));
-        continue;
+  const int first = thread / (kCols / 8), c = thread % (kCols / 8) * 8;
+  const int left = x.width - col - c;  // numbers of this piece, may be <= 0 or > 8
+  const int valid = left < 0 ? 0 : left > 8 ? 8 : left;
+  if constexpr (kPlanes == 1) {
+    if (x.vector) {
+      const bf16* data = static_cast<const bf16*>(x.data);
+      const bf16* from = data + (valid > 0 ? base + first * x.time + col + c : 0);
+      const int64_t step = valid > 0 ? kStep * x.time : 0;
+#pragma unroll
+      for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i, from += step) {
+        const int row = first + i * kStep;
+        if (kRows % kStep != 0 && row >= kRows) break;
+        const bool inside = row < rows;
+        prim::cp_async16(tile.at(0, row, c), inside ? from : data,
+                         static_cast<u32>(inside ? 2 * valid : 0));
       }
+      return;
     }
+  }
+#pragma unroll 1
+  for (int row = first; row < kRows; row += kStep) {
+    const int count = row < rows ? valid : 0;
+    const int64_t from = base + row * x.time + (col + c) * x.inner;
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-      const float low = i < left ? load_number(x.data, from + i * x.inner, x.dtype) : 0.0F;
+      const float low = i < count ? load_number(x.data, from + i * x.inner, x.dtype) : 0.0F;
       const float high =
-          i + 1 < left ? load_number(x.data, from + (i + 1) * x.inner, x.dtype) : 0.0F;
+          i + 1 < count ? load_number(x.data, from + (i + 1) * x.inner, x.dtype) : 0.0F;
       store_pair(tile, row, c + i, low, high);
     }
   }
