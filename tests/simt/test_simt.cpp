@@ -1,14 +1,7 @@
 // Every correct kernel runs without a report under several schedules, every planted bug is reported.
 #include <string>
 
-#include "tests/simt/cases.h"
-#include "tests/simt/runtime.h"
-// Not tests/support/catch.h: it needs torch's headers, and nothing here does.
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
+#include "tests/simt/check_cases.h"
 
 using simt_test::Case;
 using simt_test::List;
@@ -18,16 +11,7 @@ namespace {
 
 constexpr std::uint64_t kSeeds = 4;
 
-void all_correct(const List<Case>& list) {
-  for (std::size_t i = 0; i < list.count; ++i) {
-    for (std::uint64_t seed = 0; seed < kSeeds; ++seed) {
-      INFO(list.first[i].name << ", seed " << seed);
-      const int before = simt::sanitizer_reports();
-      CHECK_NOTHROW(list.first[i].run(seed));
-      CHECK(simt::sanitizer_reports() == before);
-    }
-  }
-}
+void all_correct(const List<Case>& list) { simt_test::all_correct(list, 0, kSeeds); }
 
 void all_reported(const List<Planted>& list) {
   const simt::Build build = simt::build_kind();
@@ -61,3 +45,8 @@ TEST_CASE("mbarriers and tensor copies") { all_correct(simt_test::sm90_cases());
 TEST_CASE("wgmma") { all_correct(simt_test::wgmma_cases()); }
 TEST_CASE("planted bugs of synchronisation are reported") { all_reported(simt_test::sm80_bugs()); }
 TEST_CASE("planted bugs of access are reported") { all_reported(simt_test::access_bugs()); }
+TEST_CASE("planted bugs of mbarriers and clusters are reported") {
+  all_reported(simt_test::sm90_bugs());
+}
+TEST_CASE("planted bugs of tensor copies are reported") { all_reported(simt_test::tensor_bugs()); }
+TEST_CASE("planted bugs of wgmma are reported") { all_reported(simt_test::wgmma_bugs()); }

@@ -1,0 +1,22 @@
+# cmake -DPROGRAM=<test program> -DNAME=<test> -DFOLDER=<build/junit> [-DTAG=<Catch2 tag>] -P run_program.cmake
+# Runs a test program with what it prints in FOLDER/NAME.log: planted bugs fill hundreds of pages there. Fails unless
+# the program succeeds and its JUnit file is whole; a sanitizer may end a process early.
+set(junit ${FOLDER}/${NAME}.xml)
+set(log ${FOLDER}/${NAME}.log)
+file(MAKE_DIRECTORY ${FOLDER})
+file(REMOVE ${junit})
+execute_process(COMMAND ${PROGRAM} ${TAG} -r junit -o ${junit} RESULT_VARIABLE status OUTPUT_FILE ${log} ERROR_FILE ${log})
+set(written "")
+if(EXISTS ${junit})
+  file(READ ${junit} written)
+endif()
+if(NOT status STREQUAL "0" OR NOT written MATCHES "<testcase.*</testsuites>")
+  file(READ ${log} printed)
+  string(LENGTH "${printed}" length)
+  if(length GREATER 4000)
+    math(EXPR from "${length} - 4000")
+    string(SUBSTRING "${printed}" ${from} -1 printed)
+  endif()
+  message("${printed}")
+  message(FATAL_ERROR "${NAME}: status ${status}; its results: ${junit}; what it printed: ${log}")
+endif()
