@@ -284,7 +284,12 @@ class Sweep {
         for (int half = 0; half < 2; ++half)
           store_pair(s.state, state_row(m, half), state_column(t), state[m][t][2 * half],
                      state[m][t][2 * half + 1]);
-    if (!kHasN || group != 0) return;
+    if constexpr (kHasN) {
+      if (group == 0) publish_n();
+    }
+  }
+
+  DEVICE_FUNCTION void publish_n() {
 #pragma unroll
     for (int c = 0; c < kNWidth / 64; ++c)
 #pragma unroll
@@ -292,7 +297,7 @@ class Sweep {
         const int col = n_column(c) + e;
         if constexpr (kTransposed) {
           s.n[col] = n[c][e];
-        } else if constexpr (kUse == Use::kH) {
+        } else {
           bf16 parts[3];
           split_exactly(n[c][e], parts);
           const Bytes16 row = {
