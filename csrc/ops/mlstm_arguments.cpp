@@ -1,5 +1,8 @@
 #include "csrc/ops/mlstm_arguments.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
 #include <cmath>
 
 #include "csrc/ops/common.h"
@@ -8,7 +11,8 @@
 namespace xlstm::ops {
 namespace {
 
-constexpr std::string_view kOp = "mlstm_chunkwise", kStepOp = "mlstm_step";
+constexpr std::string_view kOp = "mlstm_chunkwise", kStepOp = "mlstm_step",
+                           kBackwardOp = "mlstm_chunkwise_backward";
 
 void check_inputs(std::string_view op, const at::Tensor& q, const at::Tensor& k,
                   const at::Tensor& v, const at::Tensor& igate, const at::Tensor& fgate) {
@@ -83,25 +87,90 @@ MlstmSizes check_mlstm_arguments(const MlstmArguments& a) {
   return sizes;
 }
 
-MlstmSizes check_mlstm_step_arguments(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                      const at::Tensor& igate, const at::Tensor& fgate,
-                                      const at::Tensor& c, const at::Tensor& n, const at::Tensor& m,
-                                      std::string_view input_gate) {
-  check_rank(kStepOp, "q", q, 3);
-  check_rank(kStepOp, "v", v, 3);
-  const MlstmSizes sizes{q.size(0), 1, q.size(1), q.size(2), v.size(2), q.size(0)};
-  TORCH_CHECK(sizes.dqk >= 1, kStepOp, ": q: expected (B,NH,DQK) with DQK >= 1, got ", q.sizes());
-  check_shape(kStepOp, "k", k, q.sizes(), "(B,NH,DQK)");
-  check_shape(kStepOp, "v", v, {sizes.batch, sizes.num_heads, sizes.dv}, "(B,NH,DV)");
-  for (const auto& [name, gate] : {std::pair("igate", igate), std::pair("fgate", fgate)})
-    check_shape(kStepOp, name, gate, {sizes.batch, sizes.num_heads}, "(B,NH)");
-  check_inputs(kStepOp, q, k, v, igate, fgate);
-  is_sigmoid_input_gate(kStepOp, input_gate);
-  check_state(kStepOp, "c", c, {sizes.batch, sizes.num_heads, sizes.dqk, sizes.dv}, "(B,NH,DQK,DV)",
-              q);
-  check_state(kStepOp, "n", n, {sizes.batch, sizes.num_heads, sizes.dqk}, "(B,NH,DQK)", q);
-  check_state(kStepOp, "m", m, {sizes.batch, sizes.num_heads}, "(B,NH)", q);
+MlstmSizes check_mlstm_backward_arguments(const MlstmBackwardArguments& a) {
+  const MlstmSizes sizes = check_mlstm_arguments(a.in);
+  const at::Tensor& q = a.in.q;
+  const at::ScalarType state = accumulate_type(q.scalar_type());
+  const auto check = [&](std::string_view name, const OptionalTensor& tensor, at::IntArrayRef shape,
+                         std::string_view meaning) {
+    if (!tensor) return;
+    check_shape(kBackwardOp, name, *tensor, shape, meaning);
+    check_device(kBackwardOp, name, *tensor, q.device());
+  };
+  check("h", a.h, a.in.v.sizes(), "(B,T,NH,DV)");
+  check_dtype(kBackwardOp, "h", a.h, q.scalar_type());
+  check("product", a.product, {sizes.batch, sizes.time, sizes.num_heads}, "(B,T,NH)");
+  check_dtype(kBackwardOp, "product", a.product, state);
+  check("dh", a.dh, a.in.v.sizes(), "(B,T,NH,DV)");
+  if (a.dh) check_floating(kBackwardOp, "dh", *a.dh);
+  check("dc", a.dc, {sizes.num_sequences, sizes.num_heads, sizes.dqk, sizes.dv},
+        "(B or N,NH,DQK,DV)");
+  check("dn", a.dn, {sizes.num_sequences, sizes.num_heads, sizes.dqk}, "(B or N,NH,DQK)");
+  if (a.dc) check_dtype(kBackwardOp, "dc", *a.dc, state);
+  if (a.dn) check_dtype(kBackwardOp, "dn", *a.dn, state);
   return sizes;
+}
+
+MlstmSizes check_mlstm_step_arguments(const MlstmStepArguments& a) {
+  check_rank(kStepOp, "q", a.q, 3);
+  check_rank(kStepOp, "v", a.v, 3);
+  const MlstmSizes sizes{a.q.size(0), 1, a.q.size(1), a.q.size(2), a.v.size(2), a.q.size(0)};
+  TORCH_CHECK(sizes.dqk >= 1, kStepOp, ": q: expected (B,NH,DQK) with DQK >= 1, got ", a.q.sizes());
+  check_shape(kStepOp, "k", a.k, a.q.sizes(), "(B,NH,DQK)");
+  check_shape(kStepOp, "v", a.v, {sizes.batch, sizes.num_heads, sizes.dv}, "(B,NH,DV)");
+  for (const auto& [name, gate] : {std::pair("igate", a.igate), std::pair("fgate", a.fgate)})
+    check_shape(kStepOp, name, gate, {sizes.batch, sizes.num_heads}, "(B,NH)");
+  check_inputs(kStepOp, a.q, a.k, a.v, a.igate, a.fgate);
+  is_sigmoid_input_gate(kStepOp, a.input_gate);
+  check_state(kStepOp, "c", a.c, {sizes.batch, sizes.num_heads, sizes.dqk, sizes.dv},
+              "(B,NH,DQK,DV)", a.q);
+  check_state(kStepOp, "n", a.n, {sizes.batch, sizes.num_heads, sizes.dqk}, "(B,NH,DQK)", a.q);
+  check_state(kStepOp, "m", a.m, {sizes.batch, sizes.num_heads}, "(B,NH)", a.q);
+  return sizes;
+}
+
+std::vector<int64_t> mlstm_sequence_starts(const at::Tensor& cu_seqlens, int64_t time) {
+  const at::Tensor plain = cu_seqlens.contiguous();
+  const int32_t* data = plain.const_data_ptr<int32_t>();
+  const std::vector<int64_t> starts(data, data + plain.numel());
+  for (size_t i = 0; i < starts.size(); ++i)
+    TORCH_CHECK(starts[i] >= (i == 0 ? 0 : starts[i - 1]), kOp,
+                ": cu_seqlens: expected a rising sequence from 0, got ", starts[i], " at ", i);
+  TORCH_CHECK(starts.front() == 0 && starts.back() == time, kOp,
+              ": cu_seqlens: expected first entry 0 and last entry T = ", time, ", got ",
+              starts.front(), " and ", starts.back());
+  return starts;
+}
+
+MlstmResults empty_mlstm_results(const MlstmArguments& a, const MlstmSizes& sizes, bool product) {
+  const at::TensorOptions state = a.q.options().dtype(accumulate_type(a.q.scalar_type()));
+  const int64_t count = sizes.num_sequences, heads = sizes.num_heads;
+  return {at::empty({sizes.batch, sizes.time, heads, sizes.dv}, a.q.options()),
+          at::empty({count, heads, sizes.dqk, sizes.dv}, state),
+          at::empty({count, heads, sizes.dqk}, state), at::empty({count, heads}, state),
+          product ? at::empty({sizes.batch, sizes.time, heads}, state) : at::Tensor()};
+}
+
+MlstmGradients empty_mlstm_gradients(const MlstmArguments& a, const MlstmSizes& sizes) {
+  const auto like = [](const at::Tensor& x) { return at::empty(x.sizes(), x.options()); };
+  const at::TensorOptions state = a.q.options().dtype(accumulate_type(a.q.scalar_type()));
+  const int64_t count = sizes.num_sequences, heads = sizes.num_heads;
+  return {like(a.q),
+          like(a.k),
+          like(a.v),
+          like(a.igate),
+          like(a.fgate),
+          a.c0 ? at::empty({count, heads, sizes.dqk, sizes.dv}, state) : at::empty({0}, state),
+          a.n0 ? at::empty({count, heads, sizes.dqk}, state) : at::empty({0}, state)};
+}
+
+std::pair<OptionalTensor, OptionalTensor> mlstm_state_gradients(const MlstmBackwardArguments& a,
+                                                                const MlstmSizes& sizes) {
+  if (!a.dc && !a.dn) return {};
+  const at::TensorOptions state = a.in.q.options().dtype(accumulate_type(a.in.q.scalar_type()));
+  const int64_t count = sizes.num_sequences, heads = sizes.num_heads;
+  return {a.dc ? a.dc->contiguous() : at::zeros({count, heads, sizes.dqk, sizes.dv}, state),
+          a.dn ? a.dn->contiguous() : at::zeros({count, heads, sizes.dqk}, state)};
 }
 
 }  // namespace xlstm::ops

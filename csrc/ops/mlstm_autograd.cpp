@@ -1,4 +1,5 @@
-// mLSTM operators: Autograd, Autocast, Meta, and the C++ functions of mlstm.h.
+// mLSTM operators: Autograd, Autocast, Meta, and the C++ functions of mlstm.h. mlstm_chunkwise with gradients runs
+// mlstm_chunkwise_forward, which also returns the product that the normaliser is made of.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -10,6 +11,7 @@
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/common.h"
 #include "csrc/ops/mlstm.h"
+#include "csrc/ops/mlstm_arguments.h"
 #include "csrc/ops/rows.h"
 
 namespace xlstm::ops {
@@ -17,149 +19,147 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Gradients =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Outputs call_chunkwise(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                       const at::Tensor& igate, const at::Tensor& fgate, const OptionalTensor& c0,
-                       const OptionalTensor& n0, const OptionalTensor& m0,
-                       const OptionalTensor& reset, const OptionalTensor& cu_seqlens,
-                       std::string_view input_gate, bool normalize, std::optional<double> scale,
-                       double eps, int64_t chunk_size) {
+template <class Handle>
+auto call(const Handle& op, const MlstmArguments& a) {
+  return op.call(a.q, a.k, a.v, a.igate, a.fgate, a.c0, a.n0, a.m0, a.reset, a.cu_seqlens,
+                 a.input_gate, a.normalize, a.scale, a.eps, a.chunk_size);
+}
+
+MlstmOutputs chunkwise_op(const MlstmArguments& a) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("xlstm::mlstm_chunkwise", "")
-                             .typed<decltype(call_chunkwise)>();
-  return op.call(q, k, v, igate, fgate, c0, n0, m0, reset, cu_seqlens, input_gate, normalize, scale,
-                 eps, chunk_size);
+                             .typed<decltype(mlstm_kernel<chunkwise_op>)>();
+  return call(op, a);
 }
 
-Gradients call_backward(const OptionalTensor& dh, const OptionalTensor& dc,
-                        const OptionalTensor& dn, const at::Tensor& q, const at::Tensor& k,
-                        const at::Tensor& v, const at::Tensor& igate, const at::Tensor& fgate,
-                        const OptionalTensor& c0, const OptionalTensor& n0,
-                        const OptionalTensor& m0, const at::Tensor& h, const OptionalTensor& reset,
-                        const OptionalTensor& cu_seqlens, std::string_view input_gate,
-                        bool normalize, std::optional<double> scale, double eps,
-                        int64_t chunk_size) {
+MlstmResults forward_op(const MlstmArguments& a) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("xlstm::mlstm_chunkwise_forward", "")
+                             .typed<decltype(mlstm_kernel<forward_op>)>();
+  return call(op, a);
+}
+
+MlstmGradients backward_op(const MlstmBackwardArguments& a) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("xlstm::mlstm_chunkwise_backward", "")
-                             .typed<decltype(call_backward)>();
-  return op.call(dh, dc, dn, q, k, v, igate, fgate, c0, n0, m0, h, reset, cu_seqlens, input_gate,
-                 normalize, scale, eps, chunk_size);
+                             .typed<decltype(mlstm_backward_kernel<backward_op>)>();
+  const MlstmArguments& in = a.in;
+  return op.call(a.dh, a.dc, a.dn, in.q, in.k, in.v, in.igate, in.fgate, in.c0, in.n0, in.m0, a.h,
+                 a.product, in.reset, in.cu_seqlens, in.input_gate, in.normalize, in.scale, in.eps,
+                 in.chunk_size);
 }
 
-at::Tensor call_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                     const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c, at::Tensor& n,
-                     at::Tensor& m, std::string_view input_gate, bool normalize,
-                     std::optional<double> scale, double eps) {
+at::Tensor step_op(const MlstmStepArguments& a) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("xlstm::mlstm_step", "")
-                             .typed<decltype(call_step)>();
-  return op.call(q, k, v, igate, fgate, c, n, m, input_gate, normalize, scale, eps);
+                             .typed<decltype(mlstm_step_kernel<step_op>)>();
+  return op.call(a.q, a.k, a.v, a.igate, a.fgate, a.c, a.n, a.m, a.input_gate, a.normalize, a.scale,
+                 a.eps);
 }
 
 // ---- Autograd -----------------------------------------------------------------------------------------------------
 
 class MlstmChunkwise : public torch::autograd::Function<MlstmChunkwise> {
  public:
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
-                               const at::Tensor& v, const at::Tensor& igate,
-                               const at::Tensor& fgate, const OptionalTensor& c0,
-                               const OptionalTensor& n0, const OptionalTensor& m0,
-                               const OptionalTensor& reset, const OptionalTensor& cu_seqlens,
-                               const std::string& input_gate, bool normalize,
-                               std::optional<double> scale, double eps, int64_t chunk_size) {
+  /// The tensors of `a` that may have gradients, and all of it.
+  static variable_list forward(AutogradContext* ctx, const at::Tensor&, const at::Tensor&,
+                               const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                               const MlstmArguments& a) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [h, c, n, m] = call_chunkwise(q, k, v, igate, fgate, c0, n0, m0, reset, cu_seqlens,
-                                             input_gate, normalize, scale, eps, chunk_size);
-    ctx->save_for_backward({q, k, v, igate, fgate, or_undefined(c0), or_undefined(n0),
-                            or_undefined(m0), h, or_undefined(reset), or_undefined(cu_seqlens)});
-    ctx->saved_data["input_gate"] = input_gate;
-    ctx->saved_data["normalize"] = normalize;
-    ctx->saved_data["scale"] = scale;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["chunk_size"] = chunk_size;
+    const auto [h, c, n, m, product] = forward_op(a);
+    ctx->save_for_backward({a.q, a.k, a.v, a.igate, a.fgate, or_undefined(a.c0), or_undefined(a.n0),
+                            or_undefined(a.m0), or_undefined(a.reset), or_undefined(a.cu_seqlens),
+                            h, product});
+    ctx->saved_data["input_gate"] = std::string(a.input_gate);
+    ctx->saved_data["normalize"] = a.normalize;
+    ctx->saved_data["scale"] = a.scale;
+    ctx->saved_data["eps"] = a.eps;
+    ctx->saved_data["chunk_size"] = a.chunk_size;
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({m});
-    return {h, c, n, m};
+    ctx->mark_non_differentiable({m, product});
+    return {h, c, n, m, product};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    constexpr size_t kInputs = 15;
+    constexpr size_t kInputs = 9;
     variable_list result(kInputs);
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const auto optional = [&saved](size_t i) { return or_absent(saved[i]); };
     const BelowAutogradUnlessRecording guard;
-    auto [dq, dk, dv, digate, dfgate, dc0, dn0] = call_backward(
-        or_absent(grads[0]), or_absent(grads[1]), or_absent(grads[2]), saved[0], saved[1], saved[2],
-        saved[3], saved[4], optional(5), optional(6), optional(7), saved[8], optional(9),
-        optional(10), ctx->saved_data["input_gate"].toStringRef(),
-        ctx->saved_data["normalize"].toBool(), ctx->saved_data["scale"].toOptional<double>(),
-        ctx->saved_data["eps"].toDouble(), ctx->saved_data["chunk_size"].toInt());
+    const MlstmArguments in{saved[0],
+                            saved[1],
+                            saved[2],
+                            saved[3],
+                            saved[4],
+                            optional(5),
+                            optional(6),
+                            optional(7),
+                            optional(8),
+                            optional(9),
+                            ctx->saved_data["input_gate"].toStringRef(),
+                            ctx->saved_data["normalize"].toBool(),
+                            ctx->saved_data["scale"].toOptional<double>(),
+                            ctx->saved_data["eps"].toDouble(),
+                            ctx->saved_data["chunk_size"].toInt()};
+    auto [dq, dk, dv, digate, dfgate, dc0, dn0] = backward_op(
+        {or_absent(grads[0]), or_absent(grads[1]), or_absent(grads[2]), in, saved[10], saved[11]});
     result[0] = dq;
     result[1] = dk;
     result[2] = dv;
     result[3] = digate;
     result[4] = dfgate;
-    if (saved[5].defined()) result[5] = dc0;
-    if (saved[6].defined()) result[6] = dn0;
+    if (in.c0) result[5] = dc0;
+    if (in.n0) result[6] = dn0;
     // The stabiliser is held constant.
-    if (saved[7].defined() && saved[7].requires_grad()) result[7] = at::zeros_like(saved[7]);
+    if (in.m0 && in.m0->requires_grad()) result[7] = at::zeros_like(*in.m0);
     return result;
   }
 };
 
-Outputs mlstm_chunkwise_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                 const at::Tensor& igate, const at::Tensor& fgate,
-                                 const OptionalTensor& c0, const OptionalTensor& n0,
-                                 const OptionalTensor& m0, const OptionalTensor& reset,
-                                 const OptionalTensor& cu_seqlens, std::string_view input_gate,
-                                 bool normalize, std::optional<double> scale, double eps,
-                                 int64_t chunk_size) {
-  if (!recording(q, k, v, igate, fgate, c0, n0, m0)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return call_chunkwise(q, k, v, igate, fgate, c0, n0, m0, reset, cu_seqlens, input_gate,
-                          normalize, scale, eps, chunk_size);
-  }
+MlstmResults forward_autograd(const MlstmArguments& a) {
   const variable_list out =
-      MlstmChunkwise::apply(q, k, v, igate, fgate, c0, n0, m0, reset, cu_seqlens,
-                            std::string(input_gate), normalize, scale, eps, chunk_size);
-  return {out[0], out[1], out[2], out[3]};
+      MlstmChunkwise::apply(a.q, a.k, a.v, a.igate, a.fgate, a.c0, a.n0, a.m0, a);
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
+MlstmOutputs chunkwise_autograd(const MlstmArguments& a) {
+  if (recording(a.q, a.k, a.v, a.igate, a.fgate, a.c0, a.n0, a.m0)) {
+    const auto [h, c, n, m, product] = forward_op(a);
+    return {h, c, n, m};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return chunkwise_op(a);
 }
 
 /// One token: h joins the graph, so that a backward pass through it is an error and not a silent zero.
 class MlstmStep : public torch::autograd::Function<MlstmStep> {
  public:
-  static at::Tensor forward(AutogradContext*, const at::Tensor& q, const at::Tensor& k,
-                            const at::Tensor& v, const at::Tensor& igate, const at::Tensor& fgate,
-                            at::Tensor c, at::Tensor n, at::Tensor m, const std::string& input_gate,
-                            bool normalize, std::optional<double> scale, double eps) {
+  static at::Tensor forward(AutogradContext*, const at::Tensor&, const at::Tensor&,
+                            const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                            const MlstmStepArguments& a) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return call_step(q, k, v, igate, fgate, c, n, m, input_gate, normalize, scale, eps);
+    return step_op(a);
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(false, "mlstm_step has no derivative: train with mlstm_chunkwise (T may be 1)");
   }
 };
 
-at::Tensor mlstm_step_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                               const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
-                               at::Tensor& n, at::Tensor& m, std::string_view input_gate,
-                               bool normalize, std::optional<double> scale, double eps) {
-  TORCH_CHECK(!recording(c, n, m),
+at::Tensor step_autograd(const MlstmStepArguments& a) {
+  TORCH_CHECK(!recording(a.c, a.n, a.m),
               "mlstm_step: c, n, m: expected states without gradient, which are written in place");
   at::Tensor h;
-  if (recording(q, k, v, igate, fgate)) {
-    h = MlstmStep::apply(q, k, v, igate, fgate, c, n, m, std::string(input_gate), normalize, scale,
-                         eps);
+  if (recording(a.q, a.k, a.v, a.igate, a.fgate)) {
+    h = MlstmStep::apply(a.q, a.k, a.v, a.igate, a.fgate, a);
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;
-    h = call_step(q, k, v, igate, fgate, c, n, m, input_gate, normalize, scale, eps);
+    h = step_op(a);
   }
   // A graph that saved a state sees that it was written.
-  for (const at::Tensor& state : {c, n, m})
+  for (const at::Tensor& state : {a.c, a.n, a.m})
     if (!state.is_inference()) torch::autograd::impl::bump_version(state);
   return h;
 }
@@ -181,109 +181,115 @@ struct Autocast {
     return x ? OptionalTensor(full(*x)) : std::nullopt;
   }
 
-  static Outputs chunkwise(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           const at::Tensor& igate, const at::Tensor& fgate,
-                           const OptionalTensor& c0, const OptionalTensor& n0,
-                           const OptionalTensor& m0, const OptionalTensor& reset,
-                           const OptionalTensor& cu_seqlens, std::string_view input_gate,
-                           bool normalize, std::optional<double> scale, double eps,
-                           int64_t chunk_size) {
-    c10::impl::ExcludeDispatchKeyGuard guard(key);
-    return call_chunkwise(low(q), low(k), low(v), full(igate), full(fgate), full(c0), full(n0),
-                          full(m0), reset, cu_seqlens, input_gate, normalize, scale, eps,
-                          chunk_size);
+  static MlstmArguments cast(MlstmArguments a) {
+    for (at::Tensor* x : {&a.q, &a.k, &a.v}) *x = low(*x);
+    for (at::Tensor* x : {&a.igate, &a.fgate}) *x = full(*x);
+    for (OptionalTensor* x : {&a.c0, &a.n0, &a.m0}) *x = full(*x);
+    return a;
   }
 
-  static at::Tensor step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                         const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
-                         at::Tensor& n, at::Tensor& m, std::string_view input_gate, bool normalize,
-                         std::optional<double> scale, double eps) {
+  static MlstmOutputs chunkwise(const MlstmArguments& a) {
     c10::impl::ExcludeDispatchKeyGuard guard(key);
-    return call_step(low(q), low(k), low(v), full(igate), full(fgate), c, n, m, input_gate,
-                     normalize, scale, eps);
+    return chunkwise_op(cast(a));
+  }
+
+  static MlstmResults forward(const MlstmArguments& a) {
+    c10::impl::ExcludeDispatchKeyGuard guard(key);
+    return forward_op(cast(a));
+  }
+
+  static at::Tensor step(const MlstmStepArguments& a) {
+    c10::impl::ExcludeDispatchKeyGuard guard(key);
+    const at::Tensor q = low(a.q), k = low(a.k), v = low(a.v), igate = full(a.igate),
+                     fgate = full(a.fgate);
+    return step_op(
+        {q, k, v, igate, fgate, a.c, a.n, a.m, a.input_gate, a.normalize, a.scale, a.eps});
+  }
+
+  static void register_in(torch::Library& m) {
+    m.impl("mlstm_chunkwise", mlstm_kernel<chunkwise>);
+    m.impl("mlstm_chunkwise_forward", mlstm_kernel<forward>);
+    m.impl("mlstm_step", mlstm_step_kernel<step>);
   }
 };
 
 // ---- Meta ---------------------------------------------------------------------------------------------------------
 
-Outputs mlstm_chunkwise_meta(const at::Tensor& q, const at::Tensor&, const at::Tensor& v,
-                             const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                             const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor& cu_seqlens, std::string_view, bool,
-                             std::optional<double>, double, int64_t) {
-  check_rank("mlstm_chunkwise", "q", q, 4);
-  check_rank("mlstm_chunkwise", "v", v, 4);
-  const c10::SymInt count = cu_seqlens ? cu_seqlens->sym_size(0) - 1 : q.sym_size(0);
-  const c10::SymInt heads = q.sym_size(2), dqk = q.sym_size(3), dv = v.sym_size(3);
-  const at::TensorOptions state = q.options().dtype(accumulate_type(q.scalar_type()));
-  return {at::empty_symint({q.sym_size(0), q.sym_size(1), heads, dv}, q.options()),
+MlstmResults forward_meta(const MlstmArguments& a) {
+  check_rank("mlstm_chunkwise", "q", a.q, 4);
+  check_rank("mlstm_chunkwise", "v", a.v, 4);
+  const c10::SymInt batch = a.q.sym_size(0), time = a.q.sym_size(1), heads = a.q.sym_size(2);
+  const c10::SymInt dqk = a.q.sym_size(3), dv = a.v.sym_size(3);
+  const c10::SymInt count = a.cu_seqlens ? a.cu_seqlens->sym_size(0) - 1 : batch;
+  const at::TensorOptions state = a.q.options().dtype(accumulate_type(a.q.scalar_type()));
+  return {at::empty_symint({batch, time, heads, dv}, a.q.options()),
           at::empty_symint({count, heads, dqk, dv}, state),
-          at::empty_symint({count, heads, dqk}, state), at::empty_symint({count, heads}, state)};
+          at::empty_symint({count, heads, dqk}, state), at::empty_symint({count, heads}, state),
+          at::empty_symint({batch, time, heads}, state)};
 }
 
-Gradients mlstm_chunkwise_backward_meta(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const at::Tensor& q,
-    const at::Tensor& k, const at::Tensor& v, const at::Tensor& igate, const at::Tensor& fgate,
-    const OptionalTensor& c0, const OptionalTensor& n0, const OptionalTensor&, const at::Tensor&,
-    const OptionalTensor&, const OptionalTensor&, std::string_view, bool, std::optional<double>,
-    double, int64_t) {
+MlstmOutputs chunkwise_meta(const MlstmArguments& a) {
+  const auto [h, c, n, m, product] = forward_meta(a);
+  return {h, c, n, m};
+}
+
+MlstmGradients backward_meta(const MlstmBackwardArguments& a) {
   const auto like = [](const at::Tensor& x) {
     return at::empty_symint(x.sym_sizes(), x.options());
   };
-  const at::TensorOptions state = q.options().dtype(accumulate_type(q.scalar_type()));
-  return {like(q),
-          like(k),
-          like(v),
-          like(igate),
-          like(fgate),
-          c0 ? like(*c0) : at::empty({0}, state),
-          n0 ? like(*n0) : at::empty({0}, state)};
+  const MlstmArguments& in = a.in;
+  const at::TensorOptions state = in.q.options().dtype(accumulate_type(in.q.scalar_type()));
+  return {like(in.q),
+          like(in.k),
+          like(in.v),
+          like(in.igate),
+          like(in.fgate),
+          in.c0 ? like(*in.c0) : at::empty({0}, state),
+          in.n0 ? like(*in.n0) : at::empty({0}, state)};
 }
 
-at::Tensor mlstm_step_meta(const at::Tensor&, const at::Tensor&, const at::Tensor& v,
-                           const at::Tensor&, const at::Tensor&, at::Tensor&, at::Tensor&,
-                           at::Tensor&, std::string_view, bool, std::optional<double>, double) {
-  return at::empty_symint(v.sym_sizes(), v.options());
+at::Tensor step_meta(const MlstmStepArguments& a) {
+  return at::empty_symint(a.v.sym_sizes(), a.v.options());
 }
 
 }  // namespace
 
-Outputs mlstm_chunkwise(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                        const at::Tensor& igate, const at::Tensor& fgate, const OptionalTensor& c0,
-                        const OptionalTensor& n0, const OptionalTensor& m0,
-                        const MlstmOptions& options) {
-  return call_chunkwise(q, k, v, igate, fgate, c0, n0, m0, options.reset, options.cu_seqlens,
-                        options.input_gate, options.normalize, options.scale, options.eps,
-                        options.chunk_size);
+MlstmOutputs mlstm_chunkwise(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& igate, const at::Tensor& fgate,
+                             const OptionalTensor& c0, const OptionalTensor& n0,
+                             const OptionalTensor& m0, const MlstmOptions& options) {
+  return chunkwise_op({q, k, v, igate, fgate, c0, n0, m0, options.reset, options.cu_seqlens,
+                       options.input_gate, options.normalize, options.scale, options.eps,
+                       options.chunk_size});
 }
 
 at::Tensor mlstm_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                       const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
                       at::Tensor& n, at::Tensor& m, const MlstmOptions& options) {
-  return call_step(q, k, v, igate, fgate, c, n, m, options.input_gate, options.normalize,
-                   options.scale, options.eps);
+  return step_op({q, k, v, igate, fgate, c, n, m, options.input_gate, options.normalize,
+                  options.scale, options.eps});
 }
 
 TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
-  m.impl("mlstm_chunkwise", mlstm_chunkwise_autograd);
+  m.impl("mlstm_chunkwise", mlstm_kernel<chunkwise_autograd>);
+  m.impl("mlstm_chunkwise_forward", mlstm_kernel<forward_autograd>);
   m.impl("mlstm_chunkwise_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("mlstm_step", mlstm_step_autograd);
+  m.impl("mlstm_step", mlstm_step_kernel<step_autograd>);
 }
 
 TORCH_LIBRARY_IMPL(xlstm, AutocastCPU, m) {
-  m.impl("mlstm_chunkwise", Autocast<c10::DispatchKey::AutocastCPU>::chunkwise);
-  m.impl("mlstm_step", Autocast<c10::DispatchKey::AutocastCPU>::step);
+  Autocast<c10::DispatchKey::AutocastCPU>::register_in(m);
 }
 
 TORCH_LIBRARY_IMPL(xlstm, AutocastCUDA, m) {
-  m.impl("mlstm_chunkwise", Autocast<c10::DispatchKey::AutocastCUDA>::chunkwise);
-  m.impl("mlstm_step", Autocast<c10::DispatchKey::AutocastCUDA>::step);
+  Autocast<c10::DispatchKey::AutocastCUDA>::register_in(m);
 }
 
 TORCH_LIBRARY_IMPL(xlstm, Meta, m) {
-  m.impl("mlstm_chunkwise", mlstm_chunkwise_meta);
-  m.impl("mlstm_chunkwise_backward", mlstm_chunkwise_backward_meta);
-  m.impl("mlstm_step", mlstm_step_meta);
+  m.impl("mlstm_chunkwise", mlstm_kernel<chunkwise_meta>);
+  m.impl("mlstm_chunkwise_forward", mlstm_kernel<forward_meta>);
+  m.impl("mlstm_chunkwise_backward", mlstm_backward_kernel<backward_meta>);
+  m.impl("mlstm_step", mlstm_step_kernel<step_meta>);
 }
 
 }  // namespace xlstm::ops

@@ -11,8 +11,6 @@
 namespace xlstm::ops {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 cpu::MlstmView view_of(const at::Tensor& tensor, std::string_view name) {
   const bool gate = tensor.dim() == 3;
   return {tensor.data_ptr(),           tensor.stride(0),        tensor.stride(1), tensor.stride(2),
@@ -71,109 +69,73 @@ struct Call {
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
-  at::Tensor empty_state(at::IntArrayRef inner) const {
-    std::vector<int64_t> shape{sizes.num_sequences, sizes.num_heads};
-    shape.insert(shape.end(), inner.begin(), inner.end());
-    return at::empty(shape, a.q.options().dtype(accumulate_type(a.q.scalar_type())));
-  }
-
   MlstmArguments a;
   MlstmSizes sizes;
   MlstmPlan plan;
   cpu::MlstmChunkwiseParams params;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlstm_chunkwise_cpu(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& igate,
-    const at::Tensor& fgate, const OptionalTensor& c0, const OptionalTensor& n0,
-    const OptionalTensor& m0, const OptionalTensor& reset, const OptionalTensor& cu_seqlens,
-    std::string_view input_gate, bool normalize, std::optional<double> scale, double eps,
-    int64_t chunk_size) {
-  Call call({q, k, v, igate, fgate, c0, n0, m0, reset, cu_seqlens, input_gate, normalize, scale,
-             eps, chunk_size});
-  const MlstmSizes& sizes = call.sizes;
-  const at::Tensor h = at::empty({sizes.batch, sizes.time, sizes.num_heads, sizes.dv}, q.options());
-  const at::Tensor c = call.empty_state({sizes.dqk, sizes.dv}), n = call.empty_state({sizes.dqk});
-  const at::Tensor m = call.empty_state({});
+/// product is left undefined unless `with_product`.
+MlstmResults run_forward(const MlstmArguments& a, bool with_product) {
+  Call call(a);
+  const auto [h, c, n, m, product] = empty_mlstm_results(a, call.sizes, with_product);
   call.params.h = view_of(h, "h");
   call.params.c = c.mutable_data_ptr();
   call.params.n = n.mutable_data_ptr();
   call.params.m = m.mutable_data_ptr();
+  if (with_product) call.params.product = view_of(product, "product");
+  if (with_product && !a.normalize) product.zero_();
   cpu::mlstm_chunkwise_forward(call.params);
+  return {h, c, n, m, product};
+}
+
+MlstmOutputs mlstm_chunkwise_cpu(const MlstmArguments& a) {
+  const auto [h, c, n, m, product] = run_forward(a, false);
   return {h, c, n, m};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-mlstm_chunkwise_backward_cpu(const OptionalTensor& dh, const OptionalTensor& dc,
-                             const OptionalTensor& dn, const at::Tensor& q, const at::Tensor& k,
-                             const at::Tensor& v, const at::Tensor& igate, const at::Tensor& fgate,
-                             const OptionalTensor& c0, const OptionalTensor& n0,
-                             const OptionalTensor& m0, const at::Tensor& h,
-                             const OptionalTensor& reset, const OptionalTensor& cu_seqlens,
-                             std::string_view input_gate, bool normalize,
-                             std::optional<double> scale, double eps, int64_t chunk_size) {
-  Call call({q, k, v, igate, fgate, c0, n0, m0, reset, cu_seqlens, input_gate, normalize, scale,
-             eps, chunk_size});
-  constexpr std::string_view kOp = "mlstm_chunkwise_backward";
-  check_shape(kOp, "h", h, v.sizes(), "(B,T,NH,DV)");
-  const at::Tensor dh_or_zero = dh ? *dh : at::zeros({1}, q.options()).expand(v.sizes());
-  check_shape(kOp, "dh", dh_or_zero, v.sizes(), "(B,T,NH,DV)");
-  // A gradient into one of the states needs both in the kernel.
-  OptionalTensor dc_both = contiguous(dc), dn_both = contiguous(dn);
-  const at::TensorOptions state_options = q.options().dtype(accumulate_type(q.scalar_type()));
-  const MlstmSizes& sizes = call.sizes;
-  const at::DimVector c_shape{sizes.num_sequences, sizes.num_heads, sizes.dqk, sizes.dv};
-  const at::DimVector n_shape{sizes.num_sequences, sizes.num_heads, sizes.dqk};
-  if (dc && !dn) dn_both = at::zeros(n_shape, state_options);
-  if (dn && !dc) dc_both = at::zeros(c_shape, state_options);
-  if (dc_both) {
-    check_shape(kOp, "dc", *dc_both, c_shape, "(B or N,NH,DQK,DV)");
-    check_dtype(kOp, "dc", *dc_both, state_options.dtype().toScalarType());
-    check_shape(kOp, "dn", *dn_both, n_shape, "(B or N,NH,DQK)");
-    check_dtype(kOp, "dn", *dn_both, state_options.dtype().toScalarType());
-  }
-  const at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
-  const at::Tensor dv = at::empty(v.sizes(), v.options());
-  const at::Tensor digate = at::empty(igate.sizes(), igate.options());
-  const at::Tensor dfgate = at::empty(fgate.sizes(), fgate.options());
-  const at::Tensor dc0 = c0 ? at::empty(c_shape, state_options) : at::empty({0}, state_options);
-  const at::Tensor dn0 = n0 ? at::empty(n_shape, state_options) : at::empty({0}, state_options);
+MlstmResults mlstm_chunkwise_forward_cpu(const MlstmArguments& a) { return run_forward(a, true); }
+
+/// Does not read product: the scores are computed again for dv, and their row sums come with them.
+MlstmGradients mlstm_chunkwise_backward_cpu(const MlstmBackwardArguments& a) {
+  const MlstmSizes sizes = check_mlstm_backward_arguments(a);
+  Call call(a.in);
+  const at::Tensor dh = a.dh ? *a.dh : at::zeros({1}, a.in.q.options()).expand(a.in.v.sizes());
+  const auto [dc, dn] = mlstm_state_gradients(a, sizes);
+  const auto [dq, dk, dv, digate, dfgate, dc0, dn0] = empty_mlstm_gradients(a.in, sizes);
   cpu::MlstmChunkwiseParams& params = call.params;
-  params.h = view_of(h, "h");
-  params.dh = view_of(dh_or_zero, "dh");
-  params.dc = data_of(dc_both);
-  params.dn = data_of(dn_both);
+  params.h = view_of(a.h, "h");
+  params.dh = view_of(dh, "dh");
+  params.dc = data_of(dc);
+  params.dn = data_of(dn);
   params.dq = view_of(dq, "q");
   params.dk = view_of(dk, "k");
   params.dv_out = view_of(dv, "v");
   params.digate = view_of(digate, "igate");
   params.dfgate = view_of(dfgate, "fgate");
-  params.dc0 = c0 ? dc0.mutable_data_ptr() : nullptr;
-  params.dn0 = n0 ? dn0.mutable_data_ptr() : nullptr;
+  params.dc0 = a.in.c0 ? dc0.mutable_data_ptr() : nullptr;
+  params.dn0 = a.in.n0 ? dn0.mutable_data_ptr() : nullptr;
   cpu::mlstm_chunkwise_backward(params);
   return {dq, dk, dv, digate, dfgate, dc0, dn0};
 }
 
-at::Tensor mlstm_step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                          const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
-                          at::Tensor& n, at::Tensor& m, std::string_view input_gate, bool normalize,
-                          std::optional<double> scale, double eps) {
-  const MlstmSizes sizes = check_mlstm_step_arguments(q, k, v, igate, fgate, c, n, m, input_gate);
-  const at::ScalarType type = accumulate_type(q.scalar_type());
+at::Tensor mlstm_step_cpu(const MlstmStepArguments& a) {
+  const MlstmSizes sizes = check_mlstm_step_arguments(a);
+  const at::ScalarType type = accumulate_type(a.q.scalar_type());
   const auto plain = [type](const at::Tensor& x) { return x.to(type).contiguous(); };
-  const at::Tensor qs = plain(q), ks = plain(k), vs = plain(v), is = plain(igate),
-                   fs = plain(fgate);
-  const at::Tensor cs = c.contiguous(), ns = n.contiguous(), ms = m.contiguous();
-  const at::Tensor h = at::empty(v.sizes(), v.options().dtype(type));
+  const at::Tensor qs = plain(a.q), ks = plain(a.k), vs = plain(a.v), is = plain(a.igate),
+                   fs = plain(a.fgate);
+  const at::Tensor cs = a.c.contiguous(), ns = a.n.contiguous(), ms = a.m.contiguous();
+  const at::Tensor h = at::empty(a.v.sizes(), a.v.options().dtype(type));
   cpu::MlstmStepParams params;
   params.items = sizes.batch * sizes.num_heads;
   params.dqk = sizes.dqk;
   params.dv = sizes.dv;
-  params.sigmoid_input_gate = is_sigmoid_input_gate("mlstm_step", input_gate);
-  params.normalize = normalize;
+  params.sigmoid_input_gate = is_sigmoid_input_gate("mlstm_step", a.input_gate);
+  params.normalize = a.normalize;
   params.float64 = type == at::kDouble;
-  params.scale = mlstm_scale(scale, sizes.dqk);
-  params.eps = eps;
+  params.scale = mlstm_scale(a.scale, sizes.dqk);
+  params.eps = a.eps;
   params.q = qs.const_data_ptr();
   params.k = ks.const_data_ptr();
   params.v = vs.const_data_ptr();
@@ -184,18 +146,19 @@ at::Tensor mlstm_step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Te
   params.m = ms.data_ptr();
   params.h = h.mutable_data_ptr();
   cpu::mlstm_step(params);
-  if (!cs.is_same(c)) c.copy_(cs);
-  if (!ns.is_same(n)) n.copy_(ns);
-  if (!ms.is_same(m)) m.copy_(ms);
-  return h.to(v.scalar_type());
+  if (!cs.is_same(a.c)) a.c.copy_(cs);
+  if (!ns.is_same(a.n)) a.n.copy_(ns);
+  if (!ms.is_same(a.m)) a.m.copy_(ms);
+  return h.to(a.v.scalar_type());
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(xlstm, CPU, m) {
-  m.impl("mlstm_chunkwise", mlstm_chunkwise_cpu);
-  m.impl("mlstm_chunkwise_backward", mlstm_chunkwise_backward_cpu);
-  m.impl("mlstm_step", mlstm_step_cpu);
+  m.impl("mlstm_chunkwise", mlstm_kernel<mlstm_chunkwise_cpu>);
+  m.impl("mlstm_chunkwise_forward", mlstm_kernel<mlstm_chunkwise_forward_cpu>);
+  m.impl("mlstm_chunkwise_backward", mlstm_backward_kernel<mlstm_chunkwise_backward_cpu>);
+  m.impl("mlstm_step", mlstm_step_kernel<mlstm_step_cpu>);
 }
 
 }  // namespace xlstm::ops

@@ -25,23 +25,6 @@ int64_t chunk_length(const MlstmArguments& a) {
   return a.chunk_size > 0 ? std::min(a.chunk_size, kMaxChunk) : kAutomaticChunk;
 }
 
-/// First token of every sequence, and the end.
-std::vector<int64_t> sequence_starts(const MlstmArguments& a, const MlstmSizes& sizes) {
-  std::vector<int64_t> starts;
-  const at::Tensor cu_seqlens = a.cu_seqlens->contiguous();
-  const int32_t* data = cu_seqlens.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i <= sizes.num_sequences; ++i) {
-    TORCH_CHECK(data[i] >= (i == 0 ? 0 : data[i - 1]),
-                "mlstm_chunkwise: cu_seqlens: expected a rising sequence from 0, got ", data[i],
-                " at ", i);
-    starts.push_back(data[i]);
-  }
-  TORCH_CHECK(starts.front() == 0 && starts.back() == sizes.time,
-              "mlstm_chunkwise: cu_seqlens: expected first entry 0 and last entry T = ", sizes.time,
-              ", got ", starts.front(), " and ", starts.back());
-  return starts;
-}
-
 /// Appends the chunks of tokens [begin, end) of a batch row.
 void add_chunks(MlstmPlan& plan, int64_t batch, int64_t begin, int64_t end, int64_t length,
                 bool fresh_start, const bool* reset) {
@@ -78,7 +61,7 @@ MlstmPlan plan_mlstm(const MlstmArguments& a, const MlstmSizes& sizes, int64_t n
   const bool* reset = resets.defined() ? resets.const_data_ptr<bool>() : nullptr;
   std::vector<int64_t> ends;  // one past the last chunk of every sequence
   if (a.cu_seqlens) {
-    const std::vector<int64_t> starts = sequence_starts(a, sizes);
+    const std::vector<int64_t> starts = mlstm_sequence_starts(*a.cu_seqlens, sizes.time);
     for (int64_t i = 0; i < sizes.num_sequences; ++i) {
       add_chunks(plan, 0, starts[i], starts[i + 1], length, fresh, reset);
       ends.push_back(static_cast<int64_t>(plan.chunks.size()));

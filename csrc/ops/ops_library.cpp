@@ -11,11 +11,18 @@ TORCH_LIBRARY(xlstm, m) {
       "bool normalize=True, "
       "float? scale=None, float eps=1e-6, int chunk_size=0) -> (Tensor h, Tensor c, Tensor n, "
       "Tensor m)");
+  // For the backward pass: product (B,T,NH) is scale q . n of every token, in the states' dtype; its content is
+  // unspecified with normalize=False.
+  m.def(
+      "mlstm_chunkwise_forward(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, Tensor? "
+      "c0, Tensor? n0, Tensor? m0, *, Tensor? reset, Tensor? cu_seqlens, str input_gate, bool "
+      "normalize, float? scale, float eps, int chunk_size) -> (Tensor h, Tensor c, Tensor n, "
+      "Tensor m, Tensor product)");
   m.def(
       "mlstm_chunkwise_backward(Tensor? dh, Tensor? dc, Tensor? dn, Tensor q, Tensor k, Tensor v, "
       "Tensor igate, "
-      "Tensor fgate, Tensor? c0, Tensor? n0, Tensor? m0, Tensor h, *, Tensor? reset, Tensor? "
-      "cu_seqlens, "
+      "Tensor fgate, Tensor? c0, Tensor? n0, Tensor? m0, Tensor h, Tensor product, *, Tensor? "
+      "reset, Tensor? cu_seqlens, "
       "str input_gate, bool normalize, float? scale, float eps, int chunk_size) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor digate, Tensor dfgate, Tensor dc0, Tensor dn0)");
   m.def(

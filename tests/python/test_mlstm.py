@@ -9,7 +9,11 @@ from torch.nn import functional as F
 import libxlstm  # noqa: F401  registers the operators
 
 chunkwise = torch.ops.xlstm.mlstm_chunkwise
+forward = torch.ops.xlstm.mlstm_chunkwise_forward
+backward = torch.ops.xlstm.mlstm_chunkwise_backward
 step = torch.ops.xlstm.mlstm_step
+KEYWORDS = {"reset": None, "cu_seqlens": None, "input_gate": "exp", "normalize": True, "scale": None, "eps": 1e-6}
+KEYWORDS["chunk_size"] = 0
 NAMES = ("q", "k", "v", "igate", "fgate")
 
 
@@ -233,13 +237,32 @@ def test_opcheck(dtype):
     packed = {"cu_seqlens": torch.tensor([0, 3, 7], dtype=torch.int32), "input_gate": "sigmoid", "chunk_size": 2}
     torch.library.opcheck(chunkwise.default, tuple(leaves(make(batch=1, dtype=dtype))), packed)
     plain = [x.detach() for x in inputs]
-    h = chunkwise(*plain)[0]
-    keywords = {"reset": None, "cu_seqlens": None, "input_gate": "exp", "normalize": True, "scale": None, "eps": 1e-6}
-    keywords["chunk_size"] = 0
     for given in ([None] * 3, states):
-        arguments = (torch.ones_like(h), None, None, *plain, *given, h)
-        torch.library.opcheck(torch.ops.xlstm.mlstm_chunkwise_backward.default, arguments, keywords)
+        torch.library.opcheck(forward.default, (*inputs, *given), KEYWORDS)
+        h, _, _, _, product = forward(*plain, *given, **KEYWORDS)
+        arguments = (torch.ones_like(h), None, None, *plain, *given, h, product)
+        torch.library.opcheck(backward.default, arguments, KEYWORDS)
     torch.library.opcheck(step.default, (*(x[:, 0] for x in plain), *states))
+
+
+def test_forward_returns_the_product_of_the_normaliser():
+    inputs, states = make(dtype=torch.float32), [x.float() for x in make_states()]
+    expected = chunkwise(*inputs, *states)
+    *outputs, product = forward(*leaves(inputs), *states, **KEYWORDS)
+    for x, y in zip(outputs, expected):
+        assert torch.equal(x, y)
+    assert product.shape == (2, 7, 2) and product.dtype == torch.float32 and not product.requires_grad
+    n, q = expected[2], inputs[0][:, -1]
+    torch.testing.assert_close(product[:, -1], (n * q).sum(-1) * q.shape[-1] ** -0.5)
+    unused = forward(*inputs, *states, **{**KEYWORDS, "normalize": False})[4]
+    assert torch.equal(unused, torch.zeros_like(unused))
+
+
+def test_gradients_of_forward_are_those_of_chunkwise():
+    a, b = leaves(make()), leaves(make())
+    ours = torch.autograd.grad(forward(*a, None, None, None, **KEYWORDS)[0].square().sum(), a)
+    expected = torch.autograd.grad(chunkwise(*b)[0].square().sum(), b)
+    assert all(torch.equal(x, y) for x, y in zip(ours, expected))
 
 
 def test_compiles():
@@ -260,6 +283,8 @@ def test_autocast_keeps_gates_and_states():
     low = [x.bfloat16() for x in inputs[:3]]
     expected = chunkwise(*low, *inputs[3:], *states)
     assert torch.equal(h, expected[0]) and torch.equal(c, expected[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(forward(*inputs, *states, **KEYWORDS)[0], h)
     h.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in inputs)
 
@@ -293,3 +318,9 @@ def test_errors_name_the_argument():
         chunkwise(q[0], k, v, i, f)
     with pytest.raises(RuntimeError, match="mlstm_chunkwise: v: expected dtype Double, got Float"):
         chunkwise(q, k, v.float(), i, f)
+    h, _, _, _, product = forward(q, k, v, i, f, None, None, None, **KEYWORDS)
+    rest = (None, None, q, k, v, i, f, None, None, None)
+    with pytest.raises(RuntimeError, match=r"mlstm_chunkwise_backward: product: expected \(B,T,NH\) = \[2, 7, 2\]"):
+        backward(h, *rest, h, product[:, :3], **KEYWORDS)
+    with pytest.raises(RuntimeError, match=r"mlstm_chunkwise_backward: dh: expected \(B,T,NH,DV\)"):
+        backward(h[..., :1], *rest, h, product, **KEYWORDS)

@@ -64,7 +64,10 @@ double numerator(const MlstmInput& in, const Step& s, int64_t t, int64_t j) {
 MlstmOutput mlstm_forward(const MlstmInput& in) {
   MlstmOutput out;
   const std::vector<Step> steps = run(in);
-  for (const Step& s : steps) out.norm.push_back(s.norm);
+  for (const Step& s : steps) {
+    out.norm.push_back(s.norm);
+    out.product.push_back(s.product);
+  }
   for (int64_t t = 0; t < in.length; ++t)
     for (int64_t j = 0; j < in.dv; ++j)
       out.h.push_back(numerator(in, steps[t], t, j) / steps[t].norm);

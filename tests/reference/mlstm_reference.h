@@ -18,7 +18,8 @@ struct MlstmInput {
 
 struct MlstmOutput {
   std::vector<double> h, c, n;
-  std::vector<double> norm;  // (T): what the numerator of h is divided by
+  std::vector<double> norm;     // (T): what the numerator of h is divided by
+  std::vector<double> product;  // (T): scale q . n
   double m = 0;
 };
 

@@ -76,7 +76,10 @@ class ForwardWorker {
       gemm<T>(Op::kNone, Op::kNone, length, p.dv, p.dqk, T(1), weighted_q_, p.dqk, c_, p.dv, T(1),
               h.data, h.ld);
     }
-    if (p.normalize) normalise(h, length);
+    if (p.normalize) {
+      normalise(h, length);
+      if (p.product.data != nullptr) store_product(chunk, head);
+    }
     store_tile<T>(p.h, chunk, head, p.dv, h);
     if (state_goes_on)
       update_.run(gates_, k, v, chunk.fresh ? StateRef<T>{nullptr, nullptr} : state, state);
@@ -89,6 +92,11 @@ class ForwardWorker {
           (gates_.exp_neg_m[t] > size ? gates_.exp_neg_m[t] : size) + static_cast<T>(p.eps);
       scale_row<T>(h.row(t), h.row(t), T(1) / norm, p.dv);
     }
+  }
+
+  void store_product(const MlstmChunk& chunk, int64_t head) {
+    T* out = static_cast<T*>(p.product.data) + offset_of(p.product, chunk, head);
+    for (int64_t t = 0; t < chunk.length; ++t) out[t * p.product.time] = sums_[t];
   }
 
   const MlstmChunkwiseParams& p;

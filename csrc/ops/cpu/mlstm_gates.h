@@ -6,11 +6,6 @@
 
 namespace xlstm::cpu::XLSTM_CPU_CAPABILITY {
 
-/// Gates below these act as zero; finite, so that differences of them stay numbers.
-constexpr double kMinLogForget = -1e8, kMinLogInput = -1e30;
-/// exp(-m) is cut off here: beyond it h is zero in float.
-constexpr double kMaxNegM = 80;
-
 /// out[j] = factor * exp(a[j] + shift) for results at most about 1e38. The range reduction is in double, the polynomial in
 /// float: 2e-7 relative whatever the size of a and shift. Results below float's normal numbers are 0. Two loops, because
 /// compilers vectorise loops of one width.

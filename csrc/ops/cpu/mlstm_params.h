@@ -8,6 +8,11 @@
 
 namespace xlstm::cpu {
 
+/// Gates below these act as zero; finite, so that differences of them stay numbers.
+constexpr double kMinLogForget = -1e8, kMinLogInput = -1e30;
+/// exp(-m) is cut off here: beyond it h is zero in float.
+constexpr double kMaxNegM = 80;
+
 /// A strided (B,T,NH,D) tensor; gates are (B,T,NH) with inner = 1.
 struct MlstmView {
   void* data = nullptr;
@@ -43,6 +48,8 @@ struct MlstmChunkwiseParams {
   // States, contiguous (N,NH,DQK,DV), (N,NH,DQK), (N,NH), in float or (float64) double; inputs may be null.
   const void *c0 = nullptr, *n0 = nullptr, *m0 = nullptr;
   void *c = nullptr, *n = nullptr, *m = nullptr;
+  MlstmView
+      product;  // (B,T,NH) in the states' type: scale q . n; data may be null; not written without normalize
   // Backward only.
   MlstmView dh, dq, dk, dv_out, digate, dfgate;
   const void *dc = nullptr, *dn = nullptr;  // both or neither
