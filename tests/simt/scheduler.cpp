@@ -113,6 +113,7 @@ void fail(const std::string& message) {
   Gang* gang = current->gang;
   if (current == &gang->main) throw Error(message);
   gang->error = message + " [" + name(current) + "]";
+  current->done = false;  // an exiting thread that finds an error does not end in order
   switch_to(&gang->main);
   std::abort();
 }
@@ -206,12 +207,12 @@ static void fiber_entry() {
   {
     Quiet quiet;
     check_exit(current);
-    current->done = true;
     --current->block->alive;
     --current->gang->left;
     current->gang->idle_yields = 0;
     barriers_after_exit(current);
     async_after_exit(current);
+    current->done = true;
     release(&end_edge);
     next = next_ready(current->gang);
   }
@@ -314,8 +315,14 @@ static void run_gang(const Launch& shape, const std::vector<Dim3>& blocks, std::
   current = &gang.main;
   switch_to(next_ready(&gang));
   current = nullptr;
-  if (gang.error.empty() && !gang.exception) finish_stores(gang, &end_edge);
-  drop_async(gang);
+  const bool complete = gang.error.empty() && !gang.exception;
+  if (complete) {
+    finish_stores(gang, &end_edge);
+  } else {  // the threads stop where they are: the host goes on after them all the same
+    for (const auto& f : gang.fibers) agent_release(f->tsan, &end_edge);
+  }
+  drop_async(gang, &end_edge);
+  if (!complete) acquire(&end_edge);
   end_gang(gang);
   if (gang.exception) std::rethrow_exception(gang.exception);
   if (!gang.error.empty()) throw Error(gang.error);

@@ -164,15 +164,13 @@ bool land_one(Gang* gang) {
   if (gang->flights.empty()) return false;
   const std::size_t i =
       gang->shape.seed == 0 ? 0 : static_cast<std::size_t>(gang->random() % gang->flights.size());
-  const Flight flight = std::move(gang->flights[i]);
-  gang->flights.erase(gang->flights.begin() + static_cast<std::ptrdiff_t>(i));
+  const Flight& flight = gang->flights[i];
   gang->idle_yields = 0;
-  if (flight.target->alive == 0) {
-    destroy_agent(flight.agent);
+  if (flight.target->alive == 0)
     fail("a copy lands in the shared memory of a block that has exited");
-  }
   flight.land(flight.agent);
   destroy_agent(flight.agent);
+  gang->flights.erase(gang->flights.begin() + static_cast<std::ptrdiff_t>(i));
   return true;
 }
 
@@ -181,8 +179,9 @@ void async_after_exit(Fiber* fiber) {
   for (StoreGroup& group : fiber->store_groups) {
     if (!group.read && !group.stores.empty())
       fail("thread exits with tensor stores whose source may still be read");
-    for (Store& store : group.stores) fiber->gang->late_stores.push_back(std::move(store));
   }
+  for (StoreGroup& group : fiber->store_groups)
+    for (Store& store : group.stores) fiber->gang->late_stores.push_back(std::move(store));
   fiber->store_groups.clear();
   tensor_cores_after_exit(fiber);
   Block* block = fiber->block;
@@ -202,12 +201,29 @@ void finish_stores(Gang& gang, void* end_edge) {
   gang.late_stores.clear();
 }
 
-void drop_async(Gang& gang) {
-  for (const Flight& flight : gang.flights) destroy_agent(flight.agent);
+static void drop_agent(void* agent, void* end_edge) {
+  if (agent == nullptr) return;
+  agent_release(agent, end_edge);
+  destroy_agent(agent);
+}
+
+static void drop_stores(const std::vector<Store>& stores, void* end_edge) {
+  for (const Store& store : stores) {
+    drop_agent(store.reader, end_edge);
+    drop_agent(store.writer, end_edge);
+  }
+}
+
+void drop_async(Gang& gang, void* end_edge) {
+  for (const Flight& flight : gang.flights) drop_agent(flight.agent, end_edge);
+  drop_stores(gang.late_stores, end_edge);
+  for (const auto& fiber : gang.fibers) {
+    drop_stores(fiber->open_stores, end_edge);
+    for (const StoreGroup& group : fiber->store_groups) drop_stores(group.stores, end_edge);
+  }
   for (Block& block : gang.blocks) {
-    for (Warp& warp : block.warps)
-      if (warp.core.agent != nullptr) destroy_agent(warp.core.agent);
-    if (block.async.proxy != nullptr) destroy_agent(block.async.proxy);
+    for (Warp& warp : block.warps) drop_agent(warp.core.agent, end_edge);
+    drop_agent(block.async.proxy, end_edge);
   }
 }
 
