@@ -26,6 +26,13 @@ class Acting {
 
 void* create_agent() { return __tsan_create_fiber(0); }
 void destroy_agent(void* agent) { __tsan_destroy_fiber(agent); }
+void destroy_quiet_agent(void* agent) {
+  {
+    Acting acting(agent);
+    ignore_end();
+  }
+  __tsan_destroy_fiber(agent);
+}
 void agent_acquire(void* agent, void* edge) {
   Acting acting(agent);
   __tsan_acquire(edge);
@@ -53,6 +60,7 @@ void join_agent(void* agent) {
 
 void* create_agent() { return nullptr; }
 void destroy_agent(void*) {}
+void destroy_quiet_agent(void*) {}
 void agent_acquire(void*, void*) {}
 void agent_release(void*, void*) {}
 void agent_read(void*, const void* address, std::size_t bytes) { touch_read(address, bytes); }

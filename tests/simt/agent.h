@@ -9,6 +9,8 @@ namespace simt {
 /// Ordered after everything the calling thread has done so far.
 void* create_agent();
 void destroy_agent(void* agent);
+/// The same for a thread that stopped inside a Quiet scope.
+void destroy_quiet_agent(void* agent);
 void agent_acquire(void* agent, void* edge);
 void agent_release(void* agent, void* edge);
 void agent_read(void* agent, const void* address, std::size_t bytes);

@@ -120,8 +120,8 @@ bool land_one(Gang* gang);
 void async_after_exit(Fiber* fiber);
 void tensor_cores_after_exit(Fiber* fiber);
 /// Stores whose group was read, but not waited for, are written by the end of the kernel.
-void finish_stores(Gang& gang, void* end_edge);
+void finish_stores(Gang& gang);
 /// Ends what is still under way after an error.
-void drop_async(Gang& gang, void* end_edge);
+void drop_async(Gang& gang);
 
 }  // namespace simt

@@ -30,7 +30,7 @@ struct Fiber {
   Gang* gang = nullptr;
   Dim3 thread{0, 0, 0};
   unsigned linear = 0;
-  bool done = false;
+  bool started = false, done = false;
   const char* what = "";
   Where where;
   void* tsan = nullptr;
@@ -91,6 +91,7 @@ struct Gang {
   std::size_t head = 0, left = 0;
   Barrier cluster_barrier;
   Fiber main;
+  void* end_edge = nullptr;  // all work of the launch -> the host after it
   Launch shape;
   std::mt19937_64 random;
   std::string error;

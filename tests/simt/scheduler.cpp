@@ -192,7 +192,9 @@ static void run_body(Gang* gang) {
   } catch (...) {
     gang->exception = std::current_exception();
   }
-  if (gang->exception) switch_to(&gang->main);
+  if (!gang->exception) return;
+  Quiet quiet;  // as every thread that stops for good
+  switch_to(&gang->main);
 }
 
 static void fiber_entry() {
@@ -202,6 +204,7 @@ static void fiber_entry() {
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
   if (main_stack == nullptr) main_stack = bottom, main_stack_bytes = size;
 #endif
+  current->started = true;
   run_body(current->gang);
   Fiber* next;
   {
@@ -287,7 +290,11 @@ static void start_block(Gang& gang, unsigned rank, Dim3 index) {
 
 static void end_gang(Gang& gang) {
   for (auto& f : gang.fibers) {
-    SIMT_TSAN_ONLY(if (f->done) __tsan_destroy_fiber(f->tsan);)
+    if (f->started && !f->done) {
+      destroy_quiet_agent(f->tsan);
+    } else {
+      destroy_agent(f->tsan);
+    }
     release_context(f.get());
     give_stack(f->stack);
   }
@@ -308,6 +315,7 @@ static void run_gang(const Launch& shape, const std::vector<Dim3>& blocks, std::
   gang.argument = argument;
   gang.random.seed(shape.seed * 7919 + salt);
   gang.main.gang = &gang;
+  gang.end_edge = &end_edge;
   gang.blocks = std::vector<Block>(blocks.size());
   SIMT_TSAN_ONLY(gang.main.tsan = __tsan_get_current_fiber();)
   for (unsigned i = 0; i < blocks.size(); ++i) start_block(gang, i, blocks[i]);
@@ -317,11 +325,11 @@ static void run_gang(const Launch& shape, const std::vector<Dim3>& blocks, std::
   current = nullptr;
   const bool complete = gang.error.empty() && !gang.exception;
   if (complete) {
-    finish_stores(gang, &end_edge);
+    finish_stores(gang);
   } else {  // the threads stop where they are: the host goes on after them all the same
     for (const auto& f : gang.fibers) agent_release(f->tsan, &end_edge);
   }
-  drop_async(gang, &end_edge);
+  drop_async(gang);
   if (!complete) acquire(&end_edge);
   end_gang(gang);
   if (gang.exception) std::rethrow_exception(gang.exception);

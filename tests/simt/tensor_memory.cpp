@@ -169,6 +169,7 @@ bool land_one(Gang* gang) {
   if (flight.target->alive == 0)
     fail("a copy lands in the shared memory of a block that has exited");
   flight.land(flight.agent);
+  agent_release(flight.agent, gang->end_edge);
   destroy_agent(flight.agent);
   gang->flights.erase(gang->flights.begin() + static_cast<std::ptrdiff_t>(i));
   return true;
@@ -192,10 +193,10 @@ void async_after_exit(Fiber* fiber) {
     if (barrier.bytes != 0) fail("block exits while an mbarrier still counts bytes");
 }
 
-void finish_stores(Gang& gang, void* end_edge) {
+void finish_stores(Gang& gang) {
   for (Store& store : gang.late_stores) {
     write_target(store);
-    agent_release(store.writer, end_edge);
+    agent_release(store.writer, gang.end_edge);
     destroy_agent(store.writer);
   }
   gang.late_stores.clear();
@@ -214,7 +215,8 @@ static void drop_stores(const std::vector<Store>& stores, void* end_edge) {
   }
 }
 
-void drop_async(Gang& gang, void* end_edge) {
+void drop_async(Gang& gang) {
+  void* end_edge = gang.end_edge;
   for (const Flight& flight : gang.flights) drop_agent(flight.agent, end_edge);
   drop_stores(gang.late_stores, end_edge);
   for (const auto& fiber : gang.fibers) {
