@@ -1,0 +1,185 @@
+// Prints how every kernel of cuda/ is launched, without a GPU: linked with the host code of cuda/, it stands in for the
+// CUDA runtime and writes each launch down instead of carrying it out. Calls the mLSTM over problems that reach every
+// kernel, on devices with little, more and most shared memory. One line per launch, for scripts/check_kernels.py:
+//   <mangled kernel> <compute capability> <threads> <dynamic shared bytes> <blocks per cluster>
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <map>
+#include <string>
+
+#include "cuda/mlstm/mlstm.h"
+
+namespace {
+
+using xlstm::cuda::DeviceLimits;
+using xlstm::cuda::Dtype;
+using xlstm::cuda::MlstmProblem;
+using xlstm::cuda::View;
+
+std::map<const void*, std::string>& kernel_names() {
+  static std::map<const void*, std::string> names;
+  return names;
+}
+DeviceLimits device;
+
+/// Never read or written: an address that passes for device memory.
+void* address(int index) { return reinterpret_cast<void*>((uintptr_t{1} << 40) * (index + 1)); }
+template <class T>
+T* array(int index) {
+  return static_cast<T*>(address(index));
+}
+
+View view(int index, const MlstmProblem& p, int64_t width) {
+  return {address(index), p.time * p.num_heads * width, p.num_heads * width, width, 1};
+}
+
+xlstm::cuda::MlstmInputs inputs(const MlstmProblem& p, bool states) {
+  xlstm::cuda::MlstmInputs in;
+  in.q = view(0, p, p.dqk);
+  in.k = view(1, p, p.dqk);
+  in.v = view(2, p, p.dv);
+  in.igate = view(3, p, 1);
+  in.fgate = view(4, p, 1);
+  if (states) {
+    in.c0 = array<const float>(5);
+    in.n0 = array<const float>(6);
+    in.m0 = array<const float>(7);
+  }
+  return in;
+}
+
+void call_chunkwise(const MlstmProblem& p, bool states) {
+  xlstm::cuda::MlstmForward forward;
+  forward.in = inputs(p, states);
+  forward.h = view(8, p, p.dv);
+  forward.product = array<float>(9);
+  xlstm::cuda::MlstmBackward backward;
+  backward.in = forward.in;
+  backward.h = forward.h;
+  backward.product = forward.product;
+  backward.dh = view(10, p, p.dv);
+  backward.dq = view(11, p, p.dqk);
+  backward.dk = view(12, p, p.dqk);
+  backward.dv = view(13, p, p.dv);
+  backward.digate = view(14, p, 1);
+  backward.dfgate = view(15, p, 1);
+  if (states) {
+    forward.c = array<float>(16), forward.n = array<float>(17), forward.m = array<float>(18);
+    backward.dc = forward.c, backward.dn = forward.n;
+    backward.dc0 = array<float>(19), backward.dn0 = array<float>(20);
+  }
+  xlstm::cuda::mlstm_forward(p, device, forward, address(21), nullptr);
+  xlstm::cuda::mlstm_backward(p, device, backward, address(21), nullptr);
+}
+
+void call_step(MlstmProblem p) {
+  p.time = 1;
+  xlstm::cuda::MlstmStep step;
+  const xlstm::cuda::MlstmInputs in = inputs(p, false);
+  step.q = in.q, step.k = in.k, step.v = in.v, step.igate = in.igate, step.fgate = in.fgate;
+  step.h = view(8, p, p.dv);
+  step.c = array<float>(5), step.n = array<float>(6), step.m = array<float>(7);
+  xlstm::cuda::mlstm_step(p, step, nullptr);
+}
+
+void call_all(Dtype dtype) {
+  constexpr int64_t kSizes[] = {16, 64, 128, 256, 512};
+  for (const int64_t dqk : kSizes) {
+    for (const int64_t dv : kSizes) {
+      for (const int64_t batch : {1, 128}) {  // few sequences are cut into segments
+        for (const bool two_phase : {false, true}) {
+          MlstmProblem p;
+          p.batch = p.num_sequences = batch;
+          p.time = 4096;
+          p.num_heads = 4;
+          p.dqk = dqk;
+          p.dv = dv;
+          p.dtype = dtype;
+          p.two_phase = two_phase;
+          for (const Dtype gates : {Dtype::kFloat32, dtype}) {
+            p.igate_dtype = p.fgate_dtype = gates;
+            for (const bool sigmoid : {false, true}) {
+              p.sigmoid_input_gate = sigmoid;
+              p.normalize = !sigmoid;
+              call_chunkwise(p, sigmoid);
+              call_step(p);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+CUresult encode_tensor_map(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                           const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                           CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                           CUtensorMapFloatOOBfill) {
+  return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+// What the host code of cuda/ uses of the CUDA runtime, and what nvcc's registration code calls.
+extern "C" {
+
+void** __cudaRegisterFatBinary(void*) {
+  static void* handle;
+  return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, uint3*, uint3*,
+                            dim3*, dim3*, int*) {
+  kernel_names()[stub] = name;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
+  return cudaErrorNotSupported;  // <<<>>> is not used: prim::launch alone launches
+}
+char __cudaInitModule(void**) { return 1; }
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
+  return cudaErrorNotSupported;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
+      cluster = config->attrs[i].val.clusterDim.x;
+  std::printf("%s %d %u %zu %u\n", kernel_names().at(kernel).c_str(), device.compute_capability,
+              config->blockDim.x, config->dynamicSmemBytes, cluster);
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "not supported here"; }
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  *function = reinterpret_cast<void*>(&encode_tensor_map);
+  *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+}  // extern "C"
+
+int main() {
+  constexpr DeviceLimits kDevices[] = {
+      {80, 108, 163 * 1024}, {86, 84, 99 * 1024}, {90, 132, 227 * 1024}};
+  try {
+    for (const DeviceLimits& each : kDevices) {
+      device = each;
+      for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32})
+        call_all(dtype);
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "compute capability %d: %s\n", device.compute_capability, error.what());
+    return EXIT_FAILURE;
+  }
+  return EXIT_SUCCESS;
+}
