@@ -1,0 +1,52 @@
+#pragma once
+// Shared by the state and out kernels: the layout of the states in memory, and where chunks lie.
+#include "cuda/mlstm/mlstm_tiles.cuh"
+
+namespace xlstm::cuda {
+
+constexpr int kTwoPhaseThreads = 256;
+constexpr int kBlockTokens = 64;  // of a chunk that are in shared memory at a time
+
+PRIM_FUNCTION constexpr int32_t padded(int32_t width) { return divide_up(width, 64) * 64; }
+
+/// First number of a plane of the state of a slot: rows of padded(dv) numbers.
+template <int kPlanes>
+DEVICE_FUNCTION int64_t state_offset(const Chunks& c, int head, int slot, int plane, int dqk,
+                                     int dv) {
+  const int64_t matrix = (int64_t{head} * c.slots + slot) * kPlanes + plane;
+  return matrix * padded(dqk) * padded(dv);
+}
+
+struct alignas(16) Piece {
+  u32 x[4];
+};
+
+/// The four lanes of a quad hold x[tile] of four neighbouring 8-column tiles, two numbers each; afterwards lane i holds
+/// the eight numbers of tile i in order.
+DEVICE_FUNCTION void transpose_quad(u32 (&x)[4]) {
+  const u32 lane = prim::thread_idx().x % 4;
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = (lane & static_cast<u32>(distance)) != 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int low = distance == 1 ? 2 * i : i, high = low + distance;
+      const u32 other = prim::shfl_xor(upper ? x[low] : x[high], static_cast<u32>(distance));
+      x[low] = upper ? other : x[low];
+      x[high] = upper ? x[high] : other;
+    }
+  }
+}
+
+/// Tiles in flight that give two blocks per multiprocessor, else as many as fit. `bytes(stages)`: of one block.
+template <class Bytes>
+int choose_stages(int most, Bytes bytes, const DeviceLimits& device) {
+  constexpr size_t kReserved = 1024;  // that the device keeps of every block
+  for (const size_t blocks : {2, 1}) {
+    for (int stages = most; stages >= 2; --stages)
+      if (blocks * (bytes(stages) + kReserved) <= device.shared_bytes + kReserved) return stages;
+  }
+  return 2;
+}
+
+}  // namespace xlstm::cuda
