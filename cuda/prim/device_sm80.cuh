@@ -16,6 +16,10 @@ PRIM_DEVICE unsigned char* dynamic_shared() {
 }
 PRIM_DEVICE u32 shared_u32(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
+PRIM_DEVICE void require_aligned(const void* shared, u32 bytes) {
+  if (shared_u32(shared) % bytes != 0) __trap();
+}
+
 PRIM_DEVICE void sync_block() { __syncthreads(); }
 PRIM_DEVICE void named_sync(u32 id, u32 threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -20,6 +20,9 @@ Dim3 grid_dim();
 unsigned char* dynamic_shared();
 /// Address within the block's shared window; the pointer must lie there.
 u32 shared_u32(const void* pointer);
+/// Ends the kernel when that place of shared memory is not at a multiple of `bytes` of the shared window: swizzled
+/// tiles want 1024.
+void require_aligned(const void* shared, u32 bytes);
 
 // Barriers, shuffles, votes -------------------------------------------------------------------------------------------
 void sync_block(Where where = Where::current());

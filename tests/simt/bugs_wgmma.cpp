@@ -26,8 +26,8 @@ struct State {
 constexpr Operand kOperand{false, Swizzle::k32, 64, 16};
 
 struct Flaws {
-  bool fence_proxy = true, swizzle = true;
-  u32 shared_offset = 0, threads = 128;
+  bool swizzle = true;
+  u32 fencing_warps = 4, shared_offset = 0, threads = 128;
 };
 
 /// Fills shared memory and the fragment of A, then `body(state, thread)` multiplies into state.d.
@@ -46,7 +46,7 @@ void multiply(const Flaws& flaws, std::uint64_t seed, Body body) {
              shared_tile()[at] = a.data[i];
              shared_tile()[1024 + at] = b.data[i];
            }
-           if (flaws.fence_proxy) prim::fence_proxy_async();
+           if (t / 32 < flaws.fencing_warps) prim::fence_proxy_async();
            prim::sync_block();
            State state{};
            for (u32 r = 0; r < 4 && t < 128; ++r) {
@@ -73,9 +73,10 @@ const auto kPlain = [](State& s, u32) {
   finish();
 };
 
-void no_fence_proxy(std::uint64_t seed) {
+template <u32 kWarps>
+void fence_proxy_by(std::uint64_t seed) {
   Flaws flaws;
-  flaws.fence_proxy = false;
+  flaws.fencing_warps = kWarps;
   multiply(flaws, seed, kPlain);
 }
 void not_swizzled(std::uint64_t seed) {
@@ -87,6 +88,11 @@ void misaligned_window(std::uint64_t seed) {
   Flaws flaws;
   flaws.shared_offset = 128;
   multiply(flaws, seed, kPlain);
+}
+void alignment_required(std::uint64_t seed) {
+  Flaws flaws;
+  flaws.shared_offset = 128;
+  multiply(flaws, seed, [](State&, u32) { prim::require_aligned(shared_tile(), 1024); });
 }
 void two_warps(std::uint64_t seed) {
   Flaws flaws;
@@ -272,7 +278,9 @@ void refill_before_wait(std::uint64_t seed) {
 }
 
 const Planted kBugs[] = {
-    {"no fence.proxy.async before wgmma", no_fence_proxy, "wrong values", true},
+    {"no fence.proxy.async before wgmma", fence_proxy_by<0>, "wrong values", true},
+    {"no fence.proxy.async in one warp", fence_proxy_by<3>, nullptr, true},
+    {"alignment required", alignment_required, "not aligned to 1024"},
     {"tile not swizzled", not_swizzled, "wrong values"},
     {"tile at a multiple of 128", misaligned_window, "must begin on a multiple of 256"},
     {"wgmma by two warps", two_warps, "no four warps"},

@@ -38,6 +38,7 @@ struct List {
 List<Case> sm80_cases();
 List<Case> layout_cases();
 List<Case> sm90_cases();
+List<Case> tensor_cases();
 List<Case> wgmma_cases();
 List<Planted> sm80_bugs();
 List<Planted> access_bugs();

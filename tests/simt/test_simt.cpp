@@ -41,7 +41,8 @@ void all_reported(const List<Planted>& list) {
 
 TEST_CASE("barriers, shuffles, copies, clusters") { all_correct(simt_test::sm80_cases()); }
 TEST_CASE("fragment layouts") { all_correct(simt_test::layout_cases()); }
-TEST_CASE("mbarriers and tensor copies") { all_correct(simt_test::sm90_cases()); }
+TEST_CASE("mbarriers and clusters") { all_correct(simt_test::sm90_cases()); }
+TEST_CASE("tensor copies") { all_correct(simt_test::tensor_cases()); }
 TEST_CASE("wgmma") { all_correct(simt_test::wgmma_cases()); }
 TEST_CASE("planted bugs of synchronisation are reported") { all_reported(simt_test::sm80_bugs()); }
 TEST_CASE("planted bugs of access are reported") { all_reported(simt_test::access_bugs()); }

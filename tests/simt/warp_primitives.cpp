@@ -43,6 +43,12 @@ u32 shared_u32(const void* pointer) {
   return simt::shared_address(pointer, 1);
 }
 
+void require_aligned(const void* shared, u32 bytes) {
+  Quiet quiet;
+  if (simt::shared_address(shared, 1) % bytes != 0)
+    simt::fail("shared memory is not aligned to " + std::to_string(bytes) + " bytes");
+}
+
 // The destination holds NaN from the issue to the wait, so early readers see it and early writers are overwritten.
 static void cp_async(void* dst, const void* src, unsigned bytes, unsigned valid, const char* what) {
   Quiet quiet;

@@ -1,6 +1,5 @@
 // wgmma. Every warp computes its own 16 rows when it waits: hardware orders nothing between the four.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "cuda/prim/host.h"
