@@ -27,12 +27,12 @@ DEVICE_FUNCTION float plus_lane(float x, u32 lanes) {
   return x + prim::float_of(prim::shfl_xor(prim::bits_of(x), lanes));
 }
 
-struct alignas(16) Bytes16 {
+struct alignas(16) Vector16 {
   u32 words[4];
 };
 
 /// A 4x4 transposition among the four lanes of a quad: lane t's words[i] becomes lane i's words[t].
-DEVICE_FUNCTION void transpose_quad(u32 (&words)[4]) {
+DEVICE_FUNCTION void exchange_in_quad(u32 (&words)[4]) {
   const u32 t = prim::thread_idx().x % 4;
 #pragma unroll
   for (u32 bit = 1; bit < 4; bit *= 2) {
@@ -68,8 +68,9 @@ DEVICE_FUNCTION Pair<kPlanes> load_pair(const Operand& x, int64_t from, int left
       return pair;
     }
   }
-  const float low = left > 0 ? load_number(x.data, from, x.dtype) : 0.0F;
-  const float high = left > 1 ? load_number(x.data, from + x.inner, x.dtype) : 0.0F;
+  const Dtype dtype = kPlanes == 1 ? Dtype::kBFloat16 : x.dtype;
+  const float low = left > 0 ? load_number(x.data, from, dtype) : 0.0F;
+  const float high = left > 1 ? load_number(x.data, from + x.inner, dtype) : 0.0F;
   if constexpr (kPlanes == 1) {
     pair.words[0] = prim::pack_bf16x2(low, high);
   } else {
@@ -127,15 +128,11 @@ class Sweep {
         warp(thread / 32),
         group(thread % 32 / 4),
         quad(thread % 4) {
-    const int tiles = divide_up(p.x.width, kDX);
-    int block = static_cast<int>(prim::block_idx().x);
-    tile = block % tiles;
-    item = block / tiles;
-    segment = item % p.chunks.segments;
-    sequence_head = item / p.chunks.segments;
-    head = sequence_head % p.chunks.num_heads;
-    range = sequence_at(p.chunks, sequence_head / p.chunks.num_heads);
-    chunks = segment_at(p.chunks, range, segment);
+    tile = static_cast<int>(prim::block_idx().x) % tiles();
+    const int sequence = sequence_head() / p.chunks.num_heads;
+    head = sequence_head() - sequence * p.chunks.num_heads;
+    range = sequence_at(p.chunks, sequence);
+    chunks = segment_at(p.chunks, range, segment());
     columns = p.x.width - tile * kDX;
     depth = divide_up(p.a.width, 16) * 16;
   }
@@ -163,6 +160,11 @@ class Sweep {
 
  private:
   // Where ---------------------------------------------------------------------------------------------------------------
+  // The first four are asked for before and after the chunks: cheaper to work out again than to keep in registers.
+  DEVICE_FUNCTION int tiles() const { return divide_up(p.x.width, kDX); }
+  DEVICE_FUNCTION int item() const { return static_cast<int>(prim::block_idx().x) / tiles(); }
+  DEVICE_FUNCTION int segment() const { return item() % p.chunks.segments; }
+  DEVICE_FUNCTION int sequence_head() const { return item() / p.chunks.segments; }
   DEVICE_FUNCTION int chunk_at(int i) const {
     return kReverse ? chunks.end - 1 - i : chunks.begin + i;
   }
@@ -253,24 +255,24 @@ class Sweep {
 #pragma unroll
     for (int c = 0; c < kNWidth / 64; ++c) n[c][0] = n[c][1] = 0;
     if (p.start_c != nullptr) {
-      const float* start = p.start_c + static_cast<int64_t>(item) * p.dqk * p.dv;
+      const float* start = p.start_c + static_cast<int64_t>(item()) * p.dqk * p.dv;
       for_state([start](float& x, int64_t at) { x = start[at]; });
     }
     if (kHasN && p.start_n != nullptr) {
-      const float* start = p.start_n + static_cast<int64_t>(item) * p.dqk;
+      const float* start = p.start_n + static_cast<int64_t>(item()) * p.dqk;
       for_n([start](float& x, int at) { x = start[at]; });
     }
   }
 
   DEVICE_FUNCTION void store_state() {
-    if (segment != (kReverse ? 0 : p.chunks.segments - 1)) return;
+    if (segment() != (kReverse ? 0 : p.chunks.segments - 1)) return;
     if (p.end_c != nullptr) {
-      float* end = p.end_c + static_cast<int64_t>(sequence_head) * p.dqk * p.dv;
+      float* end = p.end_c + static_cast<int64_t>(sequence_head()) * p.dqk * p.dv;
       for_state([end](float x, int64_t at) { end[at] = x; });
     }
     // Eight lanes hold the same numbers of n, and with kH all tiles do.
     if (kHasN && p.end_n != nullptr && group == 0 && (kTransposed || tile == 0)) {
-      float* end = p.end_n + static_cast<int64_t>(sequence_head) * p.dqk;
+      float* end = p.end_n + static_cast<int64_t>(sequence_head()) * p.dqk;
       for_n([end](float x, int at) { end[at] = x; });
     }
   }
@@ -300,9 +302,9 @@ class Sweep {
         } else {
           bf16 parts[3];
           split_exactly(n[c][e], parts);
-          const Bytes16 row = {
+          const Vector16 row = {
               {parts[0].bits | static_cast<u32>(parts[1].bits) << 16, parts[2].bits, 0, 0}};
-          *reinterpret_cast<Bytes16*>(s.n_parts[col]) = row;
+          *reinterpret_cast<Vector16*>(s.n_parts[col]) = row;
         }
       }
   }
@@ -473,24 +475,32 @@ class Sweep {
   /// P = scale (scores + z) D to shared memory; with kH also the row sums that make up the normaliser's product.
   DEVICE_FUNCTION void finish_scores(Stage& stage, ScoreTile& scores) {
     float sums[2][2] = {};
+    // Read before the stores to P, which could alias.
+    const GateRecord* at = &stage.records[score_column(0)];
+    const GateRecord others[2][2] = {{at[0], at[1]}, {at[8], at[9]}};
+    float z[2][2] = {};
+    if constexpr (kUse == Use::kDk) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) z[i / 2][i % 2] = stage.z[score_column(i / 2) + i % 2];
+    }
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = out_row(m, half);
-        const GateRecord& gates = stage.records[row];
+        const GateRecord gates = stage.records[row];
+        const float z_row = kUse == Use::kDq ? stage.z[row] : 0.0F;
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           float values[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int col = score_column(t) + e;
-            const GateRecord& other = stage.records[col];
-            const float d =
-                kReverse ? decay(other, col, gates, row) : decay(gates, row, other, col);
+            const float d = kReverse ? decay(others[t][e], col, gates, row)
+                                     : decay(gates, row, others[t][e], col);
             float score = scores[m][t][2 * half + e];
-            if constexpr (kUse == Use::kDq) score += stage.z[row];
-            if constexpr (kUse == Use::kDk) score += stage.z[col];
+            if constexpr (kUse == Use::kDq) score += z_row;
+            if constexpr (kUse == Use::kDk) score += z[t][e];
             values[e] = score * (p.scale * d);
             if constexpr (kUse == Use::kH) sums[m][half] += values[e];
           }
@@ -639,19 +649,19 @@ class Sweep {
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int first = 0; first < 2; first += kHalves) {
-        Bytes16 piece;
+        Vector16 piece;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int t = j % kPerRow, half = first + j / kPerRow;
           piece.words[j] = prim::pack_bf16x2(out[m][t][2 * half], out[m][t][2 * half + 1]);
         }
-        transpose_quad(piece.words);
+        exchange_in_quad(piece.words);
         const int row = out_row(m, first + quad / kPerRow);
         const int col = warp % 4 * (kDX / 4) + 8 * (quad % kPerRow);
         if (row >= rows || col >= columns) continue;
         bf16* to = data + base + row * p.out.time + col;
         if (columns - col >= 8) {
-          *reinterpret_cast<Bytes16*>(to) = piece;
+          *reinterpret_cast<Vector16*>(to) = piece;
           continue;
         }
 #pragma unroll
@@ -674,8 +684,8 @@ class Sweep {
           for (int e = 0; e < 2; ++e) {
             const int col = out_column(t) + e;
             if (col < columns)
-              store_number(p.out.data, from + col * p.out.inner, p.out.dtype,
-                           out[m][t][2 * half + e]);
+              store_number(p.out.data, from + col * p.out.inner,
+                           kPlanes == 1 ? Dtype::kBFloat16 : p.out.dtype, out[m][t][2 * half + e]);
           }
       }
   }
@@ -683,7 +693,7 @@ class Sweep {
   const SweepParams& p;
   Shared& s;
   const int thread, warp, group, quad;  ///< group and quad: row and column of a lane in a fragment
-  int tile, item, segment, sequence_head, head, columns, depth;
+  int tile, head, columns, depth;
   SequenceRange range;
   SegmentRange chunks;
   float state[kStateRows][kStateTiles][4];

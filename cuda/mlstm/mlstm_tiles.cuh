@@ -79,7 +79,8 @@ DEVICE_FUNCTION int64_t token_offset(const Operand& x, int batch, int64_t token,
 }
 
 /// Rows [0, rows) of an operand, columns from `col`, into a tile; everything else becomes zero. `base`: token_offset of
-/// row 0. With one plane and `vector` the copies are asynchronous: the caller commits and waits. All threads of the block.
+/// row 0. With one plane the operand is bfloat16, and with `vector` the copies are asynchronous: the caller commits and waits.
+/// All threads of the block.
 template <int kThreads, int kRows, int kCols, int kPlanes>
 DEVICE_FUNCTION void load_tile(Tile<kRows, kCols, kPlanes>& tile, const Operand& x, int64_t base,
                                int rows, int col) {
@@ -95,13 +96,16 @@ DEVICE_FUNCTION void load_tile(Tile<kRows, kCols, kPlanes>& tile, const Operand&
       const bf16* data = static_cast<const bf16*>(x.data);
       const bf16* from = data + (valid > 0 ? base + first * x.time + col + c : 0);
       const int64_t step = valid > 0 ? kStep * x.time : 0;
+      if (rows >= kRows) {
 #pragma unroll
-      for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i, from += step) {
-        const int row = first + i * kStep;
-        if (kRows % kStep != 0 && row >= kRows) break;
-        const bool inside = row < rows;
-        prim::cp_async16(tile.at(0, row, c), inside ? from : data,
-                         static_cast<u32>(inside ? 2 * valid : 0));
+        for (int row = 0; row < kRows; row += kStep, from += step)
+          if (kRows % kStep == 0 || first + row < kRows)
+            prim::cp_async16(tile.at(0, first + row, c), from, static_cast<u32>(2 * valid));
+      } else {
+#pragma unroll 1
+        for (int row = first; row < kRows; row += kStep, from += step)
+          prim::cp_async16(tile.at(0, row, c), row < rows ? from : data,
+                           static_cast<u32>(row < rows ? 2 * valid : 0));
       }
       return;
     }
@@ -110,12 +114,19 @@ DEVICE_FUNCTION void load_tile(Tile<kRows, kCols, kPlanes>& tile, const Operand&
   for (int row = first; row < kRows; row += kStep) {
     const int count = row < rows ? valid : 0;
     const int64_t from = base + row * x.time + (col + c) * x.inner;
+    if constexpr (kPlanes == 1) {
+      const u16* data = static_cast<const u16*>(x.data);
+#pragma unroll 1
+      for (int i = 0; i < 8; ++i)
+        tile.at(0, row, c + i)->bits = i < count ? data[from + i * x.inner] : u16{0};
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const float low = i < count ? load_number(x.data, from + i * x.inner, x.dtype) : 0.0F;
-      const float high =
-          i + 1 < count ? load_number(x.data, from + (i + 1) * x.inner, x.dtype) : 0.0F;
-      store_pair(tile, row, c + i, low, high);
+      for (int i = 0; i < 8; i += 2) {
+        const float low = i < count ? load_number(x.data, from + i * x.inner, x.dtype) : 0.0F;
+        const float high =
+            i + 1 < count ? load_number(x.data, from + (i + 1) * x.inner, x.dtype) : 0.0F;
+        store_pair(tile, row, c + i, low, high);
+      }
     }
   }
 }

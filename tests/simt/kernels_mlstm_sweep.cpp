@@ -22,6 +22,7 @@ using Numbers = std::vector<double>;
 const DeviceLimits kAmpere{80, 108, 163 * 1024};
 const DeviceLimits kSmall{86, 82, 99 * 1024};  // one stage where two do not fit
 const DeviceLimits kHopper{90, 132, 227 * 1024};
+const DeviceLimits kTiny{80, 1, 64 * 1024};  // one stage even of the smallest tile
 
 enum class Order { kDense, kAligned, kUnaligned, kInner };
 
@@ -617,21 +618,37 @@ void widths(uint64_t seed) {
     };
     heads(64, 64);
     heads(80, 128);
-    if (simt::build_kind() == simt::Build::kThread) continue;
     heads(128, 256);
     heads(256, 128);
     heads(20, 200);
   }
 }
 
+/// Every barrier counts in these: one and two stages, asynchronous and plain loads, several chunks and column tiles.
+void few(uint64_t seed) {
+  Setting s = {
+      .name = "two stages", .time = 200, .dqk = 16, .dv = 16, .states = true, .resets = true};
+  run(s, seed);
+  s.name = "one stage", s.device = kTiny;
+  run(s, seed);
+  s.name = "plain loads", s.device = kAmpere, s.order = Order::kUnaligned;
+  run(s, seed);
+  s.name = "two planes", s.dtype = kF32;
+  run(s, seed);
+  s.name = "column tiles", s.order = Order::kDense, s.dqk = 80, s.dtype = kBf16;
+  run(s, seed);
+}
+
 }  // namespace
 
 List<Case> mlstm_sweep_cases() {
   static const Case cases[] = {
-      {"sweep: lengths", lengths}, {"sweep: gates", gates},         {"sweep: resets", resets},
-      {"sweep: orders", orders},   {"sweep: sequences", sequences}, {"sweep: widths", widths},
+      {"sweep: few shapes", few}, {"sweep: lengths", lengths}, {"sweep: gates", gates},
+      {"sweep: resets", resets},  {"sweep: orders", orders},   {"sweep: sequences", sequences},
+      {"sweep: widths", widths},
   };
-  return {cases, sizeof(cases) / sizeof(cases[0])};
+  const bool is_slow = simt::build_kind() == simt::Build::kThread;
+  return {cases, is_slow ? 1 : sizeof(cases) / sizeof(cases[0])};
 }
 
 }  // namespace simt_test
