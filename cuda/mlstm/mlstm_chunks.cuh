@@ -22,6 +22,34 @@ DEVICE_FUNCTION SequenceRange sequence_at(const Chunks& c, int32_t sequence) {
   return {0, begin, length, begin / c.length + sequence, divide_up(length, c.length)};
 }
 
+struct SlotRange {
+  SequenceRange sequence;
+  int32_t chunk;  ///< of the sequence
+  bool used;
+};
+
+/// The chunk that a slot holds, if any.
+DEVICE_FUNCTION SlotRange slot_at(const Chunks& c, int32_t slot) {
+  int32_t low = 0,
+          high = c.num_sequences;  // the last sequence in [low, high) with first_slot <= slot
+  if (c.cu_seqlens == nullptr) {
+    low = slot / divide_up(c.time, c.length);
+    if (low >= c.num_sequences) return {{}, 0, false};
+  } else {
+    while (high - low > 1) {
+      const int32_t middle = (low + high) / 2;
+      if (c.cu_seqlens[middle] / c.length + middle <= slot) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+  }
+  const SequenceRange sequence = sequence_at(c, low);
+  const int32_t chunk = slot - sequence.first_slot;
+  return {sequence, chunk, chunk < sequence.num_chunks};
+}
+
 /// Chunks [begin, end) of segment `segment`.
 struct SegmentRange {
   int32_t begin, end;
