@@ -1,10 +1,13 @@
 """The peers of the benchmarks, each called through its own public interface. Nothing of theirs is contained here."""
 
 import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional as F
 
-PACKAGES = ["libxlstm", "xlstm", "mlstm_kernels", "flashrnn", "transformers"]
+PACKAGES = ["libxlstm", "xlstm", "mlstm_kernels", "flashrnn", "transformers", "flash-linear-attention", "triton"]
 
 
 def versions() -> dict:
@@ -121,3 +124,99 @@ def xlstm_training_step(vocab, dim, blocks, slstm_at, ids, targets):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     return _step(model, optimizer,
                  lambda: torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten()))
+
+
+# ---- GPU -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Operator:
+    """A function of (q, k, v, igate, fgate, **options) -> h beside which ours is timed."""
+
+    name: str
+    function: Callable
+    kind: str  # what it computes: exp | sigmoid | sigmoid plain (no normaliser) | decay (neither input gate nor normaliser) | attention
+    heads_first: bool = True  # tensors (B,NH,T,D), else (B,T,NH,D)
+    chunk_sizes: list = field(default_factory=lambda: [None])
+    shape: tuple | None = None  # (NH, DQK, DV) where it does not take the case's
+
+
+def mlstm_operators(device: torch.device) -> tuple[list, dict]:
+    """What can be imported here, and why the others cannot: [Operator], {name: reason}."""
+    absent = {}
+    found = []
+    makers = ([_triton_mlstm, _simple_gla, _attention] if device.type == "cuda" else [_native_mlstm])
+    for make in makers:
+        try:
+            found += make()
+        except Exception as error:  # a peer that fails to import in whatever way is absent
+            absent[make.__name__.lstrip("_")] = f"{type(error).__name__}: {error}"
+    return found, absent
+
+
+def _native_mlstm():
+    from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_autograd as native
+
+    def run(q, k, v, i, f, chunk_size):
+        return native(q, k, v, i, f, chunk_size=chunk_size)
+
+    return [Operator("mlstm_kernels native", run, "exp", chunk_sizes=[32, 64])]
+
+
+def _triton_mlstm():
+    from mlstm_kernels.torch import get_mlstm_kernel
+
+    def make(name, **options):
+        function = get_mlstm_kernel(f"chunkwise--{name}")
+        return lambda q, k, v, i, f, chunk_size: function(
+            q, k, v, i, f, chunk_size=chunk_size, autocast_kernel_dtype=q.dtype, **options)
+
+    sizes = [64, 128, 256, 512]
+    return [
+        Operator("mlstm_kernels xl_chunk", make("triton_xl_chunk"), "exp", chunk_sizes=sizes),
+        Operator("mlstm_kernels limit_chunk", make("triton_limit_chunk"), "exp", chunk_sizes=[64]),
+        Operator("mlstm_kernels siging", make("triton_xl_chunk_siging", normalize=True), "sigmoid", chunk_sizes=sizes),
+        Operator("mlstm_kernels siging, no norm", make("triton_xl_chunk_siging", normalize=False), "sigmoid plain",
+                 chunk_sizes=sizes),
+    ]
+
+
+def _simple_gla():
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def run(q, k, v, i, f):
+        return chunk_simple_gla(q=q, k=k, v=v, g=F.logsigmoid(f))[0]
+
+    return [Operator("fla simple_gla", run, "decay", heads_first=False)]
+
+
+def _attention():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def make(backend):
+        def run(q, k, v, i, f):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return run
+
+    return [Operator(f"attention, {name}", make(backend), "attention", shape=(32, 128, 128))
+            for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION))]
+
+
+def mlstm_steps(device: torch.device) -> tuple[list, dict]:
+    """[(name, function(q, k, v, i, f, state, spare))], {name: reason}; state and spare are (c, n, m) with m (B,NH,1)."""
+    try:
+        if device.type == "cuda":
+            from mlstm_kernels.torch.recurrent.triton_step import mlstm_recurrent_step__triton as step
+
+            def run(q, k, v, i, f, state, spare):
+                return step(q, k, v, i[..., None], f[..., None], *state, matC_new=spare[0], vecN_new=spare[1],
+                            scaM_new=spare[2])[0]
+
+            return [("mlstm_kernels triton step", run)], {}
+        from mlstm_kernels.torch.recurrent.native_step import mlstm_recurrent_step__native as native
+    except Exception as error:
+        return [], {"mlstm_kernels step": f"{type(error).__name__}: {error}"}
+    return [("mlstm_kernels native step",
+             lambda q, k, v, i, f, state, spare: native(q, k, v, i[..., None], f[..., None], *state)[0])], {}

@@ -1,0 +1,196 @@
+"""The mLSTM operators on a GPU against float64 on the CPU. Needs torch and the operators alone; exit 1 on a difference.
+
+    python scripts/gpu_ops.py [--small] [--device cuda] [--json FILE]
+
+Forward, all gradients, final states and the decoding step: every kernel family (fused sweep, state and out kernels, time
+segments), three number types, both input gates, resets, packed sequences, strided inputs, head sizes that are padded.
+--small takes a few short cases, for compute-sanitizer. Prints one line per case that fails, and a summary.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+NAMES = ("q", "k", "v", "igate", "fgate")
+# Largest ||got - wanted|| / ||wanted||: usual, and of the forget gate and n0, whose gradients are sums over tokens in
+# which much cancels.
+SUMS = ("dfgate", "dn0")
+LIMITS = {torch.bfloat16: (5e-3, 1e-2), torch.float16: (5e-3, 1e-2), torch.float32: (2e-5, 2e-5)}
+
+
+@dataclass(frozen=True)
+class Case:
+    time: int
+    dqk: int
+    dv: int
+    dtype: torch.dtype = torch.bfloat16
+    batch: int = 2
+    heads: int = 2
+    sigmoid: bool = False
+    normalize: bool = True
+    states: bool = False
+    reset: bool = False
+    packed: tuple = ()  # lengths of the sequences in one row
+    strided: bool = False
+    chunk_size: int = 0
+
+    def title(self):
+        said = [f"T={self.time} ({self.dqk},{self.dv}) {str(self.dtype).removeprefix('torch.')} B={self.batch}"]
+        said += [word for word in ("sigmoid", "states", "reset", "strided") if getattr(self, word)]
+        said += ["no norm"] * (not self.normalize) + [f"packed {self.packed}"] * bool(self.packed)
+        return " ".join(said + [f"chunk {self.chunk_size}"] * bool(self.chunk_size))
+
+
+def all_cases():
+    bf16, f16, f32 = LIMITS
+    for dtype in LIMITS:
+        for time in (1, 17, 63, 64, 65, 127, 200):
+            yield Case(time, 64, 64, dtype)
+            yield Case(time, 64, 128, dtype, states=True, sigmoid=time % 2 == 0)
+        for dqk, dv in ((16, 16), (24, 80), (128, 128), (128, 256), (256, 128), (192, 192), (256, 512)):
+            yield Case(200, dqk, dv, dtype, states=True)
+            yield Case(129, dqk, dv, dtype, sigmoid=True, normalize=dqk != 128)
+        yield Case(200, 128, 128, dtype, reset=True, states=True)
+        yield Case(321, 64, 256, dtype, reset=True, sigmoid=True, strided=True)
+        yield Case(331, 128, 64, dtype, batch=1, packed=(64, 1, 130, 136), states=True)
+        yield Case(331, 256, 256, dtype, batch=1, packed=(64, 1, 130, 136), reset=True)
+        yield Case(4096, 64, 64, dtype, batch=1, heads=1, states=True)  # cut into time segments
+        yield Case(3000, 256, 256, dtype, batch=1, heads=1, states=True)
+        yield Case(300, 256, 256, dtype, chunk_size=64)
+    for dims in ((384, 384), (512, 512), (1024, 1024), (1280, 1280)):
+        yield Case(130, *dims, bf16, batch=1, states=True)
+        yield Case(70, *dims, f32, batch=1, heads=1)
+
+
+def small_cases():
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Case(130, 64, 64, dtype, batch=1, states=True)
+        yield Case(70, 128, 128, dtype, batch=1, reset=True, sigmoid=True)
+        yield Case(130, 256, 192, dtype, batch=1, heads=1, states=True)
+        yield Case(70, 24, 80, dtype, batch=1, heads=1, strided=True)
+        yield Case(131, 64, 64, dtype, batch=1, heads=1, packed=(64, 1, 66))
+        yield Case(600, 64, 64, dtype, batch=1, heads=1)  # segments
+
+
+def make(case, seed):
+    """q, k, v, igate, fgate, their states or None, weights of h and of the states; CPU, in the case's number type."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes, dtype=case.dtype):
+        return torch.randn(*sizes, generator=generator).to(dtype)
+
+    batch, time, heads = case.batch, case.time, case.heads
+    tensors = [draw(batch, time, heads, width) for width in (case.dqk, case.dqk, case.dv)]
+    tensors += [draw(batch, time, heads, dtype=torch.float32) + shift for shift in (-1.0, 2.0)]
+    count = len(case.packed) or batch
+    sizes = [(count, heads, case.dqk, case.dv), (count, heads, case.dqk), (count, heads)]
+    states = [draw(*s, dtype=torch.float32) for s in sizes]
+    weights = [draw(batch, time, heads, case.dv), *(draw(*s, dtype=torch.float32) for s in sizes[:2])]
+    return tensors, states if case.states else None, weights
+
+
+def options_of(case, device):
+    options = {"input_gate": "sigmoid" if case.sigmoid else "exp", "normalize": case.normalize, "chunk_size": case.chunk_size}
+    if case.reset:
+        marks = torch.rand(case.batch, case.time, generator=torch.Generator().manual_seed(3)) < 0.03
+        options["reset"] = marks.to(device)
+    if case.packed:
+        ends = torch.tensor([0, *case.packed]).cumsum(0)
+        options["cu_seqlens"] = ends.to(torch.int32).to(device)
+    return options
+
+
+def run(case, tensors, states, weights, device, dtype=None):
+    """name -> tensor: h, final states and all gradients, computed on the device (in float64 with dtype)."""
+    place = [x.to(device=device, dtype=dtype or x.dtype) for x in tensors]
+    if case.strided and dtype is None:  # (B,NH,T,D) in memory, and gates two numbers apart
+        place = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in place[:3]] + [
+            torch.stack([x, x], -1)[..., 0] for x in place[3:]]
+    place = [x.detach().requires_grad_() for x in place]
+    first = [] if states is None else [x.to(device=device, dtype=dtype or x.dtype) for x in states]
+    first = [x.requires_grad_(i < 2) for i, x in enumerate(first)]
+    weights = [x.to(device=device, dtype=dtype or x.dtype) for x in weights]
+    h, c, n, m = torch.ops.xlstm.mlstm_chunkwise(*place, *first, **options_of(case, device))
+    outputs = [h, c, n] if case.states else [h]
+    gradients = torch.autograd.grad(outputs, place + first[:2], weights[: len(outputs)])
+    names = [*NAMES, "c0", "n0"][: len(gradients)]
+    return {"h": h, "c": c, "n": n, "m": m} | {f"d{name}": g for name, g in zip(names, gradients)}
+
+
+def relative_error(got, wanted):
+    got, wanted = got.detach().cpu().double(), wanted.detach().double()
+    if wanted.norm() == 0:
+        return float(got.norm())
+    error = (got - wanted).norm() / wanted.norm()
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+def compare(case, device, seed):
+    tensors, states, weights = make(case, seed)
+    got = run(case, tensors, states, weights, device)
+    wanted = run(case, tensors, states, weights, "cpu", torch.float64)
+    return {name: relative_error(got[name], wanted[name]) for name in wanted}
+
+
+def compare_step(dtype, dqk, dv, sigmoid, device):
+    """Eight decoding steps against the chunkwise form in float64."""
+    case = Case(8, dqk, dv, dtype, states=True, sigmoid=sigmoid)
+    tensors, states, _ = make(case, seed=5)
+    gate = {"input_gate": "sigmoid" if sigmoid else "exp"}
+    wanted = torch.ops.xlstm.mlstm_chunkwise(*(x.double() for x in (*tensors, *states)), **gate)
+    place = [x.to(device) for x in tensors]
+    c, n, m = (x.clone().to(device) for x in states)
+    h = torch.stack([torch.ops.xlstm.mlstm_step(*(x[:, t] for x in place), c, n, m, **gate) for t in range(case.time)], 1)
+    return {name: relative_error(a, b) for name, a, b in zip("hcnm", (h, c, n, m), wanted)}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    import libxlstm  # noqa: F401  registers torch.ops.xlstm
+
+    rows, failed = [], 0
+
+    def judge(title, dtype, compute):
+        nonlocal failed
+        usual, sums = LIMITS[dtype]
+        try:
+            errors = compute()
+            bad = [f"{name} {e:.1e}" for name, e in errors.items() if not e <= (sums if name in SUMS else usual)]
+        except Exception as error:
+            errors, bad = {}, [f"{type(error).__name__}: {error}"]
+        rows.append({"case": title, "errors": errors, "bad": bad})
+        failed += bool(bad)
+        if bad:
+            print(f"FAIL {title}: {', '.join(bad)}", flush=True)
+
+    for seed, case in enumerate(small_cases() if args.small else all_cases()):
+        judge(case.title(), case.dtype, lambda c=case, s=seed: compare(c, args.device, s))
+    sizes = [(64, 64)] if args.small else [(16, 16), (64, 64), (128, 256), (256, 512), (100, 72)]
+    for dtype in LIMITS:
+        for dqk, dv in sizes:
+            for sigmoid in (False, True):
+                judge(f"step ({dqk},{dv}) {dtype} {'sigmoid' if sigmoid else 'exp'}", dtype,
+                      lambda d=dtype, a=dqk, x=dv, s=sigmoid: compare_step(d, a, x, s, args.device))
+    worst = {}
+    for row in rows:
+        for name, error in row["errors"].items():
+            worst[name] = max(worst.get(name, 0.0), error)
+    print("largest relative errors: " + "  ".join(f"{name} {error:.1e}" for name, error in worst.items()))
+    print(f"{len(rows)} cases, {failed} failed")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""scripts/bench/gpu_mlstm.py and scripts/gpu_check.sh, as far as they run without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "scripts" / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(BENCH))
+    import gpu_mlstm
+
+    yield gpu_mlstm
+    sys.path.remove(str(BENCH))
+
+
+@pytest.fixture(scope="module")
+def tiny(bench, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    status = bench.main(["--device", "cpu", "--tiny", "--out", str(folder)])
+    torch.set_num_threads(threads)
+    return status, json.loads((folder / "gpu_mlstm.json").read_text()), folder
+
+
+def test_tiny_run(tiny):
+    status, report, folder = tiny
+    assert status == 0 and report["bad"] == [] and report["skipped"] == []
+    assert {"date", "device", "torch"} <= set(report["machine"])
+    assert report["limits"]["copy"]["gb_per_s"] > 0 and report["limits"]["product"]["tflop_per_s"] > 0
+    assert (folder / "gpu_mlstm.png").stat().st_size > 1000
+    ours = {c["operator"]: c["errors"] for c in report["checks"] if c["operator"].startswith("libxlstm")}
+    assert len(ours) == 3
+    assert all(set(errors) == {"h", "dq", "dk", "dv", "digate", "dfgate"} for errors in ours.values())
+
+
+def test_every_time_is_one_that_was_measured(tiny):
+    for row in tiny[1]["cases"]:
+        assert {"libxlstm", "mlstm_kernels native"} <= set(row["times"])
+        for result in row["times"].values():
+            for name in ("forward", "backward", "both"):
+                low, high = result[name]["quartiles_ms"]
+                assert 0 < low <= result[name]["median_ms"] <= high
+                assert result[name]["calls"] >= 5 and result[name]["method"] == "eager calls"
+        peer, mine = row["times"]["mlstm_kernels native"], row["times"]["libxlstm"]
+        ratio = row["ratios"]["mlstm_kernels native"]
+        assert ratio["ours"] == "libxlstm"
+        assert ratio["both"] == pytest.approx(peer["both"]["median_ms"] / mine["both"]["median_ms"])
+        assert peer["chunk_size"] in (32, 64) and set(peer["scan_both_ms"]) == {"32", "64"}
+    steps = tiny[1]["steps"]
+    assert steps["bad"] == [] and len(steps["cases"]) == 2
+    assert all(r["median_ms"] > 0 for row in steps["cases"] for r in row["times"].values())
+
+
+def test_nothing_is_timed_where_ours_is_wrong(bench, tmp_path, monkeypatch):
+    right = bench.load_ours
+
+    def wrong(*arguments):
+        operators = right(*arguments)
+        function = operators[0].function
+        operators[0].function = lambda q, k, v, i, f: function(q, k, v, i, f + 0.01)
+        return operators
+
+    monkeypatch.setattr(bench, "load_ours", wrong)
+    assert bench.main(["--device", "cpu", "--tiny", "--no-peers", "--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "gpu_mlstm.json").read_text())
+    assert report["cases"] == [] and "steps" not in report
+    assert report["bad"] and all(line.startswith("libxlstm (16,") for line in report["bad"])
+
+
+def test_failure_of_ours_is_reported(bench, tmp_path, monkeypatch):
+    def failing(*arguments):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(bench, "passes", failing)
+    assert bench.main(["--device", "cpu", "--tiny", "--no-peers", "--suites", "standard", "--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "gpu_mlstm.json").read_text())
+    assert "planted" in report["bad"][0]
+
+
+def test_work_counts(bench):
+    """The standard size (128,256): 4*128*256 for the state, 2*96*(2*128) scores, 2*96*256 values; backward likewise."""
+    forward, backward = bench.work(bench.Case("standard", 1, 1, 1, 128, 256))
+    assert forward == (131072 + 49152 + 49152, 1536)
+    assert backward == (229376 + 2 * (131072 + 49152 + 24576), 3 * 1536 + 256)
+
+
+def test_reference_is_the_recurrence(bench):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 9, 2, d, dtype=torch.float64) for d in (4, 4, 6))
+    i, f = (torch.randn(1, 9, 2, dtype=torch.float64) for _ in range(2))
+    c, n = torch.zeros(1, 2, 4, 6, dtype=torch.float64), torch.zeros(1, 2, 4, dtype=torch.float64)
+    h = []
+    for t in range(9):  # unstabilised: e^m times the stabilised state; the eps of the reference is then eps e^m
+        keep, take = torch.sigmoid(f[:, t]), torch.exp(i[:, t])
+        c = keep[..., None, None] * c + take[..., None, None] * k[:, t, :, :, None] * v[:, t, :, None, :]
+        n = keep[..., None] * n + take[..., None] * k[:, t]
+        query = q[:, t] / 2
+        norm = (query * n).sum(-1).abs().clamp(min=1)
+        h.append((query[..., None] * c).sum(-2) / norm[..., None])
+    assert bench.relative_error(torch.stack(h, 1), bench.reference(q, k, v, i, f, "exp")) < 1e-4
+    assert bench.relative_error(torch.full((2,), float("nan")), torch.ones(2)) == float("inf")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_the_scripts_say_so(tmp_path):
+    done = subprocess.run([sys.executable, BENCH / "gpu_mlstm.py"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no GPU" in done.stderr
+    done = subprocess.run([ROOT / "scripts" / "gpu_check.sh"], capture_output=True, text=True,
+                          env={**os.environ, "OUT": str(tmp_path)})
+    assert done.returncode == 2 and "no GPU" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpu_check_refuses_unknown_parts():
+    for arguments in (["--only", "conformance,nonsense"], ["--only"], ["--fast"]):
+        done = subprocess.run([ROOT / "scripts" / "gpu_check.sh", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
