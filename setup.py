@@ -2,7 +2,8 @@
 
     pip install --no-build-isolation .
 
-Needs torch in the environment, a C++20 compiler, CMake, and the libraries that README.md lists.
+Needs torch in the environment, a C++20 compiler, CMake, and the libraries that README.md lists. Where nvcc is, the CUDA
+kernels are built too; XLSTM_CUDA=ON or OFF in the environment decides otherwise.
 """
 
 import os
@@ -21,6 +22,7 @@ class CMakeBuild(build_ext):
     def run(self):
         build = ROOT / "build"
         options = ["-DCMAKE_BUILD_TYPE=Release", "-DXLSTM_CPU_VARIANTS=all", f"-DPython3_EXECUTABLE={sys.executable}"]
+        options += [f"-DXLSTM_CUDA={os.environ.get('XLSTM_CUDA', 'AUTO')}"]
         if not (build / "CMakeCache.txt").exists():
             options += ["-G", "Ninja"]
         options += os.environ.get("CMAKE_ARGS", "").split()

@@ -20,7 +20,7 @@ cd "$(dirname "$0")/.."
 WITH_TESTS=1
 setup_environment numpy matplotlib safetensors tokenizers \
   pytest pyyaml zstandard nvidia-cuda-nvdisasm==13.2.86 clang-format==14.0.6 xlstm==2.0.6 mlstm_kernels==2.0.6 flashrnn==1.0.8 transformers==5.23.0
-build_project -DXLSTM_BUILD_TESTS=ON -DXLSTM_CPU_VARIANTS=all
+build_project -DXLSTM_BUILD_TESTS=ON -DXLSTM_CPU_VARIANTS=all -DXLSTM_CUDA="${XLSTM_CUDA:-AUTO}"
 
 rm -rf build/junit; mkdir -p build/junit
 status=0

@@ -11,7 +11,10 @@ cd "$(dirname "$0")/.."
 setup_environment numpy matplotlib safetensors tokenizers
 # A first build takes the kernels for this machine alone; test.sh and pip build them for every instruction set.
 variants=(); [ -e build/CMakeCache.txt ] || variants=(-DXLSTM_CPU_VARIANTS=native)
-build_project ${variants[@]+"${variants[@]}"} -- xlstm-train xlstm-generate xlstm-eval xlstm-data xlstm_python
+# CUDA kernels take minutes to build: only where a GPU is there to run them, or XLSTM_CUDA=ON asks for them.
+cuda=${XLSTM_CUDA:-OFF}
+if [ -z "${XLSTM_CUDA:-}" ] && nvidia-smi -L >/dev/null 2>&1; then cuda=AUTO; fi
+build_project -DXLSTM_CUDA="$cuda" ${variants[@]+"${variants[@]}"} -- xlstm-train xlstm-generate xlstm-eval xlstm-data xlstm_python
 [ $# -gt 0 ] || set -- configs/runs/quickstart.yaml
 say "xlstm-train $*"
 exec build/bin/xlstm-train "$@"

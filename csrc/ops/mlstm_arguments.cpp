@@ -43,6 +43,8 @@ int64_t check_cu_seqlens(const at::Tensor& cu_seqlens, const at::Tensor& q) {
               ": cu_seqlens: expected at least one entry (0), got none");
   TORCH_CHECK(q.size(0) == 1, kOp,
               ": cu_seqlens: expected B = 1 (one packed row), got B = ", q.size(0));
+  TORCH_CHECK(cu_seqlens.size(0) > 1 || q.size(1) == 0, kOp,
+              ": cu_seqlens: expected last entry T = ", q.size(1), ", got 0 sequences");
   return cu_seqlens.size(0) - 1;
 }
 

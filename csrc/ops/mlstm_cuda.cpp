@@ -1,0 +1,177 @@
+// The mLSTM operators on CUDA: the kernels of cuda/mlstm where they take a call, else the generic path in ATen calls.
+// Built without nvcc (no XLSTM_CUDA), or with XLSTM_CUDA_KERNELS=off in the environment, all calls are generic. Which
+// path runs, and why, is logged once per reason at c10's level INFO: TORCH_CPP_LOG_LEVEL=INFO shows it.
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/util/Logging.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <set>
+#include <string>
+
+#include "csrc/ops/cpu/mlstm_params.h"
+#include "csrc/ops/mlstm_generic.h"
+#ifdef XLSTM_CUDA
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include "csrc/ops/mlstm_kernels.h"
+#endif
+
+namespace xlstm::ops {
+namespace {
+
+void log_once(const std::string& text) {
+  static std::mutex mutex;
+  static std::set<std::string> said;
+  const std::lock_guard lock(mutex);
+  if (said.insert(text).second) LOG(INFO) << text;
+}
+
+#ifdef XLSTM_CUDA
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  const cudaError_t status = cudaDeviceGetAttribute(&value, which, device);
+  TORCH_CHECK(status == cudaSuccess, "mlstm: ", cudaGetErrorString(status));
+  return value;
+}
+
+cuda::DeviceLimits query_limits(int device) {
+  cuda::DeviceLimits limits;
+  limits.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                              attribute(cudaDevAttrComputeCapabilityMinor, device);
+  limits.num_multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  limits.shared_bytes =
+      static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return limits;
+}
+
+/// Asked once per device.
+const cuda::DeviceLimits& limits_of(at::Device device) {
+  constexpr int kMostDevices = 128;
+  static std::once_flag flags[kMostDevices];
+  static cuda::DeviceLimits limits[kMostDevices];
+  const int index = device.index();
+  TORCH_CHECK(index >= 0 && index < kMostDevices, "mlstm: device ", device, ": expected at most ",
+              kMostDevices, " devices");
+  std::call_once(flags[index], [index] { limits[index] = query_limits(index); });
+  return limits[index];
+}
+
+/// Whether the kernels take a call; logs the answer.
+bool use_kernels(const MlstmSizes& sizes, const at::Tensor& q) {
+  const char* choice = std::getenv("XLSTM_CUDA_KERNELS");
+  const std::string lack = choice != nullptr && std::string(choice) == "off"
+                               ? "XLSTM_CUDA_KERNELS=off"
+                               : mlstm_kernels_lack(sizes, q.scalar_type(), limits_of(q.device()));
+  log_once(lack.empty() ? "mlstm: kernels for CUDA" : "mlstm: generic path on CUDA: " + lack);
+  return lack.empty();
+}
+
+MlstmDevice current_device(const at::Tensor& q) {
+  return {limits_of(q.device()), c10::cuda::getCurrentCUDAStream(q.device().index()).stream()};
+}
+
+#else
+
+void log_generic() { log_once("mlstm: generic path on CUDA: built without nvcc"); }
+
+#endif
+
+/// No tokens or no heads: nothing is computed.
+bool is_empty(const MlstmSizes& sizes) {
+  return sizes.time == 0 || sizes.num_sequences == 0 || sizes.num_heads == 0;
+}
+
+/// The states pass through.
+MlstmResults empty_forward(const MlstmArguments& a, const MlstmSizes& sizes) {
+  MlstmResults results = empty_mlstm_results(a, sizes, true);
+  auto& [h, c, n, m, product] = results;
+  const bool sigmoid = is_sigmoid_input_gate("mlstm_chunkwise", a.input_gate);
+  const auto fill = [](at::Tensor& state, const OptionalTensor& initial) {
+    if (initial) {
+      state.copy_(*initial);
+    } else {
+      state.zero_();
+    }
+  };
+  fill(c, a.c0);
+  fill(n, a.n0);
+  fill(m, sizes.time == 0 && sigmoid ? std::nullopt : a.m0);
+  m.clamp_min_(cpu::kMinLogInput);
+  return results;
+}
+
+MlstmGradients empty_backward(const MlstmBackwardArguments& a, const MlstmSizes& sizes) {
+  MlstmGradients gradients = empty_mlstm_gradients(a.in, sizes);
+  const auto [dc, dn] = mlstm_state_gradients(a, sizes);
+  const auto fill = [](at::Tensor& gradient, const OptionalTensor& final) {
+    if (gradient.numel() == 0) return;
+    if (final) {
+      gradient.copy_(*final);
+    } else {
+      gradient.zero_();
+    }
+  };
+  fill(std::get<5>(gradients), dc);
+  fill(std::get<6>(gradients), dn);
+  return gradients;
+}
+
+MlstmResults run_forward(const MlstmArguments& a, [[maybe_unused]] bool with_product) {
+  const MlstmSizes sizes = check_mlstm_arguments(a);
+  const c10::DeviceGuard guard(a.q.device());
+  if (is_empty(sizes)) return empty_forward(a, sizes);
+#ifdef XLSTM_CUDA
+  if (use_kernels(sizes, a.q))
+    return mlstm_kernels_forward(a, sizes, current_device(a.q), with_product);
+#else
+  log_generic();
+#endif
+  return mlstm_generic_forward(a);
+}
+
+MlstmOutputs mlstm_chunkwise_cuda(const MlstmArguments& a) {
+  const auto [h, c, n, m, product] = run_forward(a, false);
+  return {h, c, n, m};
+}
+
+MlstmResults mlstm_chunkwise_forward_cuda(const MlstmArguments& a) { return run_forward(a, true); }
+
+MlstmGradients mlstm_chunkwise_backward_cuda(const MlstmBackwardArguments& a) {
+  const MlstmSizes sizes = check_mlstm_backward_arguments(a);
+  const c10::DeviceGuard guard(a.in.q.device());
+  if (is_empty(sizes)) return empty_backward(a, sizes);
+#ifdef XLSTM_CUDA
+  if (use_kernels(sizes, a.in.q)) return mlstm_kernels_backward(a, sizes, current_device(a.in.q));
+#else
+  log_generic();
+#endif
+  return mlstm_generic_backward(a);
+}
+
+at::Tensor mlstm_step_cuda(const MlstmStepArguments& a) {
+  const MlstmSizes sizes = check_mlstm_step_arguments(a);
+  const c10::DeviceGuard guard(a.q.device());
+  if (is_empty(sizes)) return at::empty(a.v.sizes(), a.v.options());
+#ifdef XLSTM_CUDA
+  if (use_kernels(sizes, a.q)) return mlstm_kernels_step(a, sizes, current_device(a.q));
+#else
+  log_generic();
+#endif
+  return mlstm_generic_step(a);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(xlstm, CUDA, m) {
+  m.impl("mlstm_chunkwise", mlstm_kernel<mlstm_chunkwise_cuda>);
+  m.impl("mlstm_chunkwise_forward", mlstm_kernel<mlstm_chunkwise_forward_cuda>);
+  m.impl("mlstm_chunkwise_backward", mlstm_backward_kernel<mlstm_chunkwise_backward_cuda>);
+  m.impl("mlstm_step", mlstm_step_kernel<mlstm_step_cuda>);
+}
+
+}  // namespace xlstm::ops

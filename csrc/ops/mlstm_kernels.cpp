@@ -1,0 +1,211 @@
+#include "csrc/ops/mlstm_kernels.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <stdexcept>
+
+#include "csrc/ops/rows.h"
+
+namespace xlstm::ops {
+namespace {
+
+using at::Tensor;
+
+cuda::Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return cuda::Dtype::kFloat32;
+    case at::kBFloat16:
+      return cuda::Dtype::kBFloat16;
+    case at::kHalf:
+      return cuda::Dtype::kFloat16;
+    default:
+      TORCH_CHECK(false, "mlstm: no CUDA kernel for ", type);
+  }
+}
+
+void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
+float* floats(const Tensor& x) { return static_cast<float*>(data_of(x)); }
+float* floats(const OptionalTensor& x) { return x ? floats(*x) : nullptr; }
+
+OptionalTensor contiguous(const OptionalTensor& x) {
+  return x ? OptionalTensor(x->contiguous()) : std::nullopt;
+}
+
+/// (B,T,NH,D) or, of a gate, (B,T,NH)
+cuda::View view_of(const Tensor& x) {
+  return {data_of(x), x.stride(0), x.stride(1), x.stride(2), x.dim() == 4 ? x.stride(3) : 1};
+}
+/// (B,NH,D) or, of a gate, (B,NH)
+cuda::View token_view_of(const Tensor& x) {
+  return {data_of(x), x.stride(0), 0, x.stride(1), x.dim() == 3 ? x.stride(2) : 1};
+}
+
+/// The kernels read gates in float32, bfloat16 and float16.
+Tensor kernel_gate(const Tensor& gate) {
+  return gate.scalar_type() == at::kDouble ? gate.to(at::kFloat) : gate;
+}
+
+cuda::MlstmProblem problem_of(const MlstmSizes& sizes, at::ScalarType dtype) {
+  cuda::MlstmProblem p;
+  p.batch = sizes.batch;
+  p.time = sizes.time;
+  p.num_heads = sizes.num_heads;
+  p.dqk = sizes.dqk;
+  p.dv = sizes.dv;
+  p.num_sequences = sizes.num_sequences;
+  p.dtype = dtype_of(dtype);
+  return p;
+}
+
+/// Fields that the arguments of all three calls have.
+template <class Arguments>
+void set_options(cuda::MlstmProblem& p, const Arguments& a, const Tensor& igate,
+                 const Tensor& fgate) {
+  p.igate_dtype = dtype_of(igate.scalar_type());
+  p.fgate_dtype = dtype_of(fgate.scalar_type());
+  p.sigmoid_input_gate = is_sigmoid_input_gate("mlstm", a.input_gate);
+  p.normalize = a.normalize;
+  p.scale = static_cast<float>(mlstm_scale(a.scale, p.dqk));
+  p.eps = static_cast<float>(a.eps);
+}
+
+/// Problem and inputs of a chunkwise call. Keeps alive what had to be copied.
+struct Call {
+  Call(const MlstmArguments& arguments, const MlstmSizes& sizes)
+      : a(arguments), problem(problem_of(sizes, arguments.q.scalar_type())) {
+    a.igate = kernel_gate(a.igate);
+    a.fgate = kernel_gate(a.fgate);
+    a.c0 = contiguous(a.c0);
+    a.n0 = contiguous(a.n0);
+    a.m0 = contiguous(a.m0);
+    a.cu_seqlens = contiguous(a.cu_seqlens);
+    set_options(problem, a, a.igate, a.fgate);
+    problem.chunk_size = a.chunk_size;
+    in.q = view_of(a.q);
+    in.k = view_of(a.k);
+    in.v = view_of(a.v);
+    in.igate = view_of(a.igate);
+    in.fgate = view_of(a.fgate);
+    in.c0 = floats(a.c0);
+    in.n0 = floats(a.n0);
+    in.m0 = floats(a.m0);
+    if (a.reset) {
+      in.reset = static_cast<const bool*>(data_of(*a.reset));
+      in.reset_batch = a.reset->stride(0);
+      in.reset_time = a.reset->stride(1);
+    }
+    if (a.cu_seqlens) in.cu_seqlens = static_cast<const int32_t*>(data_of(*a.cu_seqlens));
+  }
+
+  /// Scratch memory: given back to torch's allocator at the end of the call, in the order of the stream.
+  Tensor workspace(size_t bytes) const {
+    return at::empty({static_cast<int64_t>(bytes)}, a.q.options().dtype(at::kByte));
+  }
+
+  MlstmArguments a;
+  cuda::MlstmProblem problem;
+  cuda::MlstmInputs in;
+};
+
+/// Runs launches; a failed one becomes an error that names the operator.
+template <class F>
+void launch(const char* op, const F& f) {
+  try {
+    f();
+  } catch (const std::runtime_error& error) {
+    TORCH_CHECK(false, op, ": ", error.what());
+  }
+}
+
+}  // namespace
+
+std::string mlstm_kernels_lack(const MlstmSizes& sizes, at::ScalarType dtype,
+                               const cuda::DeviceLimits& limits) {
+  if (dtype == at::kDouble) return "no kernels for float64";
+  if (sizes.dv == 0) return "no kernels for values of size 0";
+  if (!cuda::mlstm_supported(problem_of(sizes, dtype), limits))
+    return "no kernels for compute capability " + std::to_string(limits.compute_capability / 10) +
+           "." + std::to_string(limits.compute_capability % 10) + " and these sizes";
+  return "";
+}
+
+MlstmResults mlstm_kernels_forward(const MlstmArguments& a, const MlstmSizes& sizes,
+                                   const MlstmDevice& device, bool with_product) {
+  const Call call(a, sizes);
+  const auto [h, c, n, m, product] = empty_mlstm_results(a, sizes, with_product);
+  cuda::MlstmForward forward;
+  forward.in = call.in;
+  forward.h = view_of(h);
+  forward.c = floats(c);
+  forward.n = floats(n);
+  forward.m = floats(m);
+  if (with_product) forward.product = floats(product);
+  launch("mlstm_chunkwise", [&] {
+    const Tensor workspace =
+        call.workspace(cuda::mlstm_forward_workspace(call.problem, device.limits));
+    cuda::mlstm_forward(call.problem, device.limits, forward, workspace.mutable_data_ptr(),
+                        device.stream);
+  });
+  return {h, c, n, m, product};
+}
+
+MlstmGradients mlstm_kernels_backward(const MlstmBackwardArguments& a, const MlstmSizes& sizes,
+                                      const MlstmDevice& device) {
+  const Call call(a.in, sizes);
+  const auto [dq, dk, dv, digate, dfgate, dc0, dn0] = empty_mlstm_gradients(call.a, sizes);
+  const auto [dc, dn] = mlstm_state_gradients(a, sizes);
+  const Tensor product = a.product.contiguous();
+  const Tensor dh = a.dh ? a.dh->to(a.in.q.scalar_type())
+                         : at::zeros({1}, a.in.q.options()).expand(a.in.v.sizes());
+  cuda::MlstmBackward backward;
+  backward.in = call.in;
+  backward.h = view_of(a.h);
+  backward.product = floats(product);
+  backward.dh = view_of(dh);
+  backward.dc = floats(dc);
+  backward.dn = floats(dn);
+  backward.dq = view_of(dq);
+  backward.dk = view_of(dk);
+  backward.dv = view_of(dv);
+  backward.digate = view_of(digate);
+  backward.dfgate = view_of(dfgate);
+  if (a.in.c0) backward.dc0 = floats(dc0);
+  if (a.in.n0) backward.dn0 = floats(dn0);
+  launch("mlstm_chunkwise_backward", [&] {
+    const Tensor workspace =
+        call.workspace(cuda::mlstm_backward_workspace(call.problem, device.limits));
+    cuda::mlstm_backward(call.problem, device.limits, backward, workspace.mutable_data_ptr(),
+                         device.stream);
+  });
+  return {dq,  dk, dv, digate.to(a.in.igate.scalar_type()), dfgate.to(a.in.fgate.scalar_type()),
+          dc0, dn0};
+}
+
+Tensor mlstm_kernels_step(const MlstmStepArguments& a, const MlstmSizes& sizes,
+                          const MlstmDevice& device) {
+  const Tensor igate = kernel_gate(a.igate), fgate = kernel_gate(a.fgate);
+  cuda::MlstmProblem problem = problem_of(sizes, a.q.scalar_type());
+  set_options(problem, a, igate, fgate);
+  const Tensor h = at::empty(a.v.sizes(), a.v.options());
+  const Tensor c = a.c.contiguous(), n = a.n.contiguous(), m = a.m.contiguous();
+  cuda::MlstmStep step;
+  step.q = token_view_of(a.q);
+  step.k = token_view_of(a.k);
+  step.v = token_view_of(a.v);
+  step.igate = token_view_of(igate);
+  step.fgate = token_view_of(fgate);
+  step.h = token_view_of(h);
+  step.c = floats(c);
+  step.n = floats(n);
+  step.m = floats(m);
+  launch("mlstm_step", [&] { cuda::mlstm_step(problem, step, device.stream); });
+  if (!c.is_same(a.c)) a.c.copy_(c);
+  if (!n.is_same(a.n)) a.n.copy_(n);
+  if (!m.is_same(a.m)) a.m.copy_(m);
+  return h;
+}
+
+}  // namespace xlstm::ops

@@ -1,0 +1,76 @@
+# Decides whether the CUDA kernels are built (XLSTM_CUDA: AUTO | ON | OFF) and enables the language only then. Sets
+# XLSTM_WITH_CUDA and defines the imported target `torch_cuda_wheel`: libc10_cuda of torch and the CUDA runtime that
+# torch itself loads. Nothing here needs a GPU or a driver.
+set(XLSTM_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (where nvcc and a CUDA build of torch are) | ON | OFF")
+set(XLSTM_CUDA_ARCHITECTURES "80-real;90a-real;80-virtual" CACHE STRING
+  "targets of nvcc: sm_80 and sm_90a code, and PTX for everything later")
+# The one switch for AUTO: ON once every function of cuda/mlstm/mlstm.h has its kernels.
+set(kernels_are_complete OFF)
+
+# cuda_obstacle(<variable>): why the kernels cannot be built here; empty: they can.
+function(cuda_obstacle variable)
+  set(${variable} "" PARENT_SCOPE)
+  if(NOT XLSTM_NVCC)
+    set(${variable} "nvcc is not found (install the CUDA toolkit or set CUDACXX)" PARENT_SCOPE)
+    return()
+  endif()
+  file(STRINGS ${TORCH_DIR}/version.py line REGEX "^cuda.*=")
+  if(NOT line MATCHES "'([0-9]+)\\.[0-9]+'" OR NOT EXISTS ${TORCH_LIB_DIR}/libc10_cuda.so)
+    set(${variable} "torch in ${TORCH_DIR} is built without CUDA" PARENT_SCOPE)
+    return()
+  endif()
+  set(torch_cuda ${CMAKE_MATCH_1})
+  execute_process(COMMAND ${XLSTM_NVCC} --version OUTPUT_VARIABLE text)
+  if(NOT text MATCHES "release ${torch_cuda}\\.")
+    set(${variable} "torch needs nvcc of CUDA ${torch_cuda}, ${XLSTM_NVCC} is another" PARENT_SCOPE)
+    return()
+  endif()
+  set(TORCH_CUDA_MAJOR ${torch_cuda} PARENT_SCOPE)
+endfunction()
+
+if(DEFINED ENV{CUDACXX})
+  set(XLSTM_NVCC $ENV{CUDACXX} CACHE FILEPATH "nvcc")
+endif()
+find_program(XLSTM_NVCC nvcc PATHS /usr/local/cuda/bin)
+set(XLSTM_WITH_CUDA OFF)
+if(XLSTM_CUDA STREQUAL "ON" OR (XLSTM_CUDA STREQUAL "AUTO" AND kernels_are_complete))
+  cuda_obstacle(obstacle)
+  if(NOT obstacle)
+    set(XLSTM_WITH_CUDA ON)
+  elseif(XLSTM_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "XLSTM_CUDA=ON: ${obstacle}")
+  else()
+    message(STATUS "CUDA kernels: no, ${obstacle}")
+  endif()
+endif()
+if(NOT XLSTM_WITH_CUDA)
+  return()
+endif()
+
+set(CMAKE_CUDA_COMPILER ${XLSTM_NVCC})
+set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # linked by name below
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES ${XLSTM_CUDA_ARCHITECTURES})
+endif()
+if(CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
+endif()
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
+
+# The runtime of torch's own packages where it has them: the toolkit's may be older than torch can bear.
+find_package(CUDAToolkit REQUIRED)
+find_file(XLSTM_CUDART libcudart.so.${TORCH_CUDA_MAJOR} NO_DEFAULT_PATH PATHS
+  ${TORCH_DIR}/../nvidia/cu${TORCH_CUDA_MAJOR}/lib ${TORCH_DIR}/../nvidia/cuda_runtime/lib ${TORCH_LIB_DIR})
+if(NOT XLSTM_CUDART)
+  set(XLSTM_CUDART ${CUDA_cudart_LIBRARY})
+endif()
+add_library(torch_cuda_wheel INTERFACE)
+target_include_directories(torch_cuda_wheel SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
+target_link_libraries(torch_cuda_wheel INTERFACE ${TORCH_LIB_DIR}/libc10_cuda.so ${XLSTM_CUDART})
+list(APPEND CMAKE_INSTALL_RPATH
+  "$ORIGIN/../../nvidia/cu${TORCH_CUDA_MAJOR}/lib;$ORIGIN/../../nvidia/cuda_runtime/lib")
+message(STATUS "CUDA kernels: yes, for ${XLSTM_CUDA_ARCHITECTURES} by ${XLSTM_NVCC}")
