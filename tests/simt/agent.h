@@ -11,6 +11,8 @@ void* create_agent();
 void destroy_agent(void* agent);
 /// The same for a thread that stopped inside a Quiet scope.
 void destroy_quiet_agent(void* agent);
+/// After a launch, when the host is ordered after everything in it: destroyed agents may be used again.
+void recycle_agents();
 void agent_acquire(void* agent, void* edge);
 void agent_release(void* agent, void* edge);
 void agent_read(void* agent, const void* address, std::size_t bytes);

@@ -29,7 +29,7 @@ extern "C" {
 #if defined(SIMT_TSAN)
 void __tsan_on_report(void*) { ++reports; }
 // Reports are expected, the tests count them: the exit status is the program's own. An early death ends in 66.
-int __tsan_on_finalize(int) { return 0; }
+int __tsan_on_finalize(int) { return 0; }  // its name in newer libraries than libtsan 2
 const char* __tsan_default_options() {
   return "suppress_equal_stacks=0:suppress_equal_addresses=0:halt_on_error=0:history_size=4:"
          "report_signal_unsafe=0:report_thread_leaks=0";
@@ -42,6 +42,13 @@ const char* __asan_default_options() {
 }
 #endif
 }
+
+#if defined(SIMT_TSAN)
+namespace __tsan {
+bool OnFinalize(bool);
+bool OnFinalize(bool) { return false; }
+}  // namespace __tsan
+#endif
 
 namespace simt {
 

@@ -13,10 +13,8 @@ void __tsan_acquire(void* address);
 void __tsan_release(void* address);
 void __tsan_read_range(void* address, unsigned long size);
 void __tsan_write_range(void* address, unsigned long size);
-void AnnotateIgnoreReadsBegin(const char* file, int line);
-void AnnotateIgnoreReadsEnd(const char* file, int line);
-void AnnotateIgnoreWritesBegin(const char* file, int line);
-void AnnotateIgnoreWritesEnd(const char* file, int line);
+void __tsan_ignore_thread_begin();
+void __tsan_ignore_thread_end();
 }
 #define SIMT_TSAN_ONLY(x) x
 #else
@@ -30,12 +28,8 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace simt {
 
-inline void ignore_begin() {
-  SIMT_TSAN_ONLY(AnnotateIgnoreReadsBegin("", 0); AnnotateIgnoreWritesBegin("", 0);)
-}
-inline void ignore_end() {
-  SIMT_TSAN_ONLY(AnnotateIgnoreWritesEnd("", 0); AnnotateIgnoreReadsEnd("", 0);)
-}
+inline void ignore_begin() { SIMT_TSAN_ONLY(__tsan_ignore_thread_begin();) }
+inline void ignore_end() { SIMT_TSAN_ONLY(__tsan_ignore_thread_end();) }
 
 /// memcpy, malloc and free are intercepted even in code without instrumentation: ignored inside this scope.
 struct Quiet {

@@ -30,7 +30,10 @@ constexpr std::size_t kStack = 64 << 10;
 
 char
     end_edge;  // every thread's end -> the host after the launch; once per launch, or races across blocks hide
-std::vector<char*> stack_pool;
+std::vector<char*> stack_pool, used_stacks;
+#if defined(SIMT_TSAN)
+constexpr std::size_t kStacksKept = 2048;
+#endif
 #if defined(SIMT_ASAN)
 const void* main_stack = nullptr;
 std::size_t main_stack_bytes = 0;
@@ -237,16 +240,32 @@ static char* take_stack() {
 }
 
 static void give_stack(char* stack) {
-#if defined(SIMT_TSAN)
-  munmap(stack - kPage,
-         kStack + kPage);  // a fresh mapping has a fresh shadow: no false races between blocks
-#else
 #if defined(SIMT_ASAN)
   __asan_unpoison_memory_region(stack, kStack);
 #endif
+#if defined(SIMT_TSAN)
+  // The sanitizer would see one thread's stack used by another: not again in this launch.
+  if (stack_pool.size() + used_stacks.size() < kStacksKept) {
+    used_stacks.push_back(stack);
+  } else {
+    munmap(stack - kPage, kStack + kPage);
+  }
+#else
   stack_pool.push_back(stack);
 #endif
 }
+
+/// At the end of a launch, when the host is ordered after all its threads.
+struct Recycler {
+  Recycler() = default;
+  Recycler(const Recycler&) = delete;
+  Recycler& operator=(const Recycler&) = delete;
+  ~Recycler() {
+    stack_pool.insert(stack_pool.end(), used_stacks.begin(), used_stacks.end());
+    used_stacks.clear();
+    recycle_agents();
+  }
+};
 
 static std::size_t padded_bytes(const Launch& shape) {
   return (shape.shared_offset + shape.shared_bytes + 1023) / 1024 * 1024 + 1024;
@@ -270,7 +289,7 @@ static void start_block(Gang& gang, unsigned rank, Dim3 index) {
   __asan_poison_memory_region(memory, padded);
   __asan_unpoison_memory_region(block.shared, shape.shared_bytes);
 #endif
-  SIMT_TSAN_ONLY(block.async.proxy = create_agent();)
+  block.async.proxy = create_agent();
   for (Warp& warp : block.warps)
     warp.registers = warp.wanted_registers = shape.registers_per_thread;
   for (unsigned t = 0; t < block.threads; ++t) {
@@ -282,7 +301,7 @@ static void start_block(Gang& gang, unsigned rank, Dim3 index) {
                  t / (shape.block.x * shape.block.y)};
     f->stack = take_stack();
     prepare_stack(f.get(), fiber_entry);
-    SIMT_TSAN_ONLY(f->tsan = __tsan_create_fiber(0);)
+    f->tsan = create_agent();
     gang.ready.push_back(f.get());
     gang.fibers.push_back(std::move(f));
   }
@@ -356,6 +375,7 @@ Counters launch_raw(const Launch& shape, void (*body)(void*), void* argument) {
   std::mt19937_64 random(shape.seed);
   if (shape.seed != 0) std::shuffle(order.begin(), order.end(), random);
   counters = {};
+  const Recycler recycler;
   for (std::size_t gang : order) {
     const auto first = all.begin() + static_cast<std::ptrdiff_t>(gang * per_gang);
     run_gang(shape, {first, first + static_cast<std::ptrdiff_t>(per_gang)}, gang, body, argument);
