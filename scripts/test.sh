@@ -26,7 +26,7 @@ rm -rf build/junit; mkdir -p build/junit
 status=0
 if [[ -z $label || ! " python faults " == *" $label "* ]]; then
   say "C++ tests"
-  ctest --test-dir build --output-on-failure --no-tests=ignore --output-junit junit/ctest.xml \
+  ctest --test-dir build -j2 --output-on-failure --no-tests=ignore --output-junit junit/ctest.xml \
     ${label:+-L "^$label\$"} || status=1
 fi
 run_pytest() {  # folder

@@ -12,6 +12,8 @@ def main(folder: Path) -> int:
         try:
             cases = list(ElementTree.parse(path).getroot().iter("testcase"))
         except ElementTree.ParseError:
+            cases = []
+        if not cases and path.name != "ctest.xml":
             failed.append((f"test_{path.stem}", "the program died before it wrote its results"))
             continue
         for case in cases:
