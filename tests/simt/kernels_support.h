@@ -14,8 +14,8 @@ namespace simt_test {
 
 using Numbers = std::vector<double>;
 
-/// Fails unless all of `got` is finite and ||got - wanted|| <= tolerance ||wanted|| (or 1e-30: float32 may end there). The message has the relative error and
-/// the place of the largest difference, or of the first number that is not finite.
+/// Fails unless all of `got` is finite and ||got - wanted|| <= tolerance ||wanted|| (or 1e-30: float32 may end there). The
+/// message has the relative error and the place of the largest difference, or of the first number that is not finite.
 template <class Got>
 void compare(const char* name, const std::vector<Got>& got, const Numbers& wanted,
              double tolerance) {
@@ -51,6 +51,70 @@ void compare_each(const char* name, const std::vector<Got>& got, const Numbers& 
                      std::to_string(wanted[i]));
   }
 }
+
+/// How the tests cut B rows of `time` tokens, or one row of packed sequences, into chunks and slots.
+struct Cut {
+  int64_t batch = 1, time = 1, heads = 1, length = 64;  ///< length: of a chunk
+  std::vector<int32_t> packed = {};                     ///< cu_seqlens
+
+  int64_t sequences() const {
+    return packed.empty() ? batch : static_cast<int64_t>(packed.size()) - 1;
+  }
+  int64_t row(int64_t sequence) const { return packed.empty() ? sequence : 0; }
+  int64_t begin(int64_t sequence) const { return packed.empty() ? 0 : packed[sequence]; }
+  int64_t tokens(int64_t sequence) const {
+    return packed.empty() ? time : packed[sequence + 1] - packed[sequence];
+  }
+  int64_t first_slot(int64_t sequence) const {
+    return packed.empty() ? sequence * ((time + length - 1) / length)
+                          : packed[sequence] / length + sequence;
+  }
+  int64_t slots() const { return packed.empty() ? first_slot(batch) : time / length + sequences(); }
+  int64_t positions() const { return heads * slots() * length; }
+  /// Of token t of a sequence, in what is stored as [NH][slots][L].
+  int64_t position(int64_t sequence, int64_t head, int64_t t) const {
+    return (head * slots() + first_slot(sequence)) * length + t;
+  }
+  xlstm::cuda::Chunks chunks() const {
+    xlstm::cuda::Chunks c;
+    c.cu_seqlens = packed.empty() ? nullptr : packed.data();
+    c.num_sequences = static_cast<int32_t>(sequences());
+    c.time = static_cast<int32_t>(time);
+    c.num_heads = static_cast<int32_t>(heads);
+    c.length = static_cast<int32_t>(length);
+    c.slots = static_cast<int32_t>(slots());
+    return c;
+  }
+};
+
+/// Where the state is emptied: (B,T), every other byte of what the kernels are given.
+class Resets {
+ public:
+  Resets(const Cut& cut, std::vector<int64_t> at)
+      : cut_(cut), memory_(static_cast<size_t>(2 * cut.batch * cut.time + 1), 1) {
+    for (int64_t i = 0; i < cut.batch * cut.time; ++i) memory_[static_cast<size_t>(2 * i)] = 0;
+    for (const int64_t i : at)
+      if (i < cut.batch * cut.time) memory_[static_cast<size_t>(2 * i)] = 1;
+  }
+  bool operator()(int64_t sequence, int64_t t) const {
+    const int64_t token = cut_.row(sequence) * cut_.time + cut_.begin(sequence) + t;
+    return memory_[static_cast<size_t>(2 * token)] != 0;
+  }
+  template <class Params>
+  void give_to(Params& p) const {
+    p.reset = reinterpret_cast<const bool*>(memory_.data());
+    p.reset_batch = 2 * cut_.time, p.reset_time = 2;
+  }
+
+ private:
+  const Cut& cut_;
+  std::vector<unsigned char> memory_;
+};
+
+inline double log_sigmoid(double x) {
+  return x < -40 ? x : -std::log1p(std::exp(-x));  // exp(-x) may overflow
+}
+inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 enum class Order {
   kDense,      ///< (B,T,NH,D)
