@@ -81,14 +81,10 @@ class OutBlock {
     slices = divide_up(p.a.width, 64);
     first_key = kReverse ? row_block : 0;
     key_blocks = kReverse ? divide_up(tokens, kBlockTokens) - row_block : row_block + 1;
-    passes = divide_up(key_blocks, Shape::kKeyBlocks);
-    with_product = kUse == Use::kH && (p.normalize || p.product != nullptr);
-    with_n = kTransposed && p.z != nullptr;
-    with_dots = kTransposed && p.dots != nullptr;
     work();
-    if (with_dots) write_dots();
+    if (with_dots()) write_dots();
     if constexpr (kUse == Use::kH) {
-      if (with_product) finish_product();
+      if (with_product()) finish_product();
     }
     write_out();
   }
@@ -98,6 +94,13 @@ class OutBlock {
     int pass = 0, index = 0;
   };
 
+  DEVICE_FUNCTION bool with_product() const {
+    return kUse == Use::kH && (p.normalize || p.product != nullptr);
+  }
+  DEVICE_FUNCTION bool with_n() const { return kTransposed && p.z != nullptr; }
+  DEVICE_FUNCTION bool with_dots() const { return kTransposed && p.dots != nullptr; }
+
+  DEVICE_FUNCTION int passes() const { return divide_up(key_blocks, Shape::kKeyBlocks); }
   DEVICE_FUNCTION int blocks_of(int pass) const {
     const int left = key_blocks - (pass - 1) * Shape::kKeyBlocks;
     return left < Shape::kKeyBlocks ? left : Shape::kKeyBlocks;
@@ -111,7 +114,7 @@ class OutBlock {
 
   DEVICE_FUNCTION void work() {
     clear(o);
-    const int steps = slices * (1 + passes) + key_blocks + (with_dots ? 1 : 0);
+    const int steps = slices * (1 + passes()) + key_blocks + (with_dots() ? 1 : 0);
     int load_stage = 0, stage = 0;
     Step load_step, step;
 #pragma unroll 1
@@ -154,15 +157,17 @@ class OutBlock {
   }
 
   DEVICE_FUNCTION void load_gates(GateRecord* records, float* z, int block, int blocks) const {
+    const int here = thread_here();
     const int first = block * kBlockTokens, count = blocks * kBlockTokens;
     load_records<kTwoPhaseThreads>(records, p.records + position(first), count);
-    if (kTransposed && p.z != nullptr && thread < count / 4)
-      prim::cp_async16(z + 4 * thread, p.z + position(first) + 4 * thread);
+    if (kTransposed && p.z != nullptr && here < count / 4)
+      prim::cp_async16(z + 4 * here, p.z + position(first) + 4 * here);
   }
 
   template <int kStateRows, int kStateCols>
   DEVICE_FUNCTION void load_state(Tile<kStateRows, kStateCols, kPlanes>& tile, int row0,
                                   int column0) const {
+    const int here = thread_here();
     constexpr int kPieces = kStateCols / 8;
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
@@ -170,7 +175,7 @@ class OutBlock {
                                state_offset<kPlanes>(p.chunks, head, slot, plane, p.dqk, p.dv);
 #pragma unroll
       for (int i = 0; i < kStateRows * kPieces / kTwoPhaseThreads; ++i) {
-        const int piece = thread + i * kTwoPhaseThreads;
+        const int piece = here + i * kTwoPhaseThreads;
         const int r = piece / kPieces, c = piece % kPieces * 8;
         const bool inside = row0 + r < padded(p.dqk) && column0 + c < padded(p.dv);
         const int64_t offset = int64_t{row0 + r} * padded(p.dv) + column0 + c;
@@ -181,7 +186,7 @@ class OutBlock {
 
   DEVICE_FUNCTION void load(Stage& stage, const Step& step) const {
     const int key = first_key + (step.pass - 1) * Shape::kKeyBlocks;
-    if (step.pass > passes) {
+    if (step.pass > passes()) {
       load_rows(stage.x, p.dot, row_block, col0);
     } else if (step.index >= slices) {
       load_rows(stage.x, p.x, key + step.index - slices, col0);
@@ -200,13 +205,14 @@ class OutBlock {
   }
 
   DEVICE_FUNCTION void load_state_slice(Stage& stage, int slice) const {
+    const int here = thread_here();
     if constexpr (kTransposed) {
       load_state(stage.state, col0, 64 * slice);
     } else {
       load_state(stage.x, 64 * slice, col0);
     }
-    if (with_product && thread < 16)
-      prim::cp_async16(stage.n + 4 * thread, chunk_n() + 64 * slice + 4 * thread);
+    if (with_product() && here < 16)
+      prim::cp_async16(stage.n + 4 * here, chunk_n() + 64 * slice + 4 * here);
   }
 
   DEVICE_FUNCTION const float* chunk_n() const {
@@ -262,9 +268,9 @@ class OutBlock {
       } else {
         multiply<false>(o, stage.a, stage.x);
       }
-      if (with_product) add_row_n(stage);
+      if (with_product()) add_row_n(stage);
       if (step.index == slices - 1) scale_rows();
-    } else if (step.pass > passes) {
+    } else if (step.pass > passes()) {
       add_dots(stage);
     } else if (step.index < slices) {
 #pragma unroll
@@ -281,16 +287,19 @@ class OutBlock {
   // Rows ---------------------------------------------------------------------------------------------------------------
   // A thread has rows row_of(m, half) of the block; of O the columns column_of(n) and the one after it.
 
-  DEVICE_FUNCTION int row_of(int m, int half) const {
-    return warp_row + 16 * m + 8 * half + lane / 4;
+  DEVICE_FUNCTION int row_of(int m, int half) const { return row_of(m, half, lane); }
+  DEVICE_FUNCTION int row_of(int m, int half, int of_lane) const {
+    return warp_row + 16 * m + 8 * half + of_lane / 4;
   }
-  DEVICE_FUNCTION int column_of(int n) const {
-    return 8 * (warp * Shape::kColumnTiles + n) + 2 * (lane % 4);
+  DEVICE_FUNCTION int column_of(int n) const { return column_of(n, lane); }
+  DEVICE_FUNCTION int column_of(int n, int of_lane) const {
+    return 8 * (warp * Shape::kColumnTiles + n) + 2 * (of_lane % 4);
   }
 
   /// q . n over this slice: a thread has 16 numbers of row thread / 4.
   DEVICE_FUNCTION void add_row_n(Stage& stage) {
-    const int row = thread / 4, first = thread % 4 * 16;
+    const int here = thread_here();
+    const int row = here / 4, first = here % 4 * 16;
 #pragma unroll
     for (int c = first; c < first + 16; c += 8) {
       const float* const n = stage.n + c;
@@ -306,11 +315,12 @@ class OutBlock {
 
   /// O = outer weight * (A S [+ z n]).
   DEVICE_FUNCTION void scale_rows() {
+    const int here = thread_here();
 #pragma unroll
     for (int n = 0; n < Shape::kColumnTiles; ++n) {
-      const int column = col0 + column_of(n);
+      const int column = col0 + column_of(n, here % 32);
       float add[2] = {0, 0};
-      if (with_n) {
+      if (with_n()) {
         if (column < p.dqk) add[0] = chunk_n()[column];
         if (column + 1 < p.dqk) add[1] = chunk_n()[column + 1];
       }
@@ -318,9 +328,9 @@ class OutBlock {
       for (int m = 0; m < Shape::kRowTiles; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = row_of(m, half);
+          const int row = row_of(m, half, here % 32);
           const float outer = kReverse ? shared.rows[row].u : shared.rows[row].w;
-          const float z = with_n ? kUse == Use::kDq ? shared.row_z[row] : 1.0F : 0.0F;
+          const float z = with_n() ? kUse == Use::kDq ? shared.row_z[row] : 1.0F : 0.0F;
           float(&x)[4] = o[m][n];
           x[2 * half] = outer * (x[2 * half] + z * add[0]);
           x[2 * half + 1] = outer * (x[2 * half + 1] + z * add[1]);
@@ -330,19 +340,20 @@ class OutBlock {
 
   /// P = mask(S * D) * scale of the pass's keys, to shared memory; forward also the sums of its rows.
   DEVICE_FUNCTION void write_scores(int pass) {
-    const int key0 = (first_key + (pass - 1) * Shape::kKeyBlocks) * kBlockTokens;
+    const int key0 = (first_key + (pass - 1) * Shape::kKeyBlocks) * kBlockTokens,
+              here = lane_here();
 #pragma unroll
     for (int b = 0; b < Shape::kKeyBlocks; ++b) {
       if (b >= blocks_of(pass)) continue;
 #pragma unroll
       for (int n = 0; n < Shape::kKeyTiles; ++n) {
-        const int column = 8 * (warp * Shape::kKeyTiles + n) + 2 * (lane % 4);
+        const int column = 8 * (warp * Shape::kKeyTiles + n) + 2 * (here % 4);
         const int key = b * kBlockTokens + column;
 #pragma unroll
         for (int m = 0; m < Shape::kRowTiles; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int row = row_of(m, half);
+            const int row = row_of(m, half, here);
             const float low = score(s[b][m][n][2 * half], row, key, key0);
             const float high = score(s[b][m][n][2 * half + 1], row, key + 1, key0);
             store_pair(shared.scores[b], row, column, low, high);
@@ -356,7 +367,7 @@ class OutBlock {
     const GateRecord &r = shared.rows[row], &k = shared.keys[key];
     const int t = row_block * kBlockTokens + row, other = key0 + key;
     const float d = kReverse ? decay(k, other, r, t) : decay(r, t, k, other);
-    if (with_n) product += kUse == Use::kDq ? shared.row_z[row] : shared.key_z[key];
+    if (with_n()) product += kUse == Use::kDq ? shared.row_z[row] : shared.key_z[key];
     return d == 0 ? 0.0F : product * p.scale * d;
   }
 
@@ -393,6 +404,7 @@ class OutBlock {
   }
 
   DEVICE_FUNCTION void add_dots(Stage& stage) {
+    const int here = thread_here();
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m)
 #pragma unroll
@@ -401,8 +413,8 @@ class OutBlock {
         for (int n = 0; n < Shape::kColumnTiles; ++n)
 #pragma unroll
           for (int plane = 0; plane < kPlanes; ++plane) {
-            const u32 pair =
-                *reinterpret_cast<const u32*>(stage.x.at(plane, row_of(m, half), column_of(n)));
+            const u32 pair = *reinterpret_cast<const u32*>(
+                stage.x.at(plane, row_of(m, half, here % 32), column_of(n, here % 32)));
             row_sum[m][half] +=
                 o[m][n][2 * half] * low_half(pair) + o[m][n][2 * half + 1] * high_half(pair);
           }
@@ -503,8 +515,7 @@ class OutBlock {
   int thread, lane, warp_row, warp;  // warp: column of warps
   int batch, token0;                 // row and first token of the chunk
   int tokens, rows;                  // of the chunk, and from this block's first row on
-  int slices, first_key, key_blocks, passes;
-  bool with_product, with_n, with_dots;
+  int slices, first_key, key_blocks;
   Sums<Shape::kColumnTiles> o;
   Sums<Shape::kKeyTiles> s[Shape::kKeyBlocks];
   float row_sum[Shape::kRowTiles][2] = {};

@@ -36,11 +36,10 @@ class StateBlock {
     index /= tiles_x;
     row0 = index % tiles_b * Shape::kRows;
     item = index / tiles_b;
-    segment = item % p.chunks.segments;
-    sequence = item / p.chunks.segments / p.chunks.num_heads;
+    const int sequence = item / p.chunks.segments / p.chunks.num_heads;
     head = item / p.chunks.segments % p.chunks.num_heads;
     range = sequence_at(p.chunks, sequence);
-    const SegmentRange chunks = segment_at(p.chunks, range, segment);
+    const SegmentRange chunks = segment_at(p.chunks, range, item % p.chunks.segments);
     per_chunk = p.chunks.length / kBlockTokens;
     const int end = divide_up(range.length, kBlockTokens);
     first_block = chunks.begin * per_chunk;
@@ -88,7 +87,7 @@ class StateBlock {
   }
 
   DEVICE_FUNCTION void load(Stage& stage, int i) const {
-    const int block = block_at(i), thread = static_cast<int>(prim::thread_idx().x);
+    const int block = block_at(i), thread = thread_here();
     const int token = block * kBlockTokens;
     const int64_t from = range.begin + token;
     load_tile<kTwoPhaseThreads>(stage.b, p.b, token_offset(p.b, range.batch, from, head),
@@ -134,6 +133,7 @@ class StateBlock {
 
   /// S as bfloat16, 16 bytes per store.
   DEVICE_FUNCTION void write_plane(int slot, int plane) const {
+    const int here = lane_here();
     bf16* const to = static_cast<bf16*>(p.states) +
                      state_offset<kPlanes>(p.chunks, head, slot, plane, p.dqk, p.dv);
 #pragma unroll
@@ -150,8 +150,8 @@ class StateBlock {
             piece.x[j] = planes[plane];
           }
           transpose_quad(piece.x);
-          const int row = row0 + warp_row + 16 * m + 8 * half + lane / 4;
-          const int col = col0 + warp_col + 8 * (n + lane % 4);
+          const int row = row0 + warp_row + 16 * m + 8 * half + here / 4;
+          const int col = col0 + warp_col + 8 * (n + here % 4);
           if (row < padded(p.dqk) && col < padded(p.dv))
             *reinterpret_cast<Piece*>(to + int64_t{row} * padded(p.dv) + col) = piece;
         }
@@ -183,19 +183,18 @@ class StateBlock {
 
   // n: a warp has 16 rows, a lane two of them and a quarter of the tokens; the quarters meet in write_n(). Tokens are dealt
   // out so that the eight lanes of a quarter and the four quarters read different banks.
-  DEVICE_FUNCTION int n_row() const {
-    return static_cast<int>(prim::thread_idx().x) / 32 * 16 + lane % 8 * 2;
-  }
+  static DEVICE_FUNCTION int n_row(int thread) { return thread / 32 * 16 + thread % 8 * 2; }
 
   DEVICE_FUNCTION void add_n(Stage& stage) {
+    const int here = thread_here();
 #pragma unroll 4
     for (int i = 0; i < kBlockTokens / 4; ++i) {
-      const int token = i / 2 * 8 + lane / 8 * 2 + i % 2;
+      const int token = i / 2 * 8 + here % 32 / 8 * 2 + i % 2;
       float weight = stage.weights[token];
       if (p.reverse) weight = p.z == nullptr ? 0.0F : weight * stage.z[token];
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
-        const u32 pair = *reinterpret_cast<const u32*>(stage.b.at(plane, token, n_row()));
+        const u32 pair = *reinterpret_cast<const u32*>(stage.b.at(plane, token, n_row(here)));
         n_sum[0] += weight * low_half(pair);
         n_sum[1] += weight * high_half(pair);
       }
@@ -204,60 +203,65 @@ class StateBlock {
 
   /// n of this block's rows, as far as `rows`.
   DEVICE_FUNCTION void write_n(float* to, int rows) const {
+    const int here = thread_here();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float sum = n_sum[i];
       sum += prim::float_of(prim::shfl_xor(prim::bits_of(sum), 8));
       sum += prim::float_of(prim::shfl_xor(prim::bits_of(sum), 16));
-      const int row = row0 + n_row() + i;
-      if (lane < 8 && row < rows) to[row] = sum;
+      const int row = row0 + n_row(here) + i;
+      if (here % 32 < 8 && row < rows) to[row] = sum;
     }
   }
 
-  /// Row and column of S in a thread's registers.
-  DEVICE_FUNCTION int row_of(int m, int e) const {
-    return row0 + warp_row + 16 * m + 8 * (e / 2) + lane / 4;
-  }
-  DEVICE_FUNCTION int col_of(int n, int e) const {
-    return col0 + warp_col + 8 * n + 2 * (lane % 4) + e % 2;
+  /// Calls visit(number, offset) for the thread's numbers of S that lie in a DQK x DV matrix.
+  template <class Visit>
+  DEVICE_FUNCTION void each_number(Visit visit) {
+    const int here = lane_here();
+    const int col = col0 + warp_col + 2 * (here % 4);
+#pragma unroll
+    for (int m = 0; m < Shape::kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row0 + warp_row + 16 * m + 8 * half + here / 4;
+        const int left = row < p.dqk ? p.dv - col : 0;
+        const int64_t offset = int64_t{row} * p.dv + col;
+#pragma unroll
+        for (int n = 0; n < Shape::kColumnTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (8 * n + e < left) visit(s[m][n][2 * half + e], offset + 8 * n + e);
+      }
   }
 
   DEVICE_FUNCTION void begin() {
-    const float* const from =
-        p.start_c == nullptr ? nullptr : p.start_c + int64_t{item} * p.dqk * p.dv;
+    const int here = thread_here();
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m)
 #pragma unroll
       for (int n = 0; n < Shape::kColumnTiles; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = row_of(m, e), col = col_of(n, e);
-          s[m][n][e] =
-              from != nullptr && row < p.dqk && col < p.dv ? from[int64_t{row} * p.dv + col] : 0.0F;
-        }
+        for (int e = 0; e < 4; ++e) s[m][n][e] = 0;
+    if (p.start_c != nullptr) {
+      const float* const from = p.start_c + int64_t{item} * p.dqk * p.dv;
+      each_number([from](float& x, int64_t offset) { x = from[offset]; });
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = row0 + n_row() + i;
-      n_sum[i] = p.start_n != nullptr && lane < 8 && row < p.dqk
+      const int row = row0 + n_row(here) + i;
+      n_sum[i] = p.start_n != nullptr && here % 32 < 8 && row < p.dqk
                      ? p.start_n[int64_t{item} * p.dqk + row]
                      : 0.0F;
     }
   }
 
-  DEVICE_FUNCTION void write_c(float* to) const {
-#pragma unroll
-    for (int m = 0; m < Shape::kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < Shape::kColumnTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = row_of(m, e), col = col_of(n, e);
-          if (row < p.dqk && col < p.dv) to[int64_t{row} * p.dv + col] = s[m][n][e];
-        }
+  DEVICE_FUNCTION void write_c(float* to) {
+    each_number([to](float x, int64_t offset) { to[offset] = x; });
   }
 
-  DEVICE_FUNCTION void finish() const {
-    const int64_t owner = int64_t{sequence} * p.chunks.num_heads + head;
+  DEVICE_FUNCTION void finish() {
+    const int64_t owner = item / p.chunks.segments;
+    const int segment = item % p.chunks.segments;
     const bool last = segment == (p.reverse ? 0 : p.chunks.segments - 1);
     if (last && p.end_c != nullptr) write_c(p.end_c + owner * p.dqk * p.dv);
     if (last && p.end_n != nullptr && has_n) write_n(p.end_n + owner * p.dqk, p.dqk);
@@ -269,7 +273,7 @@ class StateBlock {
 
   const StateParams& p;
   SequenceRange range;
-  int item, segment, sequence, head;
+  int item, head;
   int row0, col0;                      // of the tile
   int first_block, blocks, per_chunk;  // of 64 tokens
   bool has_n;

@@ -21,6 +21,14 @@ struct alignas(16) Piece {
   u32 x[4];
 };
 
+/// The thread, from an instruction that stays where it is: addresses made of it are not computed before a loop and then
+/// kept in registers throughout.
+DEVICE_FUNCTION int thread_here() {
+  const u32 thread = prim::thread_idx().x;
+  return static_cast<int>(prim::shfl(thread, thread % 32));
+}
+DEVICE_FUNCTION int lane_here() { return thread_here() % 32; }
+
 /// The four lanes of a quad hold x[tile] of four neighbouring 8-column tiles, two numbers each; afterwards lane i holds
 /// the eight numbers of tile i in order.
 DEVICE_FUNCTION void transpose_quad(u32 (&x)[4]) {
