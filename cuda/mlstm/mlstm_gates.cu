@@ -52,7 +52,7 @@ class GatesBlock {
 
   DEVICE_FUNCTION void run() {
     const int64_t owner = int64_t{sequence} * p.chunks.num_heads + head;
-    double m = p.m0 == nullptr || p.sigmoid_input_gate ? 0.0 : static_cast<double>(p.m0[owner]);
+    double m = p.m0 == nullptr || p.sigmoid_input_gate ? 0.0 : at_least(p.m0[owner], kMinLogInput);
     for (int first = 0; first < range.num_chunks; first += kWarps) {
       const int chunk = first + warp;
       const bool used = chunk < range.num_chunks;

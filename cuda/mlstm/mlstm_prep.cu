@@ -20,7 +20,8 @@ DEVICE_FUNCTION float prepare_token(const PrepParams& p, const GateRecord& recor
         p.product[(int64_t{batch} * p.chunks.time + token) * p.chunks.num_heads + head];
     const float size = product < 0 ? -product : product;
     if (size > record.floor) sign = product < 0 ? -1.0F : 1.0F;
-    factor = 1.0F / (fmaxf(fmaxf(size, record.floor), kSmallest) + p.eps);
+    const float floor = fmaxf(record.floor, kSmallest);
+    factor = 1.0F / ((size <= floor ? floor : size) + p.eps);  // NaN stays NaN
   }
   const int64_t from = token_offset(p.dh, batch, token, head),
                 h = token_offset(p.h, batch, token, head);

@@ -288,9 +288,9 @@ void special_values(uint64_t seed) {
   }
   const Setting s{.cut = {.time = 3, .heads = 1, .packed = {0, 0, 3}}};
   Gates gates(s, seed);
-  gates.m0[1] = -INFINITY;  // an empty state may say so
+  gates.m0[0] = gates.m0[1] = -INFINITY;  // an empty state may say so
   gates.launch();
-  gates.m0[1] = -1e30F;
+  gates.m0[0] = gates.m0[1] = -1e30F;
   gates.check();
 }
 
