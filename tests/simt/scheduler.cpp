@@ -10,7 +10,11 @@
 #include "tests/simt/emulator.h"
 #include "tests/simt/sanitizer.h"
 
-#if !defined(__x86_64__)
+// SIMT_UCONTEXT: switches threads by the C library, as on processors without the code below.
+#if !defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_UCONTEXT
+#endif
+#if defined(SIMT_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -41,7 +45,7 @@ std::size_t main_stack_bytes = 0;
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
 extern "C" void simt_switch(void** save, void* to);
 asm(R"(.text
 .globl simt_switch
@@ -317,6 +321,7 @@ static void end_gang(Gang& gang) {
     release_context(f.get());
     give_stack(f->stack);
   }
+  release_context(&gang.main);
   for (Block& block : gang.blocks) {
     char* memory = block.shared - gang.shape.shared_offset;
 #if defined(SIMT_ASAN)
