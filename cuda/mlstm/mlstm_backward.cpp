@@ -16,6 +16,7 @@ struct BackwardMemory {
   float *dc0, *dn0;  // where the gate gradients need them and the caller does not
   SegmentMemory forward_segments, reverse_segments;
   StateMemory states;  // C first, then dC in its place
+  Anchors anchors;
   BackwardMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace)
       : records(workspace.take<GateRecord>(plan.positions())),
         gamma(workspace.take<float>(plan.positions() / plan.chunks.length)),
@@ -28,7 +29,8 @@ struct BackwardMemory {
         dn0(workspace.take<float>(plan.items() * problem.dqk)),
         forward_segments(plan, problem, workspace),
         reverse_segments(plan, problem, workspace),
-        states(plan, problem, workspace) {}
+        states(plan, problem, workspace),
+        anchors(take_anchors(plan, workspace)) {}
 };
 
 /// One backward call: the pieces that every launch takes from.
@@ -103,6 +105,7 @@ struct Backward {
       p.z = memory.z;
       p.dot = use == Use::kDq ? q : k;
       p.dots = use == Use::kDq ? memory.dots_r : memory.dots_c;
+      if (plan.fused) p.anchors = memory.anchors;
     }
     return p;
   }
@@ -122,6 +125,19 @@ struct Backward {
     }
   }
 
+  AnchorParams anchors(bool dot) const {
+    AnchorParams p;
+    p.chunks = plan.chunks;
+    p.anchors = memory.anchors;
+    p.dot = dot;
+    p.dqk = static_cast<int32_t>(problem.dqk);
+    p.dv = static_cast<int32_t>(problem.dv);
+    p.planes = plan.planes;
+    p.states = memory.states.c;
+    p.state_n = memory.states.n;
+    return p;
+  }
+
   void run_two_phase() const {
     for (const bool is_reverse : {false, true}) {
       StateParams states = state(is_reverse);
@@ -135,6 +151,7 @@ struct Backward {
       states.end_c = is_reverse ? dc0() : nullptr;
       states.end_n = is_reverse ? dn0() : nullptr;
       launch_state(states, device, stream);
+      if (memory.anchors.states != nullptr) launch_anchors(anchors(is_reverse), stream);
       for (const Use use : {Use::kDv, Use::kDq, Use::kDk}) {
         if ((use == Use::kDq) == is_reverse) continue;
         SweepParams p = sweep(use);
@@ -159,6 +176,8 @@ struct Backward {
     p.dots_r = memory.dots_r;
     p.dots_c = memory.dots_c;
     p.tiles = plan.dot_tiles;
+    p.anchors = memory.anchors;
+    p.anchor_tiles = plan.anchor_tiles;
     p.state_size = problem.dqk * problem.dv;
     p.n_size = problem.dqk;
     if (call.in.c0 != nullptr) {

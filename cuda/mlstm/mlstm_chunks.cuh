@@ -50,6 +50,12 @@ DEVICE_FUNCTION SlotRange slot_at(const Chunks& c, int32_t slot) {
   return {sequence, chunk, chunk < sequence.num_chunks};
 }
 
+/// The anchor at the start of a sequence's chunk, or -1. A sequence's first chunk needs none.
+DEVICE_FUNCTION int32_t anchor_at(const Chunks& c, const SequenceRange& s, int32_t chunk) {
+  const int32_t slot = s.first_slot + chunk;
+  return chunk > 0 && slot % c.anchor == 0 ? slot / c.anchor : -1;
+}
+
 /// Chunks [begin, end) of segment `segment`.
 struct SegmentRange {
   int32_t begin, end;

@@ -74,7 +74,19 @@ class GateGradientBlock {
   /// What token t > 0 adds to the sum that is the gradient of its own forget gate.
   DEVICE_FUNCTION Run token(int t) const {
     if (is_reset(t)) return {0, true};
+    const int anchor =
+        t % p.chunks.length == 0 ? anchor_at(p.chunks, range, t / p.chunks.length) : -1;
+    if (p.anchors.dots != nullptr && anchor >= 0) return {anchor_dot(anchor), true};
     return {dots(p.dots_c, t - 1) - dots(p.dots_r, t - 1), false};
+  }
+
+  DEVICE_FUNCTION double anchor_dot(int anchor) const {
+    double sum = 0;
+    for (int tile = 0; tile < p.anchor_tiles; ++tile) {
+      const int64_t at = (int64_t{tile} * p.chunks.num_heads + head) * p.anchors.count + anchor;
+      for (int i = 0; i < kAnchorWarps; ++i) sum += p.anchors.dots[at * kAnchorWarps + i];
+    }
+    return sum;
   }
 
   DEVICE_FUNCTION double thread_dot(const float* a, const float* b, int64_t size) const {
@@ -119,7 +131,7 @@ class GateGradientBlock {
   SequenceRange range;
 };
 
-KERNEL_FUNCTION(kThreads, 2)
+KERNEL_FUNCTION(kThreads, 4)
 mlstm_gate_gradients(const GRID_CONSTANT GateGradientParams p) {
   GateGradientBlock(p, *reinterpret_cast<GateGradientBlock::Shared*>(prim::dynamic_shared())).run();
 }

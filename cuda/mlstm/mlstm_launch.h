@@ -19,10 +19,10 @@ void launch_sweep(Use use, const SweepParams& params, const DeviceLimits& device
 
 /// Columns of X that a block of the out kernel takes.
 int out_tile_columns(Dtype dtype, const DeviceLimits& device);
-/// Tiles of C that the state kernel cuts a head into, and the float32 numbers that each leaves per anchor.
-int state_tiles(int dqk, int dv, Dtype dtype);
-int state_anchor_numbers(Dtype dtype);
 void launch_state(const StateParams& params, const DeviceLimits& device, Stream stream);
+void launch_anchors(const AnchorParams& params, Stream stream);
+/// float32 numbers that a head's state takes at an anchor, for launch_anchors.
+int anchor_numbers(int dqk, int dv, int planes);
 void launch_out(Use use, const SweepParams& params, const DeviceLimits& device, Stream stream);
 
 }  // namespace xlstm::cuda

@@ -34,8 +34,20 @@ struct Chunks {
   int32_t length = 64;  ///< L
   int32_t slots = 0;    ///< per head
   int32_t segments =
-      1;  ///< every sequence is cut into so many runs of chunks, worked on in parallel
+      1;               ///< every sequence is cut into so many runs of chunks, worked on in parallel
+  int32_t anchor = 8;  ///< slots between anchors, see Anchors
 };
+
+/// The gradient of the forget gates is a running sum whose rounding errors would grow with the sequence. At every slot
+/// that is a multiple of Chunks::anchor it starts anew from <C, dC> + <n, dn>, which is exact there: kDq leaves its
+/// registers of C and n as they enter the slot, kDk multiplies its own into them. Without the fused sweep the states are
+/// in memory anyway, and the anchors kernel does both.
+struct Anchors {
+  float* states = nullptr;  ///< [tiles][NH][count][registers of a block]; null: no anchors
+  float* dots = nullptr;    ///< [tiles][NH][count][kAnchorWarps]: parts of the sum
+  int32_t count = 0;        ///< per head
+};
+constexpr int32_t kAnchorWarps = 8;  ///< warps that add to a dot, in every kernel
 
 /// A (B,T,NH,D) operand. `vector`: rows may be read 16 bytes at a time (inner = 1, addresses and strides aligned).
 struct Operand {
@@ -98,6 +110,7 @@ struct SweepParams {
   // kDq, kDk: row dots of out with q (k), summed over tiles by the gate gradients
   Operand dot;
   float* dots = nullptr;  ///< [tiles][NH][slots][L]
+  Anchors anchors;
   // States: C or dC as [DQK][DV], n or dn as [DQK], float32. Item = ((sequence * NH) + head) * segments + segment.
   int32_t dqk = 0, dv = 0;
   const float *start_c = nullptr,
@@ -130,6 +143,16 @@ struct StateParams {
   int32_t stages = 1;
 };
 
+/// anchors, after the forward and, with `dot`, after the reverse state kernel.
+struct AnchorParams {
+  Chunks chunks;
+  Anchors anchors;
+  bool dot = false;
+  int32_t dqk = 0, dv = 0, planes = 1;
+  void* states = nullptr;    ///< as in SweepParams
+  float* state_n = nullptr;  ///< as in SweepParams
+};
+
 /// segment scan: turns the segments' own sums into the states that enter them, in place.
 struct SegmentScanParams {
   int32_t items = 0;  ///< sequences * heads
@@ -152,6 +175,8 @@ struct GateGradientParams {
   int64_t reset_batch = 0, reset_time = 0;
   const float *dots_r = nullptr, *dots_c = nullptr;  ///< [tiles][NH][slots][L]
   int32_t tiles = 1;
+  Anchors anchors;
+  int32_t anchor_tiles = 1;
   int64_t state_size = 0, n_size = 0;  ///< DQK * DV, DQK
   const float *c0 = nullptr, *n0 = nullptr, *dc0 = nullptr,
               *dn0 = nullptr;  ///< all null without an initial state

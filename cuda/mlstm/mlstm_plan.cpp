@@ -11,6 +11,11 @@ namespace {
 constexpr int64_t kTile = 64;
 // Chunks of the two-phase form: longer ones write fewer states but compute more scores.
 constexpr int64_t kLongestChunk = 256;
+/// Tokens between anchors: the errors of bfloat16 dots add up to about 1e-2 of the forget gates' gradients, sooner for
+/// small heads, and the anchors cost less than a tenth of the traffic, more for large heads.
+int64_t anchor_tokens(const MlstmProblem& problem) {
+  return problem.dqk * problem.dv < 128 * 128 ? 256 : 512;
+}
 // A segment shorter than this would cost more in its own state than it brings in parallel work.
 constexpr int64_t kMinSegmentChunks = 4;
 
@@ -60,7 +65,8 @@ MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Di
                                 : out_tile_columns(problem.dtype, device);
     return ceil_div(width, tile);
   };
-  plan.dot_tiles = static_cast<int32_t>(columns(problem.dv, problem.dqk));
+  if (direction == Direction::kBackward)
+    plan.dot_tiles = static_cast<int32_t>(columns(problem.dv, problem.dqk));
   Chunks& chunks = plan.chunks;
   chunks.num_sequences = static_cast<int32_t>(problem.num_sequences);
   chunks.time = static_cast<int32_t>(problem.time);
@@ -75,7 +81,24 @@ MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Di
                             : ceil_div(problem.dqk, 2 * kTile) * ceil_div(problem.dv, 2 * kTile);
   chunks.segments =
       static_cast<int32_t>(segment_count(problem, device, length, plan.items() * tiles));
+  chunks.anchor = static_cast<int32_t>(std::max<int64_t>(1, anchor_tokens(problem) / length));
+  if (direction == Direction::kBackward && problem.time > anchor_tokens(problem)) {
+    plan.anchor_count = chunks.slots / chunks.anchor + 1;
+    plan.anchor_tiles = plan.fused ? plan.dot_tiles : 1;
+    plan.anchor_numbers = plan.fused ? sweep_anchor_numbers(dv, dqk, problem.dtype, device)
+                                     : anchor_numbers(dqk, dv, plan.planes);
+  }
   return plan;
+}
+
+Anchors take_anchors(const MlstmPlan& plan, Workspace& workspace) {
+  Anchors anchors;
+  if (plan.anchor_count == 0) return anchors;
+  const int64_t blocks = int64_t{plan.anchor_tiles} * plan.chunks.num_heads * plan.anchor_count;
+  anchors.states = workspace.take<float>(blocks * plan.anchor_numbers);
+  anchors.dots = workspace.take<float>(blocks * kAnchorWarps);
+  anchors.count = plan.anchor_count;
+  return anchors;
 }
 
 SegmentMemory::SegmentMemory(const MlstmPlan& plan, const MlstmProblem& problem,

@@ -11,6 +11,8 @@ struct MlstmPlan {
   bool fused = true;      ///< sweep kernels; else state and out kernels, with the states in memory
   int32_t planes = 1;     ///< bfloat16 planes per number
   int32_t dot_tiles = 1;  ///< column tiles of DQK: partial row dots per token
+  int32_t anchor_tiles = 1, anchor_count = 0,
+          anchor_numbers = 0;  ///< see Anchors; no anchors for short sequences
   int64_t items() const { return int64_t{chunks.num_sequences} * chunks.num_heads; }
   int64_t positions() const { return int64_t{chunks.num_heads} * chunks.slots * chunks.length; }
 };
@@ -47,6 +49,9 @@ struct StateMemory {
   float* n = nullptr;
   StateMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace);
 };
+
+/// Anchors of the backward pass.
+Anchors take_anchors(const MlstmPlan& plan, Workspace& workspace);
 
 Operand operand_of(const View& view, int64_t width, Dtype dtype);
 

@@ -34,6 +34,11 @@ int sweep_tile_columns(int contraction, int columns, Dtype dtype, const DeviceLi
   return tile == nullptr ? 0 : tile->columns;
 }
 
+int sweep_anchor_numbers(int contraction, int columns, Dtype dtype, const DeviceLimits& device) {
+  const SweepTile* tile = find_tile(contraction, columns, dtype, device);
+  return tile == nullptr ? 0 : sweep_anchor_numbers(*tile);
+}
+
 void launch_sweep(Use use, const SweepParams& params, const DeviceLimits& device, Stream stream) {
   const SweepTile* tile = find_tile(params.a.width, params.x.width, params.x.dtype, device);
   if (tile == nullptr)

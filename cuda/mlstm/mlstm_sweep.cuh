@@ -27,12 +27,14 @@ class Sweep : public SweepOutput<kUse, kDA, kDX, kPlanes> {
     load_state();
     for (int i = 0; i < count; ++i) {
       const float gamma = p.gamma[slot_at(i)];
+      if constexpr (kUse == Use::kDq) leave_anchor(chunk_at(i));
       publish_state();
       prim::cp_async_wait<0>();
       prim::sync_block();
       if (p.stages == 2 && i + 1 < count) load(i + 1);
       if (kTransposed && i > 0) write_dots(i - 1);
       chunk(i, gamma, i + 1 < count);
+      if constexpr (kUse == Use::kDk) dot_anchor(chunk_at(i));
     }
     if (kTransposed && count > 0) {
       prim::sync_block();
@@ -46,14 +48,17 @@ class Sweep : public SweepOutput<kUse, kDA, kDX, kPlanes> {
   using typename Base::OutTile;
   using ScoreTile = float[2][2][4];
   using Base::add_products;
+  using Base::chunk_at;
   using Base::chunks;
   using Base::clear_shared;
   using Base::columns;
   using Base::depth;
+  using Base::dot_anchor;
   using Base::kHasN;
   using Base::kOutTiles;
   using Base::kReverse;
   using Base::kTransposed;
+  using Base::leave_anchor;
   using Base::load;
   using Base::load_dots;
   using Base::load_state;

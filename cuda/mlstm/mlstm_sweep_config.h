@@ -36,6 +36,11 @@ constexpr size_t sweep_shared_bytes(const SweepTile& t, int stages) {
   return sweep_fixed_bytes(t) + stages * sweep_stage_bytes(t);
 }
 
+/// What a block of kDq or kDk leaves at an anchor: the registers of S and n of its 256 threads.
+constexpr int sweep_anchor_numbers(const SweepTile& t) {
+  return t.contraction * t.columns + 8 * t.columns;
+}
+
 /// Launches the kernel of one use; p.stages says how many stages the block's shared memory holds.
 template <Use kUse>
 void launch_sweep_tile(const SweepTile& tile, const SweepParams& p, Stream stream);

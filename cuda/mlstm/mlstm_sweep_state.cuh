@@ -19,6 +19,7 @@ class SweepState : public SweepBlock<kUse, kDA, kDX, kPlanes> {
   using Base::columns;
   using Base::depth;
   using Base::group;
+  using Base::head;
   using Base::inner;
   using Base::item;
   using Base::kHasN;
@@ -26,10 +27,12 @@ class SweepState : public SweepBlock<kUse, kDA, kDX, kPlanes> {
   using Base::kReverse;
   using Base::kStateRows;
   using Base::kStateTiles;
+  using Base::kThreads;
   using Base::kTransposed;
   using Base::n_column;
   using Base::p;
   using Base::quad;
+  using Base::range;
   using Base::s;
   using Base::segment;
   using Base::sequence_head;
@@ -98,6 +101,54 @@ class SweepState : public SweepBlock<kUse, kDA, kDX, kPlanes> {
       float* end = p.end_n + static_cast<int64_t>(sequence_head()) * p.dqk;
       for_n([end](float x, int at) { end[at] = x; });
     }
+  }
+
+  // Anchors -------------------------------------------------------------------------------------------------------------
+  static constexpr int kAnchorNumbers = sweep_anchor_numbers({kDA, kDX, kPlanes});
+  /// Calls f(number, place among the anchor's numbers) for the registers of S and n.
+  template <class F>
+  DEVICE_FUNCTION void for_registers(F f) {
+#pragma unroll
+    for (int m = 0; m < kStateRows; ++m)
+#pragma unroll
+      for (int t = 0; t < kStateTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          f(state[m][t][i], ((m * kStateTiles + t) * 4 + i) * kThreads + thread);
+#pragma unroll
+    for (int c = 0; c < kNWidth / 64; ++c)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        f(n[c][e], (kStateRows * kStateTiles * 4 + 2 * c + e) * kThreads + thread);
+  }
+
+  /// kDq, before a chunk: leaves the state there if an anchor lies at its start.
+  DEVICE_FUNCTION void leave_anchor(int chunk) {
+    const int64_t anchor = anchor_of(chunk);
+    if (anchor < 0) return;
+    float* to = p.anchors.states + anchor * kAnchorNumbers;
+    for_registers([to](float x, int at) { to[at] = x; });
+  }
+  /// kDk, after the same chunk: <C, dC> + <n, dn>.
+  DEVICE_FUNCTION void dot_anchor(int chunk) {
+    const int64_t anchor = anchor_of(chunk);
+    if (anchor < 0) return;
+    const float* from = p.anchors.states + anchor * kAnchorNumbers;
+    constexpr int kStateNumbers = kDA * kDX;
+    const bool counts_n = group == 0;  // the other lanes hold copies
+    float sum = 0;
+    for_registers([&](float x, int at) {
+      if (at < kStateNumbers || counts_n) sum += x * from[at];
+    });
+#pragma unroll
+    for (u32 lanes = 16; lanes > 0; lanes /= 2) sum = plus_lane(sum, lanes);
+    if (thread % 32 == 0) p.anchors.dots[anchor * kAnchorWarps + warp] = sum;
+  }
+  /// Number of the anchor among all blocks' ones; -1: none.
+  DEVICE_FUNCTION int64_t anchor_of(int chunk) const {
+    const int anchor = p.anchors.states == nullptr ? -1 : anchor_at(p.chunks, range, chunk);
+    if (anchor < 0) return -1;
+    return (int64_t{tile} * p.chunks.num_heads + head) * p.anchors.count + anchor;
   }
 
   DEVICE_FUNCTION void publish_state() {
