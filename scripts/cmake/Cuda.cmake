@@ -4,9 +4,6 @@
 set(XLSTM_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (where nvcc and a CUDA build of torch are) | ON | OFF")
 set(XLSTM_CUDA_ARCHITECTURES "80-real;90a-real;80-virtual" CACHE STRING
   "targets of nvcc: sm_80 and sm_90a code, and PTX for everything later")
-# The one switch for AUTO: ON once every function of cuda/mlstm/mlstm.h has its kernels.
-set(kernels_are_complete OFF)
-
 # cuda_obstacle(<variable>): why the kernels cannot be built here; empty: they can.
 function(cuda_obstacle variable)
   set(${variable} "" PARENT_SCOPE)
@@ -33,7 +30,7 @@ if(DEFINED ENV{CUDACXX})
 endif()
 find_program(XLSTM_NVCC nvcc PATHS /usr/local/cuda/bin)
 set(XLSTM_WITH_CUDA OFF)
-if(XLSTM_CUDA STREQUAL "ON" OR (XLSTM_CUDA STREQUAL "AUTO" AND kernels_are_complete))
+if(NOT XLSTM_CUDA STREQUAL "OFF")
   cuda_obstacle(obstacle)
   if(NOT obstacle)
     set(XLSTM_WITH_CUDA ON)

@@ -34,12 +34,6 @@ struct Setting {
   DeviceLimits device = kAmpere;
 };
 
-float rounded(float x, Dtype dtype) {
-  if (dtype == Dtype::kBFloat16) return prim::bf16_to_float(prim::float_to_bf16(x));
-  if (dtype == Dtype::kFloat16) return prim::f16_to_float(prim::float_to_f16(x));
-  return x;
-}
-
 /// A (B,T,NH,D) tensor in one of three memory orders, with its values in double.
 class Tensor {
  public:
