@@ -21,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,21 +66,47 @@ class Budget:
     must: frozenset = frozenset()
     forbidden: frozenset = frozenset()
     only: tuple = PORTABLE  # elsewhere the kernel has no body
+    products: Callable | None = None  # template arguments -> (kind, fewest, most) of the matrix instructions
 
 
-def budget(kernel, threads, registers, shared_kib, blocks=1, must=(), forbidden=(), only=PORTABLE):
-    return Budget(kernel, threads, registers, shared_kib, blocks, frozenset(must), FORBIDDEN | frozenset(forbidden), only)
+def budget(kernel, threads, registers, shared_kib, blocks=1, must=(), forbidden=(), only=PORTABLE, products=None):
+    forbidden = FORBIDDEN | frozenset(forbidden)
+    return Budget(kernel, threads, registers, shared_kib, blocks, frozenset(must), forbidden, only, products)
+
+
+def sweep_products(use, contraction, columns, planes):
+    """Of one warp in eight and one chunk of 64 tokens: A S and the update of S, A B^T, P X. Two planes per number take
+    three products. The normaliser and the halves of the causal mask may add a quarter."""
+    a, x = int(contraction), int(columns)
+    fewest = (2 * a * x + 64 * a + 64 * x) * 64 // (16 * 8 * 16) // 8 * (1 if planes == "1" else 3)
+    return "HMMA", fewest, fewest * 5 // 4
+
+
+def fixed_products(by_planes):
+    """By the last template argument, the planes per number."""
+    return lambda *arguments: ("HMMA", by_planes[arguments[-1]], by_planes[arguments[-1]])
+
+
+def sweep_sm90_products(use, contraction, columns):
+    """Of one consumer and one chunk of 128 tokens: A S and both halves of A B^T, 16 columns at a time; P X of the own half
+    in either branch and of the other in one, 16 tokens at a time; the update of S."""
+    count = 3 * int(contraction) // 16 + 3 * 4 + 8
+    return "HGMMA", count, count
 
 
 BUDGETS = [
+    budget(r"mlstm_sweep_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",), products=sweep_sm90_products),
     budget(r"mlstm_\w+_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",)),
-    budget(r"mlstm_sweep", 256, 255, 163, must=MMA, forbidden={"HGMMA"}),
-    budget(r"mlstm_(state|out)", 256, 128, 113, blocks=2, must=MMA, forbidden={"HGMMA"}),
+    budget(r"mlstm_sweep", 256, 255, 227, must=MMA, forbidden={"HGMMA"}, products=sweep_products),
+    budget(r"mlstm_state", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 64, "2": 96})),
+    budget(r"mlstm_out", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 96, "2": 144})),
     budget(r"mlstm_gates", 256, 64, 16, blocks=4, must={"STG.128"}),
     budget(r"mlstm_gate_gradients", 256, 64, 16, blocks=4),
+    budget(r"mlstm_anchors", 256, 64, 16, blocks=4),
     budget(r"mlstm_prep", 256, 64, 32, blocks=4, must=VECTOR),
     budget(r"mlstm_segment_scan", 256, 64, 16, blocks=4),
-    budget(r"mlstm_step", 256, 96, 32, blocks=2, must=VECTOR),
+    budget(r"mlstm_step_columns", 256, 96, 32, blocks=2, must=VECTOR),
+    budget(r"mlstm_step_normaliser", 256, 64, 16, blocks=4),
 ]
 
 
@@ -296,8 +323,8 @@ def count_instructions(code, kernels):
     for kernel in kernels:
         opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sections[kernel.symbol], re.M)
         kernel.instructions = len(opcodes)
-        kernel.counts = {name: sum(re.fullmatch(pattern, o) is not None for o in opcodes)
-                         for name, pattern in INSTRUCTIONS.items()}
+        found = {name: sum(re.fullmatch(pattern, o) is not None for o in opcodes) for name, pattern in INSTRUCTIONS.items()}
+        kernel.counts = {name: count for name, count in found.items() if count}
 
 
 def blocks_per_multiprocessor(kernel, device):
@@ -339,9 +366,13 @@ def check_kernel(kernel):
         wrong.append(f"{kernel.static_shared + kernel.dynamic_shared} bytes of shared memory, "
                      f"at most {limits.shared_kib:g} KiB")
     if has_body(kernel, limits):
-        wrong += [f"no {name} instruction" for name in sorted(limits.must) if not kernel.counts[name]]
+        wrong += [f"no {name} instruction" for name in sorted(limits.must) if not kernel.counts.get(name)]
+        if limits.products:
+            name, fewest, most = limits.products(*kernel.name.partition("<")[2].rstrip(">").split(","))
+            if not fewest <= kernel.counts.get(name, 0) <= most:
+                wrong.append(f"{kernel.counts.get(name, 0)} {name} instructions, expected {fewest} to {most}")
     wrong += [f"{kernel.counts[name]} instructions of the kind {name}, must be 0"
-              for name in sorted(limits.forbidden) if kernel.counts[name]]
+              for name in sorted(limits.forbidden) if kernel.counts.get(name)]
     if 0 < kernel.blocks_per_multiprocessor < limits.blocks:
         wrong.append(f"{kernel.blocks_per_multiprocessor} blocks fit a multiprocessor, at least {limits.blocks} must")
     return wrong
@@ -395,9 +426,11 @@ def check_tree(tools, sources, targets, with_launches):
         failures += [error] if error else apply_launches(kernels, launches)
     order = {target: i for i, target in enumerate(targets)}
     kernels.sort(key=lambda k: (k.name, order[k.target]))
+    found = {}
     for kernel in kernels:
-        failures += [f"{kernel.name} {kernel.target}: {what}" for what in check_kernel(kernel)]
-    return kernels, failures
+        for what in check_kernel(kernel):
+            found.setdefault((kernel.name, what), []).append(kernel.target)
+    return kernels, failures + [f"{name} {' '.join(where)}: {what}" for (name, what), where in found.items()]
 
 
 # ---- table ---------------------------------------------------------------------------------------------------------
@@ -411,7 +444,7 @@ def kernel_rows(kernels):
         if k.target in PORTABLE and has_body(k, find_budget(k)):
             shared = f"{(k.dynamic_shared + k.static_shared) / 1024:.1f}" if k.blocks_per_multiprocessor else "-"
             yield [k.name, k.target, k.threads, k.registers, k.spill_stores + k.spill_loads, shared,
-                   k.blocks_per_multiprocessor or "-", k.instructions, *(k.counts[name] or "" for name in COUNTED)]
+                   k.blocks_per_multiprocessor or "-", k.instructions, *(k.counts.get(name, "") for name in COUNTED)]
 
 
 def target_rows(kernels, targets):
@@ -432,6 +465,13 @@ def format_table(rows, markdown):
         return "\n".join("  ".join(row).rstrip() for row in cells)
     rule = [("-" * (w - 1) + ":") if n else "-" * w for w, n in zip(widths, numeric)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:]))
+
+
+def format_json(version, targets, kernels, failures):
+    """One line per kernel and target; what is 0 or empty is left out."""
+    lines = [json.dumps({name: value for name, value in vars(k).items() if value}) for k in kernels]
+    head = json.dumps({"nvcc": version, "targets": targets, "failures": failures})
+    return head[:-1] + ', "kernels": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def main(arguments=None):
@@ -462,8 +502,7 @@ def main(arguments=None):
     print(f"nvcc {tools.version}: {len({k.symbol for k in kernels})} kernels for {len(targets)} targets, "
           f"{len(failures)} failures ({time.monotonic() - begin:.0f} s)")
     if args.json:
-        args.json.write_text(json.dumps({"nvcc": tools.version, "targets": targets, "failures": failures,
-                                         "kernels": [vars(k) for k in kernels]}, indent=1) + "\n")
+        args.json.write_text(format_json(tools.version, targets, kernels, failures))
     return 1 if failures else 0
 
 

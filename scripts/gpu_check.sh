@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 for part in $only; do [[ " $parts " == *" $part "* ]] || fail "unknown part $part; there are: ${parts// /, }"; done
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 gpu=$("$python" - <<'END'
 import sys
@@ -41,7 +41,8 @@ capability=${gpu%% *}
 [ "$capability" -ge 80 ] || fail "the kernels need compute capability 8.0 or later; this is a ${gpu#* }"
 nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
 [ -x "$nvcc" ] || fail "nvcc was not found"
-export PATH=$(dirname "$nvcc"):$PATH
+PATH=$(dirname "$nvcc"):$PATH
+export PATH
 
 build=$PWD/build/gpu
 OUT=${OUT:-$PWD/build/gpu_check}
@@ -59,7 +60,7 @@ check() {
   code=$?
   cat "$build/output.txt" >>"$OUT/log.txt"
   [ $code = 0 ] || status=FAIL
-  [ $code != 124 ] && [ $code != 137 ] || echo "stopped after $limit s" | tee -a "$OUT/log.txt"
+  if [ $code = 124 ] || [ $code = 137 ]; then echo "stopped after $limit s" | tee -a "$OUT/log.txt"; fi
   tail -n "${SHOW:-12}" "$build/output.txt" | cut -c1-200
   record "$part" "$name" $status $((SECONDS - begin))
   [ $status = PASS ]
@@ -97,13 +98,15 @@ check_ops() {
 
 if [ $built = 0 ]; then
   if wants conformance; then
-    if check conformance "primitives on the GPU" 60 "$build/bin/cuda_conformance" "$build/device.txt" &&
+    if [ ! -e tests/cuda/compare_conformance.py ]; then
+      check conformance "tests/cuda, the conformance programs, are in this tree" 5 false
+    elif check conformance "primitives on the GPU" 60 "$build/bin/cuda_conformance" "$build/device.txt" &&
       check conformance "primitives in the emulator" 60 "$build/bin/host_conformance" "$build/host.txt"; then
       check conformance "the same results" 60 "$python" tests/cuda/compare_conformance.py "$build/device.txt" "$build/host.txt"
     fi
   fi
   if wants ops; then
-    check_ops ops "all operators against float64" 200 "$python" scripts/gpu_ops.py
+    check_ops ops "all operators against float64" 200 "$python" scripts/gpu_ops.py --expect mlstm_sweep
     if "$python" -c 'import pytest' 2>/dev/null; then
       check ops "tests/python/test_mlstm_cuda.py" 200 "$python" -m pytest -q -p no:cacheprovider tests/python/test_mlstm_cuda.py
     else
@@ -123,7 +126,7 @@ if [ $built = 0 ]; then
   fi
   if wants hopper; then
     if [ "$capability" = 90 ]; then
-      check_ops hopper "all operators against float64" 150 env XLSTM_HOPPER=1 "$python" scripts/gpu_ops.py
+      check_ops hopper "all operators against float64" 150 env XLSTM_HOPPER=1 "$python" scripts/gpu_ops.py --expect _sm90
       SHOW=60 check hopper "benchmark of the sm_90a kernels" 150 env XLSTM_HOPPER=1 "$python" scripts/bench/gpu_mlstm.py \
         --no-peers --suites standard,tokens --seconds 0.3 --limit 90 --out "$OUT" --name gpu_mlstm_hopper
     else

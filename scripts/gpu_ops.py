@@ -1,10 +1,11 @@
 """The mLSTM operators on a GPU against float64 on the CPU. Needs torch and the operators alone; exit 1 on a difference.
 
-    python scripts/gpu_ops.py [--small] [--device cuda] [--json FILE]
+    python scripts/gpu_ops.py [--small] [--device cuda] [--json FILE] [--expect TEXT]
 
 Forward, all gradients, final states and the decoding step: every kernel family (fused sweep, state and out kernels, time
 segments), three number types, both input gates, resets, packed sequences, strided inputs, head sizes that are padded.
---small takes a few short cases, for compute-sanitizer. Prints one line per case that fails, and a summary.
+--small takes a few short cases, for compute-sanitizer. --expect: the profiler must see a kernel whose name contains TEXT
+in a bfloat16 call with heads of (128,128). Prints one line per case that fails, and a summary.
 """
 
 import argparse
@@ -131,6 +132,16 @@ def relative_error(got, wanted):
     return float(error) if torch.isfinite(error) else float("inf")
 
 
+def kernels_of(case, device):
+    """Names of the GPU kernels of one call and its backward pass."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run(case, *make(case, seed=0), device)
+    return {a.key for a in profiler.key_averages() if a.device_type == DeviceType.CUDA}
+
+
 def compare(case, device, seed):
     tensors, states, weights = make(case, seed)
     got = run(case, tensors, states, weights, device)
@@ -155,10 +166,16 @@ def main(arguments=None):
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--expect", help="part of the name of a kernel that must run")
     args = parser.parse_args(arguments)
     import libxlstm  # noqa: F401  registers torch.ops.xlstm
 
     rows, failed = [], 0
+    if args.expect:
+        names = kernels_of(Case(200, 128, 128), args.device)
+        if not any(args.expect in name for name in names):
+            print(f"FAIL no kernel named *{args.expect}* ran; these did: {', '.join(sorted(names)) or 'none'}")
+            failed += 1
 
     def judge(title, dtype, compute):
         nonlocal failed

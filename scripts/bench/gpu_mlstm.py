@@ -29,7 +29,7 @@ import peers  # noqa: E402
 from gpu_cases import (  # noqa: E402
     HEADS, NAMES, OURS, STANDARD, Case, cases, make_inputs, plot, reference, relative_error, set_count, step_sets, work,
 )
-from timing import Effort, clocks, gpu_machine, measure, rooflines  # noqa: E402
+from timing import Effort, clocks, gpu_machine, kernel_times, measure, rooflines  # noqa: E402
 
 # Largest ||ours - reference|| / ||reference||; the forget gate's gradient sums many tokens.
 LIMITS = {torch.bfloat16: (5e-3, 1e-2), torch.float16: (5e-3, 1e-2), torch.float32: (2e-5, 2e-5)}
@@ -154,8 +154,11 @@ def time_operator(case, operator, dtype, device, gates, effort):
         timed = {c: ms for c, ms in scan.items() if not isinstance(ms, str)}
         chunk = min(timed, key=timed.get) if timed else sizes[0]
         result |= {"chunk_size": chunk, "scan_both_ms": scan}
-        for name, prepare in passes(operator, chunk, sets).items():
+        prepared = passes(operator, chunk, sets)
+        for name, prepare in prepared.items():
             result[name] = measure(prepare, device, effort)
+        if is_ours(operator) and device.type == "cuda":
+            result["kernels_ms"] = kernel_times(prepared["both"]()[0])
     except Exception as error:
         result["failed"] = f"{type(error).__name__}: {error}"[:500]
     return result
@@ -348,6 +351,9 @@ def main(arguments=None):
     report["skipped"] = [case.title() for case in waiting]
     bad += [f"{Case(**row['case']).title()}: {name}: {result['failed']}" for row in report["cases"]
             for name, result in row["times"].items() if name.startswith(OURS) and "failed" in result]
+    ran = [name for row in report["cases"] for r in row["times"].values() for name in r.get("kernels_ms", {})]
+    if ran and "sm_90a" in operators[0].name and not any("_sm90" in name for name in ran):
+        bad.append("XLSTM_HOPPER=1 is set, but no sm_90a kernel ran")
     report["machine"]["clocks_at_end"] = clocks()
     report["bad"] = bad
     print_ratios(report)

@@ -189,6 +189,23 @@ def _summary(samples, method, calls):
     return {"median_ms": statistics.median(samples), "quartiles_ms": [low, high], "calls": calls, "method": method}
 
 
+def kernel_times(call) -> dict:
+    """Kernel -> milliseconds on the GPU within one call; empty where the profiler cannot be used."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize()
+        averages = profiler.key_averages()
+    except RuntimeError:
+        return {}
+    return {a.key: a.self_device_time_total / 1e3 for a in averages if a.device_type == DeviceType.CUDA}
+
+
 def rooflines(device: torch.device, effort: Effort, tiny: bool = False) -> dict:
     """Bandwidth of a large copy, counting bytes read and written, and the rate of a bfloat16 product of random numbers."""
     size, edge = (2**20, 128) if tiny else (2**30, 8192)

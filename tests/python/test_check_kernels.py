@@ -156,7 +156,7 @@ def test_source_that_does_not_compile_is_reported(planted):
 
 def kernel(**changes):
     values = {"symbol": "_Z1k", "name": "mlstm_gates", "source": "cuda/k.cu", "target": "sm_80", "threads": 256, "registers": 64,
-              "instructions": 100, "counts": {**dict.fromkeys(check.INSTRUCTIONS, 0), "STG.128": 1}}
+              "instructions": 100, "counts": {"STG.128": 1}}
     return check.Kernel(**{**values, **changes})
 
 
@@ -183,6 +183,20 @@ def test_launches_are_checked():
 ])
 def test_occupancy(registers, shared, device, expected):
     assert check.blocks_per_multiprocessor(kernel(registers=registers, dynamic_shared=shared), device) == expected
+
+
+@pytest.mark.parametrize(("name", "kind", "count", "expected"), [
+    ("mlstm_sweep<dv,64,128,1>", "HMMA", 112, None),  # 32 A S, 16 A B^T, 32 P X, 32 for the state
+    ("mlstm_sweep<dv,64,128,1>", "HMMA", 111, "112 to 140"),
+    ("mlstm_sweep<dv,64,128,1>", "HMMA", 141, "112 to 140"),
+    ("mlstm_sweep<h,64,64,2>", "HMMA", 192, None),  # three products of 64
+    ("mlstm_sweep_sm90<h,128,64>", "HGMMA", 44, None),
+    ("mlstm_sweep_sm90<h,128,64>", "HGMMA", 45, "44 to 44"),
+    ("mlstm_state<2>", "HMMA", 64, "96 to 96"),
+])
+def test_matrix_instructions_are_counted(name, kind, count, expected):
+    wrong = [w for w in check.check_kernel(kernel(name=name, target="sm_90a", counts={kind: count})) if "expected" in w]
+    assert wrong == ([] if expected is None else [f"{count} {kind} instructions, expected {expected}"])
 
 
 def test_too_few_blocks_are_reported():
