@@ -14,7 +14,7 @@ struct LaunchShape {
   u32 blocks = 1;
   u32 threads = 1;
   std::size_t shared_bytes = 0;  ///< dynamic
-  u32 cluster = 1;               ///< blocks per cluster
+  u32 cluster = 1;  ///< blocks per cluster; 0: all blocks are resident together (cooperative)
 };
 
 #if defined(__CUDACC__)
@@ -39,10 +39,15 @@ void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape,
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {shape.cluster, 1, 1};
+  if (shape.cluster == 0) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {shape.cluster, 1, 1};
+  }
   config.attrs = &attribute;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  config.numAttrs = shape.cluster == 1 ? 0 : 1;
   check_launch(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 
