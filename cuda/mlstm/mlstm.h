@@ -5,15 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/tensors.h"
+
 namespace xlstm::cuda {
-
-enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
-
-/// A strided (B,T,NH,D) tensor; gates are (B,T,NH) with inner = 1. Strides in elements, any sign but negative.
-struct View {
-  void* data = nullptr;
-  int64_t batch = 0, time = 0, head = 0, inner = 1;
-};
 
 struct MlstmProblem {
   int64_t batch = 0, time = 0, num_heads = 0, dqk = 0, dv = 0;
@@ -25,13 +19,6 @@ struct MlstmProblem {
   int64_t chunk_size = 0;  ///< 0: automatic
   bool two_phase =
       false;  ///< the state and out kernels even where the fused sweep fits (to compare them)
-};
-
-/// What a device offers; decides tiles and kernels.
-struct DeviceLimits {
-  int compute_capability = 80;  ///< 10 * major + minor
-  int num_multiprocessors = 108;
-  size_t shared_bytes = 163 * 1024;  ///< dynamic shared memory that a block may opt into
 };
 
 /// Inputs shared by both directions. States are contiguous (N,NH,DQK,DV), (N,NH,DQK), (N,NH) float32, null where absent.
@@ -66,9 +53,6 @@ struct MlstmStep {
   View q, k, v, igate, fgate, h;
   float *c = nullptr, *n = nullptr, *m = nullptr;
 };
-
-/// A cudaStream_t; ignored by the emulator.
-using Stream = void*;
 
 /// Whether the kernels take this problem on this device: compute capability 8.0 or later, sizes that fit 32-bit indices
 /// of a tile. Everything else is the caller's (csrc/ops/mlstm_generic.cpp).

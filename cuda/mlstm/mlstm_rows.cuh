@@ -4,10 +4,6 @@
 
 namespace xlstm::cuda {
 
-struct alignas(16) Bytes16 {
-  u32 words[4];
-};
-
 DEVICE_FUNCTION float half_of(u32 word, int half, Dtype dtype) {
   const u16 bits = static_cast<u16>(half == 0 ? word : word >> 16);
   return dtype == Dtype::kBFloat16 ? prim::bf16_to_float(bits) : prim::f16_to_float(bits);
@@ -61,14 +57,6 @@ DEVICE_FUNCTION void store_eight(const Operand& x, int64_t base, int col,
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     if (col + i < x.width) store_number(x.data, base + (col + i) * x.inner, x.dtype, values[i]);
-}
-
-/// Sum over the warp, the same in all lanes.
-DEVICE_FUNCTION float warp_sum(float x) {
-#pragma unroll
-  for (u32 lanes = 16; lanes > 0; lanes /= 2)
-    x += prim::float_of(prim::shfl_xor(prim::bits_of(x), lanes));
-  return x;
 }
 
 }  // namespace xlstm::cuda

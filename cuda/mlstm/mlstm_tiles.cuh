@@ -5,12 +5,9 @@
 // ones (16 significant bits, more than float16 has). A product of two-plane numbers is high*high + high*rest + rest*high:
 // float32 to about 2^-17, where tf32 would give 2^-11.
 #include "cuda/mlstm/mlstm_chunks.cuh"
+#include "cuda/numbers.cuh"
 
 namespace xlstm::cuda {
-
-using prim::bf16;
-using prim::u16;
-using prim::u32;
 
 /// kRows x kCols numbers, kCols a multiple of 64. The 16-byte pieces of a row are permuted so that ldmatrix meets no bank
 /// twice: piece c of row r lies at c ^ (r % 8).
@@ -27,7 +24,6 @@ struct Tile {
 
 // Numbers and planes --------------------------------------------------------------------------------------------------
 
-DEVICE_FUNCTION float to_float(bf16 x) { return prim::bf16_to_float(x.bits); }
 DEVICE_FUNCTION float low_half(u32 pair) { return prim::float_of(pair << 16); }
 DEVICE_FUNCTION float high_half(u32 pair) { return prim::float_of(pair & 0xffff0000U); }
 
@@ -55,20 +51,6 @@ DEVICE_FUNCTION float number_at(Tile<kRows, kCols, kPlanes>& tile, int row, int 
   float sum = to_float(*tile.at(0, row, col));
   if constexpr (kPlanes == 2) sum += to_float(*tile.at(1, row, col));
   return sum;
-}
-
-DEVICE_FUNCTION float load_number(const void* data, int64_t index, Dtype dtype) {
-  if (dtype == Dtype::kFloat32) return static_cast<const float*>(data)[index];
-  const u16 bits = static_cast<const u16*>(data)[index];
-  return dtype == Dtype::kBFloat16 ? prim::bf16_to_float(bits) : prim::f16_to_float(bits);
-}
-DEVICE_FUNCTION void store_number(void* data, int64_t index, Dtype dtype, float value) {
-  if (dtype == Dtype::kFloat32) {
-    static_cast<float*>(data)[index] = value;
-  } else {
-    static_cast<u16*>(data)[index] =
-        dtype == Dtype::kBFloat16 ? prim::float_to_bf16(value) : prim::float_to_f16(value);
-  }
 }
 
 // Loading ---------------------------------------------------------------------------------------------------------------
