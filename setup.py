@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-TARGETS = ["xlstm-train", "xlstm-generate", "xlstm-eval", "xlstm-data", "xlstm_python"]
+TARGETS = ["xlstm-train", "xlstm-generate", "xlstm-eval", "xlstm-data", "xlstm-bench", "xlstm_python"]
 
 
 class CMakeBuild(build_ext):

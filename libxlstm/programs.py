@@ -29,3 +29,7 @@ def evaluate() -> None:
 
 def data() -> None:
     _run("xlstm-data")
+
+
+def bench() -> None:
+    _run("xlstm-bench")

@@ -14,7 +14,7 @@ variants=(); [ -e build/CMakeCache.txt ] || variants=(-DXLSTM_CPU_VARIANTS=nativ
 # CUDA kernels take minutes to build: only where a GPU is there to run them, or XLSTM_CUDA=ON asks for them.
 cuda=${XLSTM_CUDA:-OFF}
 if [ -z "${XLSTM_CUDA:-}" ] && nvidia-smi -L >/dev/null 2>&1; then cuda=AUTO; fi
-build_project -DXLSTM_CUDA="$cuda" ${variants[@]+"${variants[@]}"} -- xlstm-train xlstm-generate xlstm-eval xlstm-data xlstm_python
+build_project -DXLSTM_CUDA="$cuda" ${variants[@]+"${variants[@]}"} -- xlstm-train xlstm-generate xlstm-eval xlstm-data xlstm-bench xlstm_python
 [ $# -gt 0 ] || set -- configs/runs/quickstart.yaml
 say "xlstm-train $*"
 exec build/bin/xlstm-train "$@"

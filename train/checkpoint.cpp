@@ -153,13 +153,17 @@ void add_common_files(Writer& writer, const config::Config& config) {
 }
 
 std::string format_state(const TrainerState& state) {
+  const auto hex_or_empty = [](const at::Tensor& bytes) {
+    return bytes.defined() ? to_hex(bytes) : std::string();
+  };
   const Json json = {{"format_version", kCheckpointFormatVersion},
                      {"step", state.step},
                      {"tokens", state.tokens},
                      {"samples_consumed", state.samples_consumed},
                      {"skipped_updates", state.skipped_updates},
                      {"data_fingerprint", state.data_fingerprint},
-                     {"rng_state", state.rng_state.defined() ? to_hex(state.rng_state) : ""},
+                     {"rng_state", hex_or_empty(state.rng_state)},
+                     {"device_rng_state", hex_or_empty(state.device_rng_state)},
                      {"libxlstm_version", XLSTM_VERSION},
                      {"torch_version", TORCH_VERSION}};
   return json.dump(2) + "\n";

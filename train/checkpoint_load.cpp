@@ -41,8 +41,11 @@ TrainerState parse_state(const std::string& path) {
     state.samples_consumed = json.at("samples_consumed").get<int64_t>();
     state.skipped_updates = json.at("skipped_updates").get<int64_t>();
     state.data_fingerprint = json.at("data_fingerprint").get<std::string>();
-    const auto rng = json.at("rng_state").get<std::string>();
-    if (!rng.empty()) state.rng_state = from_hex(rng, path);
+    const auto bytes = [&](const std::string& hex) {
+      return hex.empty() ? at::Tensor() : from_hex(hex, path);
+    };
+    state.rng_state = bytes(json.at("rng_state").get<std::string>());
+    state.device_rng_state = bytes(json.value("device_rng_state", ""));  // absent in older ones
   } catch (const Json::exception& error) {
     throw Error(ExitCode::kCheckpoint, path + ": not a trainer state: " + error.what());
   }

@@ -1,13 +1,13 @@
 #include "train/dry_run.h"
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
+#include <optional>
 #include <string>
 
+#include "train/device.h"
 #include "train/log.h"
 #include "train/metrics.h"
 #include "train/schedule.h"
@@ -79,13 +79,6 @@ int64_t activation_bytes(const config::Config& config) {
                               static_cast<double>(micro_batch(config) * config.data.seq_len));
 }
 
-/// Number in a one-line file such as a control group's memory.max; -1 for "max" or no such file.
-int64_t read_number(const std::string& path) {
-  std::ifstream file(path);
-  int64_t value = -1;
-  return file >> value ? value : -1;
-}
-
 void print_model(const config::Config& config) {
   const ParameterCount count = count_parameters_by_part(config.model);
   print_line("parameters  " + format_parameters(count.total()));
@@ -126,21 +119,22 @@ void print_data(const config::Config& config, const TrainingData& data) {
 }
 
 /// One real optimizer step on the first batch.
-void run_one_step(const config::Config& config, const TrainingData& data) {
+void run_one_step(const config::Config& config, const TrainingData& data, at::Device device) {
   at::Generator(at::detail::getDefaultCPUGenerator())
       .set_current_seed(static_cast<uint64_t>(config.run.seed));
-  const auto model = models::make_language_model(config.model);
+  const auto model = models::make_language_model(config.model, device);
   model->train();
   AdamW optimizer(named_parameters(*model), config.optim);
   TrainStep train_step(*model, optimizer, config);
   const TrainBatch batch(data.train->batch(0, config.train.global_batch_size));
   const double start = monotonic_seconds();
-  const StepResult result = train_step.run(batch, 1);
+  std::optional<StepResult> done = train_step.run(batch, 1);
+  if (!done) done = train_step.finish();
+  const StepResult& result = *done;
   print_line("one step    loss " + format("%.4f", result.loss) + ", gradient norm " +
              format("%.3g", result.grad_norm) + ", " +
-             format("%.0f ms", 1e3 * (monotonic_seconds() - start)) + " with " +
-             std::to_string(at::get_num_threads()) + " threads, peak memory " +
-             format("%.2f GiB", peak_memory_gib()));
+             format("%.0f ms", 1e3 * (monotonic_seconds() - start)) + " with " + describe(device) +
+             ", peak memory " + format("%.2f GiB", peak_memory_gib(device)));
 }
 
 }  // namespace
@@ -163,26 +157,12 @@ MemoryEstimate estimate_memory(const config::Config& config) {
   return {weights, weights, 2 * weights, activation_bytes(config)};
 }
 
-int64_t available_memory_bytes() {
-  int64_t available = -1;
-  std::ifstream info("/proc/meminfo");
-  for (std::string key, rest; info >> key && std::getline(info, rest);) {
-    if (key == "MemAvailable:") available = std::stoll(rest) * 1024;
-  }
-  const int64_t limit = read_number("/sys/fs/cgroup/memory.max");
-  const int64_t used = read_number("/sys/fs/cgroup/memory.current");
-  if (limit >= 0 && used >= 0) {
-    const int64_t left = std::max<int64_t>(0, limit - used);
-    available = available < 0 ? left : std::min(available, left);
-  }
-  return available;
-}
-
 void dry_run(const config::Config& given) {
   config::Config config = given;
   print_model(config);
   const MemoryEstimate memory = estimate_memory(config);
-  const int64_t available = available_memory_bytes();
+  const at::Device device = choose_device(config.run.device, "run.device");
+  const int64_t available = available_memory_bytes(device);
   print_memory(memory, available);
   print_schedule(config);
   if (!has_data(config)) {
@@ -202,7 +182,7 @@ void dry_run(const config::Config& given) {
     print_line("one step    not run: it would need more memory than there is");
     return;
   }
-  run_one_step(config, data);
+  run_one_step(config, data, device);
 }
 
 }  // namespace xlstm::train

@@ -21,10 +21,6 @@ struct MemoryEstimate {
 };
 MemoryEstimate estimate_memory(const config::Config& config);
 
-/// Memory this process can still get: the machine's, or its control group's where that is less; -1
-/// when unknown.
-int64_t available_memory_bytes();
-
 /// Prints what a run would do, checks its data, and makes one real step where data and memory
 /// allow; says what was left out and why. Writes nothing but the cache of prepared text. Throws
 /// Error for bad data.

@@ -18,6 +18,7 @@
 #include "csrc/data/tokenizer.h"
 #include "train/checkpoint.h"
 #include "train/command_line.h"
+#include "train/device.h"
 #include "train/evaluation.h"
 
 namespace xlstm::train {
@@ -32,6 +33,7 @@ const std::vector<OptionSpec> kOptions{
     {"--batch-size", "N", "windows per forward pass (as in training, fewer for longer windows)"},
     {"--batches", "N", "stop after so many batches; 0: the whole set (0)"},
     {"--json", "FILE", "also write the numbers there"},
+    {"--device", "NAME", "cpu, cuda or auto: a GPU where there is one (auto)"},
     {"--threads", "N", "CPU threads; 0: all cores (0)"},
     {"--no-verify", "", "skip the checksums of the checkpoint"},
     {"--help", "", "show this"}};
@@ -135,7 +137,10 @@ int body(int argc, char** argv) {
   if (const int64_t threads = line.get_int("--threads", 0, 0); threads > 0)
     at::set_num_threads(static_cast<int>(threads));
 
+  const at::Device device = choose_device(line.get("--device", "auto"), "--device");
+  use_own_stream(device);
   const LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"));
+  loaded.model->to(device);
   const config::Config& config = loaded.config;
   const int64_t seq_len = line.get_int("--seq-len", config.data.seq_len, 1);
   const int64_t trained_batch = config.train.micro_batch_size > 0 ? config.train.micro_batch_size

@@ -1,6 +1,5 @@
 #include "train/evaluation.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/from_blob.h>
 
@@ -11,34 +10,11 @@
 
 #include "csrc/core/error.h"
 #include "csrc/core/progress.h"
+#include "train/autocast.h"
 #include "train/generation.h"
 
 namespace xlstm::train {
 namespace {
-
-/// Turns bfloat16 autocast on for a scope.
-class AutocastGuard {
- public:
-  AutocastGuard(at::DeviceType device, bool enabled)
-      : device_(device),
-        enabled_before_(at::autocast::is_autocast_enabled(device)),
-        dtype_before_(at::autocast::get_autocast_dtype(device)) {
-    at::autocast::set_autocast_enabled(device_, enabled);
-    if (enabled) at::autocast::set_autocast_dtype(device_, at::kBFloat16);
-  }
-  ~AutocastGuard() {
-    at::autocast::clear_cache();
-    at::autocast::set_autocast_dtype(device_, dtype_before_);
-    at::autocast::set_autocast_enabled(device_, enabled_before_);
-  }
-  AutocastGuard(const AutocastGuard&) = delete;
-  AutocastGuard& operator=(const AutocastGuard&) = delete;
-
- private:
-  at::DeviceType device_;
-  bool enabled_before_;
-  at::ScalarType dtype_before_;
-};
 
 double batch_loss(models::LanguageModel& model, data::Batch& batch, at::Device device) {
   const std::vector<int64_t> shape{batch.batch_size, batch.seq_len};

@@ -15,6 +15,7 @@
 #include "csrc/core/error.h"
 #include "train/checkpoint.h"
 #include "train/command_line.h"
+#include "train/device.h"
 #include "train/generation.h"
 #include "train/text_stream.h"
 
@@ -34,6 +35,7 @@ const std::vector<OptionSpec> kOptions{
     {"--seed", "N", "sample i uses seed N+i (42)"},
     {"--greedy", "", "always the most likely token"},
     {"--num-samples", "N", "how many continuations (1)"},
+    {"--device", "NAME", "cpu, cuda or auto: a GPU where there is one (auto)"},
     {"--threads", "N", "CPU threads; 0: all cores (0)"},
     {"--no-echo", "", "print the continuation without the prompt"},
     {"--no-verify", "", "skip the checksums of the checkpoint"},
@@ -125,7 +127,10 @@ int body(int argc, char** argv) {
   const int64_t seed = line.get_int("--seed", 42);
   const std::string text = read_prompt(line);
 
+  const at::Device device = choose_device(line.get("--device", "auto"), "--device");
+  use_own_stream(device);
   LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"));
+  loaded.model->to(device);
   const auto tokenizer = data::make_tokenizer(loaded.tokenizer);
   SamplingOptions options = sampling_options(line, *tokenizer);
   const std::vector<int64_t> prompt = encode_prompt(text, *tokenizer, loaded.tokenizer);

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "csrc/core/error.h"
+#include "train/decoder.h"
 
 namespace xlstm::train {
 namespace {
@@ -20,13 +21,6 @@ at::Tensor ids_tensor(const std::vector<int64_t>& ids, size_t first, size_t coun
                       at::Device device) {
   const at::ArrayRef<int64_t> piece(ids.data() + first, count);
   return at::tensor(piece, at::kLong).unsqueeze(0).to(device);
-}
-
-std::vector<double> last_logits(const at::Tensor& logits) {
-  const at::Tensor last =
-      logits.select(1, logits.size(1) - 1).flatten().to(at::kCPU, at::kDouble).contiguous();
-  const double* data = last.const_data_ptr<double>();
-  return {data, data + last.numel()};
 }
 
 int64_t argmax(const std::vector<double>& logits, size_t count) {
@@ -127,12 +121,11 @@ std::vector<int64_t> generate(models::LanguageModel& model, const std::vector<in
     const size_t count = std::min(kPromptPiece, prompt.size() - 1 - first);
     state = model.hidden(ids_tensor(prompt, first, count, device), state, {}).second;
   }
+  Decoder decoder(model, std::move(state));
   std::vector<int64_t> generated;
   int64_t token = prompt.back();
   while (static_cast<int64_t>(generated.size()) < options.max_new_tokens) {
-    auto [logits, next_state] = model.forward(ids_tensor({token}, 0, 1, device), state);
-    state = std::move(next_state);
-    token = sampler.draw(last_logits(logits));
+    token = sampler.draw(decoder.next(token));
     generated.push_back(token);
     if (on_token) on_token(token);
     if (token == options.stop_token) break;

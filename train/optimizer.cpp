@@ -2,7 +2,6 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_fused_adamw.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -31,7 +30,9 @@ bool AdamW::decays(const std::string& name, const at::Tensor& parameter,
 }
 
 AdamW::AdamW(const NamedTensors& parameters, const config::OptimConfig& options)
-    : options_(options), groups_(2), step_(at::zeros({1}, at::kFloat)) {
+    : options_(options), groups_(2) {
+  const at::Device device = parameters.empty() ? at::kCPU : parameters.front().second.device();
+  step_ = at::zeros({1}, at::TensorOptions().dtype(at::kFloat).device(device));
   groups_[0].weight_decay = options.weight_decay;
   for (const auto& [name, parameter] : parameters) {
     Group& group = groups_[decays(name, parameter, options) ? 0 : 1];
@@ -42,12 +43,16 @@ AdamW::AdamW(const NamedTensors& parameters, const config::OptimConfig& options)
   }
 }
 
-void AdamW::step(double learning_rate, double gradient_factor) {
+void AdamW::step(const at::Tensor& learning_rate, const at::Tensor& divisor,
+                 const at::Tensor& skip) {
   const at::NoGradGuard no_grad;
+  const auto given = [](const at::Tensor& tensor) {
+    return tensor.defined() ? std::optional(tensor) : std::nullopt;
+  };
+  // The kernels for CUDA read a float32, those for the CPU any number.
+  const at::Tensor rate = step_.is_cpu() ? learning_rate : learning_rate.to(at::kFloat);
   step_.add_(1);
-  // The kernel divides by this before anything else.
-  std::optional<at::Tensor> scale;
-  if (gradient_factor != 1.0) scale = at::full({1}, 1.0 / gradient_factor, at::kFloat);
+  if (skip.defined()) step_.sub_(skip);
   for (Group& group : groups_) {
     std::vector<at::Tensor> parameters, gradients, exp_avgs, exp_avg_sqs;
     for (size_t i = 0; i < group.parameters.size(); ++i) {
@@ -60,9 +65,9 @@ void AdamW::step(double learning_rate, double gradient_factor) {
     }
     if (parameters.empty()) continue;
     const std::vector<at::Tensor> steps(parameters.size(), step_);  // read only: all share one
-    at::_fused_adamw_(parameters, gradients, exp_avgs, exp_avg_sqs, {}, steps, learning_rate,
-                      options_.beta1, options_.beta2, group.weight_decay, options_.eps,
-                      /*amsgrad=*/false, /*maximize=*/false, scale);
+    at::_fused_adamw_(parameters, gradients, exp_avgs, exp_avg_sqs, {}, steps, rate, options_.beta1,
+                      options_.beta2, group.weight_decay, options_.eps,
+                      /*amsgrad=*/false, /*maximize=*/false, given(divisor), given(skip));
   }
 }
 

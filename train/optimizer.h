@@ -20,10 +20,12 @@ class AdamW {
   /// options.weight_decay, all others have none. The tensors are updated in place.
   AdamW(const NamedTensors& parameters, const config::OptimConfig& options);
 
-  /// One update at `learning_rate` from the parameters' gradients, each multiplied by
-  /// `gradient_factor` first (the clip factor; it costs nothing here). Parameters without a
-  /// gradient stay as they are.
-  void step(double learning_rate, double gradient_factor = 1.0);
+  /// One update from the parameters' gradients, each divided by `divisor` first (clipping; it costs nothing here), or
+  /// none at all where `skip` is 1. Numbers of one element on the parameters' device: learning_rate float64, the others
+  /// float32, or undefined tensors for 1 and 0. The host waits for nothing. Parameters without a gradient stay as they
+  /// are; on a GPU all parameters must be on the same one.
+  void step(const at::Tensor& learning_rate, const at::Tensor& divisor = {},
+            const at::Tensor& skip = {});
   /// Drops all gradients, so that the next backward pass hands its buffers over instead of adding
   /// to zeros.
   void zero_grad();

@@ -8,19 +8,24 @@
 
 namespace xlstm::train {
 
-TrainBatch::TrainBatch(data::Batch&& source) : host(std::move(source)) {
+TrainBatch::TrainBatch(data::Batch&& source, bool pinned) : host(std::move(source)) {
   const std::vector<int64_t> shape{host.batch_size, host.seq_len};
   ids = at::from_blob(host.input.data(), shape, at::kLong);
   targets = at::from_blob(host.target.data(), shape, at::kLong);
   if (std::find(host.reset.begin(), host.reset.end(), 1) != host.reset.end()) {
     reset = at::from_blob(host.reset.data(), shape, at::kBool);
   }
+  if (!pinned) return;
+  ids = ids.pin_memory(), targets = targets.pin_memory();
+  if (reset.defined()) reset = reset.pin_memory();
 }
 
-Prefetcher::Prefetcher(const data::Dataset& dataset, int64_t first_sample, int64_t batch_size)
+Prefetcher::Prefetcher(const data::Dataset& dataset, int64_t first_sample, int64_t batch_size,
+                       bool pinned)
     : dataset_(dataset),
       next_sample_(first_sample),
       batch_size_(batch_size),
+      pinned_(pinned),
       thread_([this] { work(); }) {}
 
 Prefetcher::~Prefetcher() {
@@ -45,7 +50,7 @@ std::unique_ptr<TrainBatch> Prefetcher::next() {
 void Prefetcher::work() {
   try {
     while (true) {
-      auto batch = std::make_unique<TrainBatch>(dataset_.batch(next_sample_, batch_size_));
+      auto batch = std::make_unique<TrainBatch>(dataset_.batch(next_sample_, batch_size_), pinned_);
       next_sample_ += batch_size_;
       std::unique_lock lock(mutex_);
       changed_.wait(lock, [this] { return stop_ || ready_ == nullptr; });

@@ -12,9 +12,10 @@
 
 namespace xlstm::train {
 
-/// A batch of global samples as tensors that share its memory.
+/// A batch of global samples as tensors that share its memory, or in pinned memory of their own that a GPU reads while
+/// the host goes on.
 struct TrainBatch {
-  explicit TrainBatch(data::Batch&& source);
+  explicit TrainBatch(data::Batch&& source, bool pinned = false);
   TrainBatch(const TrainBatch&) = delete;
   TrainBatch& operator=(const TrainBatch&) = delete;
   data::Batch host;
@@ -25,7 +26,8 @@ struct TrainBatch {
 /// Reads one batch ahead on a thread of its own while the step before runs.
 class Prefetcher {
  public:
-  Prefetcher(const data::Dataset& dataset, int64_t first_sample, int64_t batch_size);
+  Prefetcher(const data::Dataset& dataset, int64_t first_sample, int64_t batch_size,
+             bool pinned = false);
   ~Prefetcher();
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;
@@ -36,6 +38,7 @@ class Prefetcher {
   void work();
   const data::Dataset& dataset_;
   int64_t next_sample_, batch_size_;
+  bool pinned_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::unique_ptr<TrainBatch> ready_;

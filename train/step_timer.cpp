@@ -1,19 +1,11 @@
 #include "train/step_timer.h"
 
-#include <sys/resource.h>
-
 #include <chrono>
 
 namespace xlstm::train {
 
 double monotonic_seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-double peak_memory_gib() {
-  struct rusage usage {};
-  ::getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) / (1 << 20);  // ru_maxrss is in KiB
 }
 
 void StepTimer::begin_step() { begin_ = monotonic_seconds(); }

@@ -5,8 +5,6 @@ namespace xlstm::train {
 
 /// Seconds on a clock that never goes back.
 double monotonic_seconds();
-/// Largest resident memory of this process so far, in GiB.
-double peak_memory_gib();
 
 /// Means per step.
 struct StepTimes {
@@ -20,7 +18,6 @@ class StepTimer {
   void begin_step();
   void data_ready();
   void end_step();
-  bool first_step() const { return count_ == 1; }
   /// Means since restart_means().
   StepTimes times() const;
   void restart_means();

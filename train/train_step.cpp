@@ -1,56 +1,55 @@
 #include "train/train_step.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_norm.h>
-#include <ATen/ops/full.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
+#include "train/autocast.h"
 #include "train/failpoint.h"
+#include "train/log.h"
 #include "train/schedule.h"
 
 namespace xlstm::train {
 namespace {
 
-/// bfloat16 matrix products for as long as it lives. The weights' bfloat16 copies belong to one
-/// graph: they go with it.
-class Autocast {
- public:
-  explicit Autocast(bool enabled) : enabled_(enabled) {
-    if (!enabled_) return;
-    at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
-    at::autocast::set_autocast_enabled(at::kCPU, true);
-  }
-  ~Autocast() {
-    if (!enabled_) return;
-    at::autocast::set_autocast_enabled(at::kCPU, false);
-    at::autocast::clear_cache();
-  }
-  Autocast(const Autocast&) = delete;
-  Autocast& operator=(const Autocast&) = delete;
-
- private:
-  bool enabled_;
-};
+/// Steps as usual before one is recorded: libraries choose their algorithms and take their memory in them.
+constexpr int64_t kStepsBeforeRecording = 3;
 
 /// L2 norm of each tensor, float64.
-at::Tensor norms_of(const NamedTensors& tensors) {
-  std::vector<at::Tensor> list;
-  list.reserve(tensors.size());
-  for (const auto& [name, tensor] : tensors) list.push_back(tensor);
-  return at::stack(at::_foreach_norm(list)).to(at::kDouble);
+at::Tensor norms_of(const std::vector<at::Tensor>& tensors) {
+  return at::stack(at::_foreach_norm(tensors)).to(at::kDouble);
 }
 
-/// Those that the backward pass reached.
-NamedTensors gradients_of(const NamedTensors& parameters) {
-  NamedTensors gradients;
+/// Without waiting: the source is kept by torch's pool of pinned memory until it has been read.
+at::Tensor to_device(const at::Tensor& host, at::Device device) {
+  return host.to(device, /*non_blocking=*/true);
+}
+
+at::TensorOptions host_numbers(at::Device device) {
+  return at::TensorOptions().dtype(at::kDouble).pinned_memory(!device.is_cpu());
+}
+
+/// Zeros for the parameters that the backward pass did not reach: their norm is zero, and they are not updated.
+std::vector<at::Tensor> gradients_of(const NamedTensors& parameters) {
+  std::vector<at::Tensor> gradients;
   gradients.reserve(parameters.size());
   for (const auto& [name, parameter] : parameters) {
-    if (parameter.grad().defined()) gradients.emplace_back(name, parameter.grad());
+    const at::Tensor& gradient = parameter.grad();
+    gradients.push_back(gradient.defined() ? gradient : at::zeros({1}, parameter.options()));
   }
   return gradients;
 }
@@ -67,7 +66,10 @@ NamedTensors named_parameters(const models::LanguageModel& model) {
 std::string first_non_finite(const NamedTensors& tensors) {
   if (tensors.empty()) return "";
   const at::NoGradGuard no_grad;
-  const at::Tensor norms = norms_of(tensors);
+  std::vector<at::Tensor> list;
+  list.reserve(tensors.size());
+  for (const auto& [name, tensor] : tensors) list.push_back(tensor);
+  const at::Tensor norms = norms_of(list).to(at::kCPU);
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!std::isfinite(norms.const_data_ptr<double>()[i])) return tensors[i].first;
   }
@@ -79,57 +81,162 @@ TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const confi
       optimizer_(optimizer),
       config_(config),
       parameters_(named_parameters(model)),
-      total_steps_(total_steps(config)) {}
+      total_steps_(total_steps(config)),
+      device_(model.head_weight().device()),
+      halted_(at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device_))),
+      may_record_(config.train.cuda_graph && !device_.is_cpu() && StepGraph::available()) {}
 
-double TrainStep::accumulate_gradients(const TrainBatch& batch) {
-  const int64_t batch_size = batch.host.batch_size;
+/// On a CPU the batch's own memory is read. On a GPU it is copied to where the recorded step looks for it.
+void TrainStep::set_inputs(const TrainBatch& batch, double learning_rate) {
+  at::Tensor scalars = at::empty({2}, host_numbers(device_));
+  auto* numbers = scalars.mutable_data_ptr<double>();
+  numbers[0] = 1 / static_cast<double>(std::max<int64_t>(1, batch.host.num_targets));
+  numbers[1] = learning_rate;
+  Inputs next{batch.ids, batch.targets, batch.reset, scalars};
+  if (device_.is_cpu()) {
+    inputs_ = next;
+    return;
+  }
+  // Whether a document starts inside differs from batch to batch; the recorded work must not.
+  if (config_.data.reset_state_at_document && !next.reset.defined())
+    next.reset = at::zeros(next.ids.sizes(), at::kBool);
+  const bool same = inputs_.ids.defined() && inputs_.ids.sizes() == next.ids.sizes() &&
+                    inputs_.reset.defined() == next.reset.defined();
+  const auto set = [&](at::Tensor& to, const at::Tensor& from) {
+    if (!from.defined()) {
+      to = from;
+    } else if (same) {
+      to.copy_(from, /*non_blocking=*/true);
+    } else {
+      to = to_device(from, device_);
+    }
+  };
+  set(inputs_.ids, next.ids), set(inputs_.targets, next.targets);
+  set(inputs_.reset, next.reset), set(inputs_.scalars, next.scalars);
+  if (!same) may_record_ = may_record_ && runs_ == 0;  // sizes that change are not recorded
+}
+
+/// Leaves the gradients of the mean loss; returns the sum of the losses of all targets (float64).
+at::Tensor TrainStep::accumulate(const Inputs& inputs) {
+  const int64_t batch_size = inputs.ids.size(0);
   const int64_t micro =
       config_.train.micro_batch_size > 0 ? config_.train.micro_batch_size : batch_size;
   // Sums per micro batch, divided by the targets of all of them: masked tokens do not shift the
   // weights.
-  const double count = static_cast<double>(std::max<int64_t>(1, batch.host.num_targets));
-  double loss_sum = 0;
+  at::Tensor sum;
   for (int64_t first = 0; first < batch_size; first += micro) {
     const int64_t rows = std::min(micro, batch_size - first);
     const auto part = [&](const at::Tensor& tensor) { return tensor.narrow(0, first, rows); };
     at::Tensor loss;
     {
-      const Autocast autocast(config_.train.dtype == "bfloat16");
-      const auto reset = batch.reset.defined() ? std::optional(part(batch.reset)) : std::nullopt;
-      loss = model_.loss(part(batch.ids), part(batch.targets), reset, "sum");
+      const AutocastGuard autocast(device_.type(), config_.train.dtype == "bfloat16");
+      const auto reset = inputs.reset.defined() ? std::optional(part(inputs.reset)) : std::nullopt;
+      loss = model_.loss(part(inputs.ids), part(inputs.targets), reset, "sum");
     }
-    loss.backward(at::full({}, 1 / count, loss.options().requires_grad(false)));
-    loss_sum += loss.item<double>();
+    loss.backward(inputs.scalars.select(0, 0).to(loss.scalar_type()));
+    const at::Tensor value = loss.detach().to(at::kDouble);
+    sum = sum.defined() ? sum + value : value;
   }
-  return loss_sum / count;
+  return sum;
 }
 
-StepResult TrainStep::run(const TrainBatch& batch, int64_t step) {
-  StepResult result;
+double TrainStep::accumulate_gradients(const TrainBatch& batch) {
+  set_inputs(batch, 0);
+  const at::Tensor loss = accumulate(inputs_);
+  return (loss * inputs_.scalars.select(0, 0)).item<double>();
+}
+
+/// Phases 2 to 6, enqueued on the device: what a graph records. Returns the numbers of a result.
+at::Tensor TrainStep::work(int64_t step) {
   // 2 forward and backward
-  result.loss = accumulate_gradients(batch);
+  const at::Tensor loss = accumulate(inputs_) * inputs_.scalars.select(0, 0);
   if (failpoint_at("trainer.nan_grad", step)) {
     const at::NoGradGuard no_grad;
     parameters_.front().second.mutable_grad().fill_(std::numeric_limits<float>::quiet_NaN());
   }
+  const at::NoGradGuard no_grad;
+  const at::Tensor norms = norms_of(gradients_of(parameters_));
+  const at::Tensor norm = norms.norm();
   // 3 finite check, before anything is changed
-  const NamedTensors gradients = gradients_of(parameters_);
-  {
-    const at::NoGradGuard no_grad;
-    result.grad_norm = gradients.empty() ? 0 : norms_of(gradients).norm().item<double>();
-  }
-  result.finite = std::isfinite(result.loss) && std::isfinite(result.grad_norm);
-  if (!result.finite) result.bad_parameter = first_non_finite(gradients);
-  // 4 clip: the factor is applied inside the update
+  const at::Tensor bad = at::isfinite(loss + norm).logical_not().to(at::kFloat);
+  if (config_.train.nonfinite == "stop") halted_.copy_(at::maximum(halted_, bad));
+  // 4 clip: the optimizer divides the gradients by this
   const double clip = config_.train.grad_clip;
-  const double factor =
-      clip > 0 && result.grad_norm > clip ? clip / (result.grad_norm + 1e-6) : 1.0;
-  // 5 learning rate
-  result.learning_rate = learning_rate(config_.optim, step, total_steps_);
+  const at::Tensor divisor =
+      clip > 0 ? at::where(norm > clip, (norm + 1e-6) / clip, at::ones_like(norm)).to(at::kFloat)
+               : at::Tensor();
   // 6 optimizer
-  if (result.finite) optimizer_.step(result.learning_rate, factor);
+  optimizer_.step(inputs_.scalars.select(0, 1), divisor,
+                  config_.train.nonfinite == "stop" ? halted_ : bad);
   optimizer_.zero_grad();
+  return at::cat({loss.view(1), norm.view(1), norms});
+}
+
+/// Records the step where that is possible. Nothing is computed by it.
+void TrainStep::record(int64_t step) {
+  may_record_ = false;  // once
+  try {
+    graph_.record([&] { numbers_ = work(step); });
+    log_debug("the training step is recorded as a CUDA graph");
+  } catch (const std::exception& error) {
+    optimizer_.zero_grad();
+    log_warning(
+        std::string("the training step cannot be recorded as a CUDA graph and runs without (") +
+        error.what() + "); train.cuda_graph=false leaves out the attempt");
+  }
+}
+
+void TrainStep::run_or_replay(int64_t step) {
+  if (may_record_ && runs_ == kStepsBeforeRecording) record(step);
+  if (graph_.recorded()) {
+    graph_.replay();
+  } else {
+    numbers_ = work(step);
+  }
+  ++runs_;
+}
+
+TrainStep::Pending TrainStep::send(StepResult result) const {
+  Pending pending{std::move(result), numbers_, std::nullopt};
+  if (device_.is_cpu()) return pending;
+  pending.numbers = at::empty(numbers_.sizes(), host_numbers(device_));
+  pending.numbers.copy_(numbers_, /*non_blocking=*/true);
+  pending.arrived.emplace(device_.type());
+  pending.arrived->record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+  return pending;
+}
+
+StepResult TrainStep::receive(Pending pending) const {
+  if (pending.arrived) pending.arrived->synchronize();
+  const double* numbers = pending.numbers.const_data_ptr<double>();
+  StepResult& result = pending.result;
+  result.loss = numbers[0];
+  result.grad_norm = numbers[1];
+  result.finite = std::isfinite(result.loss) && std::isfinite(result.grad_norm);
+  for (size_t i = 0; i < parameters_.size() && !result.finite && result.bad_parameter.empty(); ++i)
+    if (!std::isfinite(numbers[2 + i])) result.bad_parameter = parameters_[i].first;
   return result;
+}
+
+std::optional<StepResult> TrainStep::run(const TrainBatch& batch, int64_t step,
+                                         int64_t first_sample) {
+  StepResult result;
+  result.step = step;
+  result.first_sample = first_sample;
+  result.last_sample = first_sample + batch.host.batch_size - 1;
+  result.learning_rate = learning_rate(config_.optim, step, total_steps_);  // 5
+  set_inputs(batch, result.learning_rate);
+  run_or_replay(step);
+  pending_.push_back(send(std::move(result)));
+  const size_t late = device_.is_cpu() ? 0 : 1;
+  return pending_.size() > late ? finish() : std::nullopt;
+}
+
+std::optional<StepResult> TrainStep::finish() {
+  if (pending_.empty()) return std::nullopt;
+  Pending pending = std::move(pending_.front());
+  pending_.pop_front();
+  return receive(std::move(pending));
 }
 
 }  // namespace xlstm::train

@@ -1,39 +1,78 @@
 #pragma once
+#include <c10/core/Event.h>
+
 #include <cstdint>
+#include <deque>
+#include <optional>
 #include <string>
 
 #include "csrc/config/config.h"
 #include "csrc/models/language_model.h"
 #include "train/optimizer.h"
 #include "train/prefetch.h"
+#include "train/step_graph.h"
 
 namespace xlstm::train {
 
 struct StepResult {
+  int64_t step = 0;      ///< number of the update, from 1
   double loss = 0;       ///< mean over the unmasked targets of the whole batch, before the update
   double grad_norm = 0;  ///< global L2 norm before clipping
   double learning_rate = 0;
-  bool finite = true;  ///< false: nothing was updated
+  int64_t first_sample = 0, last_sample = 0;  ///< global indices of the batch
+  bool finite = true;                         ///< false: nothing was updated
   std::string
       bad_parameter;  ///< the first with a gradient that is not finite; "" where none or finite
 };
 
-/// One optimizer step: phases 2 (forward and backward per micro batch) to 6 (update). Gradients are
-/// gone afterwards.
+/// One optimizer step: phases 2 (forward and backward per micro batch) to 6 (update), all of it enqueued on the model's
+/// device; whether to update is decided there too. The host reads results of a GPU one step late, while the next step
+/// runs, so that the GPU never waits for it. With train.nonfinite=stop nothing is updated from the first step on that is
+/// not finite. On a GPU, where batches have one size, the whole step is recorded as a CUDA graph (train.cuda_graph).
 class TrainStep {
  public:
   TrainStep(models::LanguageModel& model, AdamW& optimizer, const config::Config& config);
-  /// `step`: number of the update, from 1.
-  StepResult run(const TrainBatch& batch, int64_t step);
+  /// Does one step and returns the oldest result that is known by now and was not returned before: that of this step on
+  /// a CPU, that of the one before on a GPU (none at first).
+  std::optional<StepResult> run(const TrainBatch& batch, int64_t step, int64_t first_sample = 0);
+  /// The result that run() still owes; waits for the device.
+  std::optional<StepResult> finish();
   /// Phase 2 alone, for tests: leaves the gradients of the mean loss and returns that loss.
   double accumulate_gradients(const TrainBatch& batch);
 
  private:
+  /// What a step reads, on the model's device. On a GPU always the same tensors.
+  struct Inputs {
+    at::Tensor ids, targets, reset;  ///< reset is undefined where no document may start inside
+    at::Tensor scalars;              ///< float64: 1 / targets of the batch, learning rate
+  };
+  /// A result on its way to the host.
+  struct Pending {
+    StepResult result;
+    at::Tensor numbers;  ///< loss, norm of all gradients, norm of each
+    std::optional<c10::Event> arrived;
+  };
+  void set_inputs(const TrainBatch& batch, double learning_rate);
+  at::Tensor work(int64_t step);
+  at::Tensor accumulate(const Inputs& inputs);
+  void run_or_replay(int64_t step);
+  void record(int64_t step);
+  Pending send(StepResult result) const;
+  StepResult receive(Pending pending) const;
+
   models::LanguageModel& model_;
   AdamW& optimizer_;
   const config::Config& config_;
   NamedTensors parameters_;
   int64_t total_steps_;
+  at::Device device_;
+  Inputs inputs_;
+  at::Tensor numbers_;  ///< what work() returned last
+  at::Tensor halted_;   ///< 1 from the first step on that was not finite, with train.nonfinite=stop
+  std::deque<Pending> pending_;
+  StepGraph graph_;
+  bool may_record_;
+  int64_t runs_ = 0;
 };
 
 /// Named parameters of a model, in registration order.

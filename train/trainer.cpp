@@ -1,6 +1,6 @@
 #include "train/trainer.h"
 
-#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "train/checkpoint.h"
+#include "train/device.h"
 #include "train/evaluation.h"
 #include "train/failpoint.h"
 #include "train/log.h"
@@ -45,9 +46,6 @@ int64_t parameter_bytes(const NamedTensors& parameters) {
   return bytes;
 }
 
-/// A handle: what is set through it is set for everyone.
-at::Generator default_generator() { return at::detail::getDefaultCPUGenerator(); }
-
 }  // namespace
 
 class Trainer::Impl {
@@ -58,18 +56,22 @@ class Trainer::Impl {
 
  private:
   void open();
+  std::vector<at::Generator> generators() const;
   void resume_or_start();
   void load(const std::string& folder);
   void announce() const;
   ExitCode train();
-  StepResult one_step(Prefetcher& prefetcher, TrainStep& train_step);
+  void one_step(Prefetcher& prefetcher);
+  void settle();
   void handle_non_finite(const StepResult& result);
   void log_step(const StepResult& result);
   void evaluate_now();
+  void write_samples();
   void save();
   ExitCode stop(const char* signal);
   ExitCode finish();
   bool due(int64_t every) const { return every > 0 && state_.step % every == 0; }
+  int64_t tokens_per_step() const { return config_.train.global_batch_size * config_.data.seq_len; }
   bool finished() const { return state_.step >= total_steps_; }
 
   config::Config config_;
@@ -78,7 +80,9 @@ class Trainer::Impl {
   std::optional<RunFolder> folder_;
   TrainingData data_;
   std::shared_ptr<models::LanguageModel> model_;
+  at::Device device_ = at::kCPU;
   std::optional<AdamW> optimizer_;
+  std::optional<TrainStep> train_step_;
   TrainerState state_;
   int64_t saved_step_ = -1, failed_saves_ = 0, failed_saves_in_a_row_ = 0;
   int64_t evaluated_step_ = -1;
@@ -88,6 +92,7 @@ class Trainer::Impl {
   std::optional<Console> console_;
   std::optional<SampleWriter> samples_;
   StepTimer timer_;
+  bool logged_any_ = false;
 };
 
 Trainer::Trainer(const config::Config& config, const TrainerOptions& options)
@@ -111,18 +116,17 @@ ExitCode Trainer::Impl::run() {
 
 /// Everything that can fail for outer reasons comes before the first step.
 void Trainer::Impl::open() {
-  if (config_.run.device == "cuda") {
-    throw Error(ExitCode::kConfig,
-                "run.device: this build trains on the CPU alone; set run.device=cpu");
-  }
+  device_ = choose_device(config_.run.device, "run.device");
+  use_own_stream(device_);
   if (config_.run.num_threads > 0) at::set_num_threads(static_cast<int>(config_.run.num_threads));
   folder_.emplace(config_.run, options_.fresh);
   open_log_file(folder_->file("run.log"));
   if (!folder_->moved_to().empty()) log_info("moved the earlier run to " + folder_->moved_to());
   data_ = open_training_data(config_);
 
-  default_generator().set_current_seed(static_cast<uint64_t>(config_.run.seed));
-  model_ = models::make_language_model(config_.model);
+  for (at::Generator generator : generators())
+    generator.set_current_seed(static_cast<uint64_t>(config_.run.seed));
+  model_ = models::make_language_model(config_.model, device_);
   model_->train();
   const NamedTensors parameters = named_parameters(*model_);
   optimizer_.emplace(parameters, config_.optim);
@@ -132,6 +136,14 @@ void Trainer::Impl::open() {
     log_warning(folder_->path() + ": " + format_mib(free_bytes) +
                 " free, but one checkpoint needs " + format_mib(needed) + ": saves will fail");
   }
+}
+
+/// torch's default generators of the CPU and, where the run is on one, of the GPU. Handles: what is set through them is
+/// set for everyone.
+std::vector<at::Generator> Trainer::Impl::generators() const {
+  std::vector<at::Generator> all{at::globalContext().defaultGenerator(at::kCPU)};
+  if (!device_.is_cpu()) all.push_back(at::globalContext().defaultGenerator(device_));
+  return all;
 }
 
 void Trainer::Impl::resume_or_start() {
@@ -182,65 +194,74 @@ void Trainer::Impl::load(const std::string& folder) {
   optimizer_->load_state(checkpoint.optimizer);
   state_ = checkpoint.state;
   saved_step_ = state_.step;
-  default_generator().set_state(state_.rng_state);
+  auto random = generators();
+  random[0].set_state(state_.rng_state);
+  if (random.size() > 1 && state_.device_rng_state.defined())
+    random[1].set_state(state_.device_rng_state);
   log_info("resumed from " + folder);
 }
 
 void Trainer::Impl::announce() const {
   const double count = static_cast<double>(models::count_parameters(config_.model));
-  const int64_t tokens_per_step = config_.train.global_batch_size * config_.data.seq_len;
   const double epochs = static_cast<double>(total_steps_) *
                         static_cast<double>(config_.train.global_batch_size) /
                         static_cast<double>(std::max<int64_t>(1, data_.train->samples_per_epoch()));
   log_info("run " + folder_->path() + " | " + format_count(count) + " parameters | " +
-           std::to_string(at::get_num_threads()) + " threads | " + config_.train.dtype);
+           describe(device_) + " | " + config_.train.dtype);
   log_info("data " + format_count(static_cast<double>(data_.train_tokens)) + " tokens, held out " +
            format_count(static_cast<double>(data_.held_out_tokens)) + " | " +
-           std::to_string(total_steps_) + " steps of " + format_thousands(tokens_per_step) +
+           std::to_string(total_steps_) + " steps of " + format_thousands(tokens_per_step()) +
            " tokens = " + format("%.3g", epochs) + " epochs");
 }
 
 ExitCode Trainer::Impl::train() {
-  TrainStep train_step(*model_, *optimizer_, config_);
-  Prefetcher prefetcher(*data_.train, state_.samples_consumed, config_.train.global_batch_size);
+  train_step_.emplace(*model_, *optimizer_, config_);
+  Prefetcher prefetcher(*data_.train, state_.samples_consumed, config_.train.global_batch_size,
+                        !device_.is_cpu());
   while (!finished()) {
-    const StepResult result = one_step(prefetcher, train_step);                           // 1 to 6
-    log_step(result);                                                                     // 7
-    if (due(config_.eval.every) && !finished()) evaluate_now();                           // 8
-    if (due(config_.sample.every) && !finished()) samples_->write(*model_, state_.step);  // 9
-    if (due(config_.ckpt.every) && !finished()) save();                                   // 10
+    one_step(prefetcher);                                           // 1 to 7
+    if (due(config_.eval.every) && !finished()) evaluate_now();     // 8
+    if (due(config_.sample.every) && !finished()) write_samples();  // 9
+    if (due(config_.ckpt.every) && !finished()) save();             // 10
     failpoint("trainer.step_end", state_.step);
     if (failpoint_at("trainer.raise_sigterm", state_.step)) std::raise(SIGTERM);
     if (const char* signal = stop_requested()) return stop(signal);  // 11
   }
   save();  // before the final evaluation: nothing that comes now can lose the run
   evaluate_now();
-  samples_->write(*model_, state_.step);
+  write_samples();
   return finish();
 }
 
-StepResult Trainer::Impl::one_step(Prefetcher& prefetcher, TrainStep& train_step) {
+void Trainer::Impl::one_step(Prefetcher& prefetcher) {
   timer_.begin_step();
   const std::unique_ptr<TrainBatch> batch = prefetcher.next();
   timer_.data_ready();
-  const StepResult result = train_step.run(*batch, state_.step + 1);
-  if (!result.finite) handle_non_finite(result);
+  const auto result = train_step_->run(*batch, state_.step + 1, state_.samples_consumed);
+  if (result && !result->finite) handle_non_finite(*result);
   ++state_.step;
   state_.samples_consumed += batch->host.batch_size;
   state_.tokens += batch->host.batch_size * batch->host.seq_len;
   timer_.end_step();
-  return result;
+  if (result) log_step(*result);
+}
+
+/// Takes the results that the GPU still owes: before anything that looks at the model or ends the run.
+void Trainer::Impl::settle() {
+  while (const auto result = train_step_ ? train_step_->finish() : std::nullopt) {
+    if (!result->finite) handle_non_finite(*result);
+    log_step(*result);
+  }
 }
 
 void Trainer::Impl::handle_non_finite(const StepResult& result) {
-  const int64_t last = state_.samples_consumed + config_.train.global_batch_size - 1;
   const std::string what =
-      "step " + std::to_string(state_.step + 1) + ": loss " + format("%g", result.loss) +
+      "step " + std::to_string(result.step) + ": loss " + format("%g", result.loss) +
       ", gradient norm " + format("%g", result.grad_norm) + ", first bad gradient: " +
       (result.bad_parameter.empty() ? "none alone" : result.bad_parameter) + ", samples " +
-      std::to_string(state_.samples_consumed) + " to " + std::to_string(last);
+      std::to_string(result.first_sample) + " to " + std::to_string(result.last_sample);
   if (config_.train.nonfinite != "skip") {
-    jsonl_->write_event("nonfinite", state_.step + 1, {{"message", what}});
+    jsonl_->write_event("nonfinite", result.step, {{"message", what}});
     throw Error(ExitCode::kNonFinite,
                 what +
                     "; nothing was updated. Lower optim.learning_rate, lengthen "
@@ -252,40 +273,43 @@ void Trainer::Impl::handle_non_finite(const StepResult& result) {
 }
 
 void Trainer::Impl::log_step(const StepResult& result) {
-  const bool logged = due(config_.log.every) || timer_.first_step() || finished();
+  const bool logged = (config_.log.every > 0 && result.step % config_.log.every == 0) ||
+                      !logged_any_ || result.step >= total_steps_;
+  logged_any_ = true;
   if (!logged && !console_->has_bar()) return;
-  const int64_t tokens = config_.train.global_batch_size * config_.data.seq_len;
-  ConsoleStep line{.step = state_.step,
+  ConsoleStep line{.step = result.step,
                    .total_steps = total_steps_,
                    .loss = result.loss,
                    .grad_norm = result.grad_norm,
                    .learning_rate = result.learning_rate};
   const StepTimes times = timer_.times();
   if (times.steps > 0) {
-    line.tokens_per_s = static_cast<double>(tokens) / times.step_s;
+    line.tokens_per_s = static_cast<double>(tokens_per_step()) / times.step_s;
     line.data_fraction = times.data_s / times.step_s;
-    line.seconds_left = timer_.seconds_per_step() * static_cast<double>(total_steps_ - state_.step);
+    line.seconds_left = timer_.seconds_per_step() * static_cast<double>(total_steps_ - result.step);
   }
   console_->step(line, logged);
   if (!logged) return;
+  const int64_t later = (state_.step - result.step) * tokens_per_step();  // consumed since then
   Metrics metrics = {{"train/loss", result.loss},
                      {"train/ppl", std::exp(result.loss)},
                      {"train/grad_norm", result.grad_norm},
                      {"train/lr", result.learning_rate},
-                     {"train/tokens", static_cast<double>(state_.tokens)},
+                     {"train/tokens", static_cast<double>(state_.tokens - later)},
                      {"train/skipped_updates", static_cast<double>(state_.skipped_updates)}};
   if (times.steps > 0) {
     metrics.insert(metrics.end(), {{"perf/tokens_per_s", line.tokens_per_s},
                                    {"perf/step_ms", 1e3 * times.step_s},
                                    {"perf/data_ms", 1e3 * times.data_s}});
   }
-  metrics.emplace_back("mem/peak_gib", peak_memory_gib());
-  jsonl_->write_metrics(state_.step, metrics);
-  if (tensorboard_) tensorboard_->write_metrics(state_.step, metrics);
+  metrics.emplace_back("mem/peak_gib", peak_memory_gib(device_));
+  jsonl_->write_metrics(result.step, metrics);
+  if (tensorboard_) tensorboard_->write_metrics(result.step, metrics);
   timer_.restart_means();
 }
 
 void Trainer::Impl::evaluate_now() {
+  settle();
   if (data_.held_out == nullptr) return;
   const int64_t batch = config_.train.micro_batch_size > 0 ? config_.train.micro_batch_size
                                                            : config_.train.global_batch_size;
@@ -307,9 +331,15 @@ void Trainer::Impl::evaluate_now() {
   if (tensorboard_) tensorboard_->write_metrics(state_.step, metrics);
 }
 
+void Trainer::Impl::write_samples() {
+  settle();
+  samples_->write(*model_, state_.step);
+}
+
 /// Saves this step. A full disk or a lost file system is survived until it happened
 /// ckpt.max_failed_saves times in a row; the checkpoint of the last step must succeed.
 void Trainer::Impl::save() {
+  settle();
   if (saved_step_ == state_.step) return;
   if (const std::string bad = first_non_finite(named_parameters(*model_)); !bad.empty()) {
     throw Error(ExitCode::kNonFinite,
@@ -318,7 +348,9 @@ void Trainer::Impl::save() {
                     "optim.learning_rate and run the same command again");
   }
   const double start = monotonic_seconds();
-  state_.rng_state = default_generator().get_state();
+  const auto random = generators();
+  state_.rng_state = random[0].get_state();
+  state_.device_rng_state = random.size() > 1 ? random[1].get_state() : at::Tensor();
   Metrics metrics;
   try {
     const std::string folder =

@@ -53,6 +53,7 @@ struct TrainConfig {
   double grad_clip = 1.0;          ///< global norm; 0: off
   std::string dtype = "float32";   ///< "float32" | "bfloat16" (autocast; weights stay float32)
   std::string nonfinite = "stop";  ///< "stop" | "skip": what a non-finite loss or gradient does
+  bool cuda_graph = true;          ///< on a GPU: record the step once, then replay it
 };
 
 struct OptimConfig {

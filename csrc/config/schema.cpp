@@ -176,6 +176,8 @@ std::vector<Field> training_fields() {
                   "bfloat16: autocast, the weights stay float32"),
       XLSTM_FIELD(train.nonfinite, one_of({"stop", "skip"}),
                   "what a loss or gradient that is not finite does"),
+      XLSTM_FIELD(train.cuda_graph, any(),
+                  "on a GPU: record the training step once as a CUDA graph, then replay it"),
       XLSTM_FIELD(optim.learning_rate, above(0), "peak learning rate of AdamW"),
       XLSTM_FIELD(optim.min_lr, at_least(0), "learning rate at the end of the schedule"),
       XLSTM_FIELD(optim.schedule, one_of({"cosine", "linear", "constant", "wsd"}),

@@ -1,6 +1,7 @@
 #include "csrc/nn/layers.h"
 
 #include <cmath>
+#include <utility>
 
 #include "csrc/ops/block_linear.h"
 #include "csrc/ops/causal_conv1d.h"
@@ -79,7 +80,7 @@ CausalConv1d::CausalConv1d(int64_t channels, int64_t kernel_size, at::Device dev
 std::pair<at::Tensor, at::Tensor> CausalConv1d::forward(
     const at::Tensor& x, const at::Tensor& window, const std::optional<at::Tensor>& reset) const {
   if (window.defined() && is_decode_step(x, reset)) {
-    at::Tensor next = window.clone();
+    at::Tensor next = writable_state(window);
     at::Tensor y = ops::causal_conv1d_step(x.select(1, 0), weight, bias, next, /*silu=*/true);
     return {y.unsqueeze(1), next};
   }
@@ -127,6 +128,17 @@ at::Tensor apply_dropout(const at::Tensor& x, double p, bool training) {
 
 bool is_decode_step(const at::Tensor& x, const std::optional<at::Tensor>& reset) {
   return x.size(1) == 1 && !reset.has_value() && !at::GradMode::is_enabled();
+}
+
+namespace {
+thread_local bool in_place_state = false;
+}
+
+InPlaceStateGuard::InPlaceStateGuard() : before_(std::exchange(in_place_state, true)) {}
+InPlaceStateGuard::~InPlaceStateGuard() { in_place_state = before_; }
+
+at::Tensor writable_state(const at::Tensor& state) {
+  return in_place_state ? state : state.clone();
 }
 
 void check_state(const State& state, size_t expected, const char* who) {

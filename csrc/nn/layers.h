@@ -98,6 +98,20 @@ std::pair<at::Tensor, at::Tensor> gate_pair(const at::Tensor& x, const Linear& i
 at::Tensor apply_dropout(const at::Tensor& x, double p, bool training);
 /// True when one token is to be decoded and nothing needs a gradient: the step operators may be used.
 bool is_decode_step(const at::Tensor& x, const std::optional<at::Tensor>& reset);
+/// While one lives, decoding steps of this thread write the new state over the given one where they can, instead of
+/// into a copy: for a caller that owns its state and does not look back. What comes back may be the same tensors.
+class InPlaceStateGuard {
+ public:
+  InPlaceStateGuard();
+  ~InPlaceStateGuard();
+  InPlaceStateGuard(const InPlaceStateGuard&) = delete;
+  InPlaceStateGuard& operator=(const InPlaceStateGuard&) = delete;
+
+ private:
+  bool before_;
+};
+/// What a decoding step may write to: the tensor itself under an InPlaceStateGuard, else a copy of it.
+at::Tensor writable_state(const at::Tensor& state);
 /// Throws c10::Error unless `state` is empty or holds `expected` tensors; `who` names the module.
 void check_state(const State& state, size_t expected, const char* who);
 /// state[i], undefined where the state is empty.

@@ -23,7 +23,7 @@ Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   op.eps = options.eps;
   op.chunk_size = options.chunk_size;
   if (!cnm.empty() && is_decode_step(q, reset)) {
-    at::Tensor c = cnm[0].clone(), n = cnm[1].clone(), m = cnm[2].clone();
+    at::Tensor c = writable_state(cnm[0]), n = writable_state(cnm[1]), m = writable_state(cnm[2]);
     at::Tensor h = ops::mlstm_step(q.select(1, 0), k.select(1, 0), v.select(1, 0),
                                    igate.select(1, 0), fgate.select(1, 0), c, n, m, op);
     return {h.unsqueeze(1), {c, n, m}};

@@ -107,7 +107,8 @@ def xlstm_training_step(vocab, dim, blocks, slstm_at, ids, targets):
         xLSTMLMModelConfig,
     )
 
-    slstm_layer = sLSTMLayerConfig(backend="vanilla", num_heads=4, conv1d_kernel_size=4, dtype="float32",
+    backend = "cuda" if ids.is_cuda else "vanilla"
+    slstm_layer = sLSTMLayerConfig(backend=backend, num_heads=4, conv1d_kernel_size=4, dtype="float32",
                                    dtype_w="float32", dtype_r="float32", dtype_s="float32", dtype_b="float32",
                                    dtype_g="float32", dtype_a="float32")
     model = xLSTMLMModel(
@@ -121,6 +122,7 @@ def xlstm_training_step(vocab, dim, blocks, slstm_at, ids, targets):
             slstm_block=sLSTMBlockConfig(slstm=slstm_layer, feedforward=FeedForwardConfig(proj_factor=1.3)),
         ))
     model.reset_parameters()
+    model.to(ids.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     return _step(model, optimizer,
                  lambda: torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten()))

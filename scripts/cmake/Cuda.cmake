@@ -67,7 +67,8 @@ if(NOT XLSTM_CUDART)
 endif()
 add_library(torch_cuda_wheel INTERFACE)
 target_include_directories(torch_cuda_wheel SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
-target_link_libraries(torch_cuda_wheel INTERFACE ${TORCH_LIB_DIR}/libc10_cuda.so ${XLSTM_CUDART})
+target_link_libraries(torch_cuda_wheel INTERFACE ${TORCH_LIB_DIR}/libtorch_cuda.so ${TORCH_LIB_DIR}/libc10_cuda.so
+  ${XLSTM_CUDART})
 list(APPEND CMAKE_INSTALL_RPATH
   "$ORIGIN/../../nvidia/cu${TORCH_CUDA_MAJOR}/lib;$ORIGIN/../../nvidia/cuda_runtime/lib")
 message(STATUS "CUDA kernels: yes, for ${XLSTM_CUDA_ARCHITECTURES} by ${XLSTM_NVCC}")

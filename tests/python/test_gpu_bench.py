@@ -125,3 +125,21 @@ def test_gpu_check_refuses_unknown_parts():
     for arguments in (["--only", "conformance,nonsense"], ["--only"], ["--fast"]):
         done = subprocess.run([ROOT / "scripts" / "gpu_check.sh", *arguments], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+
+
+def test_tiny_models(tmp_path, monkeypatch):
+    """gpu_model.py runs the trainer's own step; the peer's part runs in the mLSTM benchmark's way and is left out here."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu_model
+
+    assert gpu_model.main(["--tiny", "--sizes", "125m", "--steps", "3", "--decode", "4", "--no-peers", "--out", str(tmp_path)]) == 0
+    cases = json.loads((tmp_path / "gpu_model.json").read_text())["cases"]
+    assert [case["case"].split(" ")[0] for case in cases] == ["xLSTM[1:0]", "xLSTM[7:1]"]
+    for case in cases:
+        ours = case["libxlstm"]
+        assert ours["batch"] == 2 and ours["seq_len"] == 64
+        assert ours["training"]["tokens_per_s"] == pytest.approx(128e3 / ours["training"]["step_ms"])
+        training = ours["training"]
+        assert training["mfu"] == pytest.approx(
+            training["tokens_per_s"] * training["model_flops_per_token"] / (1e12 * training["matmul_tflops"]))
+        assert ours["decoding"]["token_ms"] > 0

@@ -1,6 +1,8 @@
 // AdamW against the update rule written out in double precision.
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 
@@ -25,6 +27,10 @@ NamedTensors some_parameters() {
           {"blocks.0.proj_up.weight", parameter({3, 7})},
           {"blocks.0.proj_up.bias", parameter({7})},
           {"blocks.0.norm.weight", parameter({3})}};
+}
+
+at::Tensor number(double value, at::ScalarType type = at::kDouble) {
+  return at::full({}, value, type);
 }
 
 struct Oracle {
@@ -71,7 +77,7 @@ TEST_CASE("AdamW follows its rule, with decay on the matrices alone") {
       set_gradient(p, gradient);
       oracles[i].step(clipped, lr, decay[i], t, options);
     }
-    optimizer.step(lr, factor);
+    optimizer.step(number(lr), factor == 1.0 ? at::Tensor() : number(1 / factor, at::kFloat));
     CHECK(optimizer.steps() == t);
     for (size_t i = 0; i < parameters.size(); ++i) {
       for (size_t k = 0; k < oracles[i].p.size(); ++k) {
@@ -103,8 +109,29 @@ TEST_CASE("a parameter without a gradient stays, and so does its state") {
   AdamW optimizer(parameters, {});
   const at::Tensor before = parameters[1].second.detach().clone();
   set_gradient(parameters[0].second, at::ones({5, 3}, at::kDouble));
-  optimizer.step(0.1);
+  optimizer.step(number(0.1));
   CHECK(parameters[1].second.equal(before));
+}
+
+TEST_CASE("an update that is to be skipped changes nothing") {
+  const NamedTensors parameters = some_parameters();
+  AdamW optimizer(parameters, {});
+  const auto update = [&](double skip) {
+    for (const auto& entry : parameters) set_gradient(entry.second, at::ones_like(entry.second));
+    optimizer.step(number(0.1), number(2, at::kFloat), number(skip, at::kFloat));
+  };
+  update(0);
+  std::vector<at::Tensor> before;
+  for (const auto& entry : parameters) before.push_back(entry.second.detach().clone());
+  for (const auto& entry : optimizer.state()) before.push_back(entry.second.clone());
+  update(1);
+  CHECK(optimizer.steps() == 1);
+  size_t i = 0;
+  for (const auto& entry : parameters) CHECK(entry.second.equal(before[i++]));
+  for (const auto& entry : optimizer.state()) CHECK(entry.second.equal(before[i++]));
+  update(0);
+  CHECK(optimizer.steps() == 2);
+  CHECK(!parameters[0].second.equal(before[0]));
 }
 
 TEST_CASE("the state goes out and in without changing a bit") {
@@ -115,7 +142,7 @@ TEST_CASE("the state goes out and in without changing a bit") {
   AdamW a(first, {}), b(second, {});
   const auto update = [](AdamW& optimizer, const NamedTensors& parameters) {
     for (const auto& entry : parameters) set_gradient(entry.second, entry.second.detach().mul(2));
-    optimizer.step(0.01);
+    optimizer.step(number(0.01));
   };
   update(a, first);
   update(a, first);

@@ -65,6 +65,15 @@ std::string hash_of(const std::string& checkpoint) {
          sha256_file(checkpoint + "/optim-rank00000.safetensors");
 }
 
+std::string sha256_of_parameters(const models::LanguageModel& model) {
+  std::string all;
+  for (const auto& [name, parameter] : named_parameters(model)) {
+    const at::Tensor dense = parameter.detach().contiguous();
+    all.append(static_cast<const char*>(dense.const_data_ptr()), dense.nbytes());
+  }
+  return sha256_hex(all);
+}
+
 std::map<int64_t, std::string> losses(const std::string& run) {
   std::map<int64_t, std::string> result;
   std::ifstream file(run + "/metrics.jsonl");
@@ -211,6 +220,34 @@ TEST_CASE("a gradient that is not finite changes nothing") {
     CHECK(optimizer.tensors.at("step").item<float>() == 5);  // six steps, one of them skipped
   }
   ::unsetenv("XLSTM_FAILPOINT");
+}
+
+/// A GPU runs ahead of the host: what follows a bad step must do nothing until the host has seen it.
+TEST_CASE("with nonfinite=stop nothing is updated after a bad step") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  const auto model = models::make_language_model(config.model);
+  AdamW optimizer(named_parameters(*model), config.optim);
+  TrainStep step(*model, optimizer, config);
+  const auto batch = [] {
+    data::Batch host;
+    host.batch_size = 1, host.seq_len = 5, host.num_targets = 5;
+    host.input = {1, 2, 3, 4, 5}, host.target = {2, 3, 4, 5, 6}, host.reset.assign(5, 0);
+    return TrainBatch(std::move(host));
+  };
+  CHECK(step.run(batch(), 1, 10)->finite);
+  ::setenv("XLSTM_FAILPOINT", "trainer.nan_grad:2", 1);
+  const std::string before = sha256_of_parameters(*model);
+  const auto bad = step.run(batch(), 2, 11);
+  ::unsetenv("XLSTM_FAILPOINT");
+  CHECK(!bad->finite);
+  CHECK(bad->step == 2);
+  CHECK(bad->first_sample == 11);
+  CHECK(bad->last_sample == 11);
+  CHECK(step.run(batch(), 3)->finite);
+  CHECK(sha256_of_parameters(*model) == before);
+  CHECK(optimizer.steps() == 1);
+  CHECK(!step.finish().has_value());
 }
 
 TEST_CASE("bfloat16 training with accumulation falls too") {

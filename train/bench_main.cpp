@@ -1,0 +1,166 @@
+// xlstm-bench: how fast a model trains and decodes on this machine, without any data.
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/randn.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "csrc/config/config.h"
+#include "csrc/core/error.h"
+#include "train/command_line.h"
+#include "train/decoder.h"
+#include "train/device.h"
+#include "train/flops.h"
+#include "train/generation.h"
+#include "train/process_setup.h"
+#include "train/step_timer.h"
+#include "train/train_step.h"
+
+namespace xlstm::train {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+const std::vector<OptionSpec> kOptions{
+    {"--steps", "N", "training steps to time, after 5 that are not; 0: none (20)"},
+    {"--tokens", "N", "decoding steps to time at batch 1, after 16 that are not; 0: none (64)"},
+    {"--json", "FILE", "also write the numbers there"},
+    {"--help", "", "show this"}};
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t middle = values.size() / 2;
+  return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
+}
+
+TrainBatch random_batch(const config::Config& config, std::mt19937_64& random, bool pinned) {
+  data::Batch batch;
+  batch.batch_size = config.train.global_batch_size;
+  batch.seq_len = config.data.seq_len;
+  const auto count = static_cast<size_t>(batch.batch_size * batch.seq_len);
+  std::uniform_int_distribution<int64_t> token(0, config.model.vocab_size - 1);
+  for (size_t i = 0; i < count; ++i) {
+    batch.input.push_back(token(random));
+    batch.target.push_back(token(random));
+  }
+  batch.reset.assign(count, 0);
+  batch.num_targets = static_cast<int64_t>(count);
+  return TrainBatch(std::move(batch), pinned);
+}
+
+/// Floating point operations per second of one large matrix product in the training dtype: what the machine gives.
+double matmul_rate(at::Device device, const std::string& dtype) {
+  const int64_t size = device.is_cpu() ? 1024 : 8192;
+  const auto options =
+      at::TensorOptions().dtype(dtype == "bfloat16" ? at::kBFloat16 : at::kFloat).device(device);
+  const at::Tensor a = at::randn({size, size}, options), b = at::randn({size, size}, options);
+  std::vector<double> seconds;
+  for (int i = 0; i < 13; ++i) {
+    wait_for(device);
+    const double start = monotonic_seconds();
+    const at::Tensor c = at::matmul(a, b);
+    wait_for(device);
+    if (i >= 3) seconds.push_back(monotonic_seconds() - start);
+  }
+  return 2.0 * static_cast<double>(size * size * size) / median(seconds);
+}
+
+Json time_training(const config::Config& config, models::LanguageModel& model, int64_t steps) {
+  constexpr int64_t kWarmUp = 5;
+  const at::Device device = model.head_weight().device();
+  AdamW optimizer(named_parameters(model), config.optim);
+  TrainStep train_step(model, optimizer, config);
+  std::mt19937_64 random(static_cast<uint64_t>(config.run.seed));
+  std::vector<double> seconds;
+  for (int64_t i = 0; i < kWarmUp + steps; ++i) {
+    const TrainBatch batch = random_batch(config, random, !device.is_cpu());
+    const double start = monotonic_seconds();
+    train_step.run(batch, i + 1);
+    while (train_step.finish()) {
+    }
+    wait_for(device);
+    if (i >= kWarmUp) seconds.push_back(monotonic_seconds() - start);
+  }
+  const double step = median(seconds);
+  const double tokens =
+      static_cast<double>(config.train.global_batch_size * config.data.seq_len) / step;
+  const double flops = 3 * forward_flops_per_token(model);
+  const double peak = matmul_rate(device, config.train.dtype);
+  return {{"step_ms", 1e3 * step},          {"tokens_per_s", tokens},
+          {"model_flops_per_token", flops}, {"matmul_tflops", peak / 1e12},
+          {"mfu", tokens * flops / peak},   {"peak_memory_gib", peak_memory_gib(device)}};
+}
+
+Json time_decoding(const config::Config& config, models::LanguageModel& model, int64_t tokens) {
+  constexpr int64_t kWarmUp = 16;
+  const at::NoGradGuard no_grad;
+  const EvalModeGuard eval_mode(model);
+  Decoder decoder(model, {});
+  std::vector<double> seconds;
+  for (int64_t i = 0; i < kWarmUp + tokens; ++i) {
+    const double start = monotonic_seconds();
+    decoder.next(i % config.model.vocab_size);
+    if (i >= kWarmUp) seconds.push_back(monotonic_seconds() - start);
+  }
+  const double token = median(seconds);
+  return {{"token_ms", 1e3 * token}, {"tokens_per_s", 1 / token}};
+}
+
+int body(int argc, char** argv) {
+  const CommandLine line = parse_command_line(argc, argv, kOptions);
+  if (line.has("--help")) {
+    std::printf(
+        "usage: xlstm-bench CONFIG.yaml [key.sub=value ...] [options]\n\nTimes training steps on "
+        "random tokens "
+        "and decoding, medians. mfu: the model's floating point operations (train/flops.h) per "
+        "second, as a share of "
+        "those of one large matrix product in the same dtype, measured in the same run.\n\n%s",
+        format_options(kOptions).c_str());
+    return 0;
+  }
+  if (line.positional.size() != 1)
+    throw Error(ExitCode::kConfig, "expected one configuration file; see xlstm-bench --help");
+  const config::Config config = config::load_config(line.positional[0], line.overrides);
+  const int64_t steps = line.get_int("--steps", 20, 0), tokens = line.get_int("--tokens", 64, 0);
+  if (config.run.num_threads > 0) at::set_num_threads(static_cast<int>(config.run.num_threads));
+  const at::Device device = choose_device(config.run.device, "run.device");
+  use_own_stream(device);
+
+  at::Generator(at::globalContext().defaultGenerator(at::kCPU))
+      .set_current_seed(static_cast<uint64_t>(config.run.seed));
+  const auto model = models::make_language_model(config.model, device);
+  model->train();
+  Json report = {{"config", line.positional[0]},
+                 {"overrides", line.overrides},
+                 {"device", describe(device)},
+                 {"dtype", config.train.dtype},
+                 {"parameters", models::count_parameters(config.model)},
+                 {"batch", config.train.global_batch_size},
+                 {"seq_len", config.data.seq_len}};
+  if (steps > 0) report["training"] = time_training(config, *model, steps);
+  if (tokens > 0) report["decoding"] = time_decoding(config, *model, tokens);
+  const std::string text = report.dump(1) + "\n";
+  std::fputs(text.c_str(), stdout);
+  if (line.has("--json")) {
+    std::ofstream file(line.get("--json", ""));
+    if (!(file << text).flush())
+      throw Error(ExitCode::kConfig, line.get("--json", "") + ": cannot be written");
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace xlstm::train
+
+int main(int argc, char** argv) {
+  xlstm::train::prepare_long_process(argv);
+  return xlstm::train::run_main("xlstm-bench", [&] { return xlstm::train::body(argc, argv); });
+}

@@ -1,0 +1,61 @@
+#include "train/decoder.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Logging.h>
+
+#include <exception>
+#include <utility>
+
+#include "csrc/nn/layers.h"
+
+namespace xlstm::train {
+namespace {
+
+constexpr int64_t kTokensBeforeRecording = 8;  // short answers are not worth it
+
+}  // namespace
+
+Decoder::Decoder(models::LanguageModel& model, models::ModelState state)
+    : model_(model),
+      state_(std::move(state)),
+      id_(at::empty({1, 1}, model.head_weight().options().dtype(at::kLong).requires_grad(false))),
+      may_record_(id_.is_cuda() && StepGraph::available()) {}
+
+void Decoder::work() {
+  const nn::InPlaceStateGuard in_place;
+  auto [logits, next] = model_.forward(id_, state_);
+  logits_ = logits.flatten().to(at::kDouble);
+  if (tokens_ == 0) {
+    state_ = std::move(next);  // the one before may have been empty
+    return;
+  }
+  // From here on the state stays where it is: a replay reads and writes it there.
+  for (size_t block = 0; block < state_.size(); ++block)
+    for (size_t i = 0; i < state_[block].size(); ++i)
+      if (!next[block][i].is_same(state_[block][i])) state_[block][i].copy_(next[block][i]);
+}
+
+void Decoder::record() {
+  may_record_ = false;  // once
+  try {
+    graph_.record([this] { work(); });
+  } catch (const std::exception& error) {
+    LOG(INFO) << "decoding goes on without a CUDA graph: " << error.what();
+  }
+}
+
+std::vector<double> Decoder::next(int64_t token) {
+  id_.fill_(token);
+  if (may_record_ && tokens_ == kTokensBeforeRecording) record();
+  if (graph_.recorded()) {
+    graph_.replay();
+  } else {
+    work();
+  }
+  ++tokens_;
+  const at::Tensor logits = logits_.to(at::kCPU);  // waits
+  const double* data = logits.const_data_ptr<double>();
+  return {data, data + logits.numel()};
+}
+
+}  // namespace xlstm::train

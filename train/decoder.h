@@ -1,0 +1,34 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "csrc/models/language_model.h"
+#include "train/step_graph.h"
+
+namespace xlstm::train {
+
+/// Feeds a model one token after another. It owns the state, which is updated in place; on a GPU the step is recorded as
+/// a CUDA graph after a few tokens and replayed from then on, where this build and the model allow that. Needs no-grad
+/// mode and a model in eval mode.
+class Decoder {
+ public:
+  /// `state`: after the tokens so far (empty: none), one sequence; its tensors are written to.
+  Decoder(models::LanguageModel& model, models::ModelState state);
+  /// Takes a token and returns the logits of the next one.
+  std::vector<double> next(int64_t token);
+
+ private:
+  void work();
+  void record();
+
+  models::LanguageModel& model_;
+  models::ModelState state_;
+  at::Tensor id_, logits_;  ///< (1,1) int64 on the model's device, (V) float64 there
+  StepGraph graph_;
+  bool may_record_;
+  int64_t tokens_ = 0;
+};
+
+}  // namespace xlstm::train
