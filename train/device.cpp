@@ -44,8 +44,8 @@ at::Device choose_device(const std::string& name, const std::string& setting) {
   if (!has_gpu)
     throw Error(ExitCode::kConfig,
                 setting +
-                    ": torch sees no GPU here (no driver, or a build of torch without CUDA); "
-                    "use cpu or auto");
+                    ": torch sees no GPU here (no driver, or a build of torch without CUDA); set " +
+                    setting + "=cpu or =auto");
   return {at::kCUDA, c10::impl::VirtualGuardImpl(at::kCUDA).getDevice().index()};
 }
 
