@@ -1,0 +1,24 @@
+#pragma once
+// Launchers of the sm_90a kernels: wgmma, tensor copies, warps that only load. They take bfloat16 operands that the copy
+// engine can read; everything else keeps the kernels of mlstm_launch.h.
+#include "cuda/mlstm/mlstm_params.h"
+
+namespace xlstm::cuda {
+
+/// The chunk length L of the sweep; gate records, dots and z are laid out by it.
+inline constexpr int kSweepSm90Length = 128;
+
+/// Whether a sweep contracts over so many columns.
+bool sweep_sm90_covers(int contraction);
+/// Columns of X that a block takes, of `columns` in all.
+int sweep_sm90_tile_columns(int columns);
+/// float32 numbers that a block of kDq or kDk leaves per anchor.
+int sweep_sm90_anchor_numbers(int contraction, int columns);
+/// As launch_sweep. Chunks have kSweepSm90Length tokens, the operands pass sweep_sm90_takes.
+void launch_sweep_sm90(Use use, const SweepParams& params, const DeviceLimits& device,
+                       Stream stream);
+/// Whether the operands are such that the copy engine can load A, B and X and rows of the others can be accessed 16 bytes
+/// at a time.
+bool sweep_sm90_takes(const SweepParams& params);
+
+}  // namespace xlstm::cuda

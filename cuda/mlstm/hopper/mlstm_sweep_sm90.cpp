@@ -1,0 +1,49 @@
+// Which problems the sm_90a sweep takes, and its launch.
+#include <stdexcept>
+
+#include "cuda/mlstm/hopper/mlstm_maps_sm90.h"
+#include "cuda/mlstm/hopper/mlstm_sweep_sm90_config.h"
+
+namespace xlstm::cuda {
+
+bool sweep_sm90_covers(int contraction) { return contraction <= 128; }
+
+int sweep_sm90_tile_columns(int columns) { return columns <= 64 ? 64 : 128; }
+
+int sweep_sm90_anchor_numbers(int contraction, int columns) {
+  return sweep_sm90_anchor_numbers(
+      {contraction <= 64 ? 64 : 128, sweep_sm90_tile_columns(columns)});
+}
+
+bool sweep_sm90_takes(const SweepParams& p) {
+  const auto whole_pieces = [](const Operand& x) {
+    return x.dtype == Dtype::kBFloat16 && x.vector;
+  };
+  return tensor_map_covers(p.a, p.chunks) && tensor_map_covers(p.b, p.chunks) &&
+         tensor_map_covers(p.x, p.chunks) && whole_pieces(p.out) &&
+         (p.dots == nullptr || whole_pieces(p.dot));
+}
+
+void launch_sweep_sm90(Use use, const SweepParams& params, const DeviceLimits& device,
+                       Stream stream) {
+  if (device.compute_capability != 90 || !sweep_sm90_covers(params.a.width) ||
+      params.chunks.length != kSweepSm90Length || !sweep_sm90_takes(params))
+    throw std::runtime_error("mlstm_sweep_sm90: no kernel for this problem");
+  SweepSm90Params p;
+  p.sweep = params;
+  p.a = operand_tensor_map(params.a, params.chunks);
+  p.b = operand_tensor_map(params.b, params.chunks);
+  p.x = operand_tensor_map(params.x, params.chunks);
+  switch (use) {
+    case Use::kH:
+      return launch_sweep_sm90_tile<Use::kH>(p, stream);
+    case Use::kDv:
+      return launch_sweep_sm90_tile<Use::kDv>(p, stream);
+    case Use::kDq:
+      return launch_sweep_sm90_tile<Use::kDq>(p, stream);
+    case Use::kDk:
+      return launch_sweep_sm90_tile<Use::kDk>(p, stream);
+  }
+}
+
+}  // namespace xlstm::cuda

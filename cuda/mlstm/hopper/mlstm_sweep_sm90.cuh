@@ -1,0 +1,410 @@
+#pragma once
+// The fused mLSTM sweep for sm_90a: all chunks of a segment in one block, the state never leaves the chip.
+//   Out = [mask(A B^T * D)] X + outer * (A S)        S <- gamma S + (inner * B)^T X
+// as in mlstm_sweep.cuh, with chunks of 128 tokens. Three warpgroups: one thread of the first loads half chunks of A, B
+// and X into rings of slots by tensor copies; each of the others computes 64 rows of Out and, in accumulators that stay in
+// registers, 64 rows of S (a contraction of 64: one of them all of S). Per chunk a consumer
+//   publishes S and n (bfloat16), and waits for the other's
+//   A S, A B^T of its own half, q . n, n;  (inner * B)^T X into S, while P of its own half is made of A B^T
+//   P X of its own half, and of the other half where the mask lets anything through
+//   normalises or multiplies with q or k, and stores.
+#include "cuda/mlstm/hopper/mlstm_sweep_sm90_state.cuh"
+
+namespace xlstm::cuda {
+
+template <Use kUse, int kDA, int kDX, int kConsumer>
+class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
+ public:
+  using Base = SweepSm90State<kUse, kDA, kDX, kConsumer>;
+  using Base::Base;
+
+  DEVICE_FUNCTION void run() {
+    this->load_state();
+    for (int i = 0; i < this->count(); ++i) {
+      if constexpr (kUse == Use::kDq) this->leave_anchor(this->chunk_at(i));
+      chunk(i);
+      if constexpr (kUse == Use::kDk) this->dot_anchor(this->chunk_at(i));
+    }
+    this->store_state();
+  }
+
+ private:
+  using Base::place;
+  using Base::group;
+  using Base::kHasN;
+  using Base::kLate;
+  using Base::kLength;
+  using Base::kNRow;
+  using Base::kOwnsN;
+  using Base::kOwnsState;
+  using Base::kReverse;
+  using Base::kTransposed;
+  using Base::n;
+  using Base::outer;
+  using Base::own_row;
+  using Base::p;
+  using Base::quad;
+  using Base::quad_sum;
+  using Base::s;
+  using Base::state;
+  using Base::thread;
+  using Base::warp;
+
+  static constexpr int kOther = 1 - kConsumer;
+  using OutTile = float[kDX / 2];
+  using ScoreTile = float[32];
+  using Fragments = u32[4][4];
+
+  // Slots of the chunk.
+  using AbTile = StripTile<kBoxRows, kDA>;
+  using XTile = StripTile<kBoxRows, kDX>;
+  DEVICE_FUNCTION AbTile& ab_at(int use) { return s.ab[s.ab_ring.slot(use)]; }
+  DEVICE_FUNCTION AbTile& b_at(int i, int half) { return ab_at(4 * i + 2 + half); }
+  DEVICE_FUNCTION XTile& x_at(int i, int half) { return s.x[s.x_ring.slot(2 * i + half)]; }
+  DEVICE_FUNCTION const GateRecord* records_at(int i) { return s.records[s.gate_ring.slot(i)]; }
+  DEVICE_FUNCTION const float* z_at(int i) { return s.z[s.gate_ring.slot(i)]; }
+  /// This thread's row in the chunk.
+  DEVICE_FUNCTION int row_of(int half) const { return 64 * kConsumer + own_row(half); }
+
+  // One chunk -----------------------------------------------------------------------------------------------------------
+  DEVICE_FUNCTION void chunk(int i) {
+    const float gamma = p.gamma[this->slot_at(i)];
+    enter_chunk(i);
+    this->decay_state(gamma);
+    OutTile out;
+    float products[4] = {}, sums[2] = {};
+    Fragments fragments;
+    {
+      ScoreTile scores;
+      Fragments update;
+      multiply(i, out, scores, products, update);
+      scale_rows(i, out);
+      arrive(&s.state_free);
+      finish_scores(i, kConsumer, scores, fragments, sums);
+      if constexpr (kOwnsState) {
+        prim::wgmma_wait<0>();
+        prim::fence_registers(state);
+        keep(update);
+      }
+    }
+    add_products(i, out, fragments, sums);
+    if constexpr (kUse == Use::kH) normalize(i, out, products, sums);
+    if constexpr (kTransposed) write_dots(i, out);
+    arrive(&s.gate_ring.empty[s.gate_ring.slot(i)]);
+    store(i, out);
+  }
+
+  DEVICE_FUNCTION void arrive(u64* bar) {
+    prim::sync_warp();
+    if (thread % 32 == 0) prim::mbar_arrive(bar);
+  }
+
+  /// Publishes what the other warpgroup needs and waits for what it publishes.
+  DEVICE_FUNCTION void enter_chunk(int i) {
+    s.gate_ring.wait(i);
+    if (i > 0) prim::mbar_wait(&s.state_free, static_cast<u32>(i - 1) & 1);
+    this->publish(records_at(i), z_at(i));
+    const int rows = this->rows_at(i);
+    // Beyond the tensor the copy engine delivers zeros; beyond a packed sequence, tokens of the next one.
+    if (p.chunks.cu_seqlens != nullptr && rows < kLength) clear_tail(i, rows);
+    prim::fence_proxy_async();
+    arrive(&s.state_ready);
+    prim::mbar_wait(&s.state_ready, static_cast<u32>(i) & 1);
+  }
+
+  /// Zeros in place of this warpgroup's rows of B and X from `rows` on: a weight of 0 does not keep out inf and NaN.
+  DEVICE_FUNCTION void clear_tail(int i, int rows) {
+    s.ab_ring.wait(4 * i + 2 + kConsumer);
+    s.x_ring.wait(2 * i + kConsumer);
+    const int first = rows < 64 * kConsumer ? 0 : rows - 64 * kConsumer;
+    AbTile& b = b_at(i, kConsumer);
+    XTile& x = x_at(i, kConsumer);
+    for (int row = first + warp; row < 64; row += 4) {
+      const int col = thread % 32 * 8;
+      if (col < kDA) *reinterpret_cast<Vector16*>(b.piece(row, col)) = Vector16{};
+      if (col < kDX) *reinterpret_cast<Vector16*>(x.piece(row, col)) = Vector16{};
+    }
+  }
+
+  /// out = A S, scores = A B^T of the own half, products = A n_parts, n += (weights * rows); then, still under way at the
+  /// end, S += (inner * B)^T X of the first half.
+  DEVICE_FUNCTION void multiply(int i, OutTile& out, ScoreTile& scores, float (&products)[4],
+                                Fragments& update) {
+    s.ab_ring.wait(4 * i + kConsumer);
+    s.ab_ring.wait(4 * i + 2);
+    s.ab_ring.wait(4 * i + 3);
+    if constexpr (kOwnsState) this->load_fragments(update, b_at(i, 0), 0);
+    s.x_ring.wait(2 * i);
+    s.x_ring.wait(2 * i + 1);
+    const Strips a = strips_of(ab_at(4 * i + kConsumer));
+    if constexpr (kOwnsState) {
+      keep(update);
+      prim::fence_registers(state);
+    }
+    prim::fence_registers(n);
+    prim::wgmma_fence();
+    multiply_tiles<kDX, false, true, kDA>(out, a, strips_of(s.state), false);
+    multiply_tiles<64, false, false, kDA>(scores, a, strips_of(b_at(i, kConsumer)), false);
+    if constexpr (kUse == Use::kH) {
+#pragma unroll
+      for (int k = 0; k < kDA; k += 16)
+        prim::wgmma_bf16<8, false, false>(products, a.k_major(k), s.n_parts.descriptor(k), k > 0);
+    }
+    if constexpr (kOwnsN) add_to_n(i);
+    prim::wgmma_commit();
+    if constexpr (kOwnsState) {
+      multiply_fragments<kDX, true>(state, update, strips_of(x_at(i, 0)));
+      prim::wgmma_commit();
+      prim::wgmma_wait<1>();
+    } else {
+      prim::wgmma_wait<0>();
+    }
+    prim::fence_registers(out);
+    prim::fence_registers(scores);
+    prim::fence_registers(products);
+    prim::fence_registers(n);
+  }
+
+  DEVICE_FUNCTION void add_to_n(int i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Strips rows =
+          (kTransposed ? strips_of(x_at(i, half)) : strips_of(b_at(i, half))).from(0, kNRow / 64);
+#pragma unroll
+      for (int k = 0; k < 64; k += 16)
+        prim::wgmma_bf16<8, true, false>(n, rows.mn_major(k), s.weights.descriptor(64 * half + k),
+                                         true);
+    }
+  }
+
+  /// out += P X and S += (inner * B)^T X of the second half; releases the slots of the chunk.
+  DEVICE_FUNCTION void add_products(int i, OutTile& out, Fragments& own, float (&sums)[2]) {
+    Fragments update;
+    if constexpr (kOwnsState) this->load_fragments(update, b_at(i, 1), 1);
+    if constexpr (!kLate) release_ab(i);
+    if constexpr (kOwnsState) keep(update);
+    keep(own);
+    prim::fence_registers(out);
+    prim::wgmma_fence();
+    if constexpr (!kLate) {
+      add_own(i, out, own, update);
+      prim::wgmma_wait<0>();
+    } else {
+      ScoreTile scores;
+      Fragments other;
+      multiply_tiles<64, false, false, kDA>(scores, strips_of(ab_at(4 * i + kConsumer)),
+                                            strips_of(b_at(i, kOther)), false);
+      prim::wgmma_commit();
+      add_own(i, out, own, update);
+      prim::wgmma_wait<1>();
+      prim::fence_registers(scores);
+      release_ab(i);
+      finish_scores(i, kOther, scores, other, sums);
+      keep(other);
+      prim::wgmma_fence();
+      multiply_fragments<kDX, true>(out, other, strips_of(x_at(i, kOther)));
+      prim::wgmma_commit();
+      prim::wgmma_wait<0>();
+      keep(other);
+    }
+    keep(own);
+    if constexpr (kOwnsState) {
+      keep(update);
+      prim::fence_registers(state);
+    }
+    prim::fence_registers(out);
+    arrive(&s.x_ring.empty[s.x_ring.slot(2 * i)]);
+    arrive(&s.x_ring.empty[s.x_ring.slot(2 * i + 1)]);
+  }
+
+  DEVICE_FUNCTION void add_own(int i, OutTile& out, Fragments& own, Fragments& update) {
+    multiply_fragments<kDX, true>(out, own, strips_of(x_at(i, kConsumer)));
+    if constexpr (kOwnsState) multiply_fragments<kDX, true>(state, update, strips_of(x_at(i, 1)));
+    prim::wgmma_commit();
+  }
+
+  /// Operands in registers: made before the wgmma_fence, not used again before the wait.
+  static DEVICE_FUNCTION void keep(Fragments& fragments) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) prim::fence_registers(fragments[j]);
+  }
+  DEVICE_FUNCTION void release_ab(int i) {
+    prim::sync_warp();
+    if (thread % 32 != 0) return;
+#pragma unroll
+    for (int use = 0; use < 4; ++use) s.ab_ring.release(4 * i + use);
+  }
+
+  // Scores --------------------------------------------------------------------------------------------------------------
+  /// P = scale (scores + z) D of the columns of one half, as the A operand of P X; with kH also its row sums.
+  DEVICE_FUNCTION void finish_scores(int i, int half, ScoreTile& scores, Fragments& fragments,
+                                     float (&sums)[2]) {
+    const GateRecord* records = records_at(i);
+    const float* z = z_at(i);
+    const int rows[2] = {row_of(0), row_of(1)};
+    const GateRecord gates[2] = {records[rows[0]], records[rows[1]]};
+    float z_row[2] = {};
+    if constexpr (kUse == Use::kDq) z_row[0] = z[rows[0]], z_row[1] = z[rows[1]];
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      if (t % 2 == 0) prim::sync_warp();  // keeps the compiler from loading all records at once
+      const int col = 64 * half + 8 * t + 2 * quad;
+      const GateRecord others[2] = {records[col], records[col + 1]};
+      float z_column[2] = {};
+      if constexpr (kUse == Use::kDk) z_column[0] = z[col], z_column[1] = z[col + 1];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float values[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float d = kReverse ? decay(others[e], col + e, gates[r], rows[r])
+                                   : decay(gates[r], rows[r], others[e], col + e);
+          values[e] = (scores[4 * t + 2 * r + e] + z_row[r] + z_column[e]) * (p.scale * d);
+          if constexpr (kUse == Use::kH) sums[r] += values[e];
+        }
+        fragments[t / 2][t % 2 * 2 + r] = prim::pack_bf16x2(values[0], values[1]);
+      }
+    }
+  }
+
+  // Output --------------------------------------------------------------------------------------------------------------
+  /// out = outer (A S + z n)
+  DEVICE_FUNCTION void scale_rows(int i, OutTile& out) {
+    const GateRecord* records = records_at(i);
+    const float factors[2] = {outer(records[row_of(0)]), outer(records[row_of(1)])};
+    float z[2] = {1, 1};
+    if constexpr (kUse == Use::kDq) z[0] = z_at(i)[row_of(0)], z[1] = z_at(i)[row_of(1)];
+#pragma unroll
+    for (int v = 0; v < kDX / 2; ++v) {
+      if constexpr (kTransposed) out[v] += z[v / 2 % 2] * s.n[v / 4 * 8 + 2 * quad + v % 2];
+      out[v] *= factors[v / 2 % 2];
+    }
+  }
+
+  /// Divides the rows by N; column tile 0 writes the product.
+  DEVICE_FUNCTION void normalize(int i, OutTile& out, const float (&products)[4],
+                                 const float (&sums)[2]) {
+    // Where exp(-m) underflows and q is zero, h is zero and not 0 / 0.
+    constexpr float kSmallest = 1.17549435e-38F;
+    const int rows = this->rows_at(i);
+    const int64_t token = static_cast<int64_t>(place.range.batch) * p.chunks.time + this->token_at(i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(half);
+      const GateRecord& gates = records_at(i)[row];
+      const float product =
+          quad_sum(sums[half] + gates.w * (products[2 * half] + products[2 * half + 1]));
+      if (p.product != nullptr && place.tile == 0 && quad == 0 && row < rows)
+        p.product[(token + row) * p.chunks.num_heads + place.head] = product;
+      if (!p.normalize) continue;
+      const float norm =
+          fmaxf(fmaxf(product < 0 ? -product : product, gates.floor), kSmallest) + p.eps;
+      const float factor = 1.0F / norm;
+#pragma unroll
+      for (int v = 2 * half; v < kDX / 2; v += 4) {
+        out[v] *= factor;
+        out[v + 1] *= factor;
+      }
+    }
+  }
+
+  // Rows are accessed in pieces of 16 bytes: lane t of a quad has piece t of 32 columns, which the quad exchanges for the
+  // two columns of each piece that its accumulators hold.
+  DEVICE_FUNCTION int64_t offset_of(const Operand& x, int i) const {
+    return token_offset(x, place.range.batch, this->token_at(i), place.head) + place.tile * kDX;
+  }
+
+  /// <out, q> or <out, k> of every row, before out is rounded.
+  DEVICE_FUNCTION void write_dots(int i, OutTile& out) {
+    const int64_t base = offset_of(p.dot, i);
+    const int rows = this->rows_at(i);
+    const int64_t tiles_before =
+        static_cast<int64_t>(place.tile) * p.chunks.num_heads * p.chunks.slots;
+    float* to = p.dots + (tiles_before + this->slot_at(i)) * kLength;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(half);
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < kDX / 32; ++j) {
+        const int col = 32 * j + 8 * quad;
+        Vector16 piece =
+            load_piece(base + row * p.dot.time + col, row < rows ? place.columns - col : 0);
+        exchange_in_quad(piece.words);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          const int v = 4 * (4 * j + m) + 2 * half;
+          sum += out[v] * low_half(piece.words[m]) + out[v + 1] * high_half(piece.words[m]);
+        }
+      }
+      sum = quad_sum(sum);
+      if (quad == 0) to[row] = row < rows ? sum : 0.0F;
+    }
+  }
+
+  /// Eight numbers of p.dot; those beyond the first `left` are zero.
+  DEVICE_FUNCTION Vector16 load_piece(int64_t from, int left) const {
+    const bf16* data = static_cast<const bf16*>(p.dot.data) + from;
+    if (left >= 8) return *reinterpret_cast<const Vector16*>(data);
+    Vector16 piece = {};
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      if (e < left) piece.words[e / 2] |= static_cast<u32>(data[e].bits) << (e % 2 * 16);
+    return piece;
+  }
+
+  DEVICE_FUNCTION void store(int i, OutTile& out) const {
+    bf16* data = static_cast<bf16*>(p.out.data) + offset_of(p.out, i);
+    const int rows = this->rows_at(i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(half);
+#pragma unroll
+      for (int j = 0; j < kDX / 32; ++j) {
+        Vector16 piece;
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          const int v = 4 * (4 * j + m) + 2 * half;
+          piece.words[m] = prim::pack_bf16x2(out[v], out[v + 1]);
+        }
+        exchange_in_quad(piece.words);
+        const int col = 32 * j + 8 * quad;
+        if (row >= rows || col >= place.columns) continue;
+        bf16* to = data + row * p.out.time + col;
+        if (place.columns - col >= 8) {
+          *reinterpret_cast<Vector16*>(to) = piece;
+          continue;
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          if (e < place.columns - col)
+            to[e].bits = static_cast<u16>(piece.words[e / 2] >> (e % 2 * 16));
+      }
+    }
+  }
+};
+
+template <Use kUse, int kDA, int kDX>
+KERNEL_FUNCTION(384, 1)
+mlstm_sweep_sm90(const GRID_CONSTANT SweepSm90Params p) {
+#if PRIM_HAS_SM90A
+  using Block = SweepSm90Block<kUse, kDA, kDX>;
+  auto& shared = *reinterpret_cast<typename Block::Shared*>(prim::dynamic_shared());
+  const u32 warpgroup = prim::thread_idx().x / 128;
+  Block block(p, shared);
+  block.prepare();
+  prim::sync_block();
+  if (warpgroup == 0) {
+    prim::set_max_registers_down<24>();
+    if (prim::thread_idx().x == 0) block.load_chunks();
+  } else if (warpgroup == 1) {
+    prim::set_max_registers_up<240>();
+    SweepSm90Consumer<kUse, kDA, kDX, 0>(p, shared).run();
+  } else {
+    prim::set_max_registers_up<240>();
+    SweepSm90Consumer<kUse, kDA, kDX, 1>(p, shared).run();
+  }
+#endif
+}
+
+}  // namespace xlstm::cuda
