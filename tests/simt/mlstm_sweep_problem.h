@@ -36,6 +36,7 @@ struct Setting {
   double input = -1, forget = 3, spread = 1;
   double key_mean = 0;  ///< of q and k
   DeviceLimits device = kAmpere;
+  int32_t chunk = 64;  ///< tokens
 
   int64_t sequences() const {
     return packed.empty() ? batch : static_cast<int64_t>(packed.size()) - 1;
@@ -92,8 +93,9 @@ class Tensor {
   }
   void fill(std::mt19937& random, double mean) {
     std::normal_distribution<double> normal(mean, 1);
+    const int64_t used = s_.packed.empty() ? s_.time : s_.packed.back();  // the rest stays NaN
     for (int64_t b = 0; b < s_.batch; ++b)
-      for (int64_t t = 0; t < s_.time; ++t)
+      for (int64_t t = 0; t < used; ++t)
         for (int64_t h = 0; h < s_.heads; ++h)
           for (int64_t d = 0; d < operand.width; ++d) set(b, t, h, d, normal(random));
   }
@@ -209,11 +211,11 @@ inline void split(double x, float& high, float& rest) {
 }
 
 /// Records and gammas of a head's chunks, from the definitions at the top of mlstm_params.h.
-inline void fill_records(const Head& head, GateRecord* records, float* gamma) {
+inline void fill_records(const Head& head, int64_t length, GateRecord* records, float* gamma) {
   const MlstmInput& in = head.in;
   const double ln2 = std::log(2.0);
-  for (int64_t first = 0; first < in.length; first += 64) {
-    const int64_t count = std::min<int64_t>(64, in.length - first);
+  for (int64_t first = 0; first < in.length; first += length) {
+    const int64_t count = std::min<int64_t>(length, in.length - first);
     double m_before = in.sigmoid_input_gate ? 0 : first == 0 ? in.m0 : head.m[first - 1];
     const double m_enters = m_before;
     Numbers b(count), alpha(count), peak(count);
@@ -231,9 +233,9 @@ inline void fill_records(const Head& head, GateRecord* records, float* gamma) {
                     : std::max(reset || t == 0 ? m_before : peak[t - 1], alpha[t]);
     }
     const auto reset_until = [&](int64_t t) { return start[t] > 0 || in.reset[first]; };
-    for (int64_t t = 0; t < 64; ++t) {
+    for (int64_t t = 0; t < length; ++t) {
       GateRecord& r = records[first + t];
-      r = {-1e38F, 0, 0, 0, 0, 0, 1, 64};
+      r = {-1e38F, 0, 0, 0, 0, 0, 1, static_cast<int32_t>(length)};
       if (t >= count) continue;
       split(alpha[t] / ln2, r.alpha, r.alpha_rest);
       split(peak[t] / ln2, r.peak, r.peak_rest);
@@ -242,7 +244,7 @@ inline void fill_records(const Head& head, GateRecord* records, float* gamma) {
       r.floor = static_cast<float>(in.sigmoid_input_gate ? 1 : head.floor_at(first + t));
       r.start = start[t];
     }
-    gamma[first / 64] =
+    gamma[first / length] =
         reset_until(count - 1) ? 0 : static_cast<float>(std::exp(m_enters - peak[count - 1]));
   }
 }
@@ -261,13 +263,14 @@ struct Problem {
     chunks.num_sequences = static_cast<int32_t>(s.sequences());
     chunks.num_heads = static_cast<int32_t>(s.heads);
     chunks.time = static_cast<int32_t>(s.time);
+    chunks.length = s.chunk;
     chunks.segments = s.segments;
     if (!s.packed.empty()) chunks.cu_seqlens = s.packed.data();
-    chunks.slots = s.packed.empty() ? chunks.num_sequences * divide_up(chunks.time, 64)
-                                    : chunks.time / 64 + chunks.num_sequences;
+    chunks.slots = s.packed.empty() ? chunks.num_sequences * divide_up(chunks.time, s.chunk)
+                                    : chunks.time / s.chunk + chunks.num_sequences;
     const int64_t slots = s.heads * chunks.slots;
-    records.assign(slots * 64, {NAN, NAN, NAN, NAN, NAN, NAN, NAN, 0});
-    z.assign(slots * 64, 0);
+    records.assign(slots * s.chunk, {NAN, NAN, NAN, NAN, NAN, NAN, NAN, 0});
+    z.assign(slots * s.chunk, 0);
     gamma.assign(slots, NAN);
     const int64_t items = s.sequences() * s.heads;
     for (std::vector<float>* x : {&start_c, &start_dc})
@@ -319,8 +322,8 @@ struct Problem {
     const Head& x = heads[item];
     const int64_t slot =
         head * chunks.slots + sequence_at(chunks, static_cast<int32_t>(sequence)).first_slot;
-    fill_records(x, &records[slot * 64], &gamma[slot]);
-    for (int64_t t = 0; t < x.in.length; ++t) z[slot * 64 + t] = static_cast<float>(x.z_at(t));
+    fill_records(x, s.chunk, &records[slot * s.chunk], &gamma[slot]);
+    for (int64_t t = 0; t < x.in.length; ++t) z[slot * s.chunk + t] = static_cast<float>(x.z_at(t));
   }
 
   /// The states that enter the segments from the left and their gradients that enter from the right.
@@ -329,8 +332,8 @@ struct Problem {
     const SequenceRange range = sequence_at(chunks, static_cast<int32_t>(item / s.heads));
     for (int32_t i = 0; i < s.segments; ++i) {
       const SegmentRange segment = segment_at(chunks, range, i);
-      const int64_t begin = std::min<int64_t>(64 * segment.begin, x.in.length);
-      const int64_t end = std::min<int64_t>(64 * segment.end, x.in.length);
+      const int64_t begin = std::min<int64_t>(s.chunk * segment.begin, x.in.length);
+      const int64_t end = std::min<int64_t>(s.chunk * segment.end, x.in.length);
       const auto left = mlstm_forward(x.part(0, begin, x.in.c0, x.in.n0, x.in.m0));
       const auto middle = mlstm_forward(x.part(0, end, x.in.c0, x.in.n0, x.in.m0));
       const auto right =

@@ -29,7 +29,6 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
   }
 
  private:
-  using Base::place;
   using Base::group;
   using Base::kHasN;
   using Base::kLate;
@@ -43,6 +42,7 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
   using Base::outer;
   using Base::own_row;
   using Base::p;
+  using Base::place;
   using Base::quad;
   using Base::quad_sum;
   using Base::s;
@@ -103,7 +103,7 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
   DEVICE_FUNCTION void enter_chunk(int i) {
     s.gate_ring.wait(i);
     if (i > 0) prim::mbar_wait(&s.state_free, static_cast<u32>(i - 1) & 1);
-    this->publish(records_at(i), z_at(i));
+    this->publish(i, records_at(i), z_at(i));
     const int rows = this->rows_at(i);
     // Beyond the tensor the copy engine delivers zeros; beyond a packed sequence, tokens of the next one.
     if (p.chunks.cu_seqlens != nullptr && rows < kLength) clear_tail(i, rows);
@@ -133,7 +133,7 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
     s.ab_ring.wait(4 * i + kConsumer);
     s.ab_ring.wait(4 * i + 2);
     s.ab_ring.wait(4 * i + 3);
-    if constexpr (kOwnsState) this->load_fragments(update, b_at(i, 0), 0);
+    if constexpr (kOwnsState) this->load_fragments(i, update, b_at(i, 0), 0);
     s.x_ring.wait(2 * i);
     s.x_ring.wait(2 * i + 1);
     const Strips a = strips_of(ab_at(4 * i + kConsumer));
@@ -180,7 +180,7 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
   /// out += P X and S += (inner * B)^T X of the second half; releases the slots of the chunk.
   DEVICE_FUNCTION void add_products(int i, OutTile& out, Fragments& own, float (&sums)[2]) {
     Fragments update;
-    if constexpr (kOwnsState) this->load_fragments(update, b_at(i, 1), 1);
+    if constexpr (kOwnsState) this->load_fragments(i, update, b_at(i, 1), 1);
     if constexpr (!kLate) release_ab(i);
     if constexpr (kOwnsState) keep(update);
     keep(own);
@@ -287,7 +287,8 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
     // Where exp(-m) underflows and q is zero, h is zero and not 0 / 0.
     constexpr float kSmallest = 1.17549435e-38F;
     const int rows = this->rows_at(i);
-    const int64_t token = static_cast<int64_t>(place.range.batch) * p.chunks.time + this->token_at(i);
+    const int64_t token =
+        static_cast<int64_t>(place.range.batch) * p.chunks.time + this->token_at(i);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_of(half);
@@ -404,6 +405,8 @@ mlstm_sweep_sm90(const GRID_CONSTANT SweepSm90Params p) {
     prim::set_max_registers_up<240>();
     SweepSm90Consumer<kUse, kDA, kDX, 1>(p, shared).run();
   }
+#else
+  prim::wgmma_fence();  // traps
 #endif
 }
 

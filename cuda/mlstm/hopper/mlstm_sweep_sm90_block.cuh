@@ -47,8 +47,8 @@ struct SweepSm90Shared {
   SideRows<kDA> n_parts;      ///< kH
   alignas(16) GateRecord records[kGateSlots][kLength];
   alignas(16) float z[kGateSlots][kLength];
-  float n[kDX];                    ///< kDq, kDk
-  alignas(4) bf16 inner[kLength];  ///< weights of the tokens in the state
+  float n[kDX];                       ///< kDq, kDk
+  alignas(4) bf16 inner[2][kLength];  ///< weights of the tokens in the state; by chunk: read late
   Ring<kAbSlots, 8> ab_ring;
   Ring<kXSlots, 8> x_ring;
   Ring<kGateSlots, 8> gate_ring;

@@ -22,9 +22,9 @@ class SweepSm90State : public SweepSm90Block<kUse, kDA, kDX> {
         quad(thread % 4) {}
 
  protected:
-  using Base::place;
   using Base::item;
   using Base::p;
+  using Base::place;
   using Base::s;
   using Base::segment;
   using Base::sequence_head;
@@ -163,7 +163,7 @@ class SweepSm90State : public SweepSm90Block<kUse, kDA, kDX> {
 
   // Once per chunk ------------------------------------------------------------------------------------------------------
   /// S and n as they enter the chunk and the weights of this warpgroup's tokens, to shared memory.
-  DEVICE_FUNCTION void publish(const GateRecord* records, const float* z) {
+  DEVICE_FUNCTION void publish(int i, const GateRecord* records, const float* z) {
     if constexpr (kOwnsState) store_rounded(s.state, kStateRow + 16 * warp, 0, state);
     if constexpr (kOwnsN) {
 #pragma unroll
@@ -181,7 +181,7 @@ class SweepSm90State : public SweepSm90Block<kUse, kDA, kDX> {
     if (thread >= 64) return;
     const int token = 64 * kConsumer + thread;
     const float weight = inner(records[token]);
-    s.inner[token].bits = prim::float_to_bf16(weight);
+    s.inner[i % 2][token].bits = prim::float_to_bf16(weight);
     if constexpr (kHasN) s.weights.set(token, kUse == Use::kDk ? weight * z[token] : weight);
   }
 
@@ -193,9 +193,9 @@ class SweepSm90State : public SweepSm90Block<kUse, kDA, kDX> {
   }
 
   /// (inner * B)^T of half a chunk, at this warp's rows of S.
-  DEVICE_FUNCTION void load_fragments(u32 (&fragments)[4][4], StripTile<kBoxRows, kDA>& b,
+  DEVICE_FUNCTION void load_fragments(int i, u32 (&fragments)[4][4], StripTile<kBoxRows, kDA>& b,
                                       int half) {
-    const u32* weights = reinterpret_cast<const u32*>(s.inner) + 32 * half + quad;
+    const u32* weights = reinterpret_cast<const u32*>(s.inner[i % 2]) + 32 * half + quad;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       fragment_a_transposed(fragments[j], b, kStateRow + 16 * warp, 16 * j);
