@@ -2,6 +2,7 @@
 // CUDA runtime and writes each launch down instead of carrying it out. Calls the mLSTM over problems that reach every
 // kernel, on devices with little, more and most shared memory. One line per launch, for scripts/check_kernels.py:
 //   <mangled kernel> <compute capability> <threads> <dynamic shared bytes> <blocks per cluster>
+// With XLSTM_HOPPER=1 in the environment the calls on compute capability 9.0 take the kernels for sm_90a.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -169,11 +170,14 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
 }  // extern "C"
 
 int main() {
+  const char* choice = std::getenv("XLSTM_HOPPER");
+  const bool hopper = choice != nullptr && std::string(choice) == "1";
   constexpr DeviceLimits kDevices[] = {
       {80, 108, 163 * 1024}, {86, 84, 99 * 1024}, {90, 132, 227 * 1024}};
   try {
     for (const DeviceLimits& each : kDevices) {
       device = each;
+      device.hopper = each.compute_capability == 90 && hopper;
       for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32})
         call_all(dtype);
     }

@@ -1,6 +1,8 @@
 // The mLSTM operators on CUDA: the kernels of cuda/mlstm where they take a call, else the generic path in ATen calls.
-// Built without nvcc (no XLSTM_CUDA), or with XLSTM_CUDA_KERNELS=off in the environment, all calls are generic. Which
-// path runs, and why, is logged once per reason at c10's level INFO: TORCH_CPP_LOG_LEVEL=INFO shows it.
+// Built without nvcc (no XLSTM_CUDA), or with XLSTM_CUDA_KERNELS=off in the environment, all calls are generic.
+// XLSTM_HOPPER=1, read when a device is first used, takes the kernels for sm_90a (cuda/mlstm/hopper) on compute capability
+// 9.0 where they cover a problem. Which path runs, and why, is logged once per reason at c10's level INFO:
+// TORCH_CPP_LOG_LEVEL=INFO shows it.
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/Logging.h>
@@ -46,6 +48,9 @@ cuda::DeviceLimits query_limits(int device) {
   limits.num_multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   limits.shared_bytes =
       static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const char* hopper = std::getenv("XLSTM_HOPPER");
+  limits.hopper =
+      limits.compute_capability == 90 && hopper != nullptr && std::string(hopper) == "1";
   return limits;
 }
 
@@ -67,7 +72,10 @@ bool use_kernels(const MlstmSizes& sizes, const at::Tensor& q) {
   const std::string lack = choice != nullptr && std::string(choice) == "off"
                                ? "XLSTM_CUDA_KERNELS=off"
                                : mlstm_kernels_lack(sizes, q.scalar_type(), limits_of(q.device()));
-  log_once(lack.empty() ? "mlstm: kernels for CUDA" : "mlstm: generic path on CUDA: " + lack);
+  const char* kernels = limits_of(q.device()).hopper
+                            ? "mlstm: kernels for CUDA, those for sm_90a where they cover a problem"
+                            : "mlstm: kernels for CUDA";
+  log_once(lack.empty() ? kernels : "mlstm: generic path on CUDA: " + lack);
   return lack.empty();
 }
 

@@ -1,7 +1,9 @@
 // The backward pass as a sequence of launches: gates again, prep (G and z), [states that enter the segments,] dv, dq and
 // dk by the fused sweep or by the state and out kernels, gate gradients last.
+#include <algorithm>
 #include <initializer_list>
 
+#include "cuda/mlstm/hopper/mlstm_launch_sm90.h"
 #include "cuda/mlstm/mlstm_launch.h"
 #include "cuda/mlstm/mlstm_plan.h"
 
@@ -110,6 +112,11 @@ struct Backward {
     return p;
   }
 
+  bool sm90_takes() const {
+    return sweep_sm90_takes(sweep(Use::kDv)) && sweep_sm90_takes(sweep(Use::kDq)) &&
+           sweep_sm90_takes(sweep(Use::kDk));
+  }
+
   void run_fused() const {
     const SegmentStarts forward =
         segment_starts(plan, state(false), memory.forward_segments, device, stream);
@@ -121,7 +128,7 @@ struct Backward {
       p.start_n = use == Use::kDq ? forward.n : reverse.n;
       if (use == Use::kDv) p.end_c = dc0();
       if (use == Use::kDk) p.end_n = dn0();
-      launch_sweep(use, p, device, stream);
+      (plan.sm90 ? launch_sweep_sm90 : launch_sweep)(use, p, device, stream);
     }
   }
 
@@ -194,12 +201,16 @@ struct Backward {
   }
 };
 
-}  // namespace
-
-size_t mlstm_backward_workspace(const MlstmProblem& problem, const DeviceLimits& device) {
+size_t workspace_of(const MlstmProblem& problem, const DeviceLimits& device) {
   Workspace count(nullptr);
   BackwardMemory(plan_mlstm(problem, device, Direction::kBackward), problem, count);
   return count.used();
+}
+
+}  // namespace
+
+size_t mlstm_backward_workspace(const MlstmProblem& problem, const DeviceLimits& device) {
+  return std::max(workspace_of(problem, device), workspace_of(problem, without_hopper(device)));
 }
 
 void mlstm_backward(const MlstmProblem& problem, const DeviceLimits& device,
@@ -209,6 +220,8 @@ void mlstm_backward(const MlstmProblem& problem, const DeviceLimits& device,
   Workspace pieces(workspace);
   const BackwardMemory memory(plan, problem, pieces);
   const Backward backward{problem, device, call, plan, memory, stream};
+  if (plan.sm90 && !backward.sm90_takes())
+    return mlstm_backward(problem, without_hopper(device), call, workspace, stream);
   backward.prepare();
   if (plan.fused) {
     backward.run_fused();

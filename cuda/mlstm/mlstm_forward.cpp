@@ -1,5 +1,8 @@
 // The forward pass as a sequence of launches: gates, [states that enter the segments,] then either the fused sweep or the
 // state and out kernels.
+#include <algorithm>
+
+#include "cuda/mlstm/hopper/mlstm_launch_sm90.h"
 #include "cuda/mlstm/mlstm_launch.h"
 #include "cuda/mlstm/mlstm_plan.h"
 
@@ -52,12 +55,16 @@ SweepParams h_params(const MlstmPlan& plan, const MlstmProblem& problem, const M
   return p;
 }
 
-}  // namespace
-
-size_t mlstm_forward_workspace(const MlstmProblem& problem, const DeviceLimits& device) {
+size_t workspace_of(const MlstmProblem& problem, const DeviceLimits& device) {
   Workspace count(nullptr);
   ForwardMemory(plan_mlstm(problem, device, Direction::kForward), problem, count);
   return count.used();
+}
+
+}  // namespace
+
+size_t mlstm_forward_workspace(const MlstmProblem& problem, const DeviceLimits& device) {
+  return std::max(workspace_of(problem, device), workspace_of(problem, without_hopper(device)));
 }
 
 void mlstm_forward(const MlstmProblem& problem, const DeviceLimits& device,
@@ -66,16 +73,18 @@ void mlstm_forward(const MlstmProblem& problem, const DeviceLimits& device,
   plan.chunks.cu_seqlens = call.in.cu_seqlens;
   Workspace pieces(workspace);
   const ForwardMemory memory(plan, problem, pieces);
-  launch_gates(gates_params(plan, problem, call.in, memory.records, memory.gamma, call.m), stream);
   StateParams state = state_params(plan, problem, call, memory);
   SweepParams h = h_params(plan, problem, call, memory);
+  if (plan.sm90 && !sweep_sm90_takes(h))
+    return mlstm_forward(problem, without_hopper(device), call, workspace, stream);
+  launch_gates(gates_params(plan, problem, call.in, memory.records, memory.gamma, call.m), stream);
   const SegmentStarts starts = segment_starts(plan, state, memory.segments, device, stream);
   if (plan.fused) {
     h.start_c = starts.c;
     h.start_n = starts.n;
     h.end_c = call.c;
     h.end_n = call.n;
-    launch_sweep(Use::kH, h, device, stream);
+    (plan.sm90 ? launch_sweep_sm90 : launch_sweep)(Use::kH, h, device, stream);
     return;
   }
   state.start_c = starts.c;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "cuda/mlstm/hopper/mlstm_launch_sm90.h"
 #include "cuda/mlstm/mlstm_launch.h"
 
 namespace xlstm::cuda {
@@ -24,8 +25,9 @@ int64_t round_up(int64_t value, int64_t multiple) {
 }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t chunk_length(const MlstmProblem& problem, bool fused) {
-  if (fused) return kTile;
+int64_t chunk_length(const MlstmProblem& problem, const MlstmPlan& plan) {
+  if (plan.sm90) return kSweepSm90Length;
+  if (plan.fused) return kTile;
   const int64_t wanted = problem.chunk_size > 0 ? problem.chunk_size : kLongestChunk;
   int64_t length = kTile;
   while (length < std::min({wanted, kLongestChunk, problem.time})) length *= 2;
@@ -42,7 +44,28 @@ int64_t segment_count(const MlstmProblem& problem, const DeviceLimits& device, i
       2 * device.num_multiprocessors / std::max<int64_t>(blocks_per_segment, 1), 1, most);
 }
 
+/// Columns of X that a block takes of `width`.
+int tile_columns(const MlstmProblem& problem, const DeviceLimits& device, const MlstmPlan& plan,
+                 int contraction, int width) {
+  if (plan.sm90) return sweep_sm90_tile_columns(width);
+  return plan.fused ? sweep_tile_columns(contraction, width, problem.dtype, device)
+                    : out_tile_columns(problem.dtype, device);
+}
+
+int registers_at_anchor(const MlstmProblem& problem, const DeviceLimits& device,
+                        const MlstmPlan& plan) {
+  const int dqk = static_cast<int>(problem.dqk), dv = static_cast<int>(problem.dv);
+  if (plan.sm90) return sweep_sm90_anchor_numbers(dv, dqk);
+  return plan.fused ? sweep_anchor_numbers(dv, dqk, problem.dtype, device)
+                    : anchor_numbers(dqk, dv, plan.planes);
+}
+
 }  // namespace
+
+DeviceLimits without_hopper(DeviceLimits device) {
+  device.hopper = false;
+  return device;
+}
 
 bool mlstm_supported(const MlstmProblem& p, const DeviceLimits& device) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
@@ -56,17 +79,17 @@ MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Di
   MlstmPlan plan;
   plan.planes = problem.dtype == Dtype::kBFloat16 ? 1 : 2;
   const int dqk = static_cast<int>(problem.dqk), dv = static_cast<int>(problem.dv);
-  plan.fused = !problem.two_phase && sweep_covers(dqk, problem.dtype, device) &&
-               (direction == Direction::kForward || sweep_covers(dv, problem.dtype, device));
-  const int64_t length = chunk_length(problem, plan.fused);
-  const auto columns = [&](int64_t contraction, int64_t width) {
-    const int tile = plan.fused ? sweep_tile_columns(static_cast<int>(contraction),
-                                                     static_cast<int>(width), problem.dtype, device)
-                                : out_tile_columns(problem.dtype, device);
-    return ceil_div(width, tile);
+  const auto fused_by = [&](bool (*covers)(int, Dtype, const DeviceLimits&)) {
+    return !problem.two_phase && covers(dqk, problem.dtype, device) &&
+           (direction == Direction::kForward || covers(dv, problem.dtype, device));
   };
-  if (direction == Direction::kBackward)
-    plan.dot_tiles = static_cast<int32_t>(columns(problem.dv, problem.dqk));
+  plan.fused = fused_by(sweep_covers);
+  plan.sm90 = device.hopper && fused_by(sweep_sm90_covers);
+  const int64_t length = chunk_length(problem, plan);
+  const auto columns = [&](int contraction, int width) {
+    return ceil_div(width, tile_columns(problem, device, plan, contraction, width));
+  };
+  if (direction == Direction::kBackward) plan.dot_tiles = static_cast<int32_t>(columns(dv, dqk));
   Chunks& chunks = plan.chunks;
   chunks.num_sequences = static_cast<int32_t>(problem.num_sequences);
   chunks.time = static_cast<int32_t>(problem.time);
@@ -77,7 +100,7 @@ MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Di
                                           ? problem.time / length + problem.num_sequences
                                           : problem.num_sequences * ceil_div(problem.time, length));
   const int64_t tiles = plan.fused
-                            ? columns(problem.dqk, problem.dv)
+                            ? columns(dqk, dv)
                             : ceil_div(problem.dqk, 2 * kTile) * ceil_div(problem.dv, 2 * kTile);
   chunks.segments =
       static_cast<int32_t>(segment_count(problem, device, length, plan.items() * tiles));
@@ -85,8 +108,7 @@ MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Di
   if (direction == Direction::kBackward && problem.time > anchor_tokens(problem)) {
     plan.anchor_count = chunks.slots / chunks.anchor + 1;
     plan.anchor_tiles = plan.fused ? plan.dot_tiles : 1;
-    plan.anchor_numbers = plan.fused ? sweep_anchor_numbers(dv, dqk, problem.dtype, device)
-                                     : anchor_numbers(dqk, dv, plan.planes);
+    plan.anchor_numbers = registers_at_anchor(problem, device, plan);
   }
   return plan;
 }

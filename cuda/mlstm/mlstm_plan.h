@@ -9,6 +9,7 @@ enum class Direction { kForward, kBackward };
 struct MlstmPlan {
   Chunks chunks;
   bool fused = true;      ///< sweep kernels; else state and out kernels, with the states in memory
+  bool sm90 = false;      ///< fused by the sweep kernels for sm_90a
   int32_t planes = 1;     ///< bfloat16 planes per number
   int32_t dot_tiles = 1;  ///< column tiles of DQK: partial row dots per token
   int32_t anchor_tiles = 1, anchor_count = 0,
@@ -17,7 +18,10 @@ struct MlstmPlan {
   int64_t positions() const { return int64_t{chunks.num_heads} * chunks.slots * chunks.length; }
 };
 
+/// With DeviceLimits::hopper the plan may turn out to be one for operands that the call does not have: the kernels for sm_90a
+/// do not take all strides. The call then plans again for without_hopper(device).
 MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Direction direction);
+DeviceLimits without_hopper(DeviceLimits device);
 
 /// Hands out pieces of one allocation; with a null base it only counts.
 class Workspace {

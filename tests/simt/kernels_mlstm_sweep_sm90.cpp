@@ -10,11 +10,10 @@ using namespace xlstm::cuda;
 using sweep::Order;
 using sweep::Setting;
 
-bool covers(int contraction, Dtype, const DeviceLimits&) { return sweep_sm90_covers(contraction); }
 int tile_columns(int, int columns, Dtype, const DeviceLimits&) {
   return sweep_sm90_tile_columns(columns);
 }
-const sweep::Kernels kKernels = {launch_sweep_sm90, covers, tile_columns};
+const sweep::Kernels kKernels = {launch_sweep_sm90, sweep_sm90_covers, tile_columns};
 
 void run(Setting s, uint64_t seed) {
   s.device = sweep::kHopper;

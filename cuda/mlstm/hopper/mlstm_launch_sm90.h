@@ -8,8 +8,8 @@ namespace xlstm::cuda {
 /// The chunk length L of the sweep; gate records, dots and z are laid out by it.
 inline constexpr int kSweepSm90Length = 128;
 
-/// Whether a sweep contracts over so many columns.
-bool sweep_sm90_covers(int contraction);
+/// Whether a sweep contracts over so many columns of that type on the device. Says nothing of DeviceLimits::hopper.
+bool sweep_sm90_covers(int contraction, Dtype dtype, const DeviceLimits& device);
 /// Columns of X that a block takes, of `columns` in all.
 int sweep_sm90_tile_columns(int columns);
 /// float32 numbers that a block of kDq or kDk leaves per anchor.

@@ -17,6 +17,9 @@ struct SweepSm90Tile {
   int contraction, columns;
 };
 
+/// More than any of the kernels takes.
+inline constexpr size_t kSweepSm90SharedBytes = 227 * 1024;
+
 /// Slots of half chunks (64 tokens) in the rings: as many as fit beside the state. A chunk takes four of A and B and two of
 /// X; what is left beyond those is loaded ahead.
 constexpr int sweep_sm90_ab_slots(const SweepSm90Tile& t) {

@@ -14,7 +14,8 @@ void launch_sweep_sm90_kernel(const SweepSm90Params& p, Stream stream) {
                  static_cast<u32>(divide_up(p.sweep.x.width, kDX));
   shape.threads = 384;
   shape.shared_bytes = sizeof(SweepSm90Shared<kUse, kDA, kDX>);
-  static_assert(sizeof(SweepSm90Shared<kUse, kDA, kDX>) <= 227 * 1024, "shared memory of a block");
+  static_assert(sizeof(SweepSm90Shared<kUse, kDA, kDX>) <= kSweepSm90SharedBytes,
+                "shared memory of a block");
   prim::launch("mlstm_sweep_sm90", mlstm_sweep_sm90<kUse, kDA, kDX>, shape, p, stream);
 }
 

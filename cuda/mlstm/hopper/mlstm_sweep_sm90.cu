@@ -1,4 +1,4 @@
-// Which problems the sm_90a sweep takes, and its launch.
+// Which problems the sm_90a sweep takes, and its launch. Compiled by nvcc: tensor maps are the driver's.
 #include <stdexcept>
 
 #include "cuda/mlstm/hopper/mlstm_maps_sm90.h"
@@ -6,7 +6,10 @@
 
 namespace xlstm::cuda {
 
-bool sweep_sm90_covers(int contraction) { return contraction <= 128; }
+bool sweep_sm90_covers(int contraction, Dtype dtype, const DeviceLimits& device) {
+  return contraction <= 128 && dtype == Dtype::kBFloat16 && device.compute_capability == 90 &&
+         device.shared_bytes >= kSweepSm90SharedBytes;
+}
 
 int sweep_sm90_tile_columns(int columns) { return columns <= 64 ? 64 : 128; }
 
@@ -26,7 +29,7 @@ bool sweep_sm90_takes(const SweepParams& p) {
 
 void launch_sweep_sm90(Use use, const SweepParams& params, const DeviceLimits& device,
                        Stream stream) {
-  if (device.compute_capability != 90 || !sweep_sm90_covers(params.a.width) ||
+  if (!sweep_sm90_covers(params.a.width, params.x.dtype, device) ||
       params.chunks.length != kSweepSm90Length || !sweep_sm90_takes(params))
     throw std::runtime_error("mlstm_sweep_sm90: no kernel for this problem");
   SweepSm90Params p;
