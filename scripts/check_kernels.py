@@ -88,9 +88,12 @@ def fixed_products(by_planes):
 
 
 def sweep_sm90_products(use, contraction, columns):
-    """Of one consumer and one chunk of 128 tokens: A S and both halves of A B^T, 16 columns at a time; P X of the own half
-    in either branch and of the other in one, 16 tokens at a time; the update of S."""
-    count = 3 * int(contraction) // 16 + 3 * 4 + 8
+    """Of both consumers and one chunk of 128 tokens, 16 columns or tokens at a time: A S and A B^T of the own half by each
+    and A B^T of the other half by one; P X of three halves; the update of S by its owners, that of n by its owners, and
+    with h the product with n by each."""
+    steps, tokens = int(contraction) // 16, 8
+    owners = {"h": int(contraction) // 64, "dv": 0}.get(use, int(columns) // 64)
+    count = 5 * steps + 12 + tokens * int(contraction) // 64 + tokens * owners + (2 * steps if use == "h" else 0)
     return "HGMMA", count, count
 
 
