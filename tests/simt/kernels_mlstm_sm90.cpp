@@ -58,7 +58,8 @@ void others(uint64_t seed) {
   planned({.time = 150, .dqk = 64, .dv = 256, .states = true}, Direction::kBackward, false);
   planned({.time = 150, .dqk = 64, .dv = 64, .dtype = Dtype::kFloat32}, Direction::kForward, false);
   planned({.time = 70, .dqk = 256, .dv = 64}, Direction::kForward, false);
-  // Rows that are not aligned: planned, and planned again.
+  // Rows that are not aligned, or not of whole 16-byte pieces: planned, and planned again.
+  planned({.batch = 2, .time = 150, .dqk = 20, .dv = 40}, Direction::kForward, true);
   planned({.batch = 2, .time = 150, .dqk = 24, .dv = 40, .strided = true}, Direction::kBackward,
           true);
 }

@@ -17,8 +17,8 @@ int sweep_sm90_anchor_numbers(int contraction, int columns);
 /// As launch_sweep. Chunks have kSweepSm90Length tokens, the operands pass sweep_sm90_takes.
 void launch_sweep_sm90(Use use, const SweepParams& params, const DeviceLimits& device,
                        Stream stream);
-/// Whether the operands are such that the copy engine can load A, B and X and rows of the others can be accessed 16 bytes
-/// at a time.
+/// Whether the operands are such that the copy engine can load A, B and X, and rows of the others consist of whole pieces of
+/// 16 bytes.
 bool sweep_sm90_takes(const SweepParams& params);
 
 }  // namespace xlstm::cuda

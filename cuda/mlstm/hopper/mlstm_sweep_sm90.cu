@@ -20,7 +20,7 @@ int sweep_sm90_anchor_numbers(int contraction, int columns) {
 
 bool sweep_sm90_takes(const SweepParams& p) {
   const auto whole_pieces = [](const Operand& x) {
-    return x.dtype == Dtype::kBFloat16 && x.vector;
+    return x.dtype == Dtype::kBFloat16 && x.vector && x.width % 8 == 0;
   };
   return tensor_map_covers(p.a, p.chunks) && tensor_map_covers(p.b, p.chunks) &&
          tensor_map_covers(p.x, p.chunks) && whole_pieces(p.out) &&

@@ -8,14 +8,14 @@
 //   A S, A B^T of its own half, q . n, n;  (inner * B)^T X into S, while P of its own half is made of A B^T
 //   P X of its own half, and of the other half where the mask lets anything through
 //   normalises or multiplies with q or k, and stores.
-#include "cuda/mlstm/hopper/mlstm_sweep_sm90_state.cuh"
+#include "cuda/mlstm/hopper/mlstm_sweep_sm90_output.cuh"
 
 namespace xlstm::cuda {
 
 template <Use kUse, int kDA, int kDX, int kConsumer>
-class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
+class SweepSm90Consumer : public SweepSm90Output<kUse, kDA, kDX, kConsumer> {
  public:
-  using Base = SweepSm90State<kUse, kDA, kDX, kConsumer>;
+  using Base = SweepSm90Output<kUse, kDA, kDX, kConsumer>;
   using Base::Base;
 
   DEVICE_FUNCTION void run() {
@@ -29,8 +29,6 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
   }
 
  private:
-  using Base::group;
-  using Base::kHasN;
   using Base::kLate;
   using Base::kLength;
   using Base::kNRow;
@@ -39,19 +37,19 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
   using Base::kReverse;
   using Base::kTransposed;
   using Base::n;
-  using Base::outer;
-  using Base::own_row;
   using Base::p;
-  using Base::place;
   using Base::quad;
-  using Base::quad_sum;
+  using Base::records_at;
+  using Base::row_of;
   using Base::s;
   using Base::state;
   using Base::thread;
   using Base::warp;
+  using Base::z_at;
+  using typename Base::DotPieces;
+  using typename Base::OutTile;
 
   static constexpr int kOther = 1 - kConsumer;
-  using OutTile = float[kDX / 2];
   using ScoreTile = float[32];
   using Fragments = u32[4][4];
 
@@ -61,10 +59,6 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
   DEVICE_FUNCTION AbTile& ab_at(int use) { return s.ab[s.ab_ring.slot(use)]; }
   DEVICE_FUNCTION AbTile& b_at(int i, int half) { return ab_at(4 * i + 2 + half); }
   DEVICE_FUNCTION XTile& x_at(int i, int half) { return s.x[s.x_ring.slot(2 * i + half)]; }
-  DEVICE_FUNCTION const GateRecord* records_at(int i) { return s.records[s.gate_ring.slot(i)]; }
-  DEVICE_FUNCTION const float* z_at(int i) { return s.z[s.gate_ring.slot(i)]; }
-  /// This thread's row in the chunk.
-  DEVICE_FUNCTION int row_of(int half) const { return 64 * kConsumer + own_row(half); }
 
   // One chunk -----------------------------------------------------------------------------------------------------------
   DEVICE_FUNCTION void chunk(int i) {
@@ -72,13 +66,13 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
     enter_chunk(i);
     this->decay_state(gamma);
     OutTile out;
-    float products[4] = {}, sums[2] = {};
+    float sums[2] = {};
     Fragments fragments;
     {
       ScoreTile scores;
       Fragments update;
-      multiply(i, out, scores, products, update);
-      scale_rows(i, out);
+      multiply(i, out, scores, sums, update);
+      this->scale_rows(i, out);
       arrive(&s.state_free);
       finish_scores(i, kConsumer, scores, fragments, sums);
       if constexpr (kOwnsState) {
@@ -87,11 +81,14 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
         keep(update);
       }
     }
-    add_products(i, out, fragments, sums);
-    if constexpr (kUse == Use::kH) normalize(i, out, products, sums);
-    if constexpr (kTransposed) write_dots(i, out);
-    arrive(&s.gate_ring.empty[s.gate_ring.slot(i)]);
-    store(i, out);
+    DotPieces dots;
+    add_products(i, out, fragments, sums, dots);
+    if constexpr (kUse == Use::kH) this->normalize(i, out, sums);
+    if constexpr (kTransposed) this->write_dots(i, out, dots);
+    prim::fence_proxy_async();
+    prim::sync_warp();
+    if (thread % 32 == 0) s.gate_ring.release(i);
+    this->store(i, out);
   }
 
   DEVICE_FUNCTION void arrive(u64* bar) {
@@ -126,10 +123,11 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
     }
   }
 
-  /// out = A S, scores = A B^T of the own half, products = A n_parts, n += (weights * rows); then, still under way at the
-  /// end, S += (inner * B)^T X of the first half.
-  DEVICE_FUNCTION void multiply(int i, OutTile& out, ScoreTile& scores, float (&products)[4],
+  /// out = A S, scores = A B^T of the own half, sums = w q . n, n += (weights * rows); then, still under way at the end,
+  /// S += (inner * B)^T X of the first half.
+  DEVICE_FUNCTION void multiply(int i, OutTile& out, ScoreTile& scores, float (&sums)[2],
                                 Fragments& update) {
+    float products[4] = {};
     s.ab_ring.wait(4 * i + kConsumer);
     s.ab_ring.wait(4 * i + 2);
     s.ab_ring.wait(4 * i + 3);
@@ -163,6 +161,11 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
     prim::fence_registers(scores);
     prim::fence_registers(products);
     prim::fence_registers(n);
+    if constexpr (kUse == Use::kH) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        sums[half] = records_at(i)[row_of(half)].w * (products[2 * half] + products[2 * half + 1]);
+    }
   }
 
   DEVICE_FUNCTION void add_to_n(int i) {
@@ -178,7 +181,8 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
   }
 
   /// out += P X and S += (inner * B)^T X of the second half; releases the slots of the chunk.
-  DEVICE_FUNCTION void add_products(int i, OutTile& out, Fragments& own, float (&sums)[2]) {
+  DEVICE_FUNCTION void add_products(int i, OutTile& out, Fragments& own, float (&sums)[2],
+                                    DotPieces& dots) {
     Fragments update;
     if constexpr (kOwnsState) this->load_fragments(i, update, b_at(i, 1), 1);
     if constexpr (!kLate) release_ab(i);
@@ -188,7 +192,8 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
     prim::wgmma_fence();
     if constexpr (!kLate) {
       add_own(i, out, own, update);
-      prim::wgmma_wait<0>();
+      if constexpr (kTransposed) this->load_dots(i, dots);
+      finish_own(own, update);
     } else {
       ScoreTile scores;
       Fragments other;
@@ -204,17 +209,16 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
       prim::wgmma_fence();
       multiply_fragments<kDX, true>(out, other, strips_of(x_at(i, kOther)));
       prim::wgmma_commit();
+      finish_own<1>(own, update);
+      if constexpr (kTransposed) this->load_dots(i, dots);
       prim::wgmma_wait<0>();
       keep(other);
     }
-    keep(own);
-    if constexpr (kOwnsState) {
-      keep(update);
-      prim::fence_registers(state);
-    }
     prim::fence_registers(out);
-    arrive(&s.x_ring.empty[s.x_ring.slot(2 * i)]);
-    arrive(&s.x_ring.empty[s.x_ring.slot(2 * i + 1)]);
+    prim::sync_warp();
+    if (thread % 32 != 0) return;
+    s.x_ring.release(2 * i);
+    s.x_ring.release(2 * i + 1);
   }
 
   DEVICE_FUNCTION void add_own(int i, OutTile& out, Fragments& own, Fragments& update) {
@@ -223,12 +227,24 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
     prim::wgmma_commit();
   }
 
+  /// Waits for add_own, with kPending groups behind it.
+  template <u32 kPending = 0>
+  DEVICE_FUNCTION void finish_own(Fragments& own, Fragments& update) {
+    prim::wgmma_wait<kPending>();
+    keep(own);
+    if constexpr (kOwnsState) {
+      keep(update);
+      prim::fence_registers(state);
+    }
+  }
+
   /// Operands in registers: made before the wgmma_fence, not used again before the wait.
   static DEVICE_FUNCTION void keep(Fragments& fragments) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) prim::fence_registers(fragments[j]);
   }
   DEVICE_FUNCTION void release_ab(int i) {
+    prim::fence_proxy_async();  // what ldmatrix has read is overwritten by copies
     prim::sync_warp();
     if (thread % 32 != 0) return;
 #pragma unroll
@@ -263,123 +279,6 @@ class SweepSm90Consumer : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
           if constexpr (kUse == Use::kH) sums[r] += values[e];
         }
         fragments[t / 2][t % 2 * 2 + r] = prim::pack_bf16x2(values[0], values[1]);
-      }
-    }
-  }
-
-  // Output --------------------------------------------------------------------------------------------------------------
-  /// out = outer (A S + z n)
-  DEVICE_FUNCTION void scale_rows(int i, OutTile& out) {
-    const GateRecord* records = records_at(i);
-    const float factors[2] = {outer(records[row_of(0)]), outer(records[row_of(1)])};
-    float z[2] = {1, 1};
-    if constexpr (kUse == Use::kDq) z[0] = z_at(i)[row_of(0)], z[1] = z_at(i)[row_of(1)];
-#pragma unroll
-    for (int v = 0; v < kDX / 2; ++v) {
-      if constexpr (kTransposed) out[v] += z[v / 2 % 2] * s.n[v / 4 * 8 + 2 * quad + v % 2];
-      out[v] *= factors[v / 2 % 2];
-    }
-  }
-
-  /// Divides the rows by N; column tile 0 writes the product.
-  DEVICE_FUNCTION void normalize(int i, OutTile& out, const float (&products)[4],
-                                 const float (&sums)[2]) {
-    // Where exp(-m) underflows and q is zero, h is zero and not 0 / 0.
-    constexpr float kSmallest = 1.17549435e-38F;
-    const int rows = this->rows_at(i);
-    const int64_t token =
-        static_cast<int64_t>(place.range.batch) * p.chunks.time + this->token_at(i);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row_of(half);
-      const GateRecord& gates = records_at(i)[row];
-      const float product =
-          quad_sum(sums[half] + gates.w * (products[2 * half] + products[2 * half + 1]));
-      if (p.product != nullptr && place.tile == 0 && quad == 0 && row < rows)
-        p.product[(token + row) * p.chunks.num_heads + place.head] = product;
-      if (!p.normalize) continue;
-      const float norm =
-          fmaxf(fmaxf(product < 0 ? -product : product, gates.floor), kSmallest) + p.eps;
-      const float factor = 1.0F / norm;
-#pragma unroll
-      for (int v = 2 * half; v < kDX / 2; v += 4) {
-        out[v] *= factor;
-        out[v + 1] *= factor;
-      }
-    }
-  }
-
-  // Rows are accessed in pieces of 16 bytes: lane t of a quad has piece t of 32 columns, which the quad exchanges for the
-  // two columns of each piece that its accumulators hold.
-  DEVICE_FUNCTION int64_t offset_of(const Operand& x, int i) const {
-    return token_offset(x, place.range.batch, this->token_at(i), place.head) + place.tile * kDX;
-  }
-
-  /// <out, q> or <out, k> of every row, before out is rounded.
-  DEVICE_FUNCTION void write_dots(int i, OutTile& out) {
-    const int64_t base = offset_of(p.dot, i);
-    const int rows = this->rows_at(i);
-    const int64_t tiles_before =
-        static_cast<int64_t>(place.tile) * p.chunks.num_heads * p.chunks.slots;
-    float* to = p.dots + (tiles_before + this->slot_at(i)) * kLength;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row_of(half);
-      float sum = 0;
-#pragma unroll
-      for (int j = 0; j < kDX / 32; ++j) {
-        const int col = 32 * j + 8 * quad;
-        Vector16 piece =
-            load_piece(base + row * p.dot.time + col, row < rows ? place.columns - col : 0);
-        exchange_in_quad(piece.words);
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          const int v = 4 * (4 * j + m) + 2 * half;
-          sum += out[v] * low_half(piece.words[m]) + out[v + 1] * high_half(piece.words[m]);
-        }
-      }
-      sum = quad_sum(sum);
-      if (quad == 0) to[row] = row < rows ? sum : 0.0F;
-    }
-  }
-
-  /// Eight numbers of p.dot; those beyond the first `left` are zero.
-  DEVICE_FUNCTION Vector16 load_piece(int64_t from, int left) const {
-    const bf16* data = static_cast<const bf16*>(p.dot.data) + from;
-    if (left >= 8) return *reinterpret_cast<const Vector16*>(data);
-    Vector16 piece = {};
-#pragma unroll
-    for (int e = 0; e < 8; ++e)
-      if (e < left) piece.words[e / 2] |= static_cast<u32>(data[e].bits) << (e % 2 * 16);
-    return piece;
-  }
-
-  DEVICE_FUNCTION void store(int i, OutTile& out) const {
-    bf16* data = static_cast<bf16*>(p.out.data) + offset_of(p.out, i);
-    const int rows = this->rows_at(i);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row_of(half);
-#pragma unroll
-      for (int j = 0; j < kDX / 32; ++j) {
-        Vector16 piece;
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          const int v = 4 * (4 * j + m) + 2 * half;
-          piece.words[m] = prim::pack_bf16x2(out[v], out[v + 1]);
-        }
-        exchange_in_quad(piece.words);
-        const int col = 32 * j + 8 * quad;
-        if (row >= rows || col >= place.columns) continue;
-        bf16* to = data + row * p.out.time + col;
-        if (place.columns - col >= 8) {
-          *reinterpret_cast<Vector16*>(to) = piece;
-          continue;
-        }
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-          if (e < place.columns - col)
-            to[e].bits = static_cast<u16>(piece.words[e / 2] >> (e % 2 * 16));
       }
     }
   }
