@@ -13,6 +13,13 @@ namespace {
 
 constexpr int64_t kTokensBeforeRecording = 8;  // short answers are not worth it
 
+bool same_sizes(const models::ModelState& a, const models::ModelState& b) {
+  for (size_t block = 0; block < a.size(); ++block)
+    for (size_t i = 0; i < a[block].size(); ++i)
+      if (a[block][i].sizes() != b[block][i].sizes()) return false;
+  return true;
+}
+
 }  // namespace
 
 Decoder::Decoder(models::LanguageModel& model, models::ModelState state)
@@ -25,8 +32,9 @@ void Decoder::work() {
   const nn::InPlaceStateGuard in_place;
   auto [logits, next] = model_.forward(id_, state_);
   logits_ = logits.flatten().to(at::kDouble);
-  if (tokens_ == 0) {
-    state_ = std::move(next);  // the one before may have been empty
+  if (tokens_ == 0 || !same_sizes(state_, next)) {  // empty before, or one that grows (attention)
+    may_record_ = may_record_ && tokens_ == 0;
+    state_ = std::move(next);
     return;
   }
   // From here on the state stays where it is: a replay reads and writes it there.

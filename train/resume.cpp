@@ -80,6 +80,7 @@ void compare_models(Comparison& compare, const models::ModelOptions& now,
   compare.same("model.embedding_dim", now.embedding_dim, saved.embedding_dim);
   compare.same("model.num_blocks", now.num_blocks, saved.num_blocks);
   compare.same("model.num_heads", now.num_heads, saved.num_heads);
+  compare.same("model.max_positions", now.max_positions, saved.max_positions);
   compare.same("model.tie_weights", now.tie_weights, saved.tie_weights);
   compare.same("model.output_logit_soft_cap", now.output_logit_soft_cap,
                saved.output_logit_soft_cap);

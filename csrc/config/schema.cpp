@@ -77,8 +77,11 @@ std::vector<Field> run_fields() {
 std::vector<Field> model_fields() {
   return {
       XLSTM_FIELD(
-          model.kind, one_of({"xlstm", "xlstm_large"}),
-          "xlstm: blocks of arXiv 2405.04517; xlstm_large: the 7B block of arXiv 2503.13427"),
+          model.kind,
+          one_of({"xlstm", "xlstm_large", "lstm", "lstm_residual", "lstm_block", "llama", "gpt",
+                  "mamba", "rwkv4"}),
+          "xlstm: blocks of arXiv 2405.04517; xlstm_large: the 7B block of arXiv 2503.13427; the "
+          "others: what they are compared with"),
       XLSTM_FIELD(model.vocab_size, integers(1, kMaxSize), "token ids are 0 .. vocab_size-1"),
       XLSTM_FIELD(model.embedding_dim, integers(1, kMaxSize), "width of the residual stream"),
       XLSTM_FIELD(model.num_blocks, integers(1, 10000), "residual blocks"),
@@ -95,6 +98,8 @@ std::vector<Field> model_fields() {
       XLSTM_FIELD(model.chunk_size, integers(0, 65536),
                   "length of an mLSTM chunk; 0: automatic; never changes the result"),
       XLSTM_FIELD(model.mlstm_eps, at_least(0), "epsilon of the mLSTM normaliser"),
+      XLSTM_FIELD(model.max_positions, integers(1, kMaxSize),
+                  "kind gpt: learned positions, the longest sequence"),
       XLSTM_FIELD(model.slstm_at, integers(0, 9999),
                   "kind xlstm: 0-based positions of the sLSTM blocks"),
       XLSTM_FIELD(model.bias, any(),
@@ -130,7 +135,7 @@ std::vector<Field> model_fields() {
       XLSTM_FIELD(model.feed_forward.round_up_to_multiple_of, integers(1, kMaxSize),
                   "that width is rounded up to this"),
       XLSTM_FIELD(model.feed_forward.act_fn, one_of({"gelu", "silu", "relu"}),
-                  "kind xlstm: activation (xlstm_large always uses silu)"),
+                  "kind xlstm: activation (the others have a fixed one)"),
   };
 }
 

@@ -109,6 +109,27 @@ void validate_xlstm_large(const Config& config) {
                     "model.num_heads", model.num_heads);
 }
 
+bool has_feed_forward(const std::string& kind) {
+  return kind == "lstm_block" || kind == "llama" || kind == "gpt";
+}
+
+/// The models that xLSTM is compared with have few settings of their own.
+void validate_baseline(const Config& config) {
+  const std::string& kind = config.model.kind;
+  std::vector<std::string> foreign = settings_below({"model.mlstm", "model.slstm"});
+  foreign.insert(foreign.end(), {"model.slstm_at", "model.bias", "model.feed_forward.act_fn"});
+  require_defaults(config, foreign, "xlstm");
+  require_defaults(config, {"model.qk_dim_factor", "model.v_dim_factor", "model.gate_soft_cap"},
+                   "xlstm_large");
+  if (!has_feed_forward(kind))
+    require_defaults(config, settings_below({"model.feed_forward"}),
+                     "xlstm, xlstm_large, lstm_block, llama and gpt");
+  const int64_t width = config.model.embedding_dim / config.model.num_heads;
+  require(kind != "llama" || width % 2 == 0, config, "model.num_heads",
+          "leaves heads of width " + to_string(width) +
+              ", expected an even one: the rotary embedding turns pairs");
+}
+
 void validate_length(const Config& config) {
   const auto& train = config.train;
   if (train.max_steps > 0 && train.max_tokens > 0) {
@@ -199,10 +220,13 @@ void validate_model(const Config& config) {
   const auto& model = config.model;
   require_divisible(config, "model.embedding_dim", "the width",
                     static_cast<double>(model.embedding_dim), "model.num_heads", model.num_heads);
+  if (model.kind != "gpt") require_defaults(config, {"model.max_positions"}, "gpt");
   if (model.kind == "xlstm") {
     validate_xlstm(config);
-  } else {
+  } else if (model.kind == "xlstm_large") {
     validate_xlstm_large(config);
+  } else {
+    validate_baseline(config);
   }
 }
 

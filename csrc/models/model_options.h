@@ -7,7 +7,8 @@
 namespace xlstm::models {
 
 struct ModelOptions {
-  /// "xlstm": blocks of arXiv 2405.04517; "xlstm_large": the 7B block of arXiv 2503.13427
+  /// "xlstm": blocks of arXiv 2405.04517; "xlstm_large": the 7B block of arXiv 2503.13427. What they are compared with:
+  /// "lstm" (stacked), "lstm_residual", "lstm_block", "llama", "gpt", "mamba", "rwkv4"
   std::string kind = "xlstm";
   int64_t vocab_size = 256;
   int64_t embedding_dim = 128;
@@ -22,6 +23,9 @@ struct ModelOptions {
   bool activation_checkpointing = false;  ///< recompute each block in the backward pass
   int64_t chunk_size = 0;   ///< mLSTM chunk length; 0: automatic; never changes the result
   double mlstm_eps = 1e-6;  ///< epsilon of the mLSTM normaliser
+
+  // kind "gpt"
+  int64_t max_positions = 2048;  ///< learned positions; longer sequences are an error
 
   // kind "xlstm"
   std::vector<int64_t> slstm_at;  ///< 0-based positions of sLSTM blocks; all others are mLSTM

@@ -60,13 +60,16 @@ at::Tensor BlockLinear::forward(const at::Tensor& x) const {
                            bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
 }
 
-Norm::Norm(int64_t features, double eps_, std::string kind_, at::Device device)
+Norm::Norm(int64_t features, double eps_, std::string kind_, at::Device device, bool with_bias)
     : eps(eps_), kind(std::move(kind_)) {
   weight = register_parameter("weight", filled({features}, 1, device));
+  if (with_bias) bias = register_parameter("bias", filled({features}, 0, device));
 }
 
 at::Tensor Norm::forward(const at::Tensor& x) const {
-  return ops::headwise_norm(x.unsqueeze(-2), weight, {}, {}, {}, {}, eps, kind);
+  return ops::headwise_norm(x.unsqueeze(-2), weight,
+                            bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt, {}, {},
+                            {}, eps, kind);
 }
 
 CausalConv1d::CausalConv1d(int64_t channels, int64_t kernel_size, at::Device device) {
@@ -104,6 +107,19 @@ at::Tensor FeedForward::forward(const at::Tensor& x) const {
   // One split rather than two slices: its backward is a single concatenation.
   const auto parts = proj_up_->forward(x).chunk(2, -1);
   return proj_down_->forward(activation(parts[0], act_fn_) * parts[1]);
+}
+
+PlainFeedForward::PlainFeedForward(const PlainFeedForwardOptions& options, at::Device device) {
+  proj_up_ = register_module(
+      "proj_up", std::make_shared<Linear>(options.dim, options.hidden_dim, options.bias, device));
+  proj_down_ = register_module(
+      "proj_down", std::make_shared<Linear>(options.hidden_dim, options.dim, options.bias, device));
+  small_init_(proj_up_->weight, options.dim);
+  wang_init_(proj_down_->weight, options.dim, options.num_blocks);
+}
+
+at::Tensor PlainFeedForward::forward(const at::Tensor& x) const {
+  return proj_down_->forward(at::gelu(proj_up_->forward(x)));
 }
 
 at::Tensor activation(const at::Tensor& x, const std::string& act_fn) {

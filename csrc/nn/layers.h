@@ -48,14 +48,14 @@ class BlockLinear : public torch::nn::Module {
   at::Tensor weight, bias;  ///< bias (features), undefined when absent
 };
 
-/// Norm over the last dimension (num_heads > 1: over each head's part of it); weight starts at one, no bias.
+/// Norm over the last dimension (num_heads > 1: over each head's part of it); weight starts at one, bias at zero.
 class Norm : public torch::nn::Module {
  public:
   /// kind "layer" | "rms".
-  Norm(int64_t features, double eps, std::string kind, at::Device device);
+  Norm(int64_t features, double eps, std::string kind, at::Device device, bool with_bias = false);
   /// x (...,D) -> (...,D).
   at::Tensor forward(const at::Tensor& x) const;
-  at::Tensor weight;
+  at::Tensor weight, bias;  ///< bias undefined when absent
   const double eps;
   const std::string kind;
 };
@@ -86,6 +86,23 @@ class FeedForward : public torch::nn::Module {
 
  private:
   std::string act_fn_;
+  std::shared_ptr<Linear> proj_up_, proj_down_;
+};
+
+struct PlainFeedForwardOptions {
+  int64_t dim = 0;
+  int64_t hidden_dim = 0;
+  int64_t num_blocks = 1;  ///< of the whole model, for the initialisation
+  bool bias = false;
+};
+
+/// down(gelu(up(x))), as in GPT.
+class PlainFeedForward : public torch::nn::Module {
+ public:
+  PlainFeedForward(const PlainFeedForwardOptions& options, at::Device device);
+  at::Tensor forward(const at::Tensor& x) const;
+
+ private:
   std::shared_ptr<Linear> proj_up_, proj_down_;
 };
 

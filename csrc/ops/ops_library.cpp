@@ -87,4 +87,20 @@ TORCH_LIBRARY(xlstm, m) {
       "linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? "
       "dx, Tensor? dweight, "
       "*, int ignore_index, float soft_cap, str reduction) -> (Tensor dx, Tensor dweight)");
+  // Of the models that xLSTM is compared with.
+  m.def(
+      "wkv(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? a0=None, Tensor? b0=None, Tensor? "
+      "p0=None, *, Tensor? reset=None) -> (Tensor y, Tensor a, Tensor b, Tensor p)");
+  m.def(
+      "wkv_backward(Tensor? dy, Tensor? da, Tensor? db, Tensor k, Tensor v, Tensor w, Tensor u, "
+      "Tensor? a0, Tensor? b0, Tensor? p0, *, Tensor? reset) "
+      "-> (Tensor dk, Tensor dv, Tensor dw, Tensor du, Tensor da0, Tensor db0)");
+  m.def(
+      "selective_scan(Tensor x, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor skip, Tensor? "
+      "state0=None, *, Tensor? reset=None) -> (Tensor y, Tensor state)");
+  m.def(
+      "selective_scan_backward(Tensor? dy, Tensor? dstate, Tensor x, Tensor delta, Tensor a, "
+      "Tensor "
+      "b, Tensor c, Tensor skip, Tensor? state0, *, Tensor? reset) -> (Tensor dx, Tensor ddelta, "
+      "Tensor da, Tensor db, Tensor dc, Tensor dskip, Tensor dstate0)");
 }

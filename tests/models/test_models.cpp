@@ -59,10 +59,19 @@ std::vector<Case> all_models() {
   tied.slstm_at = {0, 2};
   ModelOptions checkpointed = small_options();
   checkpointed.activation_checkpointing = true;
-  return {{"xlstm", make(small_options())},
-          {"xlstm, tied head, soft cap, no out norm", make(tied)},
-          {"xlstm_large", make(large_options())},
-          {"xlstm, activation checkpointing", make(checkpointed)}};
+  std::vector<Case> models = {{"xlstm", make(small_options())},
+                              {"xlstm, tied head, soft cap, no out norm", make(tied)},
+                              {"xlstm_large", make(large_options())},
+                              {"xlstm, activation checkpointing", make(checkpointed)}};
+  for (const char* kind :
+       {"lstm", "lstm_residual", "lstm_block", "llama", "gpt", "mamba", "rwkv4"}) {
+    ModelOptions options = small_options();
+    options.kind = kind;
+    options.slstm_at.clear();
+    options.max_positions = 64;
+    models.push_back({kind, make(options)});
+  }
+  return models;
 }
 
 at::Tensor random_ids(int64_t batch, int64_t length) {
@@ -168,8 +177,11 @@ TEST_CASE("a reset while decoding starts a document") {
     const at::Tensor token = ids.narrow(1, 5, 1);
     const auto [fresh, fresh_state] = model->forward(token);
     const auto [again, again_state] = model->forward(token, used, at::ones({2, 1}, at::kBool));
-    CHECK(at::equal(fresh, again));
-    CHECK(difference(fresh_state[0][0], again_state[0][0]) == 0);
+    // A transformer keeps the old tokens and masks them: other kernels, other rounding, a longer cache.
+    const bool attention = std::string(name) == "llama" || std::string(name) == "gpt";
+    CHECK((attention ? difference(fresh, again) < kTolerance : at::equal(fresh, again)));
+    const at::Tensor seen = attention ? again_state[0][0].narrow(2, 5, 1) : again_state[0][0];
+    CHECK(difference(fresh_state[0][0], seen) == 0);
   }
 }
 

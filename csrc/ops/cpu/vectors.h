@@ -5,6 +5,8 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <new>
+
 #include "csrc/ops/cpu/rows.h"
 
 namespace xlstm::cpu::XLSTM_CPU_CAPABILITY {
@@ -47,13 +49,15 @@ void visit_dtype(Dtype dtype, const F& f) {
 template <class A>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : data_(static_cast<A*>(operator new(size * sizeof(A)))) {}
-  ~Scratch() { operator delete(data_); }
+  explicit Scratch(int64_t size)
+      : data_(static_cast<A*>(operator new(size * sizeof(A), kAlignment))) {}
+  ~Scratch() { operator delete(data_, kAlignment); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   A* get() const { return data_; }
 
  private:
+  static constexpr std::align_val_t kAlignment{alignof(A)};  // of vectors too
   A* data_;
 };
 

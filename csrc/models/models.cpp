@@ -3,8 +3,12 @@
 
 #include "csrc/models/language_model.h"
 #include "csrc/nn/checkpoint.h"
+#include "csrc/nn/lstm.h"
+#include "csrc/nn/mamba.h"
 #include "csrc/nn/mlstm.h"
+#include "csrc/nn/rwkv4.h"
 #include "csrc/nn/slstm.h"
+#include "csrc/nn/transformer.h"
 #include "csrc/nn/xlstm_large.h"
 
 namespace xlstm::models {
@@ -22,6 +26,20 @@ int64_t rounded_up_large(double factor, int64_t dim, int64_t multiple) {
   return static_cast<int64_t>(std::floor(shifted / static_cast<double>(multiple))) * multiple;
 }
 
+const std::vector<std::string> kKinds = {"xlstm",         "xlstm_large", "lstm",
+                                         "lstm_residual", "lstm_block",  "llama",
+                                         "gpt",           "mamba",       "rwkv4"};
+
+bool is_kind(const std::string& kind) {
+  return std::find(kKinds.begin(), kKinds.end(), kind) != kKinds.end();
+}
+
+std::string kind_names() {
+  std::string names;
+  for (const std::string& kind : kKinds) names += (names.empty() ? "" : ", ") + kind;
+  return names;
+}
+
 void check_options(const ModelOptions& o) {
   const auto positive = [](int64_t value, const char* name) {
     TORCH_CHECK(value > 0, "model.", name, ": expected a positive number, got ", value);
@@ -30,8 +48,8 @@ void check_options(const ModelOptions& o) {
     TORCH_CHECK(value == 0 || (value >= 2 && value <= 8), "model.", name,
                 ".conv1d_kernel_size: expected 0 or 2 to 8, ", "got ", value);
   };
-  TORCH_CHECK(o.kind == "xlstm" || o.kind == "xlstm_large",
-              "model.kind: expected \"xlstm\" or \"xlstm_large\", got \"", o.kind, "\"");
+  TORCH_CHECK(is_kind(o.kind), "model.kind: expected one of ", kind_names(), ", got \"", o.kind,
+              "\"");
   positive(o.vocab_size, "vocab_size");
   positive(o.embedding_dim, "embedding_dim");
   positive(o.num_blocks, "num_blocks");
@@ -42,9 +60,8 @@ void check_options(const ModelOptions& o) {
   kernel_size(o.slstm.conv1d_kernel_size, "slstm");
   TORCH_CHECK(o.dropout >= 0 && o.dropout < 1, "model.dropout: expected 0 <= p < 1, got ",
               o.dropout);
-  TORCH_CHECK(o.kind == "xlstm" || (!o.bias && o.slstm_at.empty()),
-              "model.kind \"xlstm_large\": expected bias false and an empty slstm_at, which its "
-              "block does not have");
+  TORCH_CHECK(o.kind == "xlstm" || (!o.bias && o.slstm_at.empty()), "model.kind \"", o.kind,
+              "\": expected bias false and an empty slstm_at, which only xlstm has");
   for (const int64_t at : o.slstm_at) {
     TORCH_CHECK(at >= 0 && at < o.num_blocks, "model.slstm_at: expected positions from 0 to ",
                 o.num_blocks - 1, ", got ", at);
@@ -111,7 +128,52 @@ nn::XlstmLargeBlockOptions large_options(const ModelOptions& o) {
   return block;
 }
 
+int64_t ffn_dim(const ModelOptions& o) {
+  return rounded_up(o.feed_forward.proj_factor, o.embedding_dim,
+                    o.feed_forward.round_up_to_multiple_of);
+}
+
+nn::LstmBlockOptions lstm_options(const ModelOptions& o) {
+  nn::LstmBlockOptions block;
+  block.dim = o.embedding_dim;
+  block.kind = o.kind;
+  block.norm_eps = o.norm_eps;
+  block.dropout = o.dropout;
+  block.feed_forward.dim = o.embedding_dim;
+  block.feed_forward.hidden_dim = ffn_dim(o);
+  block.feed_forward.num_blocks = o.num_blocks;
+  return block;
+}
+
+nn::TransformerBlockOptions transformer_options(const ModelOptions& o) {
+  nn::TransformerBlockOptions block;
+  block.dim = o.embedding_dim;
+  block.num_heads = o.num_heads;
+  block.ffn_dim = ffn_dim(o);
+  block.norm_eps = o.norm_eps;
+  block.dropout = o.dropout;
+  block.gpt = o.kind == "gpt";
+  block.num_blocks = o.num_blocks;
+  return block;
+}
+
+/// Of a block that only the comparisons have; null for the library's own.
+std::shared_ptr<nn::Block> make_baseline_block(const ModelOptions& o, int64_t index,
+                                               at::Device device) {
+  if (o.kind.rfind("lstm", 0) == 0) return std::make_shared<nn::LstmBlock>(lstm_options(o), device);
+  if (o.kind == "llama" || o.kind == "gpt")
+    return std::make_shared<nn::TransformerBlock>(transformer_options(o), device);
+  if (o.kind == "mamba")
+    return std::make_shared<nn::MambaBlock>(
+        nn::MambaBlockOptions{o.embedding_dim, 4, o.norm_eps, o.dropout}, device);
+  if (o.kind == "rwkv4")
+    return std::make_shared<nn::Rwkv4Block>(
+        nn::Rwkv4BlockOptions{o.embedding_dim, o.norm_eps, o.dropout, index, o.num_blocks}, device);
+  return nullptr;
+}
+
 std::shared_ptr<nn::Block> make_block(const ModelOptions& o, int64_t index, at::Device device) {
+  if (auto baseline = make_baseline_block(o, index, device)) return baseline;
   if (o.kind == "xlstm_large")
     return std::make_shared<nn::XlstmLargeBlock>(large_options(o), device);
   const bool slstm = std::find(o.slstm_at.begin(), o.slstm_at.end(), index) != o.slstm_at.end();
@@ -131,21 +193,30 @@ class Table : public torch::nn::Module {
 };
 
 /// Embedding, residual blocks, norm, head.
-class XlstmModel : public LanguageModel {
+class BlockModel : public LanguageModel {
  public:
-  XlstmModel(const ModelOptions& options, at::Device device) : options_(options) {
+  BlockModel(const ModelOptions& options, at::Device device) : options_(options) {
     const int64_t dim = options.embedding_dim;
     embedding_ =
         register_module("embedding", std::make_shared<Table>(options.vocab_size, dim, device));
+    if (options.kind == "gpt")
+      positions_ = register_module("position_embedding",
+                                   std::make_shared<Table>(options.max_positions, dim, device));
+    if (options.kind == "rwkv4")
+      in_norm_ = register_module(
+          "in_norm", std::make_shared<nn::Norm>(dim, options.norm_eps, "layer", device, true));
     auto list = std::make_shared<torch::nn::Module>("blocks");
     for (int64_t i = 0; i < options.num_blocks; ++i) {
       blocks_.push_back(list->register_module(std::to_string(i), make_block(options, i, device)));
     }
     register_module("blocks", list);
     if (options.add_out_norm) {
-      const char* kind = options.kind == "xlstm_large" ? "rms" : "layer";
-      out_norm_ = register_module("out_norm",
-                                  std::make_shared<nn::Norm>(dim, options.norm_eps, kind, device));
+      const bool rms =
+          options.kind == "xlstm_large" || options.kind == "llama" || options.kind == "mamba";
+      const bool bias = options.kind == "gpt" || options.kind == "rwkv4";
+      out_norm_ = register_module(
+          "out_norm",
+          std::make_shared<nn::Norm>(dim, options.norm_eps, rms ? "rms" : "layer", device, bias));
     }
     if (!options.tie_weights) {
       head_ = register_module("lm_head", std::make_shared<Table>(options.vocab_size, dim, device));
@@ -156,6 +227,8 @@ class XlstmModel : public LanguageModel {
                                            const std::optional<at::Tensor>& reset) override {
     check_inputs(ids, state, reset);
     at::Tensor x = at::embedding(embedding_->weight, ids);
+    if (positions_) x = x + positions(ids, state, reset);
+    if (in_norm_) x = in_norm_->forward(x);
     if (options_.add_embedding_dropout) x = nn::apply_dropout(x, options_.dropout, is_training());
     ModelState next(blocks_.size());
     for (size_t i = 0; i < blocks_.size(); ++i) {
@@ -173,6 +246,17 @@ class XlstmModel : public LanguageModel {
   const ModelOptions& options() const override { return options_; }
 
  private:
+  /// Learned embeddings of the tokens' positions within their documents (B,T,D).
+  at::Tensor positions(const at::Tensor& ids, const ModelState& state,
+                       const std::optional<at::Tensor>& reset) const {
+    const BlockState& attention = state.empty() ? BlockState{} : state[0];
+    const int64_t past = attention.empty() ? 0 : attention[0].size(2), length = ids.size(1);
+    TORCH_CHECK(past + length <= options_.max_positions, "model.max_positions: ", past + length,
+                " tokens, but the model has learned positions for ", options_.max_positions);
+    const at::Tensor starts = nn::document_starts(attention, length, ids, reset);
+    return at::embedding(positions_->weight,
+                         at::arange(past, past + length, starts.options()) - starts);
+  }
   void check_inputs(const at::Tensor& ids, const ModelState& state,
                     const std::optional<at::Tensor>& reset) const {
     TORCH_CHECK(ids.dim() == 2 && ids.scalar_type() == at::kLong, "ids: expected (B,T) int64, got ",
@@ -187,6 +271,8 @@ class XlstmModel : public LanguageModel {
 
   const ModelOptions options_;
   std::shared_ptr<Table> embedding_, head_;  ///< head_ null when tied
+  std::shared_ptr<Table> positions_;         ///< gpt
+  std::shared_ptr<nn::Norm> in_norm_;        ///< rwkv4
   std::vector<std::shared_ptr<nn::Block>> blocks_;
   std::shared_ptr<nn::Norm> out_norm_;  ///< null without
 };
@@ -197,7 +283,7 @@ std::shared_ptr<LanguageModel> make_language_model(const ModelOptions& options, 
   check_options(options);
   // Drawn on the CPU for every device: one seed, one model.
   auto model =
-      std::make_shared<XlstmModel>(options, device.is_meta() ? device : at::Device(at::kCPU));
+      std::make_shared<BlockModel>(options, device.is_meta() ? device : at::Device(at::kCPU));
   if (!device.is_meta() && !device.is_cpu()) model->to(device);
   return model;
 }

@@ -1,0 +1,68 @@
+#include "csrc/nn/lstm.h"
+
+#include <cmath>
+
+#include "csrc/ops/slstm.h"
+
+namespace xlstm::nn {
+
+LstmLayer::LstmLayer(int64_t dim, at::Device device) {
+  const auto make = [&](const char* name, at::IntArrayRef sizes) {
+    at::Tensor tensor = register_parameter(
+        name, at::zeros(sizes, at::TensorOptions().dtype(at::kFloat).device(device)));
+    uniform_init_(tensor, 1 / std::sqrt(static_cast<double>(dim)));
+    return tensor;
+  };
+  weight_ih_ = make("weight_ih", {4 * dim, dim});
+  weight_hh_ = make("weight_hh", {4 * dim, dim});
+  bias_ih_ = make("bias_ih", {4 * dim});
+  bias_hh_ = make("bias_hh", {4 * dim});
+}
+
+Result LstmLayer::forward(const at::Tensor& x, const State& state,
+                          const std::optional<at::Tensor>& reset) {
+  check_state(state, 2, "LSTM layer");
+  const int64_t batch = x.size(0), length = x.size(1), dim = x.size(2);
+  if (x.is_cuda() && !reset && length > 0) {
+    const auto initial = [&](size_t i) {
+      return state.empty() ? at::zeros({1, batch, dim}, x.options())
+                           : state[i].view({1, batch, dim}).to(x.scalar_type());
+    };
+    auto [y, last, c] = at::lstm(x, {initial(0), initial(1)},
+                                 {weight_ih_, weight_hh_, bias_ih_, bias_hh_}, /*has_biases=*/true,
+                                 /*num_layers=*/1, /*dropout=*/0, is_training(),
+                                 /*bidirectional=*/false, /*batch_first=*/true);
+    return {y, {last.view({batch, 1, dim}).to(at::kFloat), c.view({batch, 1, dim}).to(at::kFloat)}};
+  }
+  const at::Tensor wx = at::linear(x, weight_ih_).view({batch, length, 4, 1, dim});
+  const at::Tensor bias = (bias_ih_ + bias_hh_).view({4, 1, dim});
+  auto [y, last, c, n, m] =
+      ops::slstm(wx, weight_hh_.view({4, 1, dim, dim}), bias, optional_state(state, 0),
+                 optional_state(state, 1), {}, {}, reset, {}, "lstm");
+  return {y.flatten(2), {last, c}};
+}
+
+LstmBlock::LstmBlock(const LstmBlockOptions& options, at::Device device) : options_(options) {
+  if (options.kind != "lstm")
+    norm_ = register_module("norm",
+                            std::make_shared<Norm>(options.dim, options.norm_eps, "layer", device));
+  lstm_ = register_module("lstm", std::make_shared<LstmLayer>(options.dim, device));
+  if (options.kind != "lstm_block") return;
+  ffn_norm_ = register_module(
+      "ffn_norm", std::make_shared<Norm>(options.dim, options.norm_eps, "layer", device));
+  ffn_ = register_module("ffn", std::make_shared<PlainFeedForward>(options.feed_forward, device));
+}
+
+Result LstmBlock::forward(const at::Tensor& x, const State& state,
+                          const std::optional<at::Tensor>& reset) {
+  auto [y, next] = lstm_->forward(norm_ ? norm_->forward(x) : x, state, reset);
+  const auto dropped = [&](const at::Tensor& t) {
+    return apply_dropout(t, options_.dropout, is_training());
+  };
+  if (!norm_) return {dropped(y), std::move(next)};
+  at::Tensor mixed = x + dropped(y);
+  if (ffn_) mixed = mixed + dropped(ffn_->forward(ffn_norm_->forward(mixed)));
+  return {mixed, std::move(next)};
+}
+
+}  // namespace xlstm::nn

@@ -1,0 +1,42 @@
+#pragma once
+// The LSTMs of arXiv 2405.04517: the plain stack, the one with a residual stream, and the block with a feed-forward layer.
+#include "csrc/nn/layers.h"
+
+namespace xlstm::nn {
+
+/// torch.nn.LSTM of one layer and direction, its parameters and their initialisation included (two biases per gate, order
+/// i, f, z, o): i, f, o = sigmoid, z = tanh of W x + b_ih + R y + b_hh; c = f c + i z; y = o tanh(c) (eq. 28-33). On a GPU
+/// it is torch's (cuDNN) where no document starts inside; otherwise the operator xlstm::slstm. State: y, c.
+class LstmLayer : public torch::nn::Module {
+ public:
+  LstmLayer(int64_t dim, at::Device device);
+  Result forward(const at::Tensor& x, const State& state, const std::optional<at::Tensor>& reset);
+
+ private:
+  at::Tensor weight_ih_, weight_hh_;  ///< (4D,D)
+  at::Tensor bias_ih_, bias_hh_;      ///< (4D)
+};
+
+struct LstmBlockOptions {
+  int64_t dim = 0;
+  std::string kind = "lstm";  ///< "lstm" | "lstm_residual" | "lstm_block"
+  double norm_eps = 1e-5;
+  double dropout = 0;  ///< on what is added to the residual stream; lstm: on the output
+  PlainFeedForwardOptions feed_forward;  ///< of lstm_block
+};
+
+/// lstm: y = LSTM(x).  lstm_residual: y = x + LSTM(norm(x)).  lstm_block: then y + ffn(ffn_norm(y)).
+class LstmBlock : public Block {
+ public:
+  LstmBlock(const LstmBlockOptions& options, at::Device device);
+  Result forward(const at::Tensor& x, const State& state,
+                 const std::optional<at::Tensor>& reset) override;
+
+ private:
+  const LstmBlockOptions options_;
+  std::shared_ptr<Norm> norm_, ffn_norm_;  ///< null where the kind has none
+  std::shared_ptr<LstmLayer> lstm_;
+  std::shared_ptr<PlainFeedForward> ffn_;
+};
+
+}  // namespace xlstm::nn

@@ -1,0 +1,243 @@
+// The operator xlstm::wkv: CPU kernels with their own backward; elsewhere a loop over tokens in ATen calls.
+#include "csrc/ops/wkv.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "csrc/ops/autograd_support.h"
+#include "csrc/ops/common.h"
+#include "csrc/ops/cpu/recurrence_params.h"
+#include "csrc/ops/rows.h"
+
+namespace xlstm::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Gradients =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+constexpr double kEmpty = -1e38;  // exponent of a state that holds nothing
+
+void check(const at::Tensor& k, const at::Tensor& v, const at::Tensor& w, const at::Tensor& u,
+           const OptionalTensor& a0, const OptionalTensor& b0, const OptionalTensor& p0,
+           const OptionalTensor& reset) {
+  check_rank("wkv", "k", k, 3);
+  check_floating("wkv", "k", k);
+  check_shape("wkv", "v", v, k.sizes(), "(B,T,D)");
+  check_shape("wkv", "w", w, {k.size(2)}, "(D)");
+  check_shape("wkv", "u", u, {k.size(2)}, "(D)");
+  TORCH_CHECK(a0.has_value() == b0.has_value() && a0.has_value() == p0.has_value(),
+              "wkv: a0, b0 and p0 come together");
+  for (const auto* state : {&a0, &b0, &p0})
+    if (*state) check_shape("wkv", "a0, b0, p0", **state, {k.size(0), k.size(2)}, "(B,D)");
+  if (reset) {
+    check_shape("wkv", "reset", *reset, {k.size(0), k.size(1)}, "(B,T)");
+    check_dtype("wkv", "reset", *reset, at::kBool);
+  }
+}
+
+/// What the kernels read, alive while they run.
+struct Inputs {
+  at::ScalarType type;
+  at::Tensor k, v, w, u, a0, b0, p0, reset;
+  Inputs(const at::Tensor& k_, const at::Tensor& v_, const at::Tensor& w_, const at::Tensor& u_,
+         const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& p,
+         const OptionalTensor& r)
+      : type(accumulate_type(k_.scalar_type())),
+        k(dense(k_)),
+        v(dense(v_)),
+        w(dense(w_)),
+        u(dense(u_)),
+        a0(a ? dense(*a) : at::Tensor()),
+        b0(b ? dense(*b) : at::Tensor()),
+        p0(p ? dense(*p) : at::Tensor()),
+        reset(r ? r->contiguous() : at::Tensor()) {}
+  at::Tensor dense(const at::Tensor& t) const { return t.to(type).contiguous(); }
+  cpu::WkvParams params() const {
+    cpu::WkvParams p;
+    p.dtype = dtype_code(k, "wkv: k");
+    p.batch = k.size(0), p.time = k.size(1), p.dim = k.size(2);
+    p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
+    p.w = w.const_data_ptr(), p.u = u.const_data_ptr();
+    p.a0 = data_or_null(a0), p.b0 = data_or_null(b0), p.p0 = data_or_null(p0);
+    p.reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr;
+    return p;
+  }
+  at::Tensor state() const { return at::empty({k.size(0), k.size(2)}, k.options()); }
+};
+
+Outputs wkv_cpu(const at::Tensor& k, const at::Tensor& v, const at::Tensor& w, const at::Tensor& u,
+                const OptionalTensor& a0, const OptionalTensor& b0, const OptionalTensor& p0,
+                const OptionalTensor& reset) {
+  check(k, v, w, u, a0, b0, p0, reset);
+  const Inputs in(k, v, w, u, a0, b0, p0, reset);
+  const at::Tensor y = at::empty(k.sizes(), in.k.options());
+  const at::Tensor a = in.state(), b = in.state(), p = in.state();
+  cpu::WkvParams params = in.params();
+  params.y = y.mutable_data_ptr();
+  params.a = a.mutable_data_ptr(), params.b = b.mutable_data_ptr(), params.p = p.mutable_data_ptr();
+  cpu::wkv(params);
+  return {y.to(k.scalar_type()), a, b, p};
+}
+
+Gradients wkv_backward_cpu(const OptionalTensor& dy, const OptionalTensor& da,
+                           const OptionalTensor& db, const at::Tensor& k, const at::Tensor& v,
+                           const at::Tensor& w, const at::Tensor& u, const OptionalTensor& a0,
+                           const OptionalTensor& b0, const OptionalTensor& p0,
+                           const OptionalTensor& reset) {
+  check(k, v, w, u, a0, b0, p0, reset);
+  const Inputs in(k, v, w, u, a0, b0, p0, reset);
+  const auto given = [&](const OptionalTensor& t, at::IntArrayRef sizes) {
+    return t ? in.dense(*t) : at::zeros(sizes, in.k.options());
+  };
+  const at::IntArrayRef state{k.size(0), k.size(2)};
+  const at::Tensor gy = given(dy, k.sizes()), ga = given(da, state), gb = given(db, state);
+  const at::Tensor dk = at::empty(k.sizes(), in.k.options()), dv = at::empty_like(dk);
+  const at::Tensor da0 = in.state(), db0 = in.state(), dw = in.state(), du = in.state();
+  cpu::WkvParams p = in.params();
+  p.dy = gy.const_data_ptr(), p.da = ga.const_data_ptr(), p.db = gb.const_data_ptr();
+  p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
+  p.da0 = da0.mutable_data_ptr(), p.db0 = db0.mutable_data_ptr();
+  p.dw = dw.mutable_data_ptr(), p.du = du.mutable_data_ptr();
+  cpu::wkv_backward(p);
+  return {dk.to(k.scalar_type()),
+          dv.to(v.scalar_type()),
+          dw.sum(0).to(w.scalar_type()),
+          du.sum(0).to(u.scalar_type()),
+          da0,
+          db0};
+}
+
+/// Token by token, differentiable through ATen; for devices without a kernel.
+Outputs wkv_steps(const at::Tensor& k_in, const at::Tensor& v_in, const at::Tensor& w_in,
+                  const at::Tensor& u_in, const OptionalTensor& a0, const OptionalTensor& b0,
+                  const OptionalTensor& p0, const OptionalTensor& reset) {
+  check(k_in, v_in, w_in, u_in, a0, b0, p0, reset);
+  const at::ScalarType type = accumulate_type(k_in.scalar_type());
+  const at::Tensor k = k_in.to(type), v = v_in.to(type), w = w_in.to(type), u = u_in.to(type);
+  const at::IntArrayRef sizes{k.size(0), k.size(2)};
+  at::Tensor a = a0 ? a0->to(type) : at::zeros(sizes, k.options()),
+             b = b0 ? b0->to(type) : at::zeros(sizes, k.options()),
+             p = p0 ? p0->to(type).detach() : at::full(sizes, kEmpty, k.options());
+  std::vector<at::Tensor> rows;
+  for (int64_t t = 0; t < k.size(1); ++t) {
+    if (reset) {
+      const at::Tensor empty = reset->select(1, t).unsqueeze(-1);
+      a = a.masked_fill(empty, 0), b = b.masked_fill(empty, 0), p = p.masked_fill(empty, kEmpty);
+    }
+    const at::Tensor kt = k.select(1, t), vt = v.select(1, t), now = u + kt;
+    const at::Tensor peak = at::maximum(p, now).detach();
+    const at::Tensor old = at::exp(p - peak), in = at::exp(now - peak);
+    rows.push_back((old * a + in * vt) / (old * b + in));
+    const at::Tensor next = at::maximum(p - w, kt).detach();
+    const at::Tensor kept = at::exp(p - w - next), entered = at::exp(kt - next);
+    a = kept * a + entered * vt, b = kept * b + entered, p = next;
+  }
+  const at::Tensor y = rows.empty() ? at::zeros(k.sizes(), k.options()) : at::stack(rows, 1);
+  return {y.to(k_in.scalar_type()), a, b, p};
+}
+
+Gradients wkv_backward_op(const OptionalTensor& dy, const OptionalTensor& da,
+                          const OptionalTensor& db, const at::Tensor& k, const at::Tensor& v,
+                          const at::Tensor& w, const at::Tensor& u, const OptionalTensor& a0,
+                          const OptionalTensor& b0, const OptionalTensor& p0,
+                          const OptionalTensor& reset) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("xlstm::wkv_backward", "")
+                             .typed<decltype(wkv_backward_op)>();
+  return op.call(dy, da, db, k, v, w, u, a0, b0, p0, reset);
+}
+
+class Wkv : public torch::autograd::Function<Wkv> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& k, const at::Tensor& v,
+                               const at::Tensor& w, const at::Tensor& u, const OptionalTensor& a0,
+                               const OptionalTensor& b0, const OptionalTensor& p0,
+                               const OptionalTensor& reset) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward(
+        {k, v, w, u, or_undefined(a0), or_undefined(b0), or_undefined(p0), or_undefined(reset)});
+    auto [y, a, b, p] = wkv(k, v, w, u, a0, b0, p0, reset);
+    ctx->mark_non_differentiable({p});
+    return {y, a, b, p};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& d) {
+    const variable_list s = ctx->get_saved_variables();
+    const BelowAutogradUnlessRecording guard;
+    auto [dk, dv, dw, du, da0, db0] =
+        wkv_backward_op(or_absent(d[0]), or_absent(d[1]), or_absent(d[2]), s[0], s[1], s[2], s[3],
+                        or_absent(s[4]), or_absent(s[5]), or_absent(s[6]), or_absent(s[7]));
+    const at::Tensor none;
+    return {dk, dv, dw, du, s[4].defined() ? da0 : none, s[5].defined() ? db0 : none, none, none};
+  }
+};
+
+Outputs wkv_autograd(const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,
+                     const at::Tensor& u, const OptionalTensor& a0, const OptionalTensor& b0,
+                     const OptionalTensor& p0, const OptionalTensor& reset) {
+  if (recording(k, v, w, u, a0, b0)) {
+    if (!k.is_cpu() && !k.is_meta()) return wkv_steps(k, v, w, u, a0, b0, p0, reset);
+    const variable_list out = Wkv::apply(k, v, w, u, a0, b0, p0, reset);
+    return {out[0], out[1], out[2], out[3]};
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return wkv(k, v, w, u, a0, b0, p0, reset);
+}
+
+at::Tensor meta_state(const at::Tensor& k) {
+  return at::empty_symint({k.sym_size(0), k.sym_size(2)},
+                          k.options().dtype(accumulate_type(k.scalar_type())));
+}
+
+Outputs wkv_meta(const at::Tensor& k, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                 const OptionalTensor&) {
+  return {at::empty_symint(k.sym_sizes(), k.options()), meta_state(k), meta_state(k),
+          meta_state(k)};
+}
+
+Gradients wkv_backward_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                            const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,
+                            const at::Tensor& u, const OptionalTensor&, const OptionalTensor&,
+                            const OptionalTensor&, const OptionalTensor&) {
+  const auto like = [](const at::Tensor& t) {
+    return at::empty_symint(t.sym_sizes(), t.options());
+  };
+  return {like(k), like(v), like(w), like(u), meta_state(k), meta_state(k)};
+}
+
+}  // namespace
+
+Outputs wkv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& w, const at::Tensor& u,
+            const OptionalTensor& a0, const OptionalTensor& b0, const OptionalTensor& p0,
+            const OptionalTensor& reset) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("xlstm::wkv", "").typed<decltype(wkv)>();
+  return op.call(k, v, w, u, a0, b0, p0, reset);
+}
+
+TORCH_LIBRARY_IMPL(xlstm, CPU, m) {
+  m.impl("wkv", wkv_cpu);
+  m.impl("wkv_backward", wkv_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(xlstm, CUDA, m) { m.impl("wkv", wkv_steps); }
+TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
+  m.impl("wkv", wkv_autograd);
+  m.impl("wkv_backward", torch::autograd::autogradNotImplementedFallback());
+}
+TORCH_LIBRARY_IMPL(xlstm, Meta, m) {
+  m.impl("wkv", wkv_meta);
+  m.impl("wkv_backward", wkv_backward_meta);
+}
+
+}  // namespace xlstm::ops

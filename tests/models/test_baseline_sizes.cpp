@@ -1,0 +1,49 @@
+// Parameter counts of the models that xLSTM is compared with: Tables 1, 2 and 7 of arXiv 2405.04517.
+#include "csrc/models/language_model.h"
+#include "tests/support/catch.h"
+
+namespace xlstm::models {
+namespace {
+
+constexpr int64_t kVocabulary = 50304;
+
+ModelOptions options_of(const char* kind, int64_t dim, int64_t blocks, int64_t heads = 1) {
+  ModelOptions options;
+  options.kind = kind;
+  options.vocab_size = kVocabulary;
+  options.embedding_dim = dim, options.num_blocks = blocks, options.num_heads = heads;
+  if (options.kind == "llama") options.feed_forward.proj_factor = 8.0 / 3;
+  if (options.kind == "gpt" || options.kind == "lstm_block") options.feed_forward.proj_factor = 4;
+  return options;
+}
+
+void check_millions(const ModelOptions& options, double millions) {
+  INFO(options.kind << " " << options.embedding_dim);
+  CHECK(static_cast<double>(count_parameters(options)) / 1e6 ==
+        Approx(millions).margin(0.0501).epsilon(0));
+}
+
+TEST_CASE("parameter counts of the comparison's models are the paper's") {
+  const int64_t dims[] = {768, 1024, 1536, 2048, 2560};
+  const double llama[] = {162.2, 406.6, 834.1, 1420.4, 2779.5};
+  const double mamba[] = {167.8, 423.1, 870.5, 1475.3, 2897.2};
+  const double rwkv4[] = {169.4, 430.5, 891.0, 1515.2, 2984.8};
+  const int64_t heads[] = {12, 16, 16, 16, 32}, blocks[] = {12, 24, 24, 24, 32};
+  for (int i = 0; i < 5; ++i) {
+    check_millions(options_of("llama", dims[i], blocks[i], heads[i]), llama[i]);
+    check_millions(options_of("mamba", dims[i], 2 * blocks[i]), mamba[i]);
+    check_millions(options_of("rwkv4", dims[i], blocks[i]), rwkv4[i]);
+  }
+  ModelOptions gpt = options_of("gpt", 1024, 24, 16);
+  gpt.tie_weights = true;
+  check_millions(gpt, 355.9);
+}
+
+TEST_CASE("parameter counts of the ablation's LSTMs are the paper's") {
+  check_millions(options_of("lstm", 1536, 24), 607.8);
+  check_millions(options_of("lstm_residual", 1024, 48), 506.1);
+  check_millions(options_of("lstm_block", 1024, 24), 505.9);
+}
+
+}  // namespace
+}  // namespace xlstm::models
