@@ -33,19 +33,18 @@ class GateGradientBlock {
         warp(thread / 32) {
     const int item = static_cast<int>(prim::block_idx().x);
     head = item % p.chunks.num_heads;
-    owner = item;
     range = sequence_at(p.chunks, item / p.chunks.num_heads);
-    base = (int64_t{head} * p.chunks.slots + range.first_slot) * p.chunks.length;
-    per_tile = int64_t{p.chunks.num_heads} * p.chunks.slots * p.chunks.length;
   }
 
   DEVICE_FUNCTION void run() {
-    const double start = start_dot();
-    Run before{0, true};
+    if (range.length == 0) return;
+    // Of the first token: what the initial state gives it, if it is not emptied there.
+    Run before{start_dot(), true};
+    if (is_reset(0)) before.sum = 0;
     for (int first = 0; first < range.length; first += kThreads) {
       const int t = first + thread;
       Run own{0, false};
-      if (t < range.length) own = t == 0 ? Run{is_reset(0) ? 0 : start, true} : token(t);
+      if (t > 0 && t < range.length) own = token(t);
 #pragma unroll
       for (u32 delta = 1; delta < 32; delta *= 2) {
         const Run other{shfl_up(own.sum, delta), prim::shfl_up(own.restarts ? 1U : 0U, delta) != 0};
@@ -64,7 +63,10 @@ class GateGradientBlock {
  private:
   DEVICE_FUNCTION double dots(const float* from, int t) const {
     double sum = 0;
-    for (int tile = 0; tile < p.tiles; ++tile) sum += from[tile * per_tile + base + t];
+    const int64_t slots = p.chunks.slots, row = head * slots + range.first_slot;
+#pragma unroll 1
+    for (int tile = 0; tile < p.tiles; ++tile)
+      sum += from[(int64_t{tile} * p.chunks.num_heads * slots + row) * p.chunks.length + t];
     return sum;
   }
   DEVICE_FUNCTION bool is_reset(int t) const {
@@ -82,6 +84,7 @@ class GateGradientBlock {
 
   DEVICE_FUNCTION double anchor_dot(int anchor) const {
     double sum = 0;
+#pragma unroll 1
     for (int tile = 0; tile < p.anchor_tiles; ++tile) {
       const int64_t at = (int64_t{tile} * p.chunks.num_heads + head) * p.anchors.count + anchor;
       for (int i = 0; i < kAnchorWarps; ++i) sum += p.anchors.dots[at * kAnchorWarps + i];
@@ -91,9 +94,11 @@ class GateGradientBlock {
 
   DEVICE_FUNCTION double thread_dot(const float* a, const float* b, int64_t size) const {
     double sum = 0;
+    const int64_t item = prim::block_idx().x;
     if (a == nullptr || b == nullptr) return sum;
+#pragma unroll 4
     for (int64_t i = thread; i < size; i += kThreads)
-      sum += static_cast<double>(a[owner * size + i]) * b[owner * size + i];
+      sum += static_cast<double>(a[item * size + i]) * b[item * size + i];
     return sum;
   }
   /// <C_0, dC_0> + <n_0, dn_0>
@@ -127,7 +132,6 @@ class GateGradientBlock {
   Shared& s;
   const int thread, lane, warp;
   int head;
-  int64_t owner, base, per_tile;
   SequenceRange range;
 };
 

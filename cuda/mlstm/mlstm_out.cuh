@@ -10,6 +10,15 @@
 
 namespace xlstm::cuda {
 
+/// What a block works on, the same for all of its threads. It lies in shared memory: read again where it is needed it
+/// takes no registers from the sums.
+struct alignas(16) OutPlace {
+  int col0, row_block, head, slot;
+  int batch, token0;                  // row and first token of the chunk
+  int tokens, rows;                   // of the chunk, and from this block's first row on
+  int slices, first_key, key_blocks;  // slices: of 64 of the contraction
+};
+
 template <int kPlanes>
 struct OutShape {
   static constexpr int kRows = kBlockTokens;
@@ -34,7 +43,8 @@ struct OutShape {
     float row_z[kRows], key_z[kKeyBlocks * kBlockTokens];
     float row_sums[4][kRows];  // by column of warps
     float row_n[kRows];        // q . n
-    Stage stages[1];           // as many as the launch has
+    OutPlace place;
+    Stage stages[1];  // as many as the launch has
   };
   static constexpr size_t shared_bytes(int stages) {
     return sizeof(Shared) + (stages - 1) * sizeof(Stage);
@@ -50,16 +60,9 @@ class OutBlock {
   static constexpr bool kTransposed = kUse == Use::kDq || kUse == Use::kDk;  // the state is
 
   DEVICE_FUNCTION explicit OutBlock(const SweepParams& params)
-      : p(params), shared(*reinterpret_cast<typename Shape::Shared*>(prim::dynamic_shared())) {
-    const int tiles = divide_up(p.x.width, Shape::kColumns);
-    const int row_blocks = p.chunks.length / kBlockTokens;
-    int index = static_cast<int>(prim::block_idx().x);
-    col0 = index % tiles * Shape::kColumns;
-    index /= tiles;
-    row_block = index % row_blocks;
-    index /= row_blocks;
-    head = index % p.chunks.num_heads;
-    slot = index / p.chunks.num_heads;
+      : p(params),
+        shared(*reinterpret_cast<typename Shape::Shared*>(prim::dynamic_shared())),
+        place(shared.place) {
     thread = static_cast<int>(prim::thread_idx().x);
     lane = thread % 32;
     warp_row = thread / 128 * 32;
@@ -67,20 +70,13 @@ class OutBlock {
   }
 
   DEVICE_FUNCTION void run() {
-    const SlotRange at = slot_at(p.chunks, slot);
-    if (!at.used) return;
-    batch = at.sequence.batch;
-    token0 = at.sequence.begin + at.chunk * p.chunks.length;
-    const int left = at.sequence.length - at.chunk * p.chunks.length;
-    tokens = left < p.chunks.length ? left : p.chunks.length;
-    rows = tokens - row_block * kBlockTokens;
-    if (rows <= 0) {
-      if (p.dots != nullptr && thread < kBlockTokens) *dot_at(thread) = 0;
+    const OutPlace found = find_place();
+    if (thread == 0) place = found;
+    prim::sync_block();
+    if (found.rows <= 0) {
+      if (found.tokens > 0 && p.dots != nullptr && thread < kBlockTokens) *dot_at(thread) = 0;
       return;
     }
-    slices = divide_up(p.a.width, 64);
-    first_key = kReverse ? row_block : 0;
-    key_blocks = kReverse ? divide_up(tokens, kBlockTokens) - row_block : row_block + 1;
     work();
     if (with_dots()) write_dots();
     if constexpr (kUse == Use::kH) {
@@ -94,19 +90,43 @@ class OutBlock {
     int pass = 0, index = 0;
   };
 
+  /// An unused slot has no tokens; no rows are left of a chunk that ends before this block of rows.
+  DEVICE_FUNCTION OutPlace find_place() const {
+    OutPlace x;
+    const int tiles = divide_up(p.x.width, Shape::kColumns);
+    const int row_blocks = p.chunks.length / kBlockTokens;
+    int index = static_cast<int>(prim::block_idx().x);
+    x.col0 = index % tiles * Shape::kColumns;
+    index /= tiles;
+    x.row_block = index % row_blocks;
+    index /= row_blocks;
+    x.head = index % p.chunks.num_heads;
+    x.slot = index / p.chunks.num_heads;
+    const SlotRange slot = slot_at(p.chunks, x.slot);
+    x.batch = slot.sequence.batch;
+    x.token0 = slot.sequence.begin + slot.chunk * p.chunks.length;
+    const int left = slot.sequence.length - slot.chunk * p.chunks.length;
+    x.tokens = !slot.used ? 0 : left < p.chunks.length ? left : p.chunks.length;
+    x.rows = x.tokens - x.row_block * kBlockTokens;
+    x.slices = divide_up(p.a.width, 64);
+    x.first_key = kReverse ? x.row_block : 0;
+    x.key_blocks = kReverse ? divide_up(x.tokens, kBlockTokens) - x.row_block : x.row_block + 1;
+    return x;
+  }
+
   DEVICE_FUNCTION bool with_product() const {
     return kUse == Use::kH && (p.normalize || p.product != nullptr);
   }
   DEVICE_FUNCTION bool with_n() const { return kTransposed && p.z != nullptr; }
   DEVICE_FUNCTION bool with_dots() const { return kTransposed && p.dots != nullptr; }
 
-  DEVICE_FUNCTION int passes() const { return divide_up(key_blocks, Shape::kKeyBlocks); }
+  DEVICE_FUNCTION int passes() const { return divide_up(place.key_blocks, Shape::kKeyBlocks); }
   DEVICE_FUNCTION int blocks_of(int pass) const {
-    const int left = key_blocks - (pass - 1) * Shape::kKeyBlocks;
+    const int left = place.key_blocks - (pass - 1) * Shape::kKeyBlocks;
     return left < Shape::kKeyBlocks ? left : Shape::kKeyBlocks;
   }
   DEVICE_FUNCTION void advance(Step& step) const {
-    const int count = step.pass == 0 ? slices : slices + blocks_of(step.pass);
+    const int count = step.pass == 0 ? place.slices : place.slices + blocks_of(step.pass);
     if (++step.index < count) return;
     ++step.pass;
     step.index = 0;
@@ -114,7 +134,7 @@ class OutBlock {
 
   DEVICE_FUNCTION void work() {
     clear(o);
-    const int steps = slices * (1 + passes()) + key_blocks + (with_dots() ? 1 : 0);
+    const int steps = place.slices * (1 + passes()) + place.key_blocks + (with_dots() ? 1 : 0);
     int load_stage = 0, stage = 0;
     Step load_step, step;
 #pragma unroll 1
@@ -145,15 +165,16 @@ class OutBlock {
   // Loading -----------------------------------------------------------------------------------------------------------
 
   DEVICE_FUNCTION int64_t position(int in_chunk) const {
-    return (int64_t{head} * p.chunks.slots + slot) * p.chunks.length + in_chunk;
+    return (int64_t{place.head} * p.chunks.slots + place.slot) * p.chunks.length + in_chunk;
   }
 
   template <int kCols>
   DEVICE_FUNCTION void load_rows(Tile<64, kCols, kPlanes>& tile, const Operand& x, int block,
                                  int col) const {
     const int first = block * kBlockTokens;
-    load_tile<kTwoPhaseThreads>(tile, x, token_offset(x, batch, token0 + first, head),
-                                tokens - first, col);
+    load_tile<kTwoPhaseThreads>(tile, x,
+                                token_offset(x, place.batch, place.token0 + first, place.head),
+                                place.tokens - first, col);
   }
 
   DEVICE_FUNCTION void load_gates(GateRecord* records, float* z, int block, int blocks) const {
@@ -171,8 +192,9 @@ class OutBlock {
     constexpr int kPieces = kStateCols / 8;
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
-      const bf16* const from = static_cast<const bf16*>(p.states) +
-                               state_offset<kPlanes>(p.chunks, head, slot, plane, p.dqk, p.dv);
+      const bf16* const from =
+          static_cast<const bf16*>(p.states) +
+          state_offset<kPlanes>(p.chunks, place.head, place.slot, plane, p.dqk, p.dv);
 #pragma unroll
       for (int i = 0; i < kStateRows * kPieces / kTwoPhaseThreads; ++i) {
         const int piece = here + i * kTwoPhaseThreads;
@@ -185,16 +207,16 @@ class OutBlock {
   }
 
   DEVICE_FUNCTION void load(Stage& stage, const Step& step) const {
-    const int key = first_key + (step.pass - 1) * Shape::kKeyBlocks;
+    const int key = place.first_key + (step.pass - 1) * Shape::kKeyBlocks;
     if (step.pass > passes()) {
-      load_rows(stage.x, p.dot, row_block, col0);
-    } else if (step.index >= slices) {
-      load_rows(stage.x, p.x, key + step.index - slices, col0);
+      load_rows(stage.x, p.dot, place.row_block, place.col0);
+    } else if (step.index >= place.slices) {
+      load_rows(stage.x, p.x, key + step.index - place.slices, place.col0);
     } else {
-      load_rows(stage.a, p.a, row_block, 64 * step.index);
+      load_rows(stage.a, p.a, place.row_block, 64 * step.index);
       if (step.pass == 0) {
         load_state_slice(stage, step.index);
-        if (step.index == 0) load_gates(shared.rows, shared.row_z, row_block, 1);
+        if (step.index == 0) load_gates(shared.rows, shared.row_z, place.row_block, 1);
       } else {
 #pragma unroll
         for (int b = 0; b < Shape::kKeyBlocks; ++b)
@@ -207,16 +229,16 @@ class OutBlock {
   DEVICE_FUNCTION void load_state_slice(Stage& stage, int slice) const {
     const int here = thread_here();
     if constexpr (kTransposed) {
-      load_state(stage.state, col0, 64 * slice);
+      load_state(stage.state, place.col0, 64 * slice);
     } else {
-      load_state(stage.x, 64 * slice, col0);
+      load_state(stage.x, 64 * slice, place.col0);
     }
     if (with_product() && here < 16)
       prim::cp_async16(stage.n + 4 * here, chunk_n() + 64 * slice + 4 * here);
   }
 
   DEVICE_FUNCTION const float* chunk_n() const {
-    return p.state_n + (int64_t{head} * p.chunks.slots + slot) * padded(p.dqk);
+    return p.state_n + (int64_t{place.head} * p.chunks.slots + place.slot) * padded(p.dqk);
   }
 
   // Products ----------------------------------------------------------------------------------------------------------
@@ -269,18 +291,18 @@ class OutBlock {
         multiply<false>(o, stage.a, stage.x);
       }
       if (with_product()) add_row_n(stage);
-      if (step.index == slices - 1) scale_rows();
+      if (step.index == place.slices - 1) scale_rows();
     } else if (step.pass > passes()) {
       add_dots(stage);
-    } else if (step.index < slices) {
+    } else if (step.index < place.slices) {
 #pragma unroll
       for (int b = 0; b < Shape::kKeyBlocks; ++b) {
         if (step.index == 0) clear(s[b]);
         if (b < blocks_of(step.pass)) multiply<true>(s[b], stage.a, stage.b[b]);
       }
-      if (step.index == slices - 1) write_scores(step.pass);
+      if (step.index == place.slices - 1) write_scores(step.pass);
     } else {
-      multiply<false>(o, shared.scores[step.index - slices], stage.x);
+      multiply<false>(o, shared.scores[step.index - place.slices], stage.x);
     }
   }
 
@@ -318,7 +340,7 @@ class OutBlock {
     const int here = thread_here();
 #pragma unroll
     for (int n = 0; n < Shape::kColumnTiles; ++n) {
-      const int column = col0 + column_of(n, here % 32);
+      const int column = place.col0 + column_of(n, here % 32);
       float add[2] = {0, 0};
       if (with_n()) {
         if (column < p.dqk) add[0] = chunk_n()[column];
@@ -340,7 +362,7 @@ class OutBlock {
 
   /// P = mask(S * D) * scale of the pass's keys, to shared memory; forward also the sums of its rows.
   DEVICE_FUNCTION void write_scores(int pass) {
-    const int key0 = (first_key + (pass - 1) * Shape::kKeyBlocks) * kBlockTokens,
+    const int key0 = (place.first_key + (pass - 1) * Shape::kKeyBlocks) * kBlockTokens,
               here = lane_here();
 #pragma unroll
     for (int b = 0; b < Shape::kKeyBlocks; ++b) {
@@ -365,7 +387,7 @@ class OutBlock {
 
   DEVICE_FUNCTION float score(float product, int row, int key, int key0) const {
     const GateRecord &r = shared.rows[row], &k = shared.keys[key];
-    const int t = row_block * kBlockTokens + row, other = key0 + key;
+    const int t = place.row_block * kBlockTokens + row, other = key0 + key;
     const float d = kReverse ? decay(k, other, r, t) : decay(r, t, k, other);
     if (with_n()) product += kUse == Use::kDq ? shared.row_z[row] : shared.key_z[key];
     return d == 0 ? 0.0F : product * p.scale * d;
@@ -399,8 +421,9 @@ class OutBlock {
   }
 
   DEVICE_FUNCTION float* dot_at(int row) const {
-    const int64_t tile = int64_t{col0 / Shape::kColumns} * p.chunks.num_heads * p.chunks.slots;
-    return p.dots + tile * p.chunks.length + position(row_block * kBlockTokens + row);
+    const int64_t tile =
+        int64_t{place.col0 / Shape::kColumns} * p.chunks.num_heads * p.chunks.slots;
+    return p.dots + tile * p.chunks.length + position(place.row_block * kBlockTokens + row);
   }
 
   DEVICE_FUNCTION void add_dots(Stage& stage) {
@@ -422,7 +445,7 @@ class OutBlock {
 
   DEVICE_FUNCTION void write_dots() {
     share_row_sums();
-    if (thread < kBlockTokens) *dot_at(thread) = thread < rows ? total_row_sum(thread) : 0;
+    if (thread < kBlockTokens) *dot_at(thread) = thread < place.rows ? total_row_sum(thread) : 0;
   }
 
   /// The normaliser's product; divides O by N.
@@ -435,10 +458,11 @@ class OutBlock {
         const int row = row_of(m, half);
         const GateRecord& r = shared.rows[row];
         const float product = total_row_sum(row) + r.w * shared.row_n[row];
-        if (p.product != nullptr && col0 == 0 && warp == 0 && lane % 4 == 0 && row < rows) {
-          const int64_t token =
-              int64_t{batch} * p.chunks.time + token0 + row_block * kBlockTokens + row;
-          p.product[token * p.chunks.num_heads + head] = product;
+        if (p.product != nullptr && place.col0 == 0 && warp == 0 && lane % 4 == 0 &&
+            row < place.rows) {
+          const int64_t token = int64_t{place.batch} * p.chunks.time + place.token0 +
+                                place.row_block * kBlockTokens + row;
+          p.product[token * p.chunks.num_heads + place.head] = product;
         }
         if (!p.normalize) continue;
         const float size = product < 0 ? -product : product;
@@ -452,7 +476,8 @@ class OutBlock {
   }
 
   DEVICE_FUNCTION void write_out() const {
-    const int64_t base = token_offset(p.out, batch, token0 + row_block * kBlockTokens, head);
+    const int64_t base =
+        token_offset(p.out, place.batch, place.token0 + place.row_block * kBlockTokens, place.head);
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m)
 #pragma unroll
@@ -464,8 +489,8 @@ class OutBlock {
         } else {
 #pragma unroll
           for (int n = 0; n < Shape::kColumnTiles; ++n)
-            if (row < rows)
-              write_pair(at, col0 + column_of(n), o[m][n][2 * half], o[m][n][2 * half + 1]);
+            if (row < place.rows)
+              write_pair(at, place.col0 + column_of(n), o[m][n][2 * half], o[m][n][2 * half + 1]);
         }
       }
   }
@@ -477,9 +502,9 @@ class OutBlock {
     for (int n = 0; n < 4; ++n)
       piece.x[n] = prim::pack_bf16x2(o[m][n][2 * half], o[m][n][2 * half + 1]);
     transpose_quad(piece.x);
-    const int column = col0 + 8 * (warp * Shape::kColumnTiles + lane % 4);
+    const int column = place.col0 + 8 * (warp * Shape::kColumnTiles + lane % 4);
     auto* const out = static_cast<u16*>(p.out.data);
-    if (row >= rows) return;
+    if (row >= place.rows) return;
     if (p.out.vector && column + 8 <= p.out.width) {
       *reinterpret_cast<Piece*>(out + at + column) = piece;
       return;
@@ -511,11 +536,8 @@ class OutBlock {
 
   const SweepParams& p;
   typename Shape::Shared& shared;
-  int col0, row_block, head, slot;
+  OutPlace& place;
   int thread, lane, warp_row, warp;  // warp: column of warps
-  int batch, token0;                 // row and first token of the chunk
-  int tokens, rows;                  // of the chunk, and from this block's first row on
-  int slices, first_key, key_blocks;
   Sums<Shape::kColumnTiles> o;
   Sums<Shape::kKeyTiles> s[Shape::kKeyBlocks];
   float row_sum[Shape::kRowTiles][2] = {};

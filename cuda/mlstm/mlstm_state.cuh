@@ -9,6 +9,16 @@
 
 namespace xlstm::cuda {
 
+/// What a block works on, the same for all of its threads. It lies in shared memory: read again where it is needed it
+/// takes no registers from the sums.
+struct alignas(16) StatePlace {
+  SequenceRange range;
+  int item, head;
+  int row0, col0;                      // of the tile
+  int first_block, blocks, per_chunk;  // of 64 tokens
+  bool has_n;
+};
+
 template <int kPlanes>
 struct StateShape {
   static constexpr int kRows = 128, kColumns = kPlanes == 1 ? 128 : 64;
@@ -20,7 +30,13 @@ struct StateShape {
     Tile<kBlockTokens, kColumns, kPlanes> x;
     float weights[kBlockTokens], z[kBlockTokens];
   };
-  static constexpr size_t shared_bytes(int stages) { return stages * sizeof(Stage); }
+  struct Shared {
+    StatePlace place;
+    Stage stages[1];  // as many as the launch has
+  };
+  static constexpr size_t shared_bytes(int stages) {
+    return sizeof(Shared) + (stages - 1) * sizeof(Stage);
+  }
 };
 
 template <int kPlanes>
@@ -28,37 +44,26 @@ class StateBlock {
  public:
   using Shape = StateShape<kPlanes>;
   using Stage = typename Shape::Stage;
+  using Shared = typename Shape::Shared;
 
-  DEVICE_FUNCTION explicit StateBlock(const StateParams& params) : p(params) {
-    const int tiles_x = divide_up(p.dv, Shape::kColumns), tiles_b = divide_up(p.dqk, Shape::kRows);
-    int index = static_cast<int>(prim::block_idx().x);
-    col0 = index % tiles_x * Shape::kColumns;
-    index /= tiles_x;
-    row0 = index % tiles_b * Shape::kRows;
-    item = index / tiles_b;
-    const int sequence = item / p.chunks.segments / p.chunks.num_heads;
-    head = item / p.chunks.segments % p.chunks.num_heads;
-    range = sequence_at(p.chunks, sequence);
-    const SegmentRange chunks = segment_at(p.chunks, range, item % p.chunks.segments);
-    per_chunk = p.chunks.length / kBlockTokens;
-    const int end = divide_up(range.length, kBlockTokens);
-    first_block = chunks.begin * per_chunk;
-    blocks = (chunks.end * per_chunk < end ? chunks.end * per_chunk : end) - first_block;
-    if (chunks.end == chunks.begin) blocks = 0;
-    has_n = col0 == 0 && (p.state_n != nullptr || p.end_n != nullptr || p.segment_n != nullptr);
+  DEVICE_FUNCTION explicit StateBlock(const StateParams& params)
+      : p(params),
+        stages(reinterpret_cast<Shared*>(prim::dynamic_shared())->stages),
+        place(reinterpret_cast<Shared*>(prim::dynamic_shared())->place) {
     const int thread = static_cast<int>(prim::thread_idx().x);
+    if (thread == 0) place = find_place();
+    prim::sync_block();
     lane = thread % 32;
     warp_row = thread / 32 / 2 * 32;
     warp_col = thread / 32 % 2 * (Shape::kColumns / 2);
   }
 
   DEVICE_FUNCTION void run() {
-    auto* const stages = reinterpret_cast<Stage*>(prim::dynamic_shared());
     begin();
     gamma_product = 1;
     int load_stage = 0, stage = 0;
 #pragma unroll 1
-    for (int i = 1 - p.stages; i < blocks; ++i) {
+    for (int i = 1 - p.stages; i < place.blocks; ++i) {
       if (i >= 0) {
         // This block's tile has arrived, and every thread has left the one that is loaded over next.
         if (p.stages == 3) {
@@ -68,39 +73,62 @@ class StateBlock {
         }
         prim::sync_block();
       }
-      if (i + p.stages - 1 < blocks) load(stages[load_stage], i + p.stages - 1);
+      if (i + p.stages - 1 < place.blocks) load(stages[load_stage], i + p.stages - 1);
       prim::cp_async_commit();
       load_stage = load_stage + 1 == p.stages ? 0 : load_stage + 1;
       if (i < 0) continue;
       enter(i);
       add_products(stages[stage]);
-      if (has_n) add_n(stages[stage]);
+      if (place.has_n) add_n(stages[stage]);
       stage = stage + 1 == p.stages ? 0 : stage + 1;
     }
     finish();
   }
 
  private:
+  DEVICE_FUNCTION StatePlace find_place() const {
+    StatePlace x;
+    const int tiles_x = divide_up(p.dv, Shape::kColumns), tiles_b = divide_up(p.dqk, Shape::kRows);
+    int index = static_cast<int>(prim::block_idx().x);
+    x.col0 = index % tiles_x * Shape::kColumns;
+    index /= tiles_x;
+    x.row0 = index % tiles_b * Shape::kRows;
+    x.item = index / tiles_b;
+    const int sequence = x.item / p.chunks.segments / p.chunks.num_heads;
+    x.head = x.item / p.chunks.segments % p.chunks.num_heads;
+    x.range = sequence_at(p.chunks, sequence);
+    const SegmentRange chunks = segment_at(p.chunks, x.range, x.item % p.chunks.segments);
+    x.per_chunk = p.chunks.length / kBlockTokens;
+    const int end = divide_up(x.range.length, kBlockTokens);
+    x.first_block = chunks.begin * x.per_chunk;
+    x.blocks = (chunks.end * x.per_chunk < end ? chunks.end * x.per_chunk : end) - x.first_block;
+    if (chunks.end == chunks.begin) x.blocks = 0;
+    x.has_n = x.col0 == 0 && (p.state_n != nullptr || p.end_n != nullptr || p.segment_n != nullptr);
+    return x;
+  }
+
   /// Block of 64 tokens of the sequence that is i-th in this direction.
   DEVICE_FUNCTION int block_at(int i) const {
-    return first_block + (p.reverse ? blocks - 1 - i : i);
+    return place.first_block + (p.reverse ? place.blocks - 1 - i : i);
   }
 
   DEVICE_FUNCTION void load(Stage& stage, int i) const {
     const int block = block_at(i), thread = thread_here();
     const int token = block * kBlockTokens;
-    const int64_t from = range.begin + token;
-    load_tile<kTwoPhaseThreads>(stage.b, p.b, token_offset(p.b, range.batch, from, head),
-                                range.length - token, row0);
-    load_tile<kTwoPhaseThreads>(stage.x, p.x, token_offset(p.x, range.batch, from, head),
-                                range.length - token, col0);
+    const int64_t from = place.range.begin + token;
+    load_tile<kTwoPhaseThreads>(stage.b, p.b,
+                                token_offset(p.b, place.range.batch, from, place.head),
+                                place.range.length - token, place.row0);
+    load_tile<kTwoPhaseThreads>(stage.x, p.x,
+                                token_offset(p.x, place.range.batch, from, place.head),
+                                place.range.length - token, place.col0);
     // The slots of a sequence lie side by side, and so do the positions of all its chunks.
     const int64_t position =
-        (int64_t{head} * p.chunks.slots + range.first_slot) * p.chunks.length + token;
+        (int64_t{place.head} * p.chunks.slots + place.range.first_slot) * p.chunks.length + token;
     if (thread < kBlockTokens) {
       const GateRecord* record = p.records + position + thread;
       prim::cp_async4(&stage.weights[thread], p.reverse ? &record->w : &record->u);
-    } else if (thread < 2 * kBlockTokens && p.reverse && p.z != nullptr && has_n) {
+    } else if (thread < 2 * kBlockTokens && p.reverse && p.z != nullptr && place.has_n) {
       const int t = thread - kBlockTokens;
       prim::cp_async4(&stage.z[t], p.z + position + t);
     }
@@ -109,17 +137,18 @@ class StateBlock {
   /// At a chunk's start, in this direction: the state is written down and decays.
   DEVICE_FUNCTION void enter(int i) {
     const int block = block_at(i);
-    const bool starts =
-        p.reverse ? i == 0 || block % per_chunk == per_chunk - 1 : block % per_chunk == 0;
+    const bool starts = p.reverse ? i == 0 || block % place.per_chunk == place.per_chunk - 1
+                                  : block % place.per_chunk == 0;
     if (!starts) return;
-    const int slot = range.first_slot + block / per_chunk;
+    const int slot = place.range.first_slot + block / place.per_chunk;
     if (p.states != nullptr) {
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) write_plane(slot, plane);
     }
-    if (has_n && p.state_n != nullptr)
-      write_n(p.state_n + (int64_t{head} * p.chunks.slots + slot) * padded(p.dqk), padded(p.dqk));
-    const float gamma = p.gamma[int64_t{head} * p.chunks.slots + slot];
+    if (place.has_n && p.state_n != nullptr)
+      write_n(p.state_n + (int64_t{place.head} * p.chunks.slots + slot) * padded(p.dqk),
+              padded(p.dqk));
+    const float gamma = p.gamma[int64_t{place.head} * p.chunks.slots + slot];
     gamma_product *= gamma;
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m)
@@ -135,7 +164,7 @@ class StateBlock {
   DEVICE_FUNCTION void write_plane(int slot, int plane) const {
     const int here = lane_here();
     bf16* const to = static_cast<bf16*>(p.states) +
-                     state_offset<kPlanes>(p.chunks, head, slot, plane, p.dqk, p.dv);
+                     state_offset<kPlanes>(p.chunks, place.head, slot, plane, p.dqk, p.dv);
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m)
 #pragma unroll
@@ -150,8 +179,8 @@ class StateBlock {
             piece.x[j] = planes[plane];
           }
           transpose_quad(piece.x);
-          const int row = row0 + warp_row + 16 * m + 8 * half + here / 4;
-          const int col = col0 + warp_col + 8 * (n + here % 4);
+          const int row = place.row0 + warp_row + 16 * m + 8 * half + here / 4;
+          const int col = place.col0 + warp_col + 8 * (n + here % 4);
           if (row < padded(p.dqk) && col < padded(p.dv))
             *reinterpret_cast<Piece*>(to + int64_t{row} * padded(p.dv) + col) = piece;
         }
@@ -209,7 +238,7 @@ class StateBlock {
       float sum = n_sum[i];
       sum += prim::float_of(prim::shfl_xor(prim::bits_of(sum), 8));
       sum += prim::float_of(prim::shfl_xor(prim::bits_of(sum), 16));
-      const int row = row0 + n_row(here) + i;
+      const int row = place.row0 + n_row(here) + i;
       if (here % 32 < 8 && row < rows) to[row] = sum;
     }
   }
@@ -218,12 +247,12 @@ class StateBlock {
   template <class Visit>
   DEVICE_FUNCTION void each_number(Visit visit) {
     const int here = lane_here();
-    const int col = col0 + warp_col + 2 * (here % 4);
+    const int col = place.col0 + warp_col + 2 * (here % 4);
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = row0 + warp_row + 16 * m + 8 * half + here / 4;
+        const int row = place.row0 + warp_row + 16 * m + 8 * half + here / 4;
         const int left = row < p.dqk ? p.dv - col : 0;
         const int64_t offset = int64_t{row} * p.dv + col;
 #pragma unroll
@@ -243,14 +272,14 @@ class StateBlock {
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[m][n][e] = 0;
     if (p.start_c != nullptr) {
-      const float* const from = p.start_c + int64_t{item} * p.dqk * p.dv;
+      const float* const from = p.start_c + int64_t{place.item} * p.dqk * p.dv;
       each_number([from](float& x, int64_t offset) { x = from[offset]; });
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = row0 + n_row(here) + i;
+      const int row = place.row0 + n_row(here) + i;
       n_sum[i] = p.start_n != nullptr && here % 32 < 8 && row < p.dqk
-                     ? p.start_n[int64_t{item} * p.dqk + row]
+                     ? p.start_n[int64_t{place.item} * p.dqk + row]
                      : 0.0F;
     }
   }
@@ -260,23 +289,22 @@ class StateBlock {
   }
 
   DEVICE_FUNCTION void finish() {
-    const int64_t owner = item / p.chunks.segments;
-    const int segment = item % p.chunks.segments;
+    const int64_t owner = place.item / p.chunks.segments;
+    const int segment = place.item % p.chunks.segments;
     const bool last = segment == (p.reverse ? 0 : p.chunks.segments - 1);
     if (last && p.end_c != nullptr) write_c(p.end_c + owner * p.dqk * p.dv);
-    if (last && p.end_n != nullptr && has_n) write_n(p.end_n + owner * p.dqk, p.dqk);
-    if (p.segment_c != nullptr) write_c(p.segment_c + int64_t{item} * p.dqk * p.dv);
-    if (p.segment_n != nullptr && has_n) write_n(p.segment_n + int64_t{item} * p.dqk, p.dqk);
-    if (p.segment_gamma != nullptr && row0 == 0 && col0 == 0 && prim::thread_idx().x == 0)
-      p.segment_gamma[item] = gamma_product;
+    if (last && p.end_n != nullptr && place.has_n) write_n(p.end_n + owner * p.dqk, p.dqk);
+    if (p.segment_c != nullptr) write_c(p.segment_c + int64_t{place.item} * p.dqk * p.dv);
+    if (p.segment_n != nullptr && place.has_n)
+      write_n(p.segment_n + int64_t{place.item} * p.dqk, p.dqk);
+    if (p.segment_gamma != nullptr && place.row0 == 0 && place.col0 == 0 &&
+        prim::thread_idx().x == 0)
+      p.segment_gamma[place.item] = gamma_product;
   }
 
   const StateParams& p;
-  SequenceRange range;
-  int item, head;
-  int row0, col0;                      // of the tile
-  int first_block, blocks, per_chunk;  // of 64 tokens
-  bool has_n;
+  Stage* const stages;
+  StatePlace& place;
   int lane, warp_row, warp_col;
   float s[Shape::kRowTiles][Shape::kColumnTiles][4];
   float n_sum[2];
