@@ -10,6 +10,8 @@ using prim::f16;
 using prim::u16;
 using prim::u32;
 
+PRIM_FUNCTION constexpr int32_t divide_up(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
 struct alignas(16) Bytes16 {
   u32 words[4];
 };

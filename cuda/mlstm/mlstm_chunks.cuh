@@ -1,11 +1,9 @@
 #pragma once
 // Which tokens belong to which chunk.
 #include "cuda/mlstm/mlstm_params.h"
-#include "cuda/prim/prim.h"
+#include "cuda/numbers.cuh"
 
 namespace xlstm::cuda {
-
-PRIM_FUNCTION constexpr int32_t divide_up(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 struct SequenceRange {
   int32_t batch, begin, length;  ///< row, first token in the row, tokens

@@ -5,7 +5,6 @@
 // ones (16 significant bits, more than float16 has). A product of two-plane numbers is high*high + high*rest + rest*high:
 // float32 to about 2^-17, where tf32 would give 2^-11.
 #include "cuda/mlstm/mlstm_chunks.cuh"
-#include "cuda/numbers.cuh"
 
 namespace xlstm::cuda {
 

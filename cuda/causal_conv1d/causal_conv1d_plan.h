@@ -1,0 +1,43 @@
+#pragma once
+// Host side of the convolution's launches, shared by both directions.
+#include "cuda/causal_conv1d/causal_conv1d_walk.cuh"
+#include "cuda/prim/launch.h"
+
+namespace xlstm::cuda {
+
+/// Enough blocks to fill any device a few times; long strips else, as neighbouring strips read some tokens twice.
+inline ConvStrips plan_conv_strips(const ConvInputs& in, int32_t channels_of_block) {
+  constexpr int64_t kManyBlocks = 1024, kFewest = 32, kMost = 512;
+  ConvStrips strips;
+  strips.tiles = divide_up(in.parameters.channels, channels_of_block);
+  const int64_t wanted = int64_t{in.batch} * in.time * strips.tiles / kManyBlocks / 16 * 16;
+  const int64_t tokens = wanted < kFewest ? kFewest : wanted > kMost ? kMost : wanted;
+  strips.tokens = static_cast<int32_t>(tokens);
+  strips.per_row = divide_up(in.time, strips.tokens);
+  strips.count = int64_t{in.batch} * strips.per_row;
+  return strips;
+}
+inline bool conv_is_narrow(const ConvInputs& in) { return in.parameters.width <= 4; }
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+/// Whether rows of channels may be moved 16 bytes at a time.
+inline bool conv_is_vector(const ConvView& x, int32_t channels, Dtype dtype) {
+  const int64_t bytes = bytes_of(dtype);
+  return x.channel == 1 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
+         channels * bytes % 16 == 0 && x.batch * bytes % 16 == 0 && x.time * bytes % 16 == 0;
+}
+
+/// Calls f with a number of the C++ type that the dtype names.
+template <class F>
+void visit_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(float{});
+    case Dtype::kBFloat16:
+      return f(bf16{});
+    case Dtype::kFloat16:
+      return f(f16{});
+  }
+}
+
+}  // namespace xlstm::cuda
