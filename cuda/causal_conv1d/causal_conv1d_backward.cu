@@ -81,7 +81,8 @@ class BackwardBlock {
         to.dy.load(l.call.dy, l.dy_vector, at.batch, first, rows, at.channel, channels);
       prim::cp_async_commit();
     }
-    if (thread < rows_from(first, end)) to.tokens[thread] = conv_token(in, at.batch, first + thread);
+    if (thread < rows_from(first, end))
+      to.tokens[thread] = conv_token(in, at.batch, first + thread);
   }
 
   DEVICE_FUNCTION void walk(int32_t first, int stage) {
@@ -121,8 +122,8 @@ class BackwardBlock {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
       if (window.channel + i < in.parameters.channels)
-        dx[0][i] = to_float(static_cast<const T*>(
-            state.data)[from + (window.channel + i) * state.channel]);
+        dx[0][i] = to_float(
+            static_cast<const T*>(state.data)[from + (window.channel + i) * state.channel]);
   }
 
   /// `owned`: the token lies in the strip.
@@ -227,8 +228,8 @@ int64_t strips_of(const ConvInputs& in) {
   int64_t count = 0;
   visit_dtype(in.dtype, [&](auto zero) {
     using T = decltype(zero);
-    count = plan_conv_strips(in, conv_is_narrow(in) ? ConvShape<T, 4>::kChannels
-                                                    : ConvShape<T, 8>::kChannels)
+    count = plan_conv_strips(
+                in, conv_is_narrow(in) ? ConvShape<T, 4>::kChannels : ConvShape<T, 8>::kChannels)
                 .count;
   });
   return count;
@@ -245,8 +246,7 @@ ColumnSums parameter_sums(const ConvBackwardParams& p) {
     void* out = static_cast<char*>(p.dweight) + (width - 1 - j) * bytes_of(parameters.weight_dtype);
     sums.add({j * channels, channels, out, width, parameters.weight_dtype});
   }
-  if (p.dbias != nullptr)
-    sums.add({width * channels, channels, p.dbias, 1, parameters.bias_dtype});
+  if (p.dbias != nullptr) sums.add({width * channels, channels, p.dbias, 1, parameters.bias_dtype});
   return sums;
 }
 

@@ -112,8 +112,7 @@ causal_conv1d_last(const GRID_CONSTANT ConvForwardParams p) {
   if (number >= int64_t{in.num_sequences} * memory * channels) return;
   const int32_t channel = static_cast<int32_t>(number % channels);
   const int32_t row = static_cast<int32_t>(number / channels % memory);
-  const ConvSequence s =
-      conv_sequence_at(in, static_cast<int32_t>(number / channels / memory));
+  const ConvSequence s = conv_sequence_at(in, static_cast<int32_t>(number / channels / memory));
   const int32_t batch = conv_row_of(in, s), token = s.end - memory + row;
   const int32_t after = token + 1 > s.begin ? token + 1 : s.begin;
   const float value = conv_resets_between(in, batch, after, s.end)

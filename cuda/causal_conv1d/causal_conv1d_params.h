@@ -38,7 +38,8 @@ struct ConvInputs {
   ConvView x, state0;
   const bool* reset = nullptr;  ///< (B,T) or null
   int64_t reset_batch = 0, reset_time = 0;
-  const int32_t* cu_seqlens = nullptr;  ///< (N+1) on the device, B = 1; null: a sequence per batch row
+  const int32_t* cu_seqlens =
+      nullptr;  ///< (N+1) on the device, B = 1; null: a sequence per batch row
   int32_t num_sequences = 0;
 };
 
@@ -51,9 +52,9 @@ struct ConvBackwardParams {
   ConvInputs in;
   ConvView dy, dstate;  ///< null: zero
   ConvView dx;
-  ConvView dstate0;         ///< null: not wanted
-  void* dweight = nullptr;  ///< (C,W) contiguous, in weight_dtype
-  void* dbias = nullptr;    ///< (C) contiguous, in bias_dtype; null: not wanted
+  ConvView dstate0;           ///< null: not wanted
+  void* dweight = nullptr;    ///< (C,W) contiguous, in weight_dtype
+  void* dbias = nullptr;      ///< (C) contiguous, in bias_dtype; null: not wanted
   float* partials = nullptr;  ///< causal_conv1d_partials(in) numbers of scratch memory
 };
 

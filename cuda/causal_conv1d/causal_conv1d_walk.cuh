@@ -29,10 +29,10 @@ struct ConvStrips {
 
 /// What happens at a token.
 struct alignas(8) ConvToken {
-  uint8_t seen;     ///< inputs that it sees, its own included; 0: there is no such token
-  uint8_t reach;    ///< how many of these are tokens: the others lie in the start state
-  bool starts;      ///< the window becomes the start state
-  int8_t kept;      ///< its row in the final state, or -1
+  uint8_t seen;   ///< inputs that it sees, its own included; 0: there is no such token
+  uint8_t reach;  ///< how many of these are tokens: the others lie in the start state
+  bool starts;    ///< the window becomes the start state
+  int8_t kept;    ///< its row in the final state, or -1
   int32_t sequence;
 };
 
@@ -92,8 +92,8 @@ DEVICE_FUNCTION float conv_input(const ConvInputs& in, int32_t batch, const Conv
                                  int32_t token, int32_t channel) {
   if (token >= s.begin) {
     const ConvView& x = in.x;
-    return to_float(static_cast<const T*>(
-        x.data)[batch * x.batch + token * x.time + channel * x.channel]);
+    return to_float(
+        static_cast<const T*>(x.data)[batch * x.batch + token * x.time + channel * x.channel]);
   }
   const int32_t row = in.parameters.width - 1 + token - s.begin;
   const ConvView& state = in.state0;
@@ -152,13 +152,13 @@ class ConvWindow {
 #pragma unroll 1
     for (int j = 1; j < kTaps; ++j) {
 #pragma unroll
-      for (int k = kTaps - 1; k > 1; --k)
+      for (int k = kTaps - 1; k > 0; --k)
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) x[k][i] = x[k - 1][i];
       const int32_t from = token - kTaps + j;
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
-        x[1][i] = channel + i < in.parameters.channels && from >= 0
+        x[0][i] = channel + i < in.parameters.channels
                       ? conv_input<T>(in, batch, s, from, channel + i)
                       : 0.0F;
     }
