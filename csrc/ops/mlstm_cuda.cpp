@@ -5,87 +5,39 @@
 // TORCH_CPP_LOG_LEVEL=INFO shows it.
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/util/Logging.h>
 #include <torch/library.h>
 
-#include <cstdlib>
-#include <mutex>
-#include <set>
 #include <string>
 
 #include "csrc/ops/cpu/mlstm_params.h"
+#include "csrc/ops/cuda_device.h"
 #include "csrc/ops/mlstm_generic.h"
 #ifdef XLSTM_CUDA
-#include <c10/cuda/CUDAStream.h>
-#include <cuda_runtime_api.h>
-
 #include "csrc/ops/mlstm_kernels.h"
 #endif
 
 namespace xlstm::ops {
 namespace {
 
-void log_once(const std::string& text) {
-  static std::mutex mutex;
-  static std::set<std::string> said;
-  const std::lock_guard lock(mutex);
-  if (said.insert(text).second) LOG(INFO) << text;
-}
-
 #ifdef XLSTM_CUDA
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  const cudaError_t status = cudaDeviceGetAttribute(&value, which, device);
-  TORCH_CHECK(status == cudaSuccess, "mlstm: ", cudaGetErrorString(status));
-  return value;
-}
-
-cuda::DeviceLimits query_limits(int device) {
-  cuda::DeviceLimits limits;
-  limits.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                              attribute(cudaDevAttrComputeCapabilityMinor, device);
-  limits.num_multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
-  limits.shared_bytes =
-      static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const char* hopper = std::getenv("XLSTM_HOPPER");
-  limits.hopper =
-      limits.compute_capability == 90 && hopper != nullptr && std::string(hopper) == "1";
-  return limits;
-}
-
-/// Asked once per device.
-const cuda::DeviceLimits& limits_of(at::Device device) {
-  constexpr int kMostDevices = 128;
-  static std::once_flag flags[kMostDevices];
-  static cuda::DeviceLimits limits[kMostDevices];
-  const int index = device.index();
-  TORCH_CHECK(index >= 0 && index < kMostDevices, "mlstm: device ", device, ": expected at most ",
-              kMostDevices, " devices");
-  std::call_once(flags[index], [index] { limits[index] = query_limits(index); });
-  return limits[index];
-}
 
 /// Whether the kernels take a call; logs the answer.
 bool use_kernels(const MlstmSizes& sizes, const at::Tensor& q) {
-  const char* choice = std::getenv("XLSTM_CUDA_KERNELS");
-  const std::string lack = choice != nullptr && std::string(choice) == "off"
-                               ? "XLSTM_CUDA_KERNELS=off"
-                               : mlstm_kernels_lack(sizes, q.scalar_type(), limits_of(q.device()));
-  const char* kernels = limits_of(q.device()).hopper
-                            ? "mlstm: kernels for CUDA, those for sm_90a where they cover a problem"
-                            : "mlstm: kernels for CUDA";
-  log_once(lack.empty() ? kernels : "mlstm: generic path on CUDA: " + lack);
-  return lack.empty();
+  const cuda::DeviceLimits& limits = device_limits(q.device());
+  std::string lack = cuda_kernels_lack(q.device());
+  if (lack.empty()) lack = mlstm_kernels_lack(sizes, q.scalar_type(), limits);
+  if (lack.empty() && limits.hopper)
+    log_once("mlstm: the kernels for sm_90a where they cover a problem");
+  return takes_kernels("mlstm", lack);
 }
 
 MlstmDevice current_device(const at::Tensor& q) {
-  return {limits_of(q.device()), c10::cuda::getCurrentCUDAStream(q.device().index()).stream()};
+  return {device_limits(q.device()), current_stream(q.device())};
 }
 
 #else
 
-void log_generic() { log_once("mlstm: generic path on CUDA: built without nvcc"); }
+void log_generic(at::Device device) { takes_kernels("mlstm", cuda_kernels_lack(device)); }
 
 #endif
 
@@ -137,7 +89,7 @@ MlstmResults run_forward(const MlstmArguments& a, [[maybe_unused]] bool with_pro
   if (use_kernels(sizes, a.q))
     return mlstm_kernels_forward(a, sizes, current_device(a.q), with_product);
 #else
-  log_generic();
+  log_generic(a.q.device());
 #endif
   return mlstm_generic_forward(a);
 }
@@ -156,7 +108,7 @@ MlstmGradients mlstm_chunkwise_backward_cuda(const MlstmBackwardArguments& a) {
 #ifdef XLSTM_CUDA
   if (use_kernels(sizes, a.in.q)) return mlstm_kernels_backward(a, sizes, current_device(a.in.q));
 #else
-  log_generic();
+  log_generic(a.in.q.device());
 #endif
   return mlstm_generic_backward(a);
 }
@@ -168,7 +120,7 @@ at::Tensor mlstm_step_cuda(const MlstmStepArguments& a) {
 #ifdef XLSTM_CUDA
   if (use_kernels(sizes, a.q)) return mlstm_kernels_step(a, sizes, current_device(a.q));
 #else
-  log_generic();
+  log_generic(a.q.device());
 #endif
   return mlstm_generic_step(a);
 }

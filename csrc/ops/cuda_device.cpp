@@ -1,0 +1,93 @@
+#include "csrc/ops/cuda_device.h"
+
+#include <c10/util/Exception.h>
+#include <c10/util/Logging.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <set>
+
+#ifdef XLSTM_CUDA
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#endif
+
+namespace xlstm::ops {
+
+void log_once(const std::string& text) {
+  static std::mutex mutex;
+  static std::set<std::string> said;
+  const std::lock_guard lock(mutex);
+  if (said.insert(text).second) LOG(INFO) << text;
+}
+
+bool takes_kernels(std::string_view op, const std::string& lack) {
+  const std::string path = lack.empty() ? ": kernels for CUDA" : ": generic path on CUDA: " + lack;
+  log_once(std::string(op) + path);
+  return lack.empty();
+}
+
+#ifdef XLSTM_CUDA
+
+namespace {
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  const cudaError_t status = cudaDeviceGetAttribute(&value, which, device);
+  TORCH_CHECK(status == cudaSuccess, "device ", device, ": ", cudaGetErrorString(status));
+  return value;
+}
+
+cuda::DeviceLimits query_limits(int device) {
+  cuda::DeviceLimits limits;
+  limits.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                              attribute(cudaDevAttrComputeCapabilityMinor, device);
+  limits.num_multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  limits.shared_bytes =
+      static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const char* hopper = std::getenv("XLSTM_HOPPER");
+  limits.hopper =
+      limits.compute_capability == 90 && hopper != nullptr && std::string(hopper) == "1";
+  return limits;
+}
+
+}  // namespace
+
+std::string cuda_kernels_lack(at::Device device) {
+  const char* choice = std::getenv("XLSTM_CUDA_KERNELS");
+  if (choice != nullptr && std::string(choice) == "off") return "XLSTM_CUDA_KERNELS=off";
+  const int capability = device_limits(device).compute_capability;
+  if (capability < 80)
+    return "no kernels for compute capability " + std::to_string(capability / 10) + "." +
+           std::to_string(capability % 10);
+  return "";
+}
+
+const cuda::DeviceLimits& device_limits(at::Device device) {
+  constexpr int kMostDevices = 128;
+  static std::once_flag flags[kMostDevices];
+  static cuda::DeviceLimits limits[kMostDevices];
+  const int index = device.index();
+  TORCH_CHECK(index >= 0 && index < kMostDevices, "device ", device, ": expected at most ",
+              kMostDevices, " devices");
+  std::call_once(flags[index], [index] { limits[index] = query_limits(index); });
+  return limits[index];
+}
+
+cuda::Stream current_stream(at::Device device) {
+  return c10::cuda::getCurrentCUDAStream(device.index()).stream();
+}
+
+#else
+
+std::string cuda_kernels_lack(at::Device) { return "built without nvcc"; }
+
+const cuda::DeviceLimits& device_limits(at::Device) {
+  TORCH_CHECK(false, "device limits: built without nvcc");
+}
+
+cuda::Stream current_stream(at::Device) { TORCH_CHECK(false, "stream: built without nvcc"); }
+
+#endif
+
+}  // namespace xlstm::ops
