@@ -145,6 +145,7 @@ def _read_slstm(block, model):
         "cell": section.take("function", "slstm", choices=("slstm", "lstm")),
         "bias_init": section.take("bias_init", "powerlaw_blockdependent"),
         "recurrent_weight_init": section.take("recurrent_weight_init", "zeros"),
+        "recurrent_cut": section.take("gradient_recurrent_cut", False, choices=(False, True)),
     }
     section.take("group_norm_weight", True)  # without it there is no key in the weights: ones
     # The package's CUDA kernels clip y itself with the value meant for its gradient.

@@ -130,6 +130,14 @@ std::vector<Field> model_fields() {
                   "initialisation of the forget gate's bias"),
       XLSTM_FIELD(model.slstm.recurrent_weight_init, one_of({"zeros", "standard"}),
                   "initialisation of the recurrent weights"),
+      XLSTM_FIELD(model.slstm.recompute, any(),
+                  "compute the gates again in the backward pass: same values, less memory with "
+                  "bfloat16, more time"),
+      XLSTM_FIELD(model.slstm.recurrent_clip, at_least(0),
+                  "bound of every entry of the gradient that flows back through the recurrent "
+                  "weights into the previous output (often 10); 0: none"),
+      XLSTM_FIELD(model.slstm.recurrent_cut, any(),
+                  "no gradient flows back through the recurrent weights (they still learn)"),
       XLSTM_FIELD(model.feed_forward.proj_factor, above_up_to(0, 1000),
                   "width of the feed-forward layer / embedding_dim"),
       XLSTM_FIELD(model.feed_forward.round_up_to_multiple_of, integers(1, kMaxSize),

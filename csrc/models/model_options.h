@@ -43,6 +43,11 @@ struct ModelOptions {
     std::string cell = "slstm";                         ///< "slstm" | "slstm_expf" | "lstm"
     std::string bias_init = "powerlaw_blockdependent";  ///< | "small_init" | "zeros" | "standard"
     std::string recurrent_weight_init = "zeros";        ///< | "standard"
+    bool recompute =
+        false;  ///< compute the gates again in the backward pass: same values, less memory with bfloat16
+    double recurrent_clip =
+        0;  ///< bound of each entry of the gradient through the recurrence; 0: none
+    bool recurrent_cut = false;  ///< no gradient through the recurrence: changes training
   } slstm;
   struct FeedForward {
     double proj_factor = 1.3;  ///< sLSTM block; rounded up to a multiple (7B: 2.667, SwiGLU)

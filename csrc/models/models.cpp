@@ -95,6 +95,9 @@ nn::SlstmBlockOptions slstm_options(const ModelOptions& o, int64_t block_index) 
   block.cell = o.slstm.cell;
   block.bias_init = o.slstm.bias_init;
   block.recurrent_weight_init = o.slstm.recurrent_weight_init;
+  block.recompute = o.slstm.recompute;
+  block.recurrent_clip = o.slstm.recurrent_clip;
+  block.recurrent_cut = o.slstm.recurrent_cut;
   block.norm_eps = o.norm_eps;
   block.dropout = o.dropout;
   block.block_index = block_index;

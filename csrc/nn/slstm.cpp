@@ -90,7 +90,13 @@ Result SlstmLayer::forward(const at::Tensor& x, const State& state,
           .view({batch, length, 4, heads, head_dim});
   auto [h, y, c, n, m] =
       ops::slstm(wx, recurrent_, bias_, optional_state(state, 1), optional_state(state, 2),
-                 optional_state(state, 3), optional_state(state, 4), reset, {}, options_.cell);
+                 optional_state(state, 3), optional_state(state, 4),
+                 {reset,
+                  {},
+                  options_.cell,
+                  options_.recompute,
+                  options_.recurrent_clip,
+                  options_.recurrent_cut});
   h = apply_dropout(h, options_.dropout,
                     is_training());  // before the norm, as the reference does it
   const at::Tensor out =

@@ -10,6 +10,9 @@ struct SlstmBlockOptions {
   std::string cell = "slstm";    ///< "slstm" | "slstm_expf" | "lstm"
   std::string bias_init = "powerlaw_blockdependent";
   std::string recurrent_weight_init = "zeros";
+  bool recompute = false;      ///< compute the gates again in the backward pass
+  double recurrent_clip = 0;   ///< bound of the gradient through the recurrence; 0: none
+  bool recurrent_cut = false;  ///< no gradient through the recurrence
   double norm_eps = 1e-5;
   double dropout = 0;
   int64_t block_index = 0;  ///< position in the model, for bias_init

@@ -32,21 +32,23 @@ TORCH_LIBRARY(xlstm, m) {
       "Tensor h");
   m.def(
       "slstm(Tensor wx, Tensor r, Tensor b, Tensor? y0=None, Tensor? c0=None, Tensor? n0=None, "
-      "Tensor? m0=None, *, "
-      "Tensor? reset=None, Tensor? cu_seqlens=None, str cell=\"slstm\") "
+      "Tensor? m0=None, *, Tensor? reset=None, Tensor? cu_seqlens=None, str cell=\"slstm\", "
+      "bool recompute=False, float recurrent_clip=0., bool recurrent_cut=False) "
       "-> (Tensor y, Tensor y_last, Tensor c, Tensor n, Tensor m)");
+  // preactivations: what gates and checkpoints hold, csrc/ops/slstm_arguments.h; False on the CPU, True elsewhere.
   m.def(
       "slstm_forward(Tensor wx, Tensor r, Tensor b, Tensor? y0, Tensor? c0, Tensor? n0, Tensor? "
-      "m0, *, Tensor? reset, "
-      "Tensor? cu_seqlens, str cell) -> (Tensor y, Tensor y_last, Tensor c, Tensor n, Tensor m, "
-      "Tensor gates, "
-      "Tensor checkpoints)");
+      "m0, *, Tensor? reset, Tensor? cu_seqlens, str cell, bool recompute, float recurrent_clip, "
+      "bool recurrent_cut, bool preactivations) -> (Tensor y, Tensor y_last, Tensor c, Tensor n, "
+      "Tensor m, Tensor "
+      "gates, Tensor checkpoints)");
+  // wx and b: where the gates are computed again; gates has no elements then.
   m.def(
-      "slstm_backward(Tensor? dy, Tensor? dy_last, Tensor? dc, Tensor? dn, Tensor gates, Tensor "
-      "checkpoints, Tensor r, "
-      "Tensor? y0, Tensor? c0, Tensor? n0, *, Tensor? reset, Tensor? cu_seqlens, str cell, "
-      "ScalarType dtype, "
-      "int gate_dim) -> (Tensor dwx, Tensor dr, Tensor db, Tensor dy0, Tensor dc0, Tensor dn0)");
+      "slstm_backward(Tensor? dy, Tensor? dy_last, Tensor? dc, Tensor? dn, Tensor y, Tensor gates, "
+      "Tensor checkpoints, Tensor? wx, Tensor r, Tensor? b, Tensor? y0, Tensor? c0, Tensor? n0, "
+      "Tensor? m0, *, Tensor? reset, Tensor? cu_seqlens, str cell, float recurrent_clip, bool "
+      "recurrent_cut, int gate_dim) "
+      "-> (Tensor dwx, Tensor dr, Tensor db, Tensor dy0, Tensor dc0, Tensor dn0)");
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? state0=None, *, Tensor? "
       "reset=None, "

@@ -68,8 +68,35 @@ void check_states(const SlstmArguments& a, const c10::SymInt& count) {
   }
 }
 
-c10::SymInt state_count(const SlstmArguments& a) {
-  return a.cu_seqlens ? a.cu_seqlens->sym_size(0) - 1 : a.wx.sym_size(0);
+c10::SymInt state_count(const OptionalTensor& cu_seqlens, const at::Tensor& of_batch) {
+  return cu_seqlens ? cu_seqlens->sym_size(0) - 1 : of_batch.sym_size(0);
+}
+
+void check_clip(double clip) {
+  TORCH_CHECK_VALUE(clip >= 0,
+                    "slstm: recurrent_clip: expected 0 (none) or a positive number, got ", clip);
+}
+
+using Sizes = std::vector<c10::SymInt>;
+
+/// (B,T,4,NH,DH) with the gate axis at `gate_dim` of the memory.
+at::Tensor empty_gates(Sizes sizes, const at::TensorOptions& options, int64_t gate_dim) {
+  sizes.insert(sizes.begin() + gate_dim, c10::SymInt(4));
+  std::vector<int64_t> order{0, 1, 2, 3};
+  for (int64_t& axis : order) axis += axis >= gate_dim;
+  order.insert(order.begin() + 2, gate_dim);
+  return at::empty_symint(sizes, options).permute(order);
+}
+
+/// Of y's sizes.
+Sizes checkpoint_sizes(const Sizes& y, const c10::SymInt& states, bool packed, cpu::SlstmCell cell,
+                       bool recompute, bool preactivations) {
+  const c10::SymInt segments = (y[1] + (cpu::kSlstmSegment - 1)) / cpu::kSlstmSegment;
+  if (!preactivations)
+    return {y[0], y[2], segments, cpu::slstm_checkpoint_states(cell, recompute), y[3]};
+  const c10::SymInt whole = y[1] / cpu::kSlstmSegment;
+  return {packed ? whole + states : y[0] * (whole + 1), y[2], cell == cpu::SlstmCell::kLstm ? 1 : 3,
+          y[3]};
 }
 
 }  // namespace
@@ -89,6 +116,7 @@ at::ScalarType slstm_state_type(at::ScalarType type) {
 
 void check_slstm_arguments(const SlstmArguments& a) {
   slstm_cell(a.cell);
+  check_clip(a.recurrent_clip);
   const at::ScalarType type = a.wx.scalar_type();
   TORCH_CHECK_VALUE(a.wx.dim() == 5 && a.wx.sym_size(2) == 4,
                     "slstm: wx: expected (B,T,4,NH,DH), gates in the order i, f, z, o, got ",
@@ -111,7 +139,7 @@ void check_slstm_arguments(const SlstmArguments& a) {
     TORCH_CHECK_VALUE(a.wx.sym_size(0) == 1, "slstm: wx: expected B = 1 with cu_seqlens, got ",
                       shape_of(a.wx));
   }
-  check_states(a, state_count(a));
+  check_states(a, state_count(a.cu_seqlens, a.wx));
   if (!a.reset) return;
   check_shape(*a.reset, "reset", {a.wx.sym_size(0), a.wx.sym_size(1)}, "(B,T)");
   TORCH_CHECK_TYPE(a.reset->scalar_type() == at::kBool, "slstm: reset: expected bool, got ",
@@ -120,22 +148,55 @@ void check_slstm_arguments(const SlstmArguments& a) {
                     " as wx, got ", a.reset->device());
 }
 
+void check_slstm_backward_arguments(const SlstmBackwardArguments& a) {
+  slstm_cell(a.cell);
+  check_clip(a.recurrent_clip);
+  TORCH_CHECK_VALUE(a.y.dim() == 4, "slstm_backward: y: expected (B,T,NH,DH), got ", shape_of(a.y));
+  TORCH_CHECK_VALUE(a.wx.has_value() == a.b.has_value(),
+                    "slstm_backward: wx and b: expected both or neither");
+  const Sizes y = a.y.sym_sizes().vec();
+  check_shape(a.r, "r", {4, y[2], y[3], y[3]}, "(4,NH,DH,DH)");
+  if (a.wx) check_shape(*a.wx, "wx", {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
+  if (a.dy) check_shape(*a.dy, "dy", y, "(B,T,NH,DH)");
+}
+
+void check_slstm_saved(const SlstmBackwardArguments& a, bool preactivations) {
+  const cpu::SlstmCell cell = slstm_cell(a.cell);
+  const Sizes y = a.y.sym_sizes().vec();
+  check_shape(a.checkpoints, "checkpoints",
+              checkpoint_sizes(y, state_count(a.cu_seqlens, a.y), a.cu_seqlens.has_value(), cell,
+                               a.recompute(), preactivations),
+              preactivations ? "(slots,NH,K,DH)" : "(B,NH,ceil(T/16),K,DH)");
+  if (a.recompute()) return;
+  if (preactivations) {
+    check_shape(a.gates, "gates", {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
+  } else {
+    check_shape(a.gates, "gates", {y[0], y[2], y[1], cpu::slstm_saved_gates(cell), y[3]},
+                "(B,NH,T,S,DH)");
+  }
+}
+
 SlstmResults empty_slstm_results(const SlstmArguments& a, bool saved) {
   const cpu::SlstmCell cell = slstm_cell(a.cell);
-  const c10::SymInt batch = a.wx.sym_size(0), time = a.wx.sym_size(1), heads = a.wx.sym_size(3),
-                    dh = a.wx.sym_size(4);
-  const auto states = a.wx.options().dtype(slstm_state_type(a.wx.scalar_type()));
-  const std::vector<c10::SymInt> sizes{state_count(a), heads, dh};
-  const auto state = [&] { return at::empty_symint(sizes, states); };
-  at::Tensor y = at::empty_symint({batch, time, heads, dh}, a.wx.options());
+  const Sizes y{a.wx.sym_size(0), a.wx.sym_size(1), a.wx.sym_size(3), a.wx.sym_size(4)};
+  const auto options = a.wx.options().dtype(slstm_state_type(a.wx.scalar_type()));
+  const c10::SymInt count = state_count(a.cu_seqlens, a.wx);
+  const auto state = [&] { return at::empty_symint({count, y[2], y[3]}, options); };
   at::Tensor gates, checkpoints;
   if (saved) {
-    const c10::SymInt slots = (time + (cpu::kSlstmSegment - 1)) / cpu::kSlstmSegment;
-    gates = at::empty_symint({batch, heads, time, cpu::slstm_saved_gates(cell), dh}, states);
-    checkpoints =
-        at::empty_symint({batch, heads, slots, cpu::slstm_checkpoint_states(cell), dh}, states);
+    if (a.recompute) {
+      gates = at::empty({0}, options);
+    } else if (a.preactivations) {
+      gates = empty_gates(y, options, slstm_gate_dim(a.wx));
+    } else {
+      gates = at::empty_symint({y[0], y[2], y[1], cpu::slstm_saved_gates(cell), y[3]}, options);
+    }
+    checkpoints = at::empty_symint(
+        checkpoint_sizes(y, count, a.cu_seqlens.has_value(), cell, a.recompute, a.preactivations),
+        options);
   }
-  return {y, state(), state(), state(), state(), gates, checkpoints};
+  return {
+      at::empty_symint(y, a.wx.options()), state(), state(), state(), state(), gates, checkpoints};
 }
 
 int64_t slstm_gate_dim(const at::Tensor& wx) {
@@ -145,14 +206,14 @@ int64_t slstm_gate_dim(const at::Tensor& wx) {
   return stride[2] > stride[0] ? 0 : 2;
 }
 
-at::Tensor empty_slstm_dwx(const at::Tensor& gates, at::ScalarType dtype, int64_t gate_dim) {
-  std::vector<c10::SymInt> sizes{gates.sym_size(0), gates.sym_size(2), gates.sym_size(1),
-                                 gates.sym_size(4)};
-  sizes.insert(sizes.begin() + gate_dim, c10::SymInt(4));
-  std::vector<int64_t> order{0, 1, 2, 3};
-  for (int64_t& axis : order) axis += axis >= gate_dim;
-  order.insert(order.begin() + 2, gate_dim);
-  return at::empty_symint(sizes, gates.options().dtype(dtype)).permute(order);
+SlstmGradients empty_slstm_gradients(const SlstmBackwardArguments& a) {
+  const Sizes y = a.y.sym_sizes().vec();
+  const auto options = a.y.options().dtype(slstm_state_type(a.y.scalar_type()));
+  const Sizes state{state_count(a.cu_seqlens, a.y), y[2], y[3]};
+  return {
+      empty_gates(y, a.y.options(), a.gate_dim),  at::empty_symint({4, y[2], y[3], y[3]}, options),
+      at::empty_symint({4, y[2], y[3]}, options), at::empty_symint(state, options),
+      at::empty_symint(state, options),           at::empty_symint(state, options)};
 }
 
 }  // namespace xlstm::ops

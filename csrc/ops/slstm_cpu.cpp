@@ -67,8 +67,13 @@ int64_t tiles_per_head(int64_t rows, int64_t heads) {
   return best;
 }
 
-void set_shape(cpu::SlstmShape& p, at::ScalarType dtype, const std::vector<SlstmRow>& rows,
+/// y (B,T,NH,DH)
+void set_shape(cpu::SlstmShape& p, const at::Tensor& y, const std::vector<SlstmRow>& rows,
                const at::Tensor& reset, std::string_view cell) {
+  const at::ScalarType dtype = y.scalar_type();
+  p.time = y.size(1);
+  p.heads = y.size(2);
+  p.dh = y.size(3);
   p.cell = slstm_cell(cell);
   p.dtype = dtype_code(dtype);
   const int64_t lanes = dtype == at::kDouble ? 8 : 16;
@@ -110,35 +115,50 @@ at::Tensor in_type(const OptionalTensor& t, at::ScalarType type) {
 const void* data_of(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* mutable_data_of(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
+/// Everything that a kernel's inputs point to, in the type of computation.
+struct InputTensors {
+  at::Tensor wx, r, b, y0, c0, n0, m0, reset;
+
+  template <class Arguments>
+  InputTensors(const Arguments& a, at::ScalarType type)
+      : r(in_type(a.r, type)),
+        b(in_type(a.b, type)),
+        y0(in_type(a.y0, type)),
+        c0(in_type(a.c0, type)),
+        n0(in_type(a.n0, type)),
+        m0(in_type(a.m0, type)),
+        reset(in_type(a.reset, at::kBool)) {}
+
+  void set(cpu::SlstmInputs& p) const {
+    p.wx = data_of(wx);
+    if (wx.defined()) std::copy_n(wx.strides().begin(), 5, p.wx_stride);
+    p.r = data_of(r);
+    p.b = data_of(b);
+    p.y0 = data_of(y0);
+    p.c0 = data_of(c0);
+    p.n0 = data_of(n0);
+    p.m0 = data_of(m0);
+  }
+};
+
 SlstmResults forward_cpu(const SlstmArguments& a, bool saved) {
   check_slstm_arguments(a);
-  const at::ScalarType type = slstm_state_type(a.wx.scalar_type());
   SlstmResults results = empty_slstm_results(a, saved);
   const auto& [y, y_last, c, n, m, gates, checkpoints] = results;
-  const at::Tensor r = in_type(a.r, type), b = in_type(a.b, type), y0 = in_type(a.y0, type),
-                   c0 = in_type(a.c0, type), n0 = in_type(a.n0, type), m0 = in_type(a.m0, type),
-                   reset = in_type(a.reset, at::kBool);
+  InputTensors inputs(a, slstm_state_type(a.wx.scalar_type()));
+  inputs.wx = a.wx;
   const std::vector<SlstmRow> rows = sequences(a.wx.size(0), a.wx.size(1), a.cu_seqlens);
 
   cpu::SlstmForwardParams p{};
-  p.time = a.wx.size(1);
-  p.heads = a.wx.size(3);
-  p.dh = a.wx.size(4);
-  set_shape(p, a.wx.scalar_type(), rows, reset, a.cell);
-  p.wx = a.wx.const_data_ptr();
-  std::copy_n(a.wx.strides().begin(), 5, p.wx_stride);
-  p.r = data_of(r);
-  p.b = data_of(b);
-  p.y0 = data_of(y0);
-  p.c0 = data_of(c0);
-  p.n0 = data_of(n0);
-  p.m0 = data_of(m0);
+  set_shape(p, y, rows, inputs.reset, a.cell);
+  inputs.set(p);
+  p.recompute = a.recompute;
   p.y = y.mutable_data_ptr();
   p.y_last = y_last.mutable_data_ptr();
   p.c = c.mutable_data_ptr();
   p.n = n.mutable_data_ptr();
   p.m = m.mutable_data_ptr();
-  p.gates = mutable_data_of(gates);
+  p.gates = a.recompute ? nullptr : mutable_data_of(gates);
   p.checkpoints = mutable_data_of(checkpoints);
   if (p.cell == cpu::SlstmCell::kLstm) {
     n.zero_();
@@ -150,85 +170,67 @@ SlstmResults forward_cpu(const SlstmArguments& a, bool saved) {
   return results;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> slstm_cpu(
-    const at::Tensor& wx, const at::Tensor& r, const at::Tensor& b, const OptionalTensor& y0,
-    const OptionalTensor& c0, const OptionalTensor& n0, const OptionalTensor& m0,
-    const OptionalTensor& reset, const OptionalTensor& cu_seqlens, std::string_view cell) {
-  auto [y, y_last, c, n, m, gates, checkpoints] =
-      forward_cpu({wx, r, b, y0, c0, n0, m0, reset, cu_seqlens, cell}, false);
+SlstmOutputs slstm_cpu(const SlstmArguments& a) {
+  auto [y, y_last, c, n, m, gates, checkpoints] = forward_cpu(a, false);
   return {y, y_last, c, n, m};
 }
 
-SlstmResults slstm_forward_cpu(const at::Tensor& wx, const at::Tensor& r, const at::Tensor& b,
-                               const OptionalTensor& y0, const OptionalTensor& c0,
-                               const OptionalTensor& n0, const OptionalTensor& m0,
-                               const OptionalTensor& reset, const OptionalTensor& cu_seqlens,
-                               std::string_view cell) {
-  return forward_cpu({wx, r, b, y0, c0, n0, m0, reset, cu_seqlens, cell}, true);
+SlstmResults slstm_forward_cpu(const SlstmArguments& a) {
+  TORCH_CHECK_VALUE(!a.preactivations, "slstm_forward: preactivations: expected False on the CPU");
+  return forward_cpu(a, true);
 }
 
-SlstmGradients slstm_backward_cpu(const OptionalTensor& dy, const OptionalTensor& dy_last,
-                                  const OptionalTensor& dc, const OptionalTensor& dn,
-                                  const at::Tensor& gates, const at::Tensor& checkpoints,
-                                  const at::Tensor& r, const OptionalTensor& y0,
-                                  const OptionalTensor& c0, const OptionalTensor& n0,
-                                  const OptionalTensor& reset, const OptionalTensor& cu_seqlens,
-                                  std::string_view cell, at::ScalarType dtype, int64_t gate_dim) {
-  const at::ScalarType type = slstm_state_type(dtype);
-  const int64_t batch = gates.size(0), heads = gates.size(1), time = gates.size(2),
-                dh = gates.size(4);
-  const std::vector<SlstmRow> rows = sequences(batch, time, cu_seqlens);
-  const at::Tensor dy_typed = dy ? dy->to(dtype) : at::Tensor(), dy_end = in_type(dy_last, type),
-                   dc_end = in_type(dc, type), dn_end = in_type(dn, type),
-                   recurrent = in_type(r, type), y_start = in_type(y0, type),
-                   c_start = in_type(c0, type), n_start = in_type(n0, type),
-                   resets = in_type(reset, at::kBool), saved_gates = gates.contiguous(),
-                   saved_states = checkpoints.contiguous();
-  const auto options = gates.options();
-  const int64_t states = static_cast<int64_t>(rows.size());
-  const at::Tensor dy0 = at::empty({states, heads, dh}, options),
-                   dc0 = at::empty({states, heads, dh}, options),
-                   dn0 = at::empty({states, heads, dh}, options),
-                   dwx = empty_slstm_dwx(gates, dtype, gate_dim);
+SlstmGradients slstm_backward_cpu(const SlstmBackwardArguments& a) {
+  check_slstm_backward_arguments(a);
+  check_slstm_saved(a, false);
+  const at::ScalarType type = slstm_state_type(a.y.scalar_type());
+  const at::Tensor dy = a.dy ? a.dy->to(a.y.scalar_type()) : at::Tensor(),
+                   dy_last = in_type(a.dy_last, type), dc = in_type(a.dc, type),
+                   dn = in_type(a.dn, type), gates = a.gates.contiguous(),
+                   checkpoints = a.checkpoints.contiguous();
+  InputTensors inputs(a, type);
+  if (a.wx) inputs.wx = *a.wx;
+  const std::vector<SlstmRow> rows = sequences(a.y.size(0), a.y.size(1), a.cu_seqlens);
+  SlstmGradients gradients = empty_slstm_gradients(a);
+  auto& [dwx, dr, db, dy0, dc0, dn0] = gradients;
 
   cpu::SlstmBackwardParams p{};
-  p.time = time;
-  p.heads = heads;
-  p.dh = dh;
-  set_shape(p, dtype, rows, resets, cell);
-  const at::Tensor dr = at::empty({heads, p.tile_count, 4, dh, p.dh_padded}, options),
-                   db = at::empty({heads, p.tile_count, 4, p.dh_padded}, options);
-  p.dy = data_of(dy_typed);
-  if (p.dy) std::copy_n(dy_typed.strides().begin(), 4, p.dy_stride);
-  p.dy_last = data_of(dy_end);
-  p.dc_last = data_of(dc_end);
-  p.dn_last = data_of(dn_end);
-  p.gates = saved_gates.const_data_ptr();
-  p.checkpoints = saved_states.const_data_ptr();
-  p.r = recurrent.const_data_ptr();
-  p.y0 = data_of(y_start);
-  p.c0 = data_of(c_start);
-  p.n0 = data_of(n_start);
+  set_shape(p, a.y, rows, inputs.reset, a.cell);
+  inputs.set(p);
+  p.recompute = a.recompute();
+  p.recurrent_clip = a.recurrent_clip;
+  p.recurrent_cut = a.recurrent_cut;
+  const at::Tensor dr_parts =
+                       at::empty({p.heads, p.tile_count, 4, p.dh, p.dh_padded}, dr.options()),
+                   db_parts = at::empty({p.heads, p.tile_count, 4, p.dh_padded}, dr.options());
+  p.dy = data_of(dy);
+  if (p.dy) std::copy_n(dy.strides().begin(), 4, p.dy_stride);
+  p.dy_last = data_of(dy_last);
+  p.dc_last = data_of(dc);
+  p.dn_last = data_of(dn);
+  p.gates = p.recompute ? nullptr : gates.const_data_ptr();
+  p.checkpoints = checkpoints.const_data_ptr();
   p.dwx = dwx.mutable_data_ptr();
   std::copy_n(dwx.strides().begin(), 5, p.dwx_stride);
-  p.dr = dr.mutable_data_ptr();
-  p.db = db.mutable_data_ptr();
+  p.dr = dr_parts.mutable_data_ptr();
+  p.db = db_parts.mutable_data_ptr();
   p.dy0 = dy0.mutable_data_ptr();
   p.dc0 = dc0.mutable_data_ptr();
   p.dn0 = dn0.mutable_data_ptr();
   if (p.cell == cpu::SlstmCell::kLstm) dn0.zero_();
-  run_items(p, cpu::slstm_backward_workspace(p.tile_rows, p.dh_padded), &cpu::slstm_backward_items);
-  const at::Tensor dr_all = dr.sum(1).narrow(-1, 0, dh).transpose(0, 1).contiguous(),
-                   db_all = db.sum(1).narrow(-1, 0, dh).transpose(0, 1).contiguous();
-  return {dwx, dr_all, db_all, dy0, dc0, dn0};
+  run_items(p, cpu::slstm_backward_workspace(p.tile_rows, p.dh, p.dh_padded, p.recompute),
+            &cpu::slstm_backward_items);
+  dr = dr_parts.sum(1).narrow(-1, 0, p.dh).transpose(0, 1).contiguous();
+  db = db_parts.sum(1).narrow(-1, 0, p.dh).transpose(0, 1).contiguous();
+  return gradients;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(xlstm, CPU, m) {
-  m.impl("slstm", slstm_cpu);
-  m.impl("slstm_forward", slstm_forward_cpu);
-  m.impl("slstm_backward", slstm_backward_cpu);
+  m.impl("slstm", slstm_kernel<slstm_cpu>);
+  m.impl("slstm_forward", slstm_forward_kernel<slstm_forward_cpu>);
+  m.impl("slstm_backward", slstm_backward_kernel<slstm_backward_cpu>);
 }
 
 }  // namespace xlstm::ops

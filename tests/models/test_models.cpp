@@ -242,6 +242,28 @@ TEST_CASE("activation checkpointing changes no bit of loss and gradients") {
   }
 }
 
+TEST_CASE("the sLSTM's settings of the backward pass reach the operator") {
+  const at::Tensor ids = random_ids(2, 40), targets = random_ids(2, 40);
+  const auto run = [&](const auto& set) {
+    torch::manual_seed(11);
+    ModelOptions options = small_options();
+    set(options.slstm);
+    const auto model = make(options);
+    const at::Tensor loss = model->loss(ids, targets);
+    auto result = torch::autograd::grad({loss}, {model->named_parameters()["blocks.1.slstm.bias"]});
+    result.push_back(loss.detach());
+    return result;
+  };
+  const auto plain = run([](auto&) {});
+  const auto again = run([](auto& slstm) { slstm.recompute = true; });
+  const auto clipped = run([](auto& slstm) { slstm.recurrent_clip = 1e-4; });
+  const auto cut = run([](auto& slstm) { slstm.recurrent_cut = true; });
+  CHECK(at::equal(again[0], plain[0]));
+  for (const auto* other : {&again, &clipped, &cut}) CHECK(at::equal((*other)[1], plain[1]));
+  for (const auto* other : {&clipped, &cut}) CHECK(difference((*other)[0], plain[0]) > 1e-6);
+  CHECK(difference(clipped[0], cut[0]) > 1e-6);
+}
+
 TEST_CASE("soft cap, tied head") {
   torch::manual_seed(7);
   ModelOptions options = small_options();

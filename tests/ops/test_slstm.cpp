@@ -32,6 +32,7 @@ struct Setup {
   std::vector<int64_t> cu_seqlens = {};
   int gate_dim = 2;     // where the gates stand in wx's memory
   double spread = 1.5;  // of wx
+  bool recompute = false;
 };
 
 struct Inputs {
@@ -74,8 +75,8 @@ Inputs make_inputs(const Setup& s, at::ScalarType type = at::kDouble) {
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Outputs run(const Inputs& in) {
-  return xlstm::ops::slstm(in.wx, in.r, in.b, in.y0, in.c0, in.n0, in.m0, in.reset, in.cu_seqlens,
-                           in.setup.cell);
+  return xlstm::ops::slstm(in.wx, in.r, in.b, in.y0, in.c0, in.n0, in.m0,
+                           {in.reset, in.cu_seqlens, in.setup.cell, in.setup.recompute});
 }
 
 Values values(const at::Tensor& tensor) {
@@ -204,6 +205,43 @@ TEST_CASE("slstm gradients equal differences of the oracle", "[slstm]") {
     check_gradients({cell, 7, 1, 1, 8, true, true, {}, 3});
     check_gradients({cell, 1, 41, 2, 6, true, true, {0, 0, 20, 21, 21, 41}});
     check_gradients({cell, 2, 9, 1, 4, true, false, {}, 2, 30.0});
+  }
+}
+
+TEST_CASE("slstm that computes the gates again has the same gradients to the bit", "[slstm]") {
+  at::manual_seed(8);
+  for (const char* cell : kCells) {
+    check_gradients({cell, 3, 35, 2, 5, true, true, {}, 4, 1.5, true});
+    for (const at::ScalarType type : {at::kDouble, at::kFloat, at::kBFloat16}) {
+      for (const Setup& setup : {Setup{cell, 7, 50, 2, 21, true, true, {}, 4},
+                                 {cell, 1, 60, 1, 40, true, true, {0, 0, 18, 19, 60}},
+                                 {cell, 3, 16, 3, 16, false, false, {}, 3},
+                                 {cell, 2, 0, 1, 3, true}}) {
+        Inputs in = make_inputs(setup, type);
+        const auto leaves = [&] {
+          std::vector<at::Tensor> list;
+          for (at::Tensor* t : in.differentiable()) list.push_back(*t);
+          return list;
+        };
+        for (std::optional<at::Tensor>* state : {&in.y0, &in.c0, &in.n0, &in.m0})
+          if (*state) *state = (*state)->to(type == at::kDouble ? type : at::kFloat);
+        for (at::Tensor* t : in.differentiable()) t->requires_grad_();
+        std::vector<std::vector<at::Tensor>> results;
+        for (const bool recompute : {false, true}) {
+          in.setup.recompute = recompute;
+          const auto [y, y_last, c, n, m] = run(in);
+          results.push_back(torch::autograd::grad({y.sin().sum(), y_last.sum(), c.square().sum()},
+                                                  leaves(), {}, false, false, true));
+          results.back().insert(results.back().end(), {y, y_last, c, n, m});
+        }
+        INFO(cell << " " << c10::toString(type) << " " << setup.time << " " << setup.dh);
+        REQUIRE(results[0].size() == results[1].size());
+        for (size_t i = 0; i < results[0].size(); ++i) {
+          REQUIRE(results[0][i].defined() == results[1][i].defined());
+          if (results[0][i].defined()) CHECK(same_bits(results[0][i], results[1][i]));
+        }
+      }
+    }
   }
 }
 

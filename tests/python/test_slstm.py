@@ -31,8 +31,24 @@ def make(batch, time, heads, dh, *, states=False, count=None, dtype=torch.float6
     return wx, r, b, [s.to(state_dtype) for s in state]
 
 
-def aten(wx, r, b, states, cell, reset=None):
-    """The cell by plain ATen operators, everything in the dtype of the arguments."""
+class Recurrent(torch.autograd.Function):
+    """y as the next step's recurrent product sees it: its gradient is bounded, or cut off."""
+
+    @staticmethod
+    def forward(ctx, y, clip, cut):
+        ctx.clip, ctx.cut = clip, cut
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        if ctx.cut:
+            return torch.zeros_like(dy), None, None
+        return (dy.clamp(-ctx.clip, ctx.clip) if ctx.clip else dy), None, None
+
+
+def aten(wx, r, b, states, cell, reset=None, clip=0.0, cut=False, final=False):
+    """The cell by plain ATen operators, everything in the dtype of the arguments. final: the last y, c, n
+    as well, in units of an m that is a constant."""
     batch, time, _, heads, dh = wx.shape
     empty = [wx.new_full((batch, heads, dh), v) for v in (0.0, 0.0, 0.0, -torch.inf)]
     y, c, n, m = [s.to(wx.dtype) for s in states] or empty
@@ -40,18 +56,20 @@ def aten(wx, r, b, states, cell, reset=None):
     for t in range(time):
         if reset is not None:
             y, c, n, m = (torch.where(reset[:, t, None, None], e, s) for e, s in zip(empty, (y, c, n, m)))
-        i, f, z, o = (wx[:, t] + torch.einsum("ghoi,bhi->bgho", r, y) + b).unbind(1)
+        recurrent = Recurrent.apply(y, clip, cut) if clip or cut else y
+        i, f, z, o = (wx[:, t] + torch.einsum("ghoi,bhi->bgho", r, recurrent) + b).unbind(1)
         if cell == "lstm":
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
             y = torch.sigmoid(o) * torch.tanh(c)
         else:
             log_f = F.logsigmoid(f) if cell == "slstm" else f
             m_new = torch.maximum(log_f + m, i)
+            m_new = m_new.detach() if final else m_new
             i, f = torch.exp(i - m_new), torch.exp(log_f + m - m_new)
             c, n, m = f * c + i * torch.tanh(z), f * n + i, m_new
             y = torch.sigmoid(o) * c / n
         out.append(y)
-    return torch.stack(out, 1)
+    return (torch.stack(out, 1), y, c, n) if final else torch.stack(out, 1)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -99,15 +117,97 @@ def test_opcheck(cell):
     packed, _, _, start = make(1, 20, 2, 5, states=True, count=3, dtype=torch.float32)
     cu = torch.tensor([0, 4, 4, 20], dtype=torch.int32)
     torch.library.opcheck(slstm.default, (*leaf(packed, r, b), *start), {"cell": cell, "cu_seqlens": cu})
+    changed = {"cell": cell, "recompute": True, "recurrent_clip": 0.1, "recurrent_cut": False}
+    torch.library.opcheck(slstm.default, (*leaf(wx_last, r, b, *state[:3]), state[3]), changed | {"reset": reset})
 
     forward = torch.ops.xlstm.slstm_forward.default
-    options = {"reset": reset, "cu_seqlens": None, "cell": cell}
-    torch.library.opcheck(forward, (*leaf(wx, r, b), *state), options)
-    y, _, c, n, _, gates, checkpoints = forward(wx, r, b, *state, **options)
     backward = torch.ops.xlstm.slstm_backward.default
-    for gate_dim in (0, 2, 3, 4):
-        more = options | {"dtype": torch.float32, "gate_dim": gate_dim}
-        torch.library.opcheck(backward, (y, None, c, n, gates, checkpoints, r, *state[:3]), more)
+    common = {"reset": reset, "cu_seqlens": None, "cell": cell, "recurrent_clip": 0.5, "recurrent_cut": False}
+    for recompute in (False, True):
+        options = common | {"recompute": recompute, "preactivations": False}
+        torch.library.opcheck(forward, (*leaf(wx, r, b), *state), options)
+        y, _, c, n, _, gates, checkpoints = forward(wx, r, b, *state, **options)
+        kept = (wx, r, b, *state) if recompute else (None, r, None, *state[:3], None)
+        for gate_dim in (0, 2, 3, 4):
+            arguments = (y, None, c, n, y, gates, checkpoints, *kept)
+            torch.library.opcheck(backward, arguments, common | {"gate_dim": gate_dim})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_sizes_on_other_devices(cell):
+    """What the operators promise about results they cannot compute here."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        wx = torch.empty(3, 18, 2, 5, 4, device="cuda", dtype=torch.bfloat16).movedim(-1, 2)
+        r, b = (torch.empty(*s, device="cuda") for s in ((4, 2, 5, 5), (4, 2, 5)))
+        for recompute in (False, True):
+            y, *last = slstm(wx, r, b, cell=cell, recompute=recompute)
+            assert y.shape == (3, 18, 2, 5) and y.dtype == torch.bfloat16 and y.device.type == "cuda"
+            assert all(s.shape == (3, 2, 5) and s.dtype == torch.float32 for s in last)
+            options = {"reset": None, "cu_seqlens": None, "cell": cell, "recurrent_clip": 0.0, "recurrent_cut": False}
+            *_, gates, checkpoints = torch.ops.xlstm.slstm_forward(
+                wx, r, b, None, None, None, None, recompute=recompute, preactivations=True, **options)
+            assert gates.shape == ((0,) if recompute else wx.shape) and gates.dtype == torch.float32
+            assert checkpoints.shape == (6, 2, 1 if cell == "lstm" else 3, 5)
+            kept = (wx, r, b) if recompute else (None, r, None)
+            dwx, dr, db, *_ = torch.ops.xlstm.slstm_backward(
+                y, None, None, None, y, gates, checkpoints, *kept, None, None, None, None, gate_dim=4, **options)
+            assert dwx.shape == wx.shape and dwx.stride() == wx.stride() and dwx.dtype == wx.dtype
+            assert dr.shape == r.shape and db.shape == b.shape
+
+
+def gradients_with(clip, cut, cell, recompute, resets, cu, gate_dim):
+    """(ours, the plain loop's) gradients of a random function of y and the last states; cu: documents as rows of a loop."""
+    lengths = [b - a for a, b in zip(cu, cu[1:])] if cu else None
+    batch, time = (1, cu[-1]) if cu else (3, 21)
+    wx, r, b, state = make(batch, time, 2, 5, states=True, count=len(lengths) if cu else None, gate_dim=gate_dim, spread=3.0)
+    g = torch.Generator().manual_seed(9)
+    reset = torch.rand(batch, time, generator=g) < 0.1 if resets else None
+    weight = torch.randn(batch, time, 2, 5, generator=g, dtype=torch.float64) * 3
+    ends = [torch.randn(state[0].shape, generator=g, dtype=torch.float64) for _ in range(3)]
+    inputs = [t.detach().requires_grad_() for t in (wx, r, b, *state[:3])]
+    wanted = inputs[:5] if cell == "lstm" else inputs
+    cu_seqlens = torch.tensor(cu, dtype=torch.int32) if cu else None
+    y, *last = slstm(*inputs, state[3], reset=reset, cu_seqlens=cu_seqlens, cell=cell, recompute=recompute,
+                     recurrent_clip=clip, recurrent_cut=cut)[:4]
+    used = 2 if cell == "lstm" else 3
+    loss = (y * weight).sum() + sum((a * e).sum() for a, e in zip(last[:used], ends))
+    ours = torch.autograd.grad(loss, wanted)
+    loss = 0.0
+    for n in range(len(lengths) if cu else 1):
+        rows, tokens = (slice(n, n + 1), slice(cu[n], cu[n + 1])) if cu else (slice(None), slice(None))
+        if cu and lengths[n] == 0:
+            y, last = wx[:, :0, 0], [s[rows] for s in inputs[3:]]
+        else:
+            start = [s[rows] for s in (*inputs[3:], state[3])]
+            y, *last = aten(inputs[0][:, tokens], inputs[1], inputs[2], start, cell,
+                            reset=None if reset is None else reset[:, tokens], clip=clip, cut=cut, final=True)
+            loss = loss + (y * weight[:, tokens]).sum()
+        loss = loss + sum((a * e[rows]).sum() for a, e in zip(last[:used], ends))
+    return ours, torch.autograd.grad(loss, wanted)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("clip, cut", [(0.3, False), (0.0, True), (0.3, True), (1e6, False)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_clip_and_cut_equal_a_plain_loop(cell, clip, cut, recompute):
+    for resets, cu, gate_dim in ((True, None, 4), (False, [0, 0, 17, 18, 40], 2)):
+        true = gradients_with(0.0, False, cell, recompute, resets, cu, gate_dim)[0]
+        ours, loop = gradients_with(clip, cut, cell, recompute, resets, cu, gate_dim)
+        for a, e, t in zip(ours, loop, true):
+            assert (a - e).norm() <= 1e-12 * e.norm()
+            if clip == 1e6:
+                assert torch.equal(a, t)
+        assert clip == 1e6 or all((a - t).norm() > 1e-3 * t.norm() for a, t in zip(ours, true))
+
+
+def test_cut_leaves_y0_without_gradient():
+    wx, r, b, state = make(2, 5, 2, 3, states=True)
+    y0 = state[0].requires_grad_()
+    y = slstm(wx, r.requires_grad_(), b, *state, recurrent_cut=True)[0]
+    dy0, dr = torch.autograd.grad(y.sum(), (y0, r))
+    assert not dy0.any() and dr.any()
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -284,6 +384,8 @@ def test_second_derivative_is_an_error():
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"recurrent_clip": -1.0}, r"recurrent_clip: expected 0 \(none\) or a positive number, got -1"),
+        ({"recurrent_clip": float("nan")}, "recurrent_clip: expected 0"),
         ({"cell": "gru"}, 'cell: expected "slstm", "slstm_expf" or "lstm", got "gru"'),
         ({"wx": torch.zeros(2, 5, 3, 2, 4)}, r"wx: expected \(B,T,4,NH,DH\).*got \(2,5,3,2,4\)"),
         ({"wx": torch.zeros(2, 5, 4, 2, 4, dtype=torch.int64)}, "wx: expected float32.*got Long"),

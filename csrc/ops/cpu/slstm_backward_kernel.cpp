@@ -1,9 +1,9 @@
 // Backward of the sLSTM and LSTM. An item (head, tile of sequences) walks its steps in pieces of kSlstmSegment from the
 // last to the first. In each piece the states are computed again from the checkpoint and the saved gates (no
 // exponentials but the LSTM's tanh c), then the gate gradients in reverse, with dy_{t-1} += sum_g R_g^T dg_t per step;
-// dR and db take the whole piece at once while it is in the cache. Every sum has a fixed order.
-#include "csrc/ops/cpu/slstm_cells.h"
-#include "csrc/ops/cpu/slstm_tile.h"
+// dR and db take the whole piece at once while it is in the cache. Every sum has a fixed order. With recompute the gates
+// were not saved: each piece's steps are run again first, from a checkpoint that has m as well.
+#include "csrc/ops/cpu/slstm_recurrence.h"
 
 namespace xlstm::cpu::XLSTM_CPU_CAPABILITY {
 namespace {
@@ -14,18 +14,18 @@ struct BackwardItem {
 
   BackwardItem(const SlstmBackwardParams& params, int64_t item)
       : p(params),
-        head(item / p.tile_count),
+        part(params, item),
+        head(part.head),
         dh(p.dh),
         pitch(p.dh_padded),
-        gate_pitch(slstm_gate_pitch(pitch)) {
-    const int64_t first = item % p.tile_count * p.tile_rows;
-    rows = p.rows + first;
-    count = p.row_count - first < p.tile_rows ? p.row_count - first : p.tile_rows;
+        gate_pitch(slstm_gate_pitch(pitch)),
+        count(part.count),
+        rows(part.first) {
     Real* space = static_cast<Real*>(p.workspace);
     const auto take = [&space](int64_t size) {
-      Real* const part = space;
+      Real* const begin = space;
       space += size;
-      return part;
+      return begin;
     };
     recurrent = take(4 * pitch * pitch);
     Real** const per_row[] = {&dy, &dy_carried, &dc, &dn};
@@ -34,6 +34,8 @@ struct BackwardItem {
     gates = take(steps * gate_pitch);
     Real** const per_step[] = {&y_before, &c_before, &n_before, &aux0, &aux1};
     for (Real** buffer : per_step) *buffer = take(steps * pitch);
+    recomputed = p.recompute ? take(steps * 4 * pitch) : nullptr;
+    rest = space;
     dr = static_cast<Real*>(p.dr) + item * 4 * dh * pitch;
     db = static_cast<Real*>(p.db) + item * 4 * pitch;
   }
@@ -44,10 +46,7 @@ struct BackwardItem {
     const int64_t vectors = (pitch - unit) / kWidth;
     return vectors < 4 ? vectors : 4;
   }
-  bool reset_at(int64_t row, int64_t t) const {
-    return p.reset &&
-           p.reset[rows[row].batch * p.reset_stride[0] + (rows[row].begin + t) * p.reset_stride[1]];
-  }
+  bool reset_at(int64_t row, int64_t t) const { return reset_before(p, rows[row], t); }
 
   /// recurrent[panel of inputs][gate * pitch + output unit][lane]; zero beyond DH.
   void pack() {
@@ -92,18 +91,23 @@ struct BackwardItem {
     }
   }
 
-  /// State of a row before token t = begin of a piece.
+  /// Of a row before token t = begin of a piece, t > 0.
+  const Real* checkpoint(int64_t row, int64_t t) const {
+    const int64_t kept = slstm_checkpoint_states(p.cell, p.recompute);
+    const int64_t slot = (rows[row].begin + t) / kSlstmSegment;
+    return static_cast<const Real*>(p.checkpoints) +
+           ((rows[row].batch * p.heads + head) * p.checkpoint_slots + slot) * kept * dh;
+  }
+
+  /// State of a row before token t = begin of a piece, without m.
   State<Real> state_before(int64_t row, int64_t unit, int64_t t) const {
-    const int64_t lanes = width_of(unit), kept = slstm_checkpoint_states(p.cell);
+    const int64_t lanes = width_of(unit);
     State<Real> s{{}, {}, {}, {}};
     if (t > 0) {
-      const int64_t slot = (rows[row].begin + t) / kSlstmSegment;
-      const Real* const from =
-          static_cast<const Real*>(p.checkpoints) +
-          ((rows[row].batch * p.heads + head) * p.checkpoint_slots + slot) * kept * dh + unit;
+      const Real* const from = checkpoint(row, t) + unit;
       s.y = load_part(from, lanes, Real(0));
       s.c = load_part(from + dh, lanes, Real(0));
-      if (kept == 3) s.n = load_part(from + 2 * dh, lanes, Real(0));
+      if (p.cell != SlstmCell::kLstm) s.n = load_part(from + 2 * dh, lanes, Real(0));
       return s;
     }
     const int64_t state = (rows[row].state * p.heads + head) * dh + unit;
@@ -115,6 +119,7 @@ struct BackwardItem {
 
   template <class Cell>
   const Real* saved_gates(int64_t row, int64_t t) const {
+    if (recomputed) return recomputed + (t % kSlstmSegment * count + row) * Cell::kSaved * dh;
     const int64_t token = (rows[row].batch * p.heads + head) * p.time + rows[row].begin + t;
     return static_cast<const Real*>(p.gates) + token * Cell::kSaved * dh;
   }
@@ -123,6 +128,22 @@ struct BackwardItem {
     saved[0] =
         load_part(from, lanes, Real(-0.0));  // beyond DH i' = 1, f' = 0: n = 1 and no gradient
     for (int i = 1; i < Cell::kSaved; ++i) saved[i] = load_part(from + i * dh, lanes, Real(0));
+  }
+
+  /// The gates of tokens [t0, t0 + steps).
+  template <class Cell>
+  void recompute(Recurrence<Real>& cells, int64_t t0, int64_t steps) {
+    for (int64_t row = 0; row < alive_rows(rows, count, t0); ++row) {
+      if (t0 == 0) {
+        cells.start(row);
+      } else {
+        cells.restore(row, checkpoint(row, t0));
+      }
+    }
+    for (int64_t i = 0; i < steps; ++i)
+      cells.template step<Cell>(alive_rows(rows, count, t0 + i), t0 + i, [&](int64_t row) {
+        return recomputed + (i * count + row) * Cell::kSaved * dh;
+      });
   }
 
   /// y, c, n before each token of [t0, t0 + steps), and the cell's auxiliary values.
@@ -202,7 +223,7 @@ struct BackwardItem {
         Vec<Real> saved[4];
         load_saved<Cell>(from + unit, width_of(unit), saved);
         // The next piece's gates come into the L2 cache behind this piece's arithmetic.
-        for (int i = 0; i < Cell::kSaved; ++i)
+        for (int i = 0; i < Cell::kSaved && !recomputed; ++i)
           __builtin_prefetch(from + unit + (i - kSlstmSegment * Cell::kSaved) * dh, 0, 2);
         const Vec<Real> aux[2] = {load(aux0 + at),
                                   Cell::kNormalized ? load(aux1 + at) : Vec<Real>{}};
@@ -221,9 +242,10 @@ struct BackwardItem {
     }
   }
 
-  /// dy of the token before: sum_g R_g^T dg.
+  /// dy of the token before: sum_g R_g^T dg, each entry within the clip.
   void carry_dy(int64_t alive, const Real* step_gates) {
     for (int64_t i = 0; i < alive * pitch; ++i) dy_carried[i] = Real(0);
+    if (p.recurrent_cut) return;
     const Real* packed = recurrent;
     for (int64_t unit = 0; unit < pitch; unit += 4 * kWidth) {
       const int64_t vectors = panel_of(unit);
@@ -231,6 +253,12 @@ struct BackwardItem {
                          {step_gates, gate_pitch, 1, packed, vectors * kWidth, 4 * pitch,
                           dy_carried + unit, pitch});
       packed += 4 * pitch * vectors * kWidth;
+    }
+    const Real clip = static_cast<Real>(p.recurrent_clip);
+    if (clip == Real(0)) return;
+    for (int64_t i = 0; i < alive * pitch; ++i) {  // NaN stays
+      const Real sum = dy_carried[i];
+      dy_carried[i] = sum > clip ? clip : sum < -clip ? -clip : sum;
     }
   }
 
@@ -270,14 +298,16 @@ struct BackwardItem {
     }
   }
 
+  /// cells: null, or what computes the gates again.
   template <class Cell>
-  void run() {
+  void run(Recurrence<Real>* cells) {
     pack();
     start();
     const int64_t longest = count > 0 ? rows[0].length : 0;
     for (int64_t t0 = (longest - 1) / kSlstmSegment * kSlstmSegment; longest > 0 && t0 >= 0;
          t0 -= kSlstmSegment) {
       const int64_t steps = longest - t0 < kSlstmSegment ? longest - t0 : kSlstmSegment;
+      if (cells) recompute<Cell>(*cells, t0, steps);
       replay<Cell>(t0, steps);
       for (int64_t i = steps - 1; i >= 0; --i) step<Cell>(t0 + i, i * count);
       parameter_gradients(steps);
@@ -286,17 +316,22 @@ struct BackwardItem {
   }
 
   const SlstmBackwardParams& p;
+  ItemRows part;
   int64_t head, dh, pitch, gate_pitch, count;
   const SlstmRow* rows;
   Real *recurrent, *dy, *dy_carried, *dc, *dn, *gates, *y_before, *c_before, *n_before, *aux0,
-      *aux1, *dr, *db;
+      *aux1, *recomputed, *rest, *dr, *db;
 };
 
 template <class Real>
 void backward_items(const SlstmBackwardParams& p) {
   for (int64_t item = p.item_begin; item < p.item_end; ++item)
-    with_cell<Real>(p.cell,
-                    [&](auto cell) { BackwardItem<Real>(p, item).template run<decltype(cell)>(); });
+    with_cell<Real>(p.cell, [&](auto cell) {
+      BackwardItem<Real> work(p, item);
+      if (!p.recompute) return work.template run<decltype(cell)>(nullptr);
+      Recurrence<Real> cells(p, work.part, work.rest);
+      work.template run<decltype(cell)>(&cells);
+    });
 }
 
 }  // namespace
