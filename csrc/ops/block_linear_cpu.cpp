@@ -1,9 +1,9 @@
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "csrc/ops/block_linear.h"
+#include "csrc/ops/block_linear_products.h"
 #include "csrc/ops/cpu/block_linear_params.h"
 #include "csrc/ops/rows.h"
 
@@ -29,17 +29,10 @@ cpu::Rows rows_for(at::Tensor& tensor, const cpu::BlockLinearParams& p) {
 }
 
 cpu::BlockLinearParams make_params(const at::Tensor& x, const at::Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 3, "block_linear: weight: expected (NB,O,I), got shape ",
-              weight.sizes());
   cpu::BlockLinearParams p;
   p.blocks = weight.size(0);
   p.out = weight.size(1);
   p.in = weight.size(2);
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == p.blocks * p.in,
-              "block_linear: x: expected a last dimension of NB*I = ", p.blocks * p.in,
-              " for weight of shape ", weight.sizes(), ", got shape ", x.sizes());
-  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "block_linear: weight: expected x's dtype ",
-              x.scalar_type(), ", got ", weight.scalar_type());
   p.dtype = dtype_code(x, "block_linear: x");
   p.rows = 1;
   for (int64_t d = 0; d < x.dim() - 1; ++d) p.rows *= x.size(d);
@@ -51,31 +44,16 @@ bool by_matrix_unit(const at::Tensor& x, const cpu::BlockLinearParams& p) {
   return !small && p.rows > 0 && has_matrix_unit(x.scalar_type());
 }
 
-// (rows, blocks * width) as one matrix per block, (blocks, rows, width).
-at::Tensor by_block(const at::Tensor& tensor, int64_t rows, int64_t blocks, int64_t width) {
-  return tensor.reshape({rows, blocks, width}).transpose(0, 1);
-}
-
 at::Tensor block_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                             const OptionalTensor& bias) {
+  check_block_linear(x, weight, bias);
   cpu::BlockLinearParams p = make_params(x, weight);
   const at::ScalarType accumulate = accumulate_type(x.scalar_type());
   const at::Tensor weights = parameter(weight, accumulate), biases = parameter(bias, accumulate);
-  if (bias) {
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == p.blocks * p.out,
-                "block_linear: bias: expected shape (NB*O) = (", p.blocks * p.out, "), got ",
-                bias->sizes());
-    TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "block_linear: bias: expected x's dtype ",
-                x.scalar_type(), ", got ", bias->scalar_type());
-  }
+  if (by_matrix_unit(x, p)) return block_linear_products(x, weight, bias);
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = p.blocks * p.out;
   at::Tensor y = at::empty(sizes, x.options());
-  if (by_matrix_unit(x, p)) {
-    by_block(y, p.rows, p.blocks, p.out)
-        .copy_(at::bmm(by_block(x, p.rows, p.blocks, p.in), weight.transpose(1, 2)));
-    return bias ? y.add_(*bias) : y;
-  }
   at::Tensor rows = x;
   p.x = rows_for(rows, p);
   p.weight = weights.const_data_ptr();
@@ -85,26 +63,14 @@ at::Tensor block_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> matrix_unit_backward(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, bool has_bias,
-    const cpu::BlockLinearParams& p) {
-  const at::Tensor dy_blocks = by_block(dy, p.rows, p.blocks, p.out);
-  at::Tensor dx = at::empty(x.sizes(), x.options());
-  by_block(dx, p.rows, p.blocks, p.in).copy_(at::bmm(dy_blocks, weight));
-  at::Tensor dweight =
-      at::bmm(dy_blocks.transpose(1, 2), by_block(x, p.rows, p.blocks, p.in)).contiguous();
-  at::Tensor dbias =
-      has_bias ? dy.reshape({p.rows, p.blocks * p.out}).sum(0) : at::empty({0}, x.options());
-  return {dx, dweight, dbias};
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> block_linear_backward_cpu(const at::Tensor& dy,
                                                                          const at::Tensor& x,
                                                                          const at::Tensor& weight,
                                                                          bool has_bias) {
+  check_block_linear(x, weight, {});
   cpu::BlockLinearParams p = make_params(x, weight);
   const at::ScalarType type = x.scalar_type();
-  if (by_matrix_unit(x, p)) return matrix_unit_backward(dy.to(type), x, weight, has_bias, p);
+  if (by_matrix_unit(x, p)) return block_linear_products_backward(dy.to(type), x, weight, has_bias);
   const at::Tensor weights = parameter(weight, accumulate_type(type));
   at::Tensor x_rows = x, dy_rows = dy.to(type);
   p.x = rows_for(x_rows, p);

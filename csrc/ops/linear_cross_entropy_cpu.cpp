@@ -10,32 +10,13 @@
 #include "csrc/ops/cpu/gemm.h"
 #include "csrc/ops/cpu/linear_cross_entropy_params.h"
 #include "csrc/ops/linear_cross_entropy.h"
+#include "csrc/ops/linear_cross_entropy_blocks.h"
 #include "csrc/ops/rows.h"
 
 namespace xlstm::ops {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-void check_arguments(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
-                     double soft_cap, std::string_view reduction) {
-  TORCH_CHECK(x.dim() >= 1, "linear_cross_entropy: x: expected (...,D), got a scalar");
-  TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(-1),
-              "linear_cross_entropy: weight: expected (V,D) with D = ", x.size(-1), ", got shape ",
-              weight.sizes());
-  TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
-              "linear_cross_entropy: weight: expected x's dtype ", x.scalar_type(), ", got ",
-              weight.scalar_type());
-  TORCH_CHECK(
-      target.scalar_type() == at::kLong && target.sizes() == x.sizes().slice(0, x.dim() - 1),
-      "linear_cross_entropy: target: expected int64 of shape ", x.sizes().slice(0, x.dim() - 1),
-      ", got ", target.scalar_type(), " ", target.sizes());
-  TORCH_CHECK(soft_cap >= 0, "linear_cross_entropy: soft_cap: expected >= 0 (0: none), got ",
-              soft_cap);
-  TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none",
-              "linear_cross_entropy: reduction: expected \"mean\", \"sum\" or \"none\", got \"",
-              reduction, "\"");
-}
 
 // The rows that count, as matrices in the dtype of accumulation. Ignored rows are left out:
 // whatever they hold reaches neither the loss nor a gradient.
@@ -252,7 +233,7 @@ at::Tensor reduced(const Rows& rows, const at::Tensor& loss, const at::Tensor& t
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_forward_cpu(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, int64_t ignore_index,
     double soft_cap, std::string_view reduction, bool need_dx, bool need_dweight) {
-  check_arguments(x, weight, target, soft_cap, reduction);
+  check_linear_cross_entropy(x, weight, target, soft_cap, reduction);
   TORCH_CHECK(
       reduction != "none" || !(need_dx || need_dweight),
       "linear_cross_entropy_forward: reduction: \"none\" has its gradients in the backward");
@@ -280,7 +261,7 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_backward_cpu(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
     const OptionalTensor& dx, const OptionalTensor& dweight, int64_t ignore_index, double soft_cap,
     std::string_view reduction) {
-  check_arguments(x, weight, target, soft_cap, reduction);
+  check_linear_cross_entropy(x, weight, target, soft_cap, reduction);
   const at::ScalarType type = x.scalar_type();
   if (reduction != "none") {
     const auto scaled = [&](const OptionalTensor& unit) {

@@ -1,0 +1,134 @@
+// block_linear on CUDA: small square blocks by the kernels of cuda/block_linear, all others as batched products by ATen.
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include "csrc/ops/block_linear.h"
+#include "csrc/ops/block_linear_products.h"
+#include "csrc/ops/cuda_device.h"
+#include "csrc/ops/rows.h"
+#ifdef XLSTM_CUDA
+#include "cuda/block_linear/block_linear.h"
+#endif
+
+namespace xlstm::ops {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+#ifdef XLSTM_CUDA
+
+cuda::Dtype kernel_dtype(at::ScalarType type) {
+  return type == at::kBFloat16 ? cuda::Dtype::kBFloat16
+         : type == at::kHalf   ? cuda::Dtype::kFloat16
+                               : cuda::Dtype::kFloat32;
+}
+
+bool supported(const at::Tensor& x, const at::Tensor& weight) {
+  std::string lack = cuda_kernels_lack(x.device());
+  const int64_t size = weight.size(1);
+  if (lack.empty() && x.scalar_type() == at::kDouble) lack = "float64";
+  if (lack.empty() &&
+      (size != weight.size(2) ||
+       !cuda::block_linear_supported(static_cast<int32_t>(weight.size(0)),
+                                     static_cast<int32_t>(size), kernel_dtype(x.scalar_type()))))
+    lack = "blocks of " + std::to_string(weight.size(1)) + " by " + std::to_string(weight.size(2));
+  return takes_kernels("block_linear", lack) && x.numel() > 0;
+}
+
+/// The rows of x; a packed copy where 16 bytes cannot be moved at a time.
+cuda::RowView row_view(at::Tensor& x) {
+  const auto view = [&] {
+    const cpu::Rows rows = rows_of(x);
+    return cuda::RowView{const_cast<void*>(rows.data), rows.inner_rows, rows.inner_stride,
+                         rows.outer_stride};
+  };
+  const cuda::RowView first = view();
+  if (cuda::block_linear_aligned(first, kernel_dtype(x.scalar_type()))) return first;
+  x = x.clone(at::MemoryFormat::Contiguous);
+  return view();
+}
+
+void run_rows(const at::Tensor& in, const at::Tensor& weight, const OptionalTensor& bias,
+              bool transposed, at::Tensor& out) {
+  at::Tensor rows = in;
+  const at::Tensor weights = weight.contiguous(), biases = bias ? bias->contiguous() : at::Tensor();
+  cuda::BlockLinearParams p;
+  p.rows = in.numel() / in.size(-1);
+  p.blocks = static_cast<int32_t>(weight.size(0)), p.size = static_cast<int32_t>(weight.size(1));
+  p.dtype = kernel_dtype(in.scalar_type());
+  p.x = row_view(rows), p.y = row_view(out);
+  p.weight = weights.const_data_ptr(), p.bias = data_or_null(biases);
+  p.transposed = transposed;
+  launch_block_linear(p, current_stream(in.device()));
+}
+
+Gradients kernel_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                          bool has_bias) {
+  at::Tensor dx = at::empty(x.sizes(), x.options());
+  run_rows(dy, weight, {}, true, dx);
+  const at::Tensor dweight = at::empty(weight.sizes(), x.options());
+  const at::Tensor dbias = at::empty({has_bias ? x.size(-1) : 0}, x.options());
+  at::Tensor x_rows = x, dy_rows = dy;
+  cuda::BlockLinearWeightParams p;
+  p.rows = x.numel() / x.size(-1);
+  p.blocks = static_cast<int32_t>(weight.size(0)), p.size = static_cast<int32_t>(weight.size(1));
+  p.dtype = kernel_dtype(x.scalar_type());
+  p.x = row_view(x_rows), p.dy = row_view(dy_rows);
+  p.dweight = dweight.mutable_data_ptr();
+  p.dbias = has_bias ? dbias.mutable_data_ptr() : nullptr;
+  const at::Tensor partials =
+      at::empty({cuda::block_linear_partials(p)}, x.options().dtype(at::kFloat));
+  p.partials = partials.mutable_data_ptr<float>();
+  launch_block_linear_weight(p, current_stream(x.device()));
+  return {dx, dweight, dbias};
+}
+
+#else
+
+bool supported(const at::Tensor& x, const at::Tensor&) {
+  return takes_kernels("block_linear", cuda_kernels_lack(x.device()));
+}
+
+#endif
+
+at::Tensor block_linear_cuda(const at::Tensor& x, const at::Tensor& weight,
+                             const OptionalTensor& bias) {
+  check_block_linear(x, weight, bias);
+  const c10::DeviceGuard guard(x.device());
+#ifdef XLSTM_CUDA
+  if (supported(x, weight)) {
+    at::Tensor y = at::empty(x.sizes(), x.options());
+    run_rows(x, weight, bias, false, y);
+    return y;
+  }
+#else
+  supported(x, weight);
+#endif
+  return block_linear_products(x, weight, bias);
+}
+
+Gradients block_linear_backward_cuda(const at::Tensor& dy, const at::Tensor& x,
+                                     const at::Tensor& weight, bool has_bias) {
+  check_block_linear(x, weight, {});
+  const c10::DeviceGuard guard(x.device());
+  const at::Tensor upstream = dy.to(x.scalar_type());
+#ifdef XLSTM_CUDA
+  if (supported(x, weight)) return kernel_backward(upstream, x, weight, has_bias);
+#else
+  supported(x, weight);
+#endif
+  return block_linear_products_backward(upstream, x, weight, has_bias);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(xlstm, CUDA, m) {
+  m.impl("block_linear", block_linear_cuda);
+  m.impl("block_linear_backward", block_linear_backward_cuda);
+}
+
+}  // namespace xlstm::ops

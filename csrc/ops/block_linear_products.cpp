@@ -1,0 +1,72 @@
+#include "csrc/ops/block_linear_products.h"
+
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <vector>
+
+namespace xlstm::ops {
+namespace {
+
+/// (...,NB*W) as one matrix per block, (NB,rows,W).
+at::Tensor by_block(const at::Tensor& tensor, int64_t blocks, int64_t width) {
+  return tensor.reshape({-1, blocks, width}).transpose(0, 1);
+}
+
+at::Tensor empty_like(const at::Tensor& x, int64_t channels) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = channels;
+  return at::empty(sizes, x.options());
+}
+
+}  // namespace
+
+void check_block_linear(const at::Tensor& x, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(weight.dim() == 3, "block_linear: weight: expected (NB,O,I), got shape ",
+              weight.sizes());
+  const int64_t in = weight.size(0) * weight.size(2), out = weight.size(0) * weight.size(1);
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == in,
+              "block_linear: x: expected a last dimension of NB*I = ", in, " for weight of shape ",
+              weight.sizes(), ", got shape ", x.sizes());
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "block_linear: weight: expected x's dtype ",
+              x.scalar_type(), ", got ", weight.scalar_type());
+  if (!bias) return;
+  TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out,
+              "block_linear: bias: expected shape (NB*O) = (", out, "), got ", bias->sizes());
+  TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "block_linear: bias: expected x's dtype ",
+              x.scalar_type(), ", got ", bias->scalar_type());
+}
+
+at::Tensor block_linear_products(const at::Tensor& x, const at::Tensor& weight,
+                                 const std::optional<at::Tensor>& bias) {
+  const int64_t blocks = weight.size(0), out = weight.size(1), in = weight.size(2);
+  at::Tensor y = empty_like(x, blocks * out);
+  if (y.numel() == 0) return y;
+  if (in == 0) {
+    y.zero_();
+  } else {
+    by_block(y, blocks, out).copy_(at::bmm(by_block(x, blocks, in), weight.transpose(1, 2)));
+  }
+  return bias ? y.add_(*bias) : y;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> block_linear_products_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, bool has_bias) {
+  const int64_t blocks = weight.size(0), out = weight.size(1), in = weight.size(2);
+  at::Tensor dx = at::empty(x.sizes(), x.options()),
+             dweight = at::empty(weight.sizes(), x.options());
+  at::Tensor dbias = at::empty({has_bias ? blocks * out : 0}, x.options());
+  if (dy.numel() == 0 || x.numel() == 0) {
+    dx.zero_(), dweight.zero_();
+  } else {
+    const at::Tensor upstream = by_block(dy, blocks, out);
+    by_block(dx, blocks, in).copy_(at::bmm(upstream, weight));
+    dweight = at::bmm(upstream.transpose(1, 2), by_block(x, blocks, in)).contiguous();
+  }
+  if (has_bias) dbias = dy.reshape({-1, blocks * out}).sum(0);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace xlstm::ops

@@ -1,0 +1,119 @@
+#include "csrc/ops/linear_cross_entropy_blocks.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "csrc/ops/rows.h"
+
+namespace xlstm::ops {
+namespace {
+
+constexpr int64_t kMostLogits = int64_t{1} << 26;  // of a block: 256 MB in float32
+
+/// a b in the dtype of accumulation, with factors in their own.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType accumulate) {
+  if (a.scalar_type() == accumulate) return at::mm(a, b);
+  if (a.is_cuda()) return at::mm(a, b, accumulate);
+  return at::mm(a.to(accumulate), b.to(accumulate));
+}
+
+}  // namespace
+
+void check_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
+                                const at::Tensor& target, double soft_cap,
+                                std::string_view reduction) {
+  TORCH_CHECK(x.dim() >= 1, "linear_cross_entropy: x: expected (...,D), got a scalar");
+  TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(-1),
+              "linear_cross_entropy: weight: expected (V,D) with D = ", x.size(-1), ", got shape ",
+              weight.sizes());
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
+              "linear_cross_entropy: weight: expected x's dtype ", x.scalar_type(), ", got ",
+              weight.scalar_type());
+  TORCH_CHECK(
+      target.scalar_type() == at::kLong && target.sizes() == x.sizes().slice(0, x.dim() - 1),
+      "linear_cross_entropy: target: expected int64 of shape ", x.sizes().slice(0, x.dim() - 1),
+      ", got ", target.scalar_type(), " ", target.sizes());
+  TORCH_CHECK(soft_cap >= 0, "linear_cross_entropy: soft_cap: expected >= 0 (0: none), got ",
+              soft_cap);
+  TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none",
+              "linear_cross_entropy: reduction: expected \"mean\", \"sum\" or \"none\", got \"",
+              reduction, "\"");
+}
+
+std::pair<at::Tensor, at::Tensor> cross_entropy_block(const CrossEntropyBlock& b) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const int64_t vocab = b.logits.size(1);
+  const at::Tensor ignored = b.targets == b.ignore_index;
+  const at::Tensor unknown = ((b.targets < 0) | (b.targets >= vocab)) & ignored.logical_not();
+  const at::Tensor index = b.targets.clamp(0, vocab - 1).unsqueeze(1);
+  const at::Tensor tanh = b.soft_cap > 0 ? (b.logits / b.soft_cap).tanh() : at::Tensor();
+  const at::Tensor logits = b.soft_cap > 0 ? tanh * b.soft_cap : b.logits;
+  const at::Tensor log_sum = logits.logsumexp(1, /*keepdim=*/true);
+  const at::Tensor loss = (log_sum - logits.gather(1, index))
+                              .squeeze(1)
+                              .masked_fill(unknown, nan)
+                              .masked_fill(ignored, 0);
+  if (!b.gradient) return {loss, at::Tensor()};
+  at::Tensor gradient = (logits - log_sum).exp();
+  gradient.scatter_add_(1, index, at::full({1, 1}, -1, logits.options()).expand_as(index));
+  if (b.soft_cap > 0) gradient.mul_(1 - tanh.square());
+  if (b.scale.defined()) gradient.mul_(b.scale);
+  if (b.row_scales.defined()) gradient.mul_(b.row_scales.unsqueeze(1));
+  gradient.masked_fill_(unknown.unsqueeze(1), nan).masked_fill_(ignored.unsqueeze(1), 0);
+  return {loss, gradient.to(b.gradient_type)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_blocks(
+    const LinearCrossEntropyCall& call, const CrossEntropyBlockFunction& function) {
+  check_linear_cross_entropy(call.x, call.weight, call.target, call.soft_cap, call.reduction);
+  const int64_t rows = call.target.numel(), width = call.x.size(-1), vocab = call.weight.size(0);
+  const at::ScalarType type = call.x.scalar_type(), accumulate = accumulate_type(type);
+  dtype_code(call.x, "linear_cross_entropy: x");
+  const at::TensorOptions options = call.x.options().dtype(accumulate);
+  const at::Tensor x = call.x.reshape({rows, width}),
+                   target = call.target.reshape({rows}).contiguous();
+  const at::Tensor row_scales = call.row_scales.defined()
+                                    ? call.row_scales.reshape({rows}).to(accumulate).contiguous()
+                                    : at::Tensor();
+  CrossEntropyBlock block;
+  block.ignore_index = call.ignore_index, block.soft_cap = call.soft_cap;
+  block.gradient = call.need_dx || call.need_dweight, block.gradient_type = type;
+  if (call.reduction == "mean")
+    block.scale = (target != call.ignore_index).sum().clamp_min(1).to(accumulate).reciprocal();
+
+  const at::Tensor losses = at::empty({rows}, options);
+  const at::Tensor dx = at::empty({call.need_dx ? rows : 0, width}, options);
+  const at::Tensor dweight =
+      call.need_dweight ? at::zeros(call.weight.sizes(), options) : at::empty({0}, options);
+  const int64_t step = std::max<int64_t>(64, kMostLogits / std::max<int64_t>(1, vocab));
+  for (int64_t first = 0; first < rows && vocab > 0; first += step) {
+    const int64_t count = std::min(step, rows - first);
+    const at::Tensor some = x.narrow(0, first, count);
+    block.targets = target.narrow(0, first, count);
+    block.logits = product(some, call.weight.t(), accumulate);
+    if (row_scales.defined()) block.row_scales = row_scales.narrow(0, first, count);
+    const auto [loss, gradient] = function(block);
+    losses.narrow(0, first, count).copy_(loss);
+    if (call.need_dx) dx.narrow(0, first, count).copy_(product(gradient, call.weight, accumulate));
+    if (!call.need_dweight) continue;
+    // Whatever an ignored row holds reaches no gradient.
+    const at::Tensor counted =
+        some.masked_fill((block.targets == call.ignore_index).unsqueeze(1), 0);
+    dweight.add_(product(gradient.t(), counted, accumulate));
+  }
+  at::Tensor loss = losses.reshape(call.target.sizes());
+  if (call.reduction != "none") loss = losses.sum(at::kDouble).to(accumulate);
+  if (call.reduction == "mean") loss = loss * block.scale;
+  return {loss, call.need_dx ? dx.view(call.x.sizes()) : at::empty({0}, options), dweight};
+}
+
+}  // namespace xlstm::ops

@@ -1,0 +1,47 @@
+#pragma once
+// Block-diagonal linear maps with small square blocks, y[b S + o] = sum_i W[b][o][i] x[b S + i] + bias[b S + o]. Larger
+// blocks are batched matrix products of the caller.
+#include "cuda/tensors.h"
+
+namespace xlstm::cuda {
+
+/// Row r starts at data + (r / inner_rows) * outer_stride + (r % inner_rows) * inner_stride numbers; its channels lie side
+/// by side.
+struct RowView {
+  void* data = nullptr;
+  int64_t inner_rows = 1, inner_stride = 0, outer_stride = 0;
+};
+
+struct BlockLinearParams {
+  int64_t rows = 0;
+  int32_t blocks = 0, size = 0;   ///< size S of a block: 2, 4 or 8
+  Dtype dtype = Dtype::kFloat32;  ///< of everything
+  RowView x;
+  const void* weight = nullptr;  ///< (blocks,S,S) contiguous
+  const void* bias = nullptr;    ///< (blocks*S) or null
+  bool transposed = false;       ///< W^T in place of W: the gradient of x from that of y
+  RowView y;
+  int64_t strip = 1;  ///< rows per thread; set by the launcher
+};
+
+struct BlockLinearWeightParams {
+  int64_t rows = 0;
+  int32_t blocks = 0, size = 0;
+  Dtype dtype = Dtype::kFloat32;
+  RowView x, dy;
+  void* dweight = nullptr;    ///< (blocks,S,S) contiguous, in dtype
+  void* dbias = nullptr;      ///< (blocks*S) or null
+  float* partials = nullptr;  ///< block_linear_partials() numbers of scratch memory
+  int64_t strip = 1;          ///< rows per thread; set by the launcher
+};
+
+/// Whether the kernels take these: S of 2, 4 or 8 and rows whose channels can be moved 16 bytes at a time.
+bool block_linear_supported(int32_t blocks, int32_t size, Dtype dtype);
+bool block_linear_aligned(const RowView& view, Dtype dtype);
+
+void launch_block_linear(BlockLinearParams params, Stream stream);
+
+int64_t block_linear_partials(const BlockLinearWeightParams& params);
+void launch_block_linear_weight(BlockLinearWeightParams params, Stream stream);
+
+}  // namespace xlstm::cuda
