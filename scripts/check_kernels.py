@@ -98,6 +98,10 @@ def sweep_sm90_products(use, contraction, columns):
 
 
 BUDGETS = [
+    # 144 for blocks of 8 by 8, whose 64 weights stay in registers
+    budget(r"block_linear_rows", 128, 144, 16, blocks=3, must=VECTOR),
+    budget(r"block_linear_weight", 128, 144, 16, blocks=3, must={"LDG.128"}),
+    budget(r"softmax_cross_entropy", 256, 64, 16, blocks=4, must=VECTOR),
     budget(r"mlstm_sweep_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",), products=sweep_sm90_products),
     budget(r"mlstm_\w+_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",)),
     budget(r"mlstm_sweep", 256, 255, 227, must=MMA, forbidden={"HGMMA"}, products=sweep_products),

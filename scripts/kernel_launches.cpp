@@ -12,6 +12,8 @@
 #include <map>
 #include <string>
 
+#include "cuda/block_linear/block_linear.h"
+#include "cuda/loss/softmax_cross_entropy.h"
 #include "cuda/mlstm/mlstm.h"
 
 namespace {
@@ -87,7 +89,32 @@ void call_step(MlstmProblem p) {
   xlstm::cuda::mlstm_step(p, step, nullptr);
 }
 
+/// Blocks of 2, 4 and 8 by so many.
+void call_block_linear(Dtype dtype) {
+  for (const int32_t size : {2, 4, 8}) {
+    const int64_t channels = 1024;
+    const xlstm::cuda::RowView rows{address(0), 65536, channels, 0};
+    xlstm::cuda::BlockLinearParams p;
+    p.rows = 65536, p.blocks = static_cast<int32_t>(channels / size), p.size = size;
+    p.dtype = dtype, p.x = p.y = rows, p.weight = address(1);
+    launch_block_linear(p, nullptr);
+    xlstm::cuda::BlockLinearWeightParams w;
+    w.rows = p.rows, w.blocks = p.blocks, w.size = size, w.dtype = dtype, w.x = w.dy = rows;
+    w.dweight = address(2), w.dbias = address(3), w.partials = array<float>(4);
+    launch_block_linear_weight(w, nullptr);
+  }
+}
+
+void call_softmax_cross_entropy(Dtype dtype) {
+  xlstm::cuda::SoftmaxCrossEntropyParams p;
+  p.rows = 1024, p.vocab = 50304, p.logits = array<const float>(0), p.targets = array<int64_t>(1);
+  p.loss = array<float>(2), p.gradient = address(3), p.dtype = dtype;
+  launch_softmax_cross_entropy(p, nullptr);
+}
+
 void call_all(Dtype dtype) {
+  call_block_linear(dtype);
+  call_softmax_cross_entropy(dtype);
   constexpr int64_t kSizes[] = {16, 64, 128, 256, 512};
   for (const int64_t dqk : kSizes) {
     for (const int64_t dv : kSizes) {

@@ -1,10 +1,12 @@
 // What the operators on CUDA do in ATen calls, run on CPU tensors and held against the operators for the CPU.
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/utils.h>
 
 #include <cmath>
 

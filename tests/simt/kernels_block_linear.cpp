@@ -137,6 +137,11 @@ void run(const Setting& s, uint64_t seed) {
   }
 }
 
+void few(uint64_t seed) {
+  run({.rows = 7}, seed);
+  run({.rows = 4, .size = 2, .dtype = Dtype::kBFloat16}, seed);
+}
+
 void sizes(uint64_t seed) {
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})
     for (const int32_t size : {2, 4, 8})
@@ -167,11 +172,13 @@ void refused(uint64_t) {
 
 List<Case> block_linear_cases() {
   static const Case cases[] = {
+      {"block_linear: few sizes", few},
       {"block_linear: sizes", sizes},
       {"block_linear: long strips", long_strips},
       {"block_linear: what is refused", refused},
   };
-  return {cases, sizeof(cases) / sizeof(cases[0])};
+  const bool is_slow = simt::build_kind() == simt::Build::kThread;
+  return {cases, is_slow ? 1 : sizeof(cases) / sizeof(cases[0])};
 }
 
 }  // namespace simt_test
