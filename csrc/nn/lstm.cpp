@@ -38,7 +38,7 @@ Result LstmLayer::forward(const at::Tensor& x, const State& state,
   const at::Tensor bias = (bias_ih_ + bias_hh_).view({4, 1, dim});
   auto [y, last, c, n, m] =
       ops::slstm(wx, weight_hh_.view({4, 1, dim, dim}), bias, optional_state(state, 0),
-                 optional_state(state, 1), {}, {}, reset, {}, "lstm");
+                 optional_state(state, 1), {}, {}, {reset, {}, "lstm"});
   return {y.flatten(2), {last, c}};
 }
 
