@@ -83,8 +83,8 @@ inline CUtensorMapSwizzle driver_swizzle(Swizzle mode) {
   }
 }
 
-inline TensorMap make_tensor_map(const TensorMapSpec& spec) {
-  check_tensor_map(spec);
+/// Without the checks.
+inline TensorMap encode_tensor_map(const TensorMapSpec& spec) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
   static_assert(sizeof(CUtensorMap) == sizeof(TensorMap), "TensorMap holds a CUtensorMap");
   // The copy engine moves bits: unsigned integers stand for the floating-point types of their size.
@@ -110,6 +110,11 @@ inline TensorMap make_tensor_map(const TensorMapSpec& spec) {
   TensorMap map;
   std::memcpy(&map, &encoded, sizeof map);
   return map;
+}
+
+inline TensorMap make_tensor_map(const TensorMapSpec& spec) {
+  check_tensor_map(spec);
+  return encode_tensor_map(spec);
 }
 
 #else
