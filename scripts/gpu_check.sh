@@ -4,7 +4,7 @@
 #
 #   ./scripts/gpu_check.sh [--only PART,PART...]
 #
-# Parts (seconds at most): build (540, always first), conformance (120: every primitive against the emulator), ops (400:
+# Parts (seconds at most): build (540, always first), conformance (240: every primitive against the emulator), ops (400:
 # all operators against float64), sanitizer (540: compute-sanitizer's four tools on small shapes), hopper (300: the sm_90a
 # kernels, on compute capability 9.0 alone), bench (560: scripts/bench/gpu_mlstm.py). A part that fails does not stop the
 # others. OUT: folder of summary.json, log.txt and the benchmark's files (default build/gpu_check); PYTHON: interpreter
@@ -98,12 +98,12 @@ check_ops() {
 
 if [ $built = 0 ]; then
   if wants conformance; then
-    if [ ! -e tests/cuda/compare_conformance.py ]; then
-      check conformance "tests/cuda, the conformance programs, are in this tree" 5 false
-    elif check conformance "primitives on the GPU" 60 "$build/bin/cuda_conformance" "$build/device.txt" &&
-      check conformance "primitives in the emulator" 60 "$build/bin/host_conformance" "$build/host.txt"; then
-      check conformance "the same results" 60 "$python" tests/cuda/compare_conformance.py "$build/device.txt" "$build/host.txt"
-    fi
+    # A case that hangs or faults costs the other cases nothing: they are compared all the same.
+    rm -f "$OUT/device.txt" "$OUT/emulator.txt"
+    check conformance "primitives on the GPU" 120 "$build/bin/cuda_conformance" "$OUT/device.txt"
+    check conformance "primitives in the emulator" 60 "$build/bin/host_conformance" "$OUT/emulator.txt"
+    SHOW=40 check conformance "the same results" 60 "$python" tests/cuda/compare_conformance.py "$OUT/device.txt" \
+      "$OUT/emulator.txt"
   fi
   if wants ops; then
     check_ops ops "all operators against float64" 200 "$python" scripts/gpu_ops.py --expect mlstm_sweep
