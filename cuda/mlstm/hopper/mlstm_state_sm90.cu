@@ -1,0 +1,21 @@
+#include "cuda/mlstm/hopper/mlstm_state_sm90.cuh"
+
+#include "cuda/mlstm/hopper/mlstm_maps_sm90.h"
+#include "cuda/mlstm/hopper/mlstm_twophase_launch_sm90.h"
+#include "cuda/prim/launch.h"
+
+namespace xlstm::cuda {
+
+void launch_state_sm90(const StateParams& params, Stream stream) {
+  using Shape = StateShapeSm90;
+  const StateParamsSm90 p{params, operand_tensor_map(params.b, params.chunks),
+                          operand_tensor_map(params.x, params.chunks)};
+  const int64_t items =
+      int64_t{params.chunks.num_sequences} * params.chunks.num_heads * params.chunks.segments;
+  const int64_t tiles = divide_up(params.dqk, Shape::kRows) * divide_up(params.dv, Shape::kColumns);
+  prim::launch("mlstm_state_sm90", mlstm_state_sm90,
+               {static_cast<u32>(items * tiles), kTwoPhaseSm90Threads, sizeof(Shape::Shared)}, p,
+               stream);
+}
+
+}  // namespace xlstm::cuda
