@@ -188,9 +188,9 @@ KERNEL_FUNCTION(32) address_kernel(Words p) {
     u32* out = p.out + 384 * variant + 12 * l;
 #pragma unroll
     for (u32 r = 0; r < 4; ++r) {
-      out[r] = prim::bits_of(d[0][r]);
-      out[4 + r] = prim::bits_of(d[1][r]);
-      out[8 + r] = prim::bits_of(e[r]);
+      out[r] = prim::bits_of(d[0][r] + 0.0F);  // of a zero the sign is open
+      out[4 + r] = prim::bits_of(d[1][r] + 0.0F);
+      out[8 + r] = prim::bits_of(e[r] + 0.0F);
     }
   }
 }

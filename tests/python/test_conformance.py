@@ -1,5 +1,6 @@
-"""tests/cuda: what the comparison of device and emulator reports; the device's program compiles where nvcc is."""
+"""tests/cuda: every primitive has a case; what the comparison of device and emulator reports; the device's program compiles where nvcc is."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,17 @@ def test_reported(tmp_path, old, new, said):
 def test_nothing_compared(tmp_path):
     skipped = "SKIP a not here\nEND 1\n"
     assert compare(tmp_path, skipped, "CASE a exact 1 1\nEND 1\n")[0] == 1
+
+
+def test_every_primitive_has_a_case():
+    host = "".join((ROOT / "cuda" / "prim" / name).read_text() for name in ("host.h", "host_sm90.h"))
+    declared = set(re.findall(r"^(?:inline |constexpr )*(?:void|bool|u16|u32|float|Dim3|unsigned char\*) (\w+)\(", host, re.M))
+    # Of the host alone: what the primitives are made of.
+    helpers = {"flushed", "ldmatrix", "stmatrix", "cp_async_wait_pending", "tma_load", "tma_store", "tma_store_wait_pending",
+               "wgmma", "wgmma_wait_pending", "wgmma_columns", "fence_registers", "change_max_registers"}
+    cases = "".join(path.read_text() for path in FOLDER.iterdir() if path.suffix in (".cu", ".h"))
+    missing = {name for name in declared - helpers if not re.search(rf"prim::{name}\b", cases)}
+    assert len(declared) > 70 and not missing
 
 
 @pytest.mark.skipif(not NVCC, reason="nvcc not found")
