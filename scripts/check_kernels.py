@@ -103,8 +103,13 @@ BUDGETS = [
     budget(r"block_linear_weight", 128, 144, 16, blocks=3, must={"LDG.128"}),
     budget(r"softmax_cross_entropy", 256, 64, 16, blocks=4, must=VECTOR),
     budget(r"mlstm_sweep_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",), products=sweep_sm90_products),
+    # Of one consumer and 64 tokens: two row tiles by four steps.
     budget(r"mlstm_state_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",),
-           products=lambda _: ("HGMMA", 8, 8)),  # of one consumer and 64 tokens: two tiles of 64 rows, four steps of 16 tokens
+           products=lambda *arguments: ("HGMMA", 8, 8)),
+    # Of one consumer, four steps each: a slice of A S, a slice of A B^T, 64 keys of P X.
+    budget(r"mlstm_out_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",),
+           products=lambda *arguments: ("HGMMA", 12, 12)),
+    budget(r"mlstm_\w+_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",)),
     budget(r"mlstm_sweep", 256, 255, 227, must=MMA, forbidden={"HGMMA"}, products=sweep_products),
     budget(r"mlstm_state", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 64, "2": 96})),
     budget(r"mlstm_out", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 96, "2": 144})),

@@ -1,3 +1,4 @@
+#include "cuda/mlstm/hopper/mlstm_twophase_launch_sm90.h"
 #include "cuda/mlstm/mlstm_launch.h"
 #include "cuda/mlstm/mlstm_out_launch.cuh"
 
@@ -11,7 +12,9 @@ int out_tile_columns(Dtype dtype, const DeviceLimits&) {
 }
 
 void launch_out(Use use, const SweepParams& params, const DeviceLimits& device, Stream stream) {
-  if (params.a.dtype == Dtype::kBFloat16) {
+  if (out_sm90_takes(params, device)) {
+    launch_out_sm90(use, params, device, stream);
+  } else if (params.a.dtype == Dtype::kBFloat16) {
     launch_out_planes<1>(use, params, device, stream);
   } else {
     launch_out_planes<2>(use, params, device, stream);

@@ -85,6 +85,8 @@ MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Di
   };
   plan.fused = fused_by(sweep_covers);
   plan.sm90 = device.hopper && fused_by(sweep_sm90_covers);
+  // Heads too large for that sweep: the state and out kernels for sm_90a, not the sweep for sm_80.
+  if (device.hopper && !plan.sm90 && problem.dtype == Dtype::kBFloat16) plan.fused = false;
   const int64_t length = chunk_length(problem, plan);
   const auto columns = [&](int contraction, int width) {
     return ceil_div(width, tile_columns(problem, device, plan, contraction, width));

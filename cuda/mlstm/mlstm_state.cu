@@ -1,6 +1,5 @@
 #include "cuda/mlstm/mlstm_state.cuh"
 
-#include "cuda/mlstm/hopper/mlstm_maps_sm90.h"
 #include "cuda/mlstm/hopper/mlstm_twophase_launch_sm90.h"
 #include "cuda/mlstm/mlstm_launch.h"
 #include "cuda/prim/launch.h"
@@ -25,8 +24,7 @@ void launch_planes(StateParams params, const DeviceLimits& device, Stream stream
 }  // namespace
 
 void launch_state(const StateParams& params, const DeviceLimits& device, Stream stream) {
-  if (device.hopper && tensor_map_covers(params.b, params.chunks) &&
-      tensor_map_covers(params.x, params.chunks)) {
+  if (state_sm90_takes(params, device)) {
     launch_state_sm90(params, stream);
   } else if (params.b.dtype == Dtype::kBFloat16) {
     launch_planes<1>(params, device, stream);

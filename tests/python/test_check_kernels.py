@@ -190,8 +190,8 @@ def test_occupancy(registers, shared, device, expected):
     ("mlstm_sweep<dv,64,128,1>", "HMMA", 111, "112 to 140"),
     ("mlstm_sweep<dv,64,128,1>", "HMMA", 141, "112 to 140"),
     ("mlstm_sweep<h,64,64,2>", "HMMA", 192, None),  # three products of 64
-    ("mlstm_sweep_sm90<h,128,64>", "HGMMA", 44, None),
-    ("mlstm_sweep_sm90<h,128,64>", "HGMMA", 45, "44 to 44"),
+    ("mlstm_sweep_sm90<h,128,64>", "HGMMA", 100, None),
+    ("mlstm_sweep_sm90<h,128,64>", "HGMMA", 101, "100 to 100"),
     ("mlstm_state<2>", "HMMA", 64, "96 to 96"),
 ])
 def test_matrix_instructions_are_counted(name, kind, count, expected):

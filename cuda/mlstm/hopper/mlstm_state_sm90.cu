@@ -6,6 +6,11 @@
 
 namespace xlstm::cuda {
 
+bool state_sm90_takes(const StateParams& params, const DeviceLimits& device) {
+  return device.hopper && sizeof(StateShapeSm90::Shared) <= device.shared_bytes &&
+         tensor_map_covers(params.b, params.chunks) && tensor_map_covers(params.x, params.chunks);
+}
+
 void launch_state_sm90(const StateParams& params, Stream stream) {
   using Shape = StateShapeSm90;
   const StateParamsSm90 p{params, operand_tensor_map(params.b, params.chunks),

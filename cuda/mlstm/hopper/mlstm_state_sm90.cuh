@@ -85,6 +85,8 @@ class StateBlockSm90 {
   }
 
  private:
+  using Fragments = u32[Shape::kRowTiles][kBlockTokens / 16][4];
+
   /// Block of 64 tokens of the sequence that is i-th in this direction.
   DEVICE_FUNCTION int block_at(int i) const {
     return first_block + (p.reverse ? blocks - 1 - i : i);
@@ -130,10 +132,11 @@ class StateBlockSm90 {
       Shape::Slot& slot = shared.slots[shared.ring.slot(i)];
       const Shape::Gates& gates = shared.gates[shared.ring.slot(i)];
       if (clears(i)) clear(slot, i);
-      Fragments a;  // live until the wait
-      multiply(a, slot, gates);
+      Fragments a;
+      multiply(slot, gates, a);
       if (has_n) add_n(slot, gates);
       prim::wgmma_wait<0>();
+      keep(a);  // in registers of their own until here
 #pragma unroll
       for (int m = 0; m < Shape::kRowTiles; ++m) prim::fence_registers(s[m]);
       release_slot(shared.ring, i);
@@ -153,11 +156,8 @@ class StateBlockSm90 {
     meet_consumers();
   }
 
-  /// (c * B)^T, by tiles of 64 rows.
-  using Fragments = u32[Shape::kRowTiles][kBlockTokens / 16][4];
-
-  /// Starts S += (c * B)^T X.
-  DEVICE_FUNCTION void multiply(Fragments& a, Shape::Slot& slot, const Shape::Gates& gates) {
+  /// Starts S += (c * B)^T X. The fragments must stay until the wait.
+  DEVICE_FUNCTION void multiply(Shape::Slot& slot, const Shape::Gates& gates, Fragments& a) {
     const int lane = lane_here(), warp = warp_here();
 #pragma unroll
     for (int j = 0; j < kBlockTokens / 16; ++j) {
@@ -170,14 +170,23 @@ class StateBlockSm90 {
                               16 * j);
 #pragma unroll
         for (int r = 0; r < 4; ++r) a[m][j][r] = prim::mul_bf16x2(a[m][j][r], r < 2 ? near : far);
-        prim::fence_registers(a[m][j]);
       }
     }
+    keep(a);
+#pragma unroll
+    for (int m = 0; m < Shape::kRowTiles; ++m) prim::fence_registers(s[m]);
     prim::wgmma_fence();
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m)
       multiply_fragments<Shape::kColumns, true>(s[m], a[m], strips_of(slot.x));
     prim::wgmma_commit();
+  }
+
+  static DEVICE_FUNCTION void keep(Fragments& a) {
+#pragma unroll
+    for (int m = 0; m < Shape::kRowTiles; ++m)
+#pragma unroll
+      for (int j = 0; j < kBlockTokens / 16; ++j) prim::fence_registers(a[m][j]);
   }
 
   DEVICE_FUNCTION float weight(const Shape::Gates& gates, int token) const {

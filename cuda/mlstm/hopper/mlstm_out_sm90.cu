@@ -1,0 +1,74 @@
+#include "cuda/mlstm/hopper/mlstm_out_sm90.cuh"
+
+#include "cuda/mlstm/hopper/mlstm_maps_sm90.h"
+#include "cuda/mlstm/hopper/mlstm_twophase_launch_sm90.h"
+#include "cuda/prim/launch.h"
+
+namespace xlstm::cuda {
+namespace {
+
+/// Dimensions (DV, DQK, NH * slots), padded to 64; a box is 64 x 64.
+prim::TensorMap state_tensor_map(const SweepParams& p) {
+  const prim::u64 rows = static_cast<prim::u64>(padded(p.dqk)),
+                  columns = static_cast<prim::u64>(padded(p.dv));
+  prim::TensorMapSpec spec;
+  spec.base = const_cast<void*>(p.states);
+  spec.rank = 3;
+  spec.dims[0] = columns;
+  spec.dims[1] = rows;
+  spec.dims[2] = static_cast<prim::u64>(int64_t{p.chunks.num_heads} * p.chunks.slots);
+  spec.strides[1] = 2 * columns;
+  spec.strides[2] = 2 * columns * rows;
+  spec.box[0] = spec.box[1] = 64;
+  spec.box[2] = 1;
+  return prim::make_tensor_map(spec);
+}
+
+template <Use kUse>
+void launch_use(const SweepParams& params, const DeviceLimits& device, Stream stream) {
+  using Shape = OutShapeSm90;
+  const Chunks& c = params.chunks;
+  const prim::TensorMap a = operand_tensor_map(params.a, c);
+  OutParamsSm90 p{params,
+                  a,
+                  operand_tensor_map(params.b, c),
+                  operand_tensor_map(params.x, c),
+                  params.dots == nullptr ? a : operand_tensor_map(params.dot, c),
+                  state_tensor_map(params),
+                  0,
+                  divide_up(params.a.width, 64),
+                  false};
+  p.resident = p.slices <= Shape::kSlots;
+  p.tiles = c.slots * c.num_heads * divide_up(c.length, Shape::kRows) *
+            divide_up(params.x.width, Shape::kColumns);
+  int blocks = p.tiles < device.num_multiprocessors ? p.tiles : device.num_multiprocessors;
+  // The last rows of a chunk are the most work in one direction, the first in the other. An odd number of blocks deals
+  // both out to all of them.
+  if (blocks < p.tiles && blocks > 1 && blocks % 2 == 0) --blocks;
+  prim::launch("mlstm_out_sm90", mlstm_out_sm90<kUse>,
+               {static_cast<u32>(blocks), kTwoPhaseSm90Threads, sizeof(Shape::Shared)}, p, stream);
+}
+
+}  // namespace
+
+bool out_sm90_takes(const SweepParams& params, const DeviceLimits& device) {
+  const auto covers = [&](const Operand& x) { return tensor_map_covers(x, params.chunks); };
+  return device.hopper && sizeof(OutShapeSm90::Shared) <= device.shared_bytes && covers(params.a) &&
+         covers(params.b) && covers(params.x) && (params.dots == nullptr || covers(params.dot));
+}
+
+void launch_out_sm90(Use use, const SweepParams& params, const DeviceLimits& device,
+                     Stream stream) {
+  switch (use) {
+    case Use::kH:
+      return launch_use<Use::kH>(params, device, stream);
+    case Use::kDv:
+      return launch_use<Use::kDv>(params, device, stream);
+    case Use::kDq:
+      return launch_use<Use::kDq>(params, device, stream);
+    case Use::kDk:
+      return launch_use<Use::kDk>(params, device, stream);
+  }
+}
+
+}  // namespace xlstm::cuda
