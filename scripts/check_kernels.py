@@ -120,6 +120,12 @@ BUDGETS = [
     budget(r"mlstm_segment_scan", 256, 64, 16, blocks=4),
     budget(r"mlstm_step_columns", 256, 96, 32, blocks=2, must=VECTOR),
     budget(r"mlstm_step_normaliser", 256, 64, 16, blocks=4),
+    budget(r"causal_conv1d_rows", 128, 64, 32, blocks=4, must={"LDGSTS", "STG.128"}),
+    # 72 for widths of 5 to 8 alone
+    budget(r"causal_conv1d_gradients", 128, 72, 32, blocks=4, must={"LDGSTS", "STG.128"}),
+    budget(r"causal_conv1d_token", 128, 64, 16, blocks=4),
+    budget(r"causal_conv1d_(first|last)", 256, 64, 16, blocks=4),
+    budget(r"column_sums", 256, 64, 16, blocks=4),
 ]
 
 

@@ -1,5 +1,5 @@
 // Prints how every kernel of cuda/ is launched, without a GPU: linked with the host code of cuda/, it stands in for the
-// CUDA runtime and writes each launch down instead of carrying it out. Calls the mLSTM over problems that reach every
+// CUDA runtime and writes each launch down instead of carrying it out. Calls the operators over problems that reach every
 // kernel, on devices with little, more and most shared memory. One line per launch, for scripts/check_kernels.py:
 //   <mangled kernel> <compute capability> <threads> <dynamic shared bytes> <blocks per cluster>
 // With XLSTM_HOPPER=1 in the environment the calls on compute capability 9.0 take the kernels for sm_90a.
@@ -14,6 +14,7 @@
 
 #include "cuda/block_linear/block_linear.h"
 #include "cuda/loss/softmax_cross_entropy.h"
+#include "cuda/causal_conv1d/causal_conv1d_launch.h"
 #include "cuda/mlstm/mlstm.h"
 
 namespace {
@@ -143,6 +144,35 @@ void call_all(Dtype dtype) {
   }
 }
 
+/// Channels in 16-byte pieces (1536) and not (1001).
+void call_causal_conv1d(Dtype dtype) {
+  for (const int32_t channels : {1536, 1001}) {
+    for (const int32_t width : {4, 7}) {
+      const auto view_of = [&](int index, int64_t time) {
+        return xlstm::cuda::ConvView{address(index), time * channels, channels, 1};
+      };
+      xlstm::cuda::ConvInputs in;
+      in.dtype = dtype;
+      in.batch = in.num_sequences = 4, in.time = 2048;
+      in.parameters.channels = channels, in.parameters.width = width;
+      in.parameters.weight = address(0), in.parameters.bias = address(1);
+      in.x = view_of(2, in.time), in.state0 = view_of(3, width - 1);
+      xlstm::cuda::causal_conv1d_forward({in, view_of(4, in.time), view_of(5, width - 1)}, nullptr);
+      xlstm::cuda::ConvBackwardParams backward;
+      backward.in = in;
+      backward.dy = view_of(6, in.time), backward.dx = view_of(7, in.time);
+      backward.dstate0 = view_of(8, width - 1);
+      backward.dweight = address(9), backward.dbias = address(10);
+      backward.partials = array<float>(11);
+      xlstm::cuda::causal_conv1d_backward(backward, nullptr);
+      xlstm::cuda::ConvStepParams step;
+      step.dtype = dtype, step.batch = 4, step.parameters = in.parameters;
+      step.x = view_of(2, 1), step.state = in.state0, step.y = view_of(4, 1);
+      xlstm::cuda::causal_conv1d_step(step, nullptr);
+    }
+  }
+}
+
 CUresult encode_tensor_map(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
@@ -205,8 +235,10 @@ int main() {
     for (const DeviceLimits& each : kDevices) {
       device = each;
       device.hopper = each.compute_capability == 90 && hopper;
-      for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32})
+      for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32}) {
         call_all(dtype);
+        call_causal_conv1d(dtype);
+      }
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "compute capability %d: %s\n", device.compute_capability, error.what());

@@ -4,14 +4,12 @@
 
 #include <algorithm>
 
-#include "csrc/ops/causal_conv1d.h"
+#include "csrc/ops/causal_conv1d_arguments.h"
 #include "csrc/ops/cpu/causal_conv1d_params.h"
 #include "csrc/ops/rows.h"
 
 namespace xlstm::ops {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // Everything the kernels read, alive while they run.
 struct Problem {
@@ -21,25 +19,7 @@ struct Problem {
   at::Tensor x, weight, bias, state0, reset, dy, dstate;
 };
 
-void check_parameters(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                      const char* op) {
-  const int64_t channels = x.size(-1);
-  TORCH_CHECK(weight.dim() == 2 && weight.size(0) == channels, op,
-              ": weight: expected shape (C,W) = (", channels, ",W), got ", weight.sizes());
-  TORCH_CHECK(weight.size(1) >= 2 && weight.size(1) <= 8, op,
-              ": weight: expected a width W of 2 to 8, got ", weight.size(1));
-  if (bias)
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == channels, op, ": bias: expected shape (C) = (",
-                channels, "), got ", bias->sizes());
-}
-
-std::vector<cpu::ConvSequence> packed_sequences(const at::Tensor& cu_seqlens, int64_t batch,
-                                                int64_t time) {
-  TORCH_CHECK(batch == 1, "causal_conv1d: x: expected B = 1 with cu_seqlens, got B = ", batch);
-  TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 &&
-                  cu_seqlens.scalar_type() == at::kInt && cu_seqlens.is_cpu(),
-              "causal_conv1d: cu_seqlens: expected int32 (N+1) on the CPU, got ",
-              cu_seqlens.scalar_type(), " ", cu_seqlens.sizes(), " on ", cu_seqlens.device());
+std::vector<cpu::ConvSequence> packed_sequences(const at::Tensor& cu_seqlens, int64_t time) {
   const at::Tensor bounds = cu_seqlens.contiguous();
   const int32_t* bound = bounds.const_data_ptr<int32_t>();
   const int64_t count = bounds.size(0) - 1;
@@ -61,14 +41,6 @@ at::Tensor unit_channels(const at::Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
-void check_state(const at::Tensor& state, const Problem& problem, const char* name) {
-  const cpu::CausalConv1dParams& p = problem.params;
-  TORCH_CHECK(state.dim() == 3 && state.size(0) == p.sequence_count &&
-                  state.size(1) == p.width - 1 && state.size(2) == p.channels,
-              "causal_conv1d: ", name, ": expected shape (N,W-1,C) = (", p.sequence_count, ",",
-              p.width - 1, ",", p.channels, "), got ", state.sizes());
-}
-
 void add_items(Problem& problem, bool with_state_grad) {
   const cpu::CausalConv1dParams& p = problem.params;
   for (int64_t i = 0; i < p.sequence_count; ++i) {
@@ -84,8 +56,7 @@ void add_items(Problem& problem, bool with_state_grad) {
 Problem make_problem(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& state0, const OptionalTensor& reset,
                      const OptionalTensor& cu_seqlens, bool silu) {
-  TORCH_CHECK(x.dim() == 3, "causal_conv1d: x: expected (B,T,C), got shape ", x.sizes());
-  check_parameters(x, weight, bias, "causal_conv1d");
+  check_causal_conv1d({x, weight, bias, state0, reset, cu_seqlens, silu});
   Problem problem;
   cpu::CausalConv1dParams& p = problem.params;
   const at::ScalarType accumulate = accumulate_type(x.scalar_type());
@@ -103,22 +74,17 @@ Problem make_problem(const at::Tensor& x, const at::Tensor& weight, const Option
   p.weight = problem.weight.const_data_ptr();
   p.bias = data_or_null(problem.bias);
   if (cu_seqlens) {
-    problem.sequences = packed_sequences(*cu_seqlens, x.size(0), p.time);
+    problem.sequences = packed_sequences(*cu_seqlens, p.time);
   } else {
     for (int64_t b = 0; b < x.size(0); ++b) problem.sequences.push_back({b, 0, p.time});
   }
   p.sequences = problem.sequences.data();
   p.sequence_count = static_cast<int64_t>(problem.sequences.size());
   if (state0) {
-    check_state(*state0, problem, "state0");
     problem.state0 = state0->to(x.scalar_type()).contiguous();
     p.state0 = problem.state0.const_data_ptr();
   }
   if (reset) {
-    TORCH_CHECK(reset->dim() == 2 && reset->size(0) == x.size(0) && reset->size(1) == p.time &&
-                    reset->scalar_type() == at::kBool,
-                "causal_conv1d: reset: expected bool (B,T) = (", x.size(0), ",", p.time, "), got ",
-                reset->scalar_type(), " ", reset->sizes());
     problem.reset = reset->contiguous();
     p.reset = problem.reset.const_data_ptr<bool>();
   }
@@ -153,18 +119,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> causal_conv1d_backwar
     const OptionalTensor& reset, const OptionalTensor& cu_seqlens, bool silu) {
   Problem problem = make_problem(x, weight, bias, state0, reset, cu_seqlens, silu);
   cpu::CausalConv1dParams& p = problem.params;
+  check_causal_conv1d_gradients({x, weight, bias, state0, reset, cu_seqlens, silu},
+                                {x.size(0), p.time, p.channels, p.width, p.sequence_count}, dy,
+                                dstate);
   add_items(problem, state0.has_value());
   set_items(problem);
   if (dy) {
-    TORCH_CHECK(dy->sizes() == x.sizes(), "causal_conv1d: dy: expected x's shape ", x.sizes(),
-                ", got ", dy->sizes());
     problem.dy = unit_channels(dy->to(x.scalar_type()));
     p.dy = problem.dy.const_data_ptr();
     p.dy_batch_stride = problem.dy.stride(0);
     p.dy_time_stride = problem.dy.stride(1);
   }
   if (dstate) {
-    check_state(*dstate, problem, "dstate");
     problem.dstate = dstate->to(x.scalar_type()).contiguous();
     p.dstate = problem.dstate.const_data_ptr();
   }
@@ -190,19 +156,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> causal_conv1d_backwar
 
 at::Tensor causal_conv1d_step_cpu(const at::Tensor& x, const at::Tensor& weight,
                                   const OptionalTensor& bias, at::Tensor& state, bool silu) {
-  TORCH_CHECK(x.dim() == 2, "causal_conv1d_step: x: expected (B,C), got shape ", x.sizes());
-  check_parameters(x, weight, bias, "causal_conv1d_step");
+  check_causal_conv1d_step(x, weight, bias, state);
   cpu::CausalConv1dStepParams p;
   p.dtype = dtype_code(x, "causal_conv1d_step: x");
   p.batch = x.size(0);
   p.channels = x.size(1);
   p.width = weight.size(1);
   p.silu = silu;
-  TORCH_CHECK(state.dim() == 3 && state.size(0) == p.batch && state.size(1) == p.width - 1 &&
-                  state.size(2) == p.channels && state.scalar_type() == x.scalar_type(),
-              "causal_conv1d_step: state: expected ", x.scalar_type(), " (B,W-1,C) = (", p.batch,
-              ",", p.width - 1, ",", p.channels, "), got ", state.scalar_type(), " ",
-              state.sizes());
   const at::ScalarType accumulate = accumulate_type(x.scalar_type());
   at::Tensor rows = x;
   p.x = rows_of(rows);
