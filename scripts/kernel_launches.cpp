@@ -13,8 +13,8 @@
 #include <string>
 
 #include "cuda/block_linear/block_linear.h"
-#include "cuda/loss/softmax_cross_entropy.h"
 #include "cuda/causal_conv1d/causal_conv1d_launch.h"
+#include "cuda/loss/softmax_cross_entropy.h"
 #include "cuda/mlstm/mlstm.h"
 
 namespace {

@@ -3,28 +3,11 @@
 #include <torch/library.h>
 
 #include "csrc/ops/cpu/norm_params.h"
-#include "csrc/ops/norm.h"
+#include "csrc/ops/norm_arguments.h"
 #include "csrc/ops/rows.h"
 
 namespace xlstm::ops {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-void check_channels(const OptionalTensor& tensor, int64_t channels, std::string_view name) {
-  if (!tensor) return;
-  TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == channels, "headwise_norm: ", name,
-              ": expected shape (NH*DH) = (", channels, "), got ", tensor->sizes());
-}
-
-void check_rows(const at::Tensor& tensor, const at::Tensor& x, std::string_view name) {
-  std::vector<int64_t> expected = x.sizes().vec();
-  expected.pop_back();
-  expected.back() = x.size(-2) * x.size(-1);
-  TORCH_CHECK(tensor.sizes() == at::IntArrayRef(expected), "headwise_norm: ", name,
-              ": expected shape (...,NH*DH) = ", at::IntArrayRef(expected), ", got ",
-              tensor.sizes());
-}
 
 // The tensors the kernel reads, alive while it runs; undefined where absent.
 struct Inputs {
@@ -36,24 +19,11 @@ cpu::HeadwiseNormParams make_params(Inputs& in, const at::Tensor& x, const Optio
                                     const OptionalTensor& skip_weight, const OptionalTensor& gate,
                                     double eps, std::string_view kind,
                                     std::string_view gate_activation) {
-  TORCH_CHECK(x.dim() >= 2, "headwise_norm: x: expected (...,NH,DH), got shape ", x.sizes());
-  TORCH_CHECK(kind == "layer" || kind == "rms",
-              "headwise_norm: kind: expected \"layer\" or \"rms\", got \"", kind, "\"");
-  TORCH_CHECK(gate_activation == "silu" || gate_activation == "sigmoid",
-              "headwise_norm: gate_activation: expected \"silu\" or \"sigmoid\", got \"",
-              gate_activation, "\"");
-  TORCH_CHECK(skip.has_value() == skip_weight.has_value(),
-              "headwise_norm: skip and skip_weight come together, got only ",
-              skip ? "skip" : "skip_weight");
+  check_headwise_norm({x, weight, bias, skip, skip_weight, gate, eps, kind, gate_activation});
   cpu::HeadwiseNormParams p;
   p.heads = x.size(-2);
   p.dim = x.size(-1);
   const int64_t channels = p.heads * p.dim;
-  check_channels(weight, channels, "weight");
-  check_channels(bias, channels, "bias");
-  check_channels(skip_weight, channels, "skip_weight");
-  if (skip) check_rows(*skip, x, "skip");
-  if (gate) check_rows(*gate, x, "gate");
   p.dtype = dtype_code(x, "headwise_norm: x");
   p.rows = channels == 0 ? 0 : x.numel() / channels;
   p.eps = eps;
@@ -74,12 +44,6 @@ cpu::HeadwiseNormParams make_params(Inputs& in, const at::Tensor& x, const Optio
   return p;
 }
 
-std::vector<int64_t> output_sizes(const at::Tensor& x) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1);
-  sizes.back() *= x.size(-1);
-  return sizes;
-}
-
 at::Tensor headwise_norm_cpu(const at::Tensor& x, const OptionalTensor& weight,
                              const OptionalTensor& bias, const OptionalTensor& skip,
                              const OptionalTensor& skip_weight, const OptionalTensor& gate,
@@ -87,7 +51,7 @@ at::Tensor headwise_norm_cpu(const at::Tensor& x, const OptionalTensor& weight,
   Inputs in;
   cpu::HeadwiseNormParams p =
       make_params(in, x, weight, bias, skip, skip_weight, gate, eps, kind, gate_activation);
-  at::Tensor y = at::empty(output_sizes(x), x.options());
+  at::Tensor y = at::empty(headwise_norm_sizes(x), x.options());
   p.y = y.mutable_data_ptr();
   cpu::headwise_norm(p);
   return y;
@@ -105,7 +69,7 @@ headwise_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const Opti
   Inputs in;
   cpu::HeadwiseNormParams p =
       make_params(in, x, weight, bias, skip, skip_weight, gate, eps, kind, gate_activation);
-  check_rows(dy, x, "dy");
+  check_headwise_rows(dy, x, "dy");
   at::Tensor dy_rows = dy.to(x.scalar_type());
   p.dy = rows_of(dy_rows);
   at::Tensor dx = at::empty(x.sizes(), x.options());
