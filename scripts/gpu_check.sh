@@ -108,9 +108,11 @@ if [ $built = 0 ]; then
   if wants ops; then
     check_ops ops "all operators against float64" 200 "$python" scripts/gpu_ops.py --expect mlstm_sweep
     if "$python" -c 'import pytest' 2>/dev/null; then
-      check ops "tests/python/test_mlstm_cuda.py" 200 "$python" -m pytest -q -p no:cacheprovider tests/python/test_mlstm_cuda.py
+      for file in tests/python/test_mlstm_cuda.py tests/python/test_pointwise_cuda.py; do
+        check ops "$file" 200 "$python" -m pytest -q -p no:cacheprovider "$file"
+      done
     else
-      skip ops "tests/python/test_mlstm_cuda.py: pytest is missing here"
+      skip ops "tests/python/test_*_cuda.py: pytest is missing here"
     fi
   fi
   if wants sanitizer; then

@@ -1,0 +1,105 @@
+"""causal_conv1d and headwise_norm on a GPU, against the same operators in float64 on the CPU. Skipped without one."""
+
+import pytest
+import torch
+
+import libxlstm  # noqa: F401  registers the operators
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+DEVICE = "cuda"
+ops = torch.ops.xlstm
+# Relative errors in norm. float64 runs in ATen calls.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+def randn(*sizes, seed=0):
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed + sum(sizes)), dtype=torch.float64)
+
+
+def results(function, inputs, weights):
+    """Outputs and the gradients of their weighted sum."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    gradients = torch.autograd.grad(out, leaves, [w.to(o) for w, o in zip(weights, out)])
+    return [*(o.detach() for o in out), *gradients]
+
+
+def check(function, inputs, sizes, dtype, move=lambda x: x):
+    """function(*inputs) -> outputs of these sizes; from the same rounded inputs on the CPU and, moved, on the GPU."""
+    inputs = [x.to(dtype) for x in inputs]
+    weights = [randn(*s, seed=9 + i).to(dtype) for i, s in enumerate(sizes)]
+    exact = results(function, [x.double() for x in inputs], [w.double() for w in weights])
+    got = results(function, [move(x.to(DEVICE)) for x in inputs], [w.to(DEVICE) for w in weights])
+    for i, (x, y) in enumerate(zip(got, exact)):
+        assert torch.isfinite(x).all()
+        assert (x.cpu().double() - y).norm() <= TOLERANCE[dtype] * y.norm().clamp_min(1e-6), f"result {i}"
+
+
+def conv(reset=None, cu_seqlens=None, silu=True):
+    def run(x, w, b, s):
+        place = [y if y is None else y.to(x.device) for y in (reset, cu_seqlens)]
+        return ops.causal_conv1d(x, w, b, s, reset=place[0], cu_seqlens=place[1], silu=silu)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [2, 4, 5, 8])
+@pytest.mark.parametrize("channels", [1, 33, 256, 1000])
+def test_conv_equals_float64(channels, width, dtype):
+    for batch, time in ((2, 1), (2, 7), (3, 200)):
+        inputs = [randn(batch, time, channels), randn(channels, width), randn(channels), randn(batch, width - 1, channels)]
+        check(conv(silu=time != 7), inputs, [(batch, time, channels), (batch, width - 1, channels)], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_conv_resets_packed_and_strided(dtype):
+    w, b = randn(40, 4), randn(40)
+    reset = torch.zeros(2, 200, dtype=torch.bool)
+    reset[0, [0, 1, 31, 32, 64, 199]] = True
+    reset[1, [17, 127, 192]] = True
+    sizes = [(2, 200, 40), (2, 3, 40)]
+    check(conv(reset), [randn(2, 200, 40), w, b, randn(2, 3, 40)], sizes, dtype)
+    cu = torch.tensor([0, 0, 1, 3, 64, 128, 193, 193, 200], dtype=torch.int32)
+    check(conv(None, cu), [randn(1, 200, 40), w, b, randn(8, 3, 40)], [(1, 200, 40), (8, 3, 40)], dtype)
+    spread = lambda x: torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0]  # noqa: E731
+    check(conv(reset), [randn(2, 200, 40), w, b, randn(2, 3, 40)], sizes, dtype, spread)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [2, 4, 7])
+def test_conv_step_equals_sequence(width, dtype):
+    for channels in (24, 300, 33):
+        x, w, b = (y.to(DEVICE, dtype) for y in (randn(3, 9, channels), randn(channels, width), randn(channels)))
+        state = randn(3, width - 1, channels).to(DEVICE, dtype)
+        y, last = ops.causal_conv1d(x, w, b, state.clone(), silu=True)
+        for t in range(9):
+            step = ops.causal_conv1d_step(x[:, t], w, b, state, silu=True)
+            torch.testing.assert_close(step, y[:, t])
+        assert torch.equal(state, last)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_equals_float64(kind, dtype):
+    for activation in ("silu", "sigmoid"):
+        run = lambda *a: (ops.headwise_norm(*a, kind=kind, gate_activation=activation),)  # noqa: B023, E731
+        for heads, dim in ((1, 64), (3, 33), (2, 1100)):
+            width = heads * dim
+            inputs = [randn(2, 5, heads, dim), randn(width), randn(width, seed=1), randn(2, 5, width), randn(width, seed=2)]
+            check(run, [*inputs, randn(2, 5, width, seed=3)], [(2, 5, width)], dtype)
+
+
+def test_repeats_are_equal_to_the_bit_and_nothing_waits():
+    inputs = [x.to(DEVICE, torch.bfloat16) for x in (randn(4, 3000, 64), randn(64, 4), randn(64), randn(4, 3, 64))]
+    weights = [torch.ones(4, 3000, 64, device=DEVICE), torch.ones(4, 3, 64, device=DEVICE)]
+    first = results(conv(), inputs, weights)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = results(conv(), inputs, weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
