@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/mlstm/mlstm_launch.h"
+#include "cuda/mlstm/mlstm_sweep_config.h"
 #include "tests/simt/mlstm_sweep_run.h"
 
 namespace simt_test {
@@ -120,20 +121,62 @@ void orders(uint64_t seed) {
                seed);
 }
 
-/// Tile by tile: (contraction, columns) of kSweepTiles in one use or another, with one stage and with two.
-void widths(uint64_t seed) {
-  for (const DeviceLimits& device : {kSmall, kAmpere, kHopper}) {
-    const auto heads = [&](int64_t dqk, int64_t dv) {
-      run_dtypes(
-          {.name = "width", .time = 150, .dqk = dqk, .dv = dv, .states = true, .device = device},
-          seed);
-    };
-    heads(64, 64);
-    heads(80, 128);
-    heads(128, 256);
-    heads(256, 128);
-    heads(20, 200);
+/// Which of kSweepTiles have been run, by h and dv and by dq and dk.
+class Tiles {
+ public:
+  void add(const Setting& s) {
+    const auto dqk = static_cast<int>(s.dqk), dv = static_cast<int>(s.dv);
+    add(dqk, dv, s, 0);
+    add(dv, dqk, s, 1);
   }
+  void expect_all() const {
+    for (size_t i = 0; i < kCount; ++i)
+      for (const auto& uses : seen_) expect(uses[i], "tile that was not run", static_cast<long>(i));
+  }
+
+ private:
+  static constexpr size_t kCount = sizeof(kSweepTiles) / sizeof(kSweepTiles[0]);
+  void add(int contraction, int width, const Setting& s, int uses) {
+    if (!sweep_covers(contraction, s.dtype, s.device)) return;
+    const int columns = sweep_tile_columns(contraction, width, s.dtype, s.device);
+    const int numbers = sweep_anchor_numbers(contraction, width, s.dtype, s.device);
+    for (size_t i = 0; i < kCount; ++i) {
+      const SweepTile& tile = kSweepTiles[i];
+      if (tile.planes == (s.dtype == kBf16 ? 1 : 2) && tile.columns == columns &&
+          sweep_anchor_numbers(tile) == numbers)
+        seen_[uses][i] = true;
+    }
+  }
+  bool seen_[2][kCount] = {};
+};
+
+/// Every tile in every use, with one stage and with two. Two stages of the largest fit a Hopper alone.
+void widths(uint64_t seed) {
+  Tiles tiles;
+  const auto heads = [&](int64_t dqk, int64_t dv, const DeviceLimits& device, Dtype dtype) {
+    const Setting s = {.name = "width",
+                       .time = 130,
+                       .dqk = dqk,
+                       .dv = dv,
+                       .dtype = dtype,
+                       .states = true,
+                       .device = device};
+    run(s, seed);
+    tiles.add(s);
+  };
+  for (const Dtype dtype : {kBf16, kF32}) {
+    for (const DeviceLimits& device : {kSmall, kAmpere}) {
+      heads(64, 64, device, dtype);
+      heads(80, 40, device, dtype);
+      heads(40, 128, device, dtype);
+      heads(80, 128, device, dtype);
+    }
+    heads(20, 200, kAmpere, dtype);
+  }
+  heads(128, 256, kAmpere, kBf16);
+  heads(128, 256, kHopper, kBf16);
+  heads(256, 128, kHopper, kBf16);
+  tiles.expect_all();
 }
 
 /// Every barrier counts in these: one and two stages, asynchronous and plain loads, several chunks and column tiles.

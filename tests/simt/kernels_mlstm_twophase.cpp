@@ -46,7 +46,7 @@ void lengths(uint64_t seed) {
                   .dqk = 24,
                   .dv = 40,
                   .batch = 2,
-                  .heads = 2,
+                  .heads = time < 64 ? 2 : 1,  // an error is relative to enough numbers
                   .states = time % 2 == 0,
                   .device = chunk == 128 ? kSmall : kAmpere,
                   .chunk = chunk},
@@ -55,12 +55,14 @@ void lengths(uint64_t seed) {
   }
 }
 
+/// The large heads in one schedule.
 void heads(uint64_t seed) {
   run_dtypes(
       {.name = "16", .time = 70, .dqk = 16, .dv = 16, .batch = 2, .heads = 2, .states = true},
       seed);
   run_dtypes({.name = "64, 128", .time = 150, .dqk = 64, .dv = 128, .heads = 2, .chunk = 128},
              seed);
+  if (seed != 1) return;
   run_dtypes({.name = "384", .time = 67, .dqk = 384, .dv = 384, .device = kHopper}, seed);
   run_dtypes({.name = "512, 256", .time = 40, .dqk = 512, .dv = 256, .states = true}, seed);
   run_dtypes({.name = "1280", .time = 3, .dqk = 1280, .dv = 1280, .device = kSmall}, seed);
@@ -69,9 +71,9 @@ void heads(uint64_t seed) {
 void orders(uint64_t seed) {
   for (const Order order : {Order::kDense, Order::kUnaligned, Order::kInner})
     run_dtypes({.name = "order",
-                .time = 100,
+                .time = 70,
                 .dqk = 40,
-                .dv = 200,
+                .dv = 136,
                 .batch = 2,
                 .heads = 2,
                 .order = order,

@@ -1,0 +1,219 @@
+// What no choice of kernels, chunks and segments may change: the same inputs by two ways, compared with each other. Each
+// way by itself is compared with the recurrence elsewhere; the generic path in tests/ops/test_mlstm_generic.cpp.
+#include "cuda/mlstm/mlstm_plan.h"
+#include "tests/simt/mlstm_call.h"
+
+namespace simt_test {
+namespace passes {
+namespace {
+
+using xlstm::cuda::Direction;
+using xlstm::cuda::MlstmPlan;
+
+constexpr Dtype kDtypes[] = {Dtype::kBFloat16, Dtype::kFloat32};
+const DeviceLimits kHopper{90, 1, 227 * 1024, true};
+
+void add_all(Error& error, const Call& got, const Call& wanted, Tensor Call::*tensor) {
+  const Setting& s = got.s;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    for (int64_t head = 0; head < s.heads; ++head) {
+      const auto numbers = (wanted.*tensor).rows(b, 0, s.time, head);
+      error.add((got.*tensor).rows(b, 0, s.time, head), numbers, numbers);
+    }
+  }
+}
+
+void agree(const Call& got, const Call& wanted, const char* name, Tensor Call::*tensor,
+           double limit) {
+  Error error(name);
+  add_all(error, got, wanted, tensor);
+  error.check(limit);
+}
+
+void agree(const char* name, const std::vector<float>& got, const std::vector<float>& wanted,
+           double limit) {
+  Error error(name);
+  const std::vector<double> numbers(wanted.begin(), wanted.end());
+  error.add({got.begin(), got.end()}, numbers, numbers);
+  error.check(limit);
+}
+
+void agree_forward(const Call& got, const Call& wanted, double m_limit = 1e-6) {
+  const double limit = tolerance(got.s.dtype).value;
+  agree(got, wanted, "h", &Call::h, limit);
+  agree("c", got.c, wanted.c, limit);
+  agree("n", got.n, wanted.n, limit);
+  agree("m", got.m, wanted.m, m_limit);
+}
+
+void agree_backward(const Call& got, const Call& wanted) {
+  const Tolerance limit = tolerance(got.s.dtype);
+  agree(got, wanted, "dq", &Call::dq, limit.value);
+  agree(got, wanted, "dk", &Call::dk, limit.value);
+  agree(got, wanted, "dv", &Call::dv, limit.value);
+  agree(got, wanted, "digate", &Call::digate, limit.value);
+  agree(got, wanted, "dfgate", &Call::dfgate, limit.forget);
+  if (!got.s.states) return;
+  agree("dc0", got.dc0, wanted.dc0, limit.value);
+  agree("dn0", got.dn0, wanted.dn0, limit.value);
+}
+
+/// One way: a setting, and what its plan must be so that the comparison is one.
+struct Way {
+  Setting setting;
+  bool (*expected)(const MlstmPlan&);
+};
+
+void run_ways(const std::vector<Way>& ways, uint64_t seed) {
+  simt::launch_seed = seed;
+  std::vector<Call> calls;
+  calls.reserve(ways.size());
+  for (const Way& way : ways) {
+    try {
+      Call& call = calls.emplace_back(way.setting, seed);
+      for (const Direction direction : {Direction::kForward, Direction::kBackward})
+        expect(way.expected(plan_mlstm(call.problem, way.setting.device, direction)), "plan");
+      call.forward();
+      call.backward();
+      if (calls.size() == 1) continue;
+      agree_forward(call, calls[0]);
+      agree_backward(call, calls[0]);
+    } catch (const Mismatch& error) {
+      throw Mismatch("ways disagree, " + std::string(error.what()) + describe(way.setting));
+    }
+  }
+}
+
+void paths_of(Setting s, uint64_t seed) {
+  std::vector<Way> ways = {{s, [](const MlstmPlan& p) { return p.fused && !p.sm90; }}};
+  s.two_phase = true;
+  ways.push_back({s, [](const MlstmPlan& p) { return !p.fused; }});
+  if (s.dtype == Dtype::kBFloat16) {
+    s.device = kHopper;
+    ways.push_back({s, [](const MlstmPlan& p) { return !p.fused; }});
+    s.two_phase = false;
+    ways.push_back({s, [](const MlstmPlan& p) { return p.sm90; }});
+  }
+  run_ways(ways, seed);
+}
+
+/// The fused sweep and the two-phase kernels, for sm_80 and for sm_90a.
+void paths(uint64_t seed) {
+  for (const Dtype dtype : kDtypes) {
+    Setting s = {.time = 150, .heads = 2, .dqk = 24, .dv = 40, .dtype = dtype, .states = true};
+    paths_of(s, seed);
+    if (thread_build()) return;
+    s.sigmoid = s.resets = true;
+    paths_of(s, seed);
+    s.packed = {0, 0, 1, 64, 128, 150}, s.sigmoid = false;
+    paths_of(s, seed);
+    s.normalize = false;
+    paths_of(s, seed);
+  }
+}
+
+/// In one schedule, as the segments: other tests run the same kernels in three.
+void chunk_lengths(uint64_t seed) {
+  if (seed != 1) return;
+  for (const Dtype dtype : kDtypes) {
+    Setting s = {.time = 300, .heads = 2, .dtype = dtype, .states = true, .two_phase = true};
+    s.chunk_size = 64;
+    std::vector<Way> ways = {{s, [](const MlstmPlan& p) { return p.chunks.length == 64; }}};
+    s.chunk_size = 128;
+    ways.push_back({s, [](const MlstmPlan& p) { return p.chunks.length == 128; }});
+    s.chunk_size = 256;
+    ways.push_back({s, [](const MlstmPlan& p) { return p.chunks.length == 256; }});
+    run_ways(ways, seed);
+  }
+}
+
+void segment_counts(uint64_t seed) {
+  if (seed != 1) return;
+  for (const bool two_phase : {false, true}) {
+    for (const Dtype dtype : kDtypes) {
+      Setting s = {.time = 720,
+                   .heads = 2,
+                   .dtype = dtype,
+                   .states = true,
+                   .resets = true,
+                   .chunk_size = 64,
+                   .two_phase = two_phase};
+      std::vector<Way> ways = {{s, [](const MlstmPlan& p) { return p.chunks.segments == 1; }}};
+      s.device.num_multiprocessors = 2;
+      ways.push_back({s, [](const MlstmPlan& p) { return p.chunks.segments == 2; }});
+      s.device.num_multiprocessors = 1000;
+      ways.push_back({s, [](const MlstmPlan& p) { return p.chunks.segments == 3; }});
+      run_ways(ways, seed);
+    }
+  }
+}
+
+/// Updates the states of `call` token after token, from the initial ones.
+void step_through(Call& call) {
+  const Setting& s = call.s;
+  const auto begin = [](std::vector<float>& state, const std::vector<float>& from) {
+    if (from.empty())
+      std::fill(state.begin(), state.end(), 0.0F);
+    else
+      state = from;
+  };
+  begin(call.c, call.c0), begin(call.n, call.n0), begin(call.m, call.m0);
+  xlstm::cuda::MlstmProblem problem = call.problem;
+  problem.time = 1;
+  for (int64_t t = 0; t < s.time; ++t) {
+    const auto token = [&](const Tensor& x) {
+      View view = x.view;
+      const int64_t bytes = x.dtype() == Dtype::kFloat32 ? 4 : 2;
+      view.data = static_cast<char*>(view.data) + t * view.time * bytes;
+      view.time = 0;
+      return view;
+    };
+    xlstm::cuda::MlstmStep step;
+    step.q = token(call.q), step.k = token(call.k), step.v = token(call.v), step.h = token(call.h);
+    step.igate = token(call.igate), step.fgate = token(call.fgate);
+    step.c = call.c.data(), step.n = call.n.data(), step.m = call.m.data();
+    mlstm_step(problem, step, nullptr);
+  }
+}
+
+void steps(uint64_t seed) {
+  simt::launch_seed = seed;
+  for (const Dtype dtype : kDtypes) {
+    for (const bool sigmoid : {false, true}) {
+      for (const bool normalize : {true, false}) {
+        const Setting s = {.batch = 2,
+                           .time = 70,
+                           .dqk = 24,
+                           .dv = 40,
+                           .dtype = dtype,
+                           .sigmoid = sigmoid,
+                           .normalize = normalize,
+                           .states = sigmoid == normalize};
+        Call chunkwise(s, seed), stepped(s, seed);
+        chunkwise.forward();
+        step_through(stepped);
+        try {
+          agree_forward(stepped, chunkwise, 1e-5);  // rounded at every token
+        } catch (const Mismatch& error) {
+          throw Mismatch("step and chunks disagree, " + std::string(error.what()) + describe(s));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace passes
+
+List<Case> mlstm_agreement_cases() {
+  static const Case cases[] = {
+      {"mlstm agreement: paths", passes::paths},
+      {"mlstm agreement: chunk lengths", passes::chunk_lengths},
+      {"mlstm agreement: segments", passes::segment_counts},
+      {"mlstm agreement: steps", passes::steps},
+  };
+  // No code that others do not run: the sanitizers see a part.
+  return {cases, simt::build_kind() == simt::Build::kPlain ? size_t{4} : size_t{1}};
+}
+
+}  // namespace simt_test
