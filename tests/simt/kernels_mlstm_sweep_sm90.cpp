@@ -93,11 +93,13 @@ void widths(uint64_t seed) {
   run({.name = "two column tiles", .time = 300, .dqk = 128, .dv = 256, .states = true}, seed);
 }
 
-/// Every barrier counts in these: both rings go round, one consumer has the state or both, resets, tails of packed
-/// sequences with NaN behind them.
+/// All four kernels of every use. Every barrier counts in these: both rings go round, one consumer has the state or both,
+/// resets, tails of packed sequences with NaN behind them.
 void few(uint64_t seed) {
   run({.name = "few", .time = 520, .dqk = 64, .dv = 64, .states = true, .resets = true}, seed);
   run({.name = "few, packed", .time = 460, .dqk = 128, .dv = 128, .packed = {0, 70, 430}}, seed);
+  run({.name = "few, wide", .time = 300, .dqk = 64, .dv = 128}, seed);
+  run({.name = "few, deep", .time = 300, .dqk = 128, .dv = 64}, seed);
 }
 
 }  // namespace
