@@ -10,6 +10,7 @@
 #include "csrc/ops/cuda_device.h"
 #include "csrc/ops/rows.h"
 #ifdef XLSTM_CUDA
+#include "csrc/ops/kernel_tensors.h"
 #include "cuda/block_linear/block_linear.h"
 #endif
 
@@ -20,12 +21,6 @@ using OptionalTensor = std::optional<at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 #ifdef XLSTM_CUDA
-
-cuda::Dtype kernel_dtype(at::ScalarType type) {
-  return type == at::kBFloat16 ? cuda::Dtype::kBFloat16
-         : type == at::kHalf   ? cuda::Dtype::kFloat16
-                               : cuda::Dtype::kFloat32;
-}
 
 bool supported(const at::Tensor& x, const at::Tensor& weight) {
   std::string lack = cuda_kernels_lack(x.device());
@@ -63,7 +58,7 @@ void run_rows(const at::Tensor& in, const at::Tensor& weight, const OptionalTens
   p.x = row_view(rows), p.y = row_view(out);
   p.weight = weights.const_data_ptr(), p.bias = data_or_null(biases);
   p.transposed = transposed;
-  launch_block_linear(p, current_stream(in.device()));
+  run_kernels("block_linear", [&] { launch_block_linear(p, current_stream(in.device())); });
 }
 
 Gradients kernel_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
@@ -83,7 +78,7 @@ Gradients kernel_backward(const at::Tensor& dy, const at::Tensor& x, const at::T
   const at::Tensor partials =
       at::empty({cuda::block_linear_partials(p)}, x.options().dtype(at::kFloat));
   p.partials = partials.mutable_data_ptr<float>();
-  launch_block_linear_weight(p, current_stream(x.device()));
+  run_kernels("block_linear", [&] { launch_block_linear_weight(p, current_stream(x.device())); });
   return {dx, dweight, dbias};
 }
 

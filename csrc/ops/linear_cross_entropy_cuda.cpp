@@ -9,6 +9,7 @@
 #include "csrc/ops/cuda_device.h"
 #include "csrc/ops/linear_cross_entropy_blocks.h"
 #ifdef XLSTM_CUDA
+#include "csrc/ops/kernel_tensors.h"
 #include "cuda/loss/softmax_cross_entropy.h"
 #endif
 
@@ -18,12 +19,6 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 #ifdef XLSTM_CUDA
-
-cuda::Dtype kernel_dtype(at::ScalarType type) {
-  return type == at::kBFloat16 ? cuda::Dtype::kBFloat16
-         : type == at::kHalf   ? cuda::Dtype::kFloat16
-                               : cuda::Dtype::kFloat32;
-}
 
 std::pair<at::Tensor, at::Tensor> kernel_block(const CrossEntropyBlock& b) {
   const at::Tensor loss = at::empty({b.logits.size(0)}, b.logits.options());
@@ -43,7 +38,8 @@ std::pair<at::Tensor, at::Tensor> kernel_block(const CrossEntropyBlock& b) {
     p.gradient = gradient.mutable_data_ptr();
     p.dtype = kernel_dtype(b.gradient_type);
   }
-  launch_softmax_cross_entropy(p, current_stream(b.logits.device()));
+  run_kernels("linear_cross_entropy",
+              [&] { launch_softmax_cross_entropy(p, current_stream(b.logits.device())); });
   return {loss, gradient};
 }
 

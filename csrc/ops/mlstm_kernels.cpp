@@ -4,8 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
-#include <stdexcept>
-
+#include "csrc/ops/kernel_tensors.h"
 #include "csrc/ops/rows.h"
 
 namespace xlstm::ops {
@@ -13,21 +12,7 @@ namespace {
 
 using at::Tensor;
 
-cuda::Dtype dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return cuda::Dtype::kFloat32;
-    case at::kBFloat16:
-      return cuda::Dtype::kBFloat16;
-    case at::kHalf:
-      return cuda::Dtype::kFloat16;
-    default:
-      TORCH_CHECK(false, "mlstm: no CUDA kernel for ", type);
-  }
-}
-
-void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
-float* floats(const Tensor& x) { return static_cast<float*>(data_of(x)); }
+float* floats(const Tensor& x) { return static_cast<float*>(kernel_data(x)); }
 float* floats(const OptionalTensor& x) { return x ? floats(*x) : nullptr; }
 
 OptionalTensor contiguous(const OptionalTensor& x) {
@@ -36,11 +21,11 @@ OptionalTensor contiguous(const OptionalTensor& x) {
 
 /// (B,T,NH,D) or, of a gate, (B,T,NH)
 cuda::View view_of(const Tensor& x) {
-  return {data_of(x), x.stride(0), x.stride(1), x.stride(2), x.dim() == 4 ? x.stride(3) : 1};
+  return {kernel_data(x), x.stride(0), x.stride(1), x.stride(2), x.dim() == 4 ? x.stride(3) : 1};
 }
 /// (B,NH,D) or, of a gate, (B,NH)
 cuda::View token_view_of(const Tensor& x) {
-  return {data_of(x), x.stride(0), 0, x.stride(1), x.dim() == 3 ? x.stride(2) : 1};
+  return {kernel_data(x), x.stride(0), 0, x.stride(1), x.dim() == 3 ? x.stride(2) : 1};
 }
 
 /// The kernels read gates in float32, bfloat16 and float16.
@@ -56,7 +41,7 @@ cuda::MlstmProblem problem_of(const MlstmSizes& sizes, at::ScalarType dtype) {
   p.dqk = sizes.dqk;
   p.dv = sizes.dv;
   p.num_sequences = sizes.num_sequences;
-  p.dtype = dtype_of(dtype);
+  p.dtype = kernel_dtype(dtype);
   return p;
 }
 
@@ -64,8 +49,8 @@ cuda::MlstmProblem problem_of(const MlstmSizes& sizes, at::ScalarType dtype) {
 template <class Arguments>
 void set_options(cuda::MlstmProblem& p, const Arguments& a, const Tensor& igate,
                  const Tensor& fgate) {
-  p.igate_dtype = dtype_of(igate.scalar_type());
-  p.fgate_dtype = dtype_of(fgate.scalar_type());
+  p.igate_dtype = kernel_dtype(igate.scalar_type());
+  p.fgate_dtype = kernel_dtype(fgate.scalar_type());
   p.sigmoid_input_gate = is_sigmoid_input_gate("mlstm", a.input_gate);
   p.normalize = a.normalize;
   p.scale = static_cast<float>(mlstm_scale(a.scale, p.dqk));
@@ -93,11 +78,11 @@ struct Call {
     in.n0 = floats(a.n0);
     in.m0 = floats(a.m0);
     if (a.reset) {
-      in.reset = static_cast<const bool*>(data_of(*a.reset));
+      in.reset = static_cast<const bool*>(kernel_data(*a.reset));
       in.reset_batch = a.reset->stride(0);
       in.reset_time = a.reset->stride(1);
     }
-    if (a.cu_seqlens) in.cu_seqlens = static_cast<const int32_t*>(data_of(*a.cu_seqlens));
+    if (a.cu_seqlens) in.cu_seqlens = static_cast<const int32_t*>(kernel_data(*a.cu_seqlens));
   }
 
   /// Scratch memory: given back to torch's allocator at the end of the call, in the order of the stream.
@@ -109,16 +94,6 @@ struct Call {
   cuda::MlstmProblem problem;
   cuda::MlstmInputs in;
 };
-
-/// Runs launches; a failed one becomes an error that names the operator.
-template <class F>
-void launch(const char* op, const F& f) {
-  try {
-    f();
-  } catch (const std::runtime_error& error) {
-    TORCH_CHECK(false, op, ": ", error.what());
-  }
-}
 
 }  // namespace
 
@@ -143,7 +118,7 @@ MlstmResults mlstm_kernels_forward(const MlstmArguments& a, const MlstmSizes& si
   forward.n = floats(n);
   forward.m = floats(m);
   if (with_product) forward.product = floats(product);
-  launch("mlstm_chunkwise", [&] {
+  run_kernels("mlstm_chunkwise", [&] {
     const Tensor workspace =
         call.workspace(cuda::mlstm_forward_workspace(call.problem, device.limits));
     cuda::mlstm_forward(call.problem, device.limits, forward, workspace.mutable_data_ptr(),
@@ -174,7 +149,7 @@ MlstmGradients mlstm_kernels_backward(const MlstmBackwardArguments& a, const Mls
   backward.dfgate = view_of(dfgate);
   if (a.in.c0) backward.dc0 = floats(dc0);
   if (a.in.n0) backward.dn0 = floats(dn0);
-  launch("mlstm_chunkwise_backward", [&] {
+  run_kernels("mlstm_chunkwise_backward", [&] {
     const Tensor workspace =
         call.workspace(cuda::mlstm_backward_workspace(call.problem, device.limits));
     cuda::mlstm_backward(call.problem, device.limits, backward, workspace.mutable_data_ptr(),
@@ -201,7 +176,7 @@ Tensor mlstm_kernels_step(const MlstmStepArguments& a, const MlstmSizes& sizes,
   step.c = floats(c);
   step.n = floats(n);
   step.m = floats(m);
-  launch("mlstm_step", [&] { cuda::mlstm_step(problem, step, device.stream); });
+  run_kernels("mlstm_step", [&] { cuda::mlstm_step(problem, step, device.stream); });
   if (!c.is_same(a.c)) a.c.copy_(c);
   if (!n.is_same(a.n)) a.n.copy_(n);
   if (!m.is_same(a.m)) a.m.copy_(m);
