@@ -195,6 +195,7 @@ struct Backward {
       p.n0 = call.in.n0;
       p.dn0 = dn0();
     }
+    p.open_end = call.dc != nullptr || call.dn != nullptr;
     p.digate = call.digate;
     p.dfgate = call.dfgate;
     launch_gate_gradients(p, stream);

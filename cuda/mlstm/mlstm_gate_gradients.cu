@@ -1,5 +1,5 @@
-// gate gradients: a running sum over the tokens of a sequence, restarted at resets and at anchors. One block per
-// (sequence, head).
+// gate gradients: a running sum over the tokens of a run, from a sequence's start or an anchor to the next anchor or the
+// end, restarted at resets. One block per head and run, one thread per token.
 #include "cuda/mlstm/mlstm_gates.cuh"
 #include "cuda/mlstm/mlstm_launch.h"
 #include "cuda/prim/launch.h"
@@ -7,22 +7,24 @@
 namespace xlstm::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = kLongestRun, kWarps = kThreads / 32;
 
-/// A run of tokens: the sum of what they add, from the last restart on.
-struct Run {
-  double sum;
+/// Some tokens: the sum of what they add and of its variance but for a factor, from the last restart on.
+struct Running {
+  double sum, variance;
   bool restarts;
 };
-DEVICE_FUNCTION Run then(const Run& a, const Run& b) {
-  return b.restarts ? b : Run{a.sum + b.sum, a.restarts};
+DEVICE_FUNCTION Running then(const Running& a, const Running& b) {
+  return b.restarts ? b : Running{a.sum + b.sum, a.variance + b.variance, a.restarts};
 }
 
 class GateGradientBlock {
  public:
   struct Shared {
+    double sums[kThreads], variances[kThreads];
     double parts[kWarps];
-    Run ends[kWarps];
+    Running ends[kWarps];
+    int restarts[kWarps];  ///< the first one of each warp, kThreads if none
   };
 
   DEVICE_FUNCTION GateGradientBlock(const GateGradientParams& params, Shared& shared)
@@ -31,36 +33,105 @@ class GateGradientBlock {
         thread(static_cast<int>(prim::thread_idx().x)),
         lane(thread % 32),
         warp(thread / 32) {
-    const int item = static_cast<int>(prim::block_idx().x);
-    head = item % p.chunks.num_heads;
-    range = sequence_at(p.chunks, item / p.chunks.num_heads);
-  }
-
-  DEVICE_FUNCTION void run() {
-    if (range.length == 0) return;
-    // Of the first token: what the initial state gives it, if it is not emptied there.
-    Run before{start_dot(), true};
-    if (is_reset(0)) before.sum = 0;
-    for (int first = 0; first < range.length; first += kThreads) {
-      const int t = first + thread;
-      Run own{0, false};
-      if (t > 0 && t < range.length) own = token(t);
-#pragma unroll
-      for (u32 delta = 1; delta < 32; delta *= 2) {
-        const Run other{shfl_up(own.sum, delta), prim::shfl_up(own.restarts ? 1U : 0U, delta) != 0};
-        if (lane >= static_cast<int>(delta)) own = then(other, own);
-      }
-      if (lane == 31) s.ends[warp] = own;
-      prim::sync_block();
-      Run mine = before;
-      for (int i = 0; i < warp; ++i) mine = then(mine, s.ends[i]);
-      for (int i = 0; i < kWarps; ++i) before = then(before, s.ends[i]);
-      if (t < range.length) write(t, then(mine, own).sum);
-      prim::sync_block();
+    const int block = static_cast<int>(prim::block_idx().x), run = block / p.chunks.num_heads;
+    head = block % p.chunks.num_heads;
+    if (run < p.chunks.num_sequences) {
+      sequence = run;
+      range = sequence_at(p.chunks, sequence);
+      find_end(0);
+    } else {
+      const int slot = (run - p.chunks.num_sequences) * p.chunks.anchor;
+      if (slot >= p.chunks.slots) return;
+      const SlotRange at = slot_at(p.chunks, slot);
+      if (!at.used || at.chunk == 0) return;  // a sequence's start is a run of its own
+      range = at.sequence;
+      find_end(at.chunk);
     }
   }
 
+  DEVICE_FUNCTION void run() {
+    if (begin >= end) return;
+    const double start = start_value();
+    const int t = begin + thread;
+    Running own{0, 0, false};
+    if (thread == 0) {
+      own = {start, 0, true};
+    } else if (t < end) {
+      own = is_reset(t) ? Running{0, 0, true} : step_to(t);
+    }
+    const Running mine = scan(own);
+    const int restart = next_restart(own.restarts);
+    if (t < end) write(t, corrected(mine, restart));
+  }
+
  private:
+  /// The run from `chunk` on ends at the sequence's next anchor.
+  DEVICE_FUNCTION void find_end(int chunk) {
+    begin = chunk * p.chunks.length;
+    end = range.length;
+    if (p.anchors.dots == nullptr) return;
+    const int next = chunk + p.chunks.anchor - (range.first_slot + chunk) % p.chunks.anchor;
+    if (next < range.num_chunks) end = next * p.chunks.length;
+  }
+
+  /// Up to every thread's own token; left in shared memory for all.
+  DEVICE_FUNCTION Running scan(Running own) const {
+#pragma unroll
+    for (u32 delta = 1; delta < 32; delta *= 2) {
+      const Running other{shfl_up(own.sum, delta), shfl_up(own.variance, delta),
+                          prim::shfl_up(own.restarts ? 1U : 0U, delta) != 0};
+      if (lane >= static_cast<int>(delta)) own = then(other, own);
+    }
+    if (lane == 31) s.ends[warp] = own;
+    prim::sync_block();
+    Running before{0, 0, false};
+    for (int i = 0; i < warp; ++i) before = then(before, s.ends[i]);
+    own = then(before, own);
+    s.sums[thread] = own.sum;
+    s.variances[thread] = own.variance;
+    prim::sync_block();
+    return own;
+  }
+
+  /// The first token after this thread's, counted from `begin`, where the sum starts anew; kThreads if there is none.
+  DEVICE_FUNCTION int next_restart(bool restarts) const {
+    u32 first = restarts ? thread : kThreads;  // from this thread on
+#pragma unroll
+    for (u32 delta = 1; delta < 32; delta *= 2) {
+      const u32 other = prim::shfl_down(first, delta);
+      if (lane + delta < 32 && other < first) first = other;
+    }
+    if (lane == 0) s.restarts[warp] = static_cast<int>(first);
+    const int next = static_cast<int>(prim::shfl_down(first, 1));
+    prim::sync_block();
+    if (lane < 31 && next < kThreads) return next;
+    for (int i = warp + 1; i < kWarps; ++i)
+      if (s.restarts[i] < kThreads) return s.restarts[i];
+    return kThreads;
+  }
+
+  /// What the sum arrives at is known too, so its error is shared out over the tokens on the way, to each by the variance
+  /// of what it added: the estimate of least squares.
+  DEVICE_FUNCTION double corrected(const Running& mine, int restart) const {
+    const int count = end - begin;
+    const bool at_end = restart >= count;
+    if (at_end && end == range.length && p.open_end) return mine.sum;
+    const int last = (at_end ? count : restart) - 1;
+    const Running step = step_to(begin + last + 1);
+    const double variance = s.variances[last] + step.variance;
+    if (!(variance > 0)) return mine.sum;
+    const double wanted = at_end ? end_value() : 0;  // nothing passes a reset
+    return mine.sum + (wanted - (s.sums[last] + step.sum)) * (mine.variance / variance);
+  }
+
+  DEVICE_FUNCTION double start_value() const {
+    const double value = begin == 0 ? start_dot() : anchor_dot(begin);
+    return is_reset(begin) ? 0 : value;
+  }
+  DEVICE_FUNCTION double end_value() const {
+    return end == range.length || is_reset(end) ? 0 : anchor_dot(end);
+  }
+
   DEVICE_FUNCTION double dots(const float* from, int t) const {
     double sum = 0;
     const int64_t slots = p.chunks.slots, row = head * slots + range.first_slot;
@@ -73,16 +144,15 @@ class GateGradientBlock {
     return p.reset != nullptr &&
            p.reset[range.batch * p.reset_batch + (range.begin + int64_t{t}) * p.reset_time];
   }
-  /// What token t > 0 adds to the sum that is the gradient of its own forget gate.
-  DEVICE_FUNCTION Run token(int t) const {
-    if (is_reset(t)) return {0, true};
-    const int anchor =
-        t % p.chunks.length == 0 ? anchor_at(p.chunks, range, t / p.chunks.length) : -1;
-    if (p.anchors.dots != nullptr && anchor >= 0) return {anchor_dot(anchor), true};
-    return {dots(p.dots_c, t - 1) - dots(p.dots_r, t - 1), false};
+  /// What is added on the way from token t - 1 to token t, of which neither is a reset.
+  DEVICE_FUNCTION Running step_to(int t) const {
+    const double c = dots(p.dots_c, t - 1), r = dots(p.dots_r, t - 1);
+    return {c - r, c * c + r * r, false};
   }
 
-  DEVICE_FUNCTION double anchor_dot(int anchor) const {
+  /// <C, dC> + <n, dn> as they enter the chunk of token t, an anchor.
+  DEVICE_FUNCTION double anchor_dot(int t) const {
+    const int anchor = (range.first_slot + t / p.chunks.length) / p.chunks.anchor;
     double sum = 0;
 #pragma unroll 1
     for (int tile = 0; tile < p.anchor_tiles; ++tile) {
@@ -94,7 +164,7 @@ class GateGradientBlock {
 
   DEVICE_FUNCTION double thread_dot(const float* a, const float* b, int64_t size) const {
     double sum = 0;
-    const int64_t item = prim::block_idx().x;
+    const int64_t item = int64_t{sequence} * p.chunks.num_heads + head;
     if (a == nullptr || b == nullptr) return sum;
 #pragma unroll 4
     for (int64_t i = thread; i < size; i += kThreads)
@@ -131,11 +201,12 @@ class GateGradientBlock {
   const GateGradientParams& p;
   Shared& s;
   const int thread, lane, warp;
-  int head;
-  SequenceRange range;
+  int head, sequence = 0;
+  SequenceRange range{};
+  int begin = 0, end = 0;  ///< tokens of the sequence
 };
 
-KERNEL_FUNCTION(kThreads, 4)
+KERNEL_FUNCTION(kThreads, 2)
 mlstm_gate_gradients(const GRID_CONSTANT GateGradientParams p) {
   GateGradientBlock(p, *reinterpret_cast<GateGradientBlock::Shared*>(prim::dynamic_shared())).run();
 }
@@ -143,7 +214,8 @@ mlstm_gate_gradients(const GRID_CONSTANT GateGradientParams p) {
 }  // namespace
 
 void launch_gate_gradients(const GateGradientParams& params, Stream stream) {
-  const u32 blocks = static_cast<u32>(params.chunks.num_sequences * params.chunks.num_heads);
+  const u32 runs = static_cast<u32>(params.chunks.num_sequences + params.anchors.count);
+  const u32 blocks = runs * static_cast<u32>(params.chunks.num_heads);
   prim::launch("mlstm_gate_gradients", mlstm_gate_gradients,
                {blocks, kThreads, sizeof(GateGradientBlock::Shared)}, params, stream);
 }

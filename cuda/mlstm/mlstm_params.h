@@ -47,7 +47,8 @@ struct Anchors {
   float* dots = nullptr;    ///< [tiles][NH][count][kAnchorWarps]: parts of the sum
   int32_t count = 0;        ///< per head
 };
-constexpr int32_t kAnchorWarps = 8;  ///< warps that add to a dot, in every kernel
+constexpr int32_t kAnchorWarps = 8;   ///< warps that add to a dot, in every kernel
+constexpr int32_t kLongestRun = 512;  ///< tokens between anchors, or of all sequences without any
 
 /// A (B,T,NH,D) operand. `vector`: rows may be read 16 bytes at a time (inner = 1, addresses and strides aligned).
 struct Operand {
@@ -164,8 +165,9 @@ struct SegmentScanParams {
   float* sums = nullptr;         ///< [item][segment][size]
 };
 
-/// gate gradients: one block per (sequence, head). With r_t = q_t . dq_t and c_t = k_t . dk_t (float32, before rounding):
+/// gate gradients: one block per head and run of tokens between anchors. With r_t = q_t . dq_t and c_t = k_t . dk_t (float32, before rounding):
 ///   d log i_t = c_t    d log sigmoid(f)_t = sum_{t' < t} (c_t' - r_t') + <C_0, dC_0> + <n_0, dn_0>, from the last reset on
+/// The sum is zero again at the end of a sequence whose final states have no gradients, and where a reset follows.
 struct GateGradientParams {
   Chunks chunks;
   View igate, fgate;
@@ -180,6 +182,7 @@ struct GateGradientParams {
   int64_t state_size = 0, n_size = 0;  ///< DQK * DV, DQK
   const float *c0 = nullptr, *n0 = nullptr, *dc0 = nullptr,
               *dn0 = nullptr;  ///< all null without an initial state
+  bool open_end = false;       ///< the final states have gradients
   View digate, dfgate;
 };
 

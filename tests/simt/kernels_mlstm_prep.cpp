@@ -201,6 +201,8 @@ struct GradientSetting {
   Order order = Order::kDense;
   std::vector<int64_t> resets = {};
   int32_t tiles = 1;
+  int32_t anchor = 0;  ///< slots between anchors, 0: none
+  bool open_end = false;
   double forget = 1, spread = 2;
 };
 
@@ -218,10 +220,12 @@ class GateGradients {
         dc0(items() * kStateSize),
         n0(items() * kNSize),
         dn0(items() * kNSize),
+        anchor_dots(kAnchorTiles * s.cut.heads * anchors() * xlstm::cuda::kAnchorWarps),
         resets(s.cut, s.resets) {
     std::mt19937 random(static_cast<unsigned>(100 * seed + s.cut.time));
     igate.fill(random, 0, s.spread), fgate.fill(random, s.forget, s.spread);
-    for (GuardedFloats* x : {&dots_r, &dots_c, &c0, &dc0, &n0, &dn0}) x->fill(random, 0, 1);
+    for (GuardedFloats* x : {&dots_r, &dots_c, &c0, &dc0, &n0, &dn0, &anchor_dots})
+      x->fill(random, 0, 1);
   }
 
   void launch() {
@@ -232,6 +236,13 @@ class GateGradients {
     p.sigmoid_input_gate = s.sigmoid;
     if (!s.resets.empty()) resets.give_to(p);
     p.dots_r = dots_r.data(), p.dots_c = dots_c.data(), p.tiles = s.tiles;
+    p.open_end = s.open_end;
+    if (s.anchor > 0) {
+      p.chunks.anchor = s.anchor;
+      p.anchors.dots = anchor_dots.data();
+      p.anchors.count = static_cast<int32_t>(anchors());
+      p.anchor_tiles = kAnchorTiles;
+    }
     p.state_size = kStateSize, p.n_size = kNSize;
     if (s.start) p.c0 = c0.data(), p.n0 = n0.data(), p.dc0 = dc0.data(), p.dn0 = dn0.data();
     launch_gate_gradients(p, nullptr);
@@ -250,7 +261,9 @@ class GateGradients {
 
  private:
   static constexpr int64_t kStateSize = 24 * 40, kNSize = 24;
+  static constexpr int32_t kAnchorTiles = 2;
   int64_t items() const { return s.cut.sequences() * s.cut.heads; }
+  int64_t anchors() const { return s.anchor == 0 ? 1 : s.cut.slots() / s.anchor + 1; }
 
   double dot(GuardedFloats& a, GuardedFloats& b, int64_t size, int64_t item) {
     double sum = 0;
@@ -264,26 +277,79 @@ class GateGradients {
     return sum;
   }
 
-  void check_head(int64_t sequence, int64_t head) {
-    const int64_t item = sequence * s.cut.heads + head, b = s.cut.row(sequence);
-    double sum = s.start ? dot(c0, dc0, kStateSize, item) + dot(n0, dn0, kNSize, item) : 0.0;
-    bool nothing_before = !s.start;
+  /// Where the sum starts anew, and with what.
+  struct Restart {
+    int64_t token;
+    double value;
+  };
+  std::vector<Restart> restarts(int64_t sequence, int64_t head) {
+    const int64_t item = sequence * s.cut.heads + head, length = s.cut.length;
+    std::vector<Restart> found;
     for (int64_t t = 0; t < s.cut.tokens(sequence); ++t) {
-      const int64_t token = s.cut.begin(sequence) + t, position = s.cut.position(sequence, head, t);
-      if (resets(sequence, t)) sum = 0, nothing_before = true;
-      const double c = tiles_sum(dots_c, position), r = tiles_sum(dots_r, position);
+      const int64_t slot = s.cut.first_slot(sequence) + t / length;
+      if (resets(sequence, t)) {
+        found.push_back({t, 0});
+      } else if (t == 0) {
+        found.push_back(
+            {0, s.start ? dot(c0, dc0, kStateSize, item) + dot(n0, dn0, kNSize, item) : 0});
+      } else if (t % length == 0 && s.anchor > 0 && slot % s.anchor == 0) {
+        double sum = 0;
+        for (int64_t tile = 0; tile < kAnchorTiles; ++tile)
+          for (int64_t part = 0; part < xlstm::cuda::kAnchorWarps; ++part)
+            sum += anchor_dots[((tile * s.cut.heads + head) * anchors() + slot / s.anchor) *
+                                   xlstm::cuda::kAnchorWarps +
+                               part];
+        found.push_back({t, sum});
+      }
+    }
+    return found;
+  }
+
+  void check_head(int64_t sequence, int64_t head) {
+    const int64_t tokens = s.cut.tokens(sequence);
+    std::vector<Restart> runs = restarts(sequence, head);
+    runs.push_back({tokens, 0});
+    for (size_t i = 0; i + 1 < runs.size(); ++i) {
+      const bool known = !(s.open_end && runs[i + 1].token == tokens);
+      check_run(sequence, head, runs[i], runs[i + 1], known);
+      if (runs[i].value == 0)
+        expect(got_f[got_f.size() - static_cast<size_t>(runs[i + 1].token - runs[i].token)] == 0,
+               "exact zero without a state before", runs[i].token);
+    }
+  }
+
+  /// The sum from the run's start and, where what it ends in is known, the sum back from there, each weighted by the
+  /// variance of the other.
+  void check_run(int64_t sequence, int64_t head, const Restart& from, const Restart& to,
+                 bool known) {
+    const int64_t b = s.cut.row(sequence), first = s.cut.position(sequence, head, 0);
+    std::vector<double> step, variance;
+    for (int64_t t = from.token; t < to.token; ++t) {
+      const double c = tiles_sum(dots_c, first + t), r = tiles_sum(dots_r, first + t);
+      step.push_back(c - r), variance.push_back(c * c + r * r);
+      const int64_t token = s.cut.begin(sequence) + t;
       got_i.push_back(digate.get(b, token, head)), got_f.push_back(dfgate.get(b, token, head));
       wanted_i.push_back(s.sigmoid ? c * sigmoid(-igate.get(b, token, head)) : c);
-      wanted_f.push_back(sum * sigmoid(-fgate.get(b, token, head)));
-      if (nothing_before) expect(got_f.back() == 0, "exact zero without a state before", t);
-      nothing_before = false;
-      sum += c - r;
+    }
+    const auto sum = [](const std::vector<double>& x, size_t begin, size_t end) {
+      double total = 0;
+      for (size_t i = begin; i < end; ++i) total += x[i];
+      return total;
+    };
+    for (size_t i = 0; i < step.size(); ++i) {
+      const double before = sum(variance, 0, i), after = sum(variance, i, step.size());
+      const double forward = from.value + sum(step, 0, i),
+                   backward = to.value - sum(step, i, step.size());
+      const double estimate =
+          known ? (forward * after + backward * before) / (before + after) : forward;
+      const int64_t token = s.cut.begin(sequence) + from.token + static_cast<int64_t>(i);
+      wanted_f.push_back(estimate * sigmoid(-fgate.get(b, token, head)));
     }
   }
 
   const GradientSetting& s;
   StridedTensor igate, fgate, digate, dfgate;
-  GuardedFloats dots_r, dots_c, c0, dc0, n0, dn0;
+  GuardedFloats dots_r, dots_c, c0, dc0, n0, dn0, anchor_dots;
   Resets resets;
   Numbers got_i, wanted_i, got_f, wanted_f;
 };
@@ -305,20 +371,28 @@ void run_gradients(const GradientSetting& s, uint64_t seed) {
 const std::vector<int64_t> kResets = {5, 6, 7, 31, 32, 63, 64, 65, 127, 128, 255, 256, 257, 400};
 
 void gate_gradients(uint64_t seed) {
-  for (const int64_t time : {1, 17, 63, 64, 65, 127, 200, 600}) {
+  for (const int64_t time : {1, 17, 63, 64, 65, 127, 200, 512}) {
     for (const bool start : {false, true}) {
       const Cut cut{.batch = 2, .time = time, .heads = 2};
       run_gradients({.cut = cut, .start = start}, seed);
       run_gradients({.cut = cut, .sigmoid = true, .start = start, .resets = kResets, .tiles = 3},
                     seed);
+      run_gradients({.cut = cut, .start = start, .anchor = 2, .open_end = true}, seed);
     }
   }
   run_gradients({.cut = {.time = 70, .length = 128}, .resets = {0}}, seed);
+  for (const int32_t anchor : {1, 3, 8}) {
+    const Cut cut{.batch = 2, .time = 1100, .heads = 2};
+    run_gradients({.cut = cut, .anchor = anchor}, seed);
+    run_gradients({.cut = cut, .resets = kResets, .tiles = 2, .anchor = anchor, .open_end = true},
+                  seed);
+  }
   for (const int64_t length : {64, 256}) {
     const Cut cut{
         .time = 700, .heads = 2, .length = length, .packed = {0, 0, 1, 64, 65, 65, 130, 700, 700}};
-    run_gradients({.cut = cut}, seed);
-    run_gradients({.cut = cut, .resets = kResets, .tiles = 2}, seed);
+    const auto anchor = static_cast<int32_t>(512 / length);
+    run_gradients({.cut = cut, .anchor = anchor}, seed);
+    run_gradients({.cut = cut, .resets = kResets, .tiles = 2, .anchor = anchor}, seed);
   }
   for (const Dtype dtype : kDtypes) {
     for (const Order order : {Order::kAligned, Order::kUnaligned, Order::kInner}) {
