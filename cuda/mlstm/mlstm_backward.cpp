@@ -15,7 +15,8 @@ struct BackwardMemory {
   float *gamma, *z;
   void* g;  // (B,T,NH,DV), bfloat16 or float32
   float *dots_r, *dots_c;
-  float *dc0, *dn0;  // where the gate gradients need them and the caller does not
+  float *dc0, *dn0;      // where the gate gradients need them and the caller does not
+  float *end_c, *end_n;  // the final states, computed again for their gradients' sake
   SegmentMemory forward_segments, reverse_segments;
   StateMemory states;  // C first, then dC in its place
   Anchors anchors;
@@ -29,6 +30,8 @@ struct BackwardMemory {
         dots_c(workspace.take<float>(plan.positions() * plan.dot_tiles)),
         dc0(workspace.take<float>(plan.items() * problem.dqk * problem.dv)),
         dn0(workspace.take<float>(plan.items() * problem.dqk)),
+        end_c(workspace.take<float>(plan.items() * problem.dqk * problem.dv)),
+        end_n(workspace.take<float>(plan.items() * problem.dqk)),
         forward_segments(plan, problem, workspace),
         reverse_segments(plan, problem, workspace),
         states(plan, problem, workspace),
@@ -47,6 +50,8 @@ struct Backward {
   bool has_start() const { return call.in.c0 != nullptr || call.in.n0 != nullptr; }
   float* dc0() const { return call.dc0 != nullptr ? call.dc0 : has_start() ? memory.dc0 : nullptr; }
   float* dn0() const { return call.dn0 != nullptr ? call.dn0 : has_start() ? memory.dn0 : nullptr; }
+  float* end_c() const { return call.dc != nullptr ? memory.end_c : nullptr; }
+  float* end_n() const { return call.dn != nullptr ? memory.end_n : nullptr; }
   Operand key_like(const View& view) const { return operand_of(view, problem.dqk, problem.dtype); }
   Operand value_like(const View& view) const { return operand_of(view, problem.dv, problem.dtype); }
 
@@ -126,6 +131,7 @@ struct Backward {
       SweepParams p = sweep(use);
       p.start_c = use == Use::kDq ? forward.c : reverse.c;
       p.start_n = use == Use::kDq ? forward.n : reverse.n;
+      if (use == Use::kDq) p.end_c = end_c(), p.end_n = end_n();
       if (use == Use::kDv) p.end_c = dc0();
       if (use == Use::kDk) p.end_n = dn0();
       (plan.sm90 ? launch_sweep_sm90 : launch_sweep)(use, p, device, stream);
@@ -155,8 +161,8 @@ struct Backward {
       states.start_n = starts.n;
       states.states = memory.states.c;
       states.state_n = memory.states.n;
-      states.end_c = is_reverse ? dc0() : nullptr;
-      states.end_n = is_reverse ? dn0() : nullptr;
+      states.end_c = is_reverse ? dc0() : end_c();
+      states.end_n = is_reverse ? dn0() : end_n();
       launch_state(states, device, stream);
       if (memory.anchors.states != nullptr) launch_anchors(anchors(is_reverse), stream);
       for (const Use use : {Use::kDv, Use::kDq, Use::kDk}) {
@@ -187,15 +193,8 @@ struct Backward {
     p.anchor_tiles = plan.anchor_tiles;
     p.state_size = problem.dqk * problem.dv;
     p.n_size = problem.dqk;
-    if (call.in.c0 != nullptr) {
-      p.c0 = call.in.c0;
-      p.dc0 = dc0();
-    }
-    if (call.in.n0 != nullptr) {
-      p.n0 = call.in.n0;
-      p.dn0 = dn0();
-    }
-    p.open_end = call.dc != nullptr || call.dn != nullptr;
+    p.start = {call.in.c0, dc0(), call.in.n0, dn0()};
+    p.end = {end_c(), call.dc, end_n(), call.dn};
     p.digate = call.digate;
     p.dfgate = call.dfgate;
     launch_gate_gradients(p, stream);

@@ -21,6 +21,7 @@ DEVICE_FUNCTION SequenceRange sequence_at(const Chunks& c, int32_t sequence) {
 }
 
 struct SlotRange {
+  int32_t index;  ///< of the sequence
   SequenceRange sequence;
   int32_t chunk;  ///< of the sequence
   bool used;
@@ -32,7 +33,7 @@ DEVICE_FUNCTION SlotRange slot_at(const Chunks& c, int32_t slot) {
           high = c.num_sequences;  // the last sequence in [low, high) with first_slot <= slot
   if (c.cu_seqlens == nullptr) {
     low = slot / divide_up(c.time, c.length);
-    if (low >= c.num_sequences) return {{}, 0, false};
+    if (low >= c.num_sequences) return {0, {}, 0, false};
   } else {
     while (high - low > 1) {
       const int32_t middle = (low + high) / 2;
@@ -45,7 +46,7 @@ DEVICE_FUNCTION SlotRange slot_at(const Chunks& c, int32_t slot) {
   }
   const SequenceRange sequence = sequence_at(c, low);
   const int32_t chunk = slot - sequence.first_slot;
-  return {sequence, chunk, chunk < sequence.num_chunks};
+  return {low, sequence, chunk, chunk < sequence.num_chunks};
 }
 
 /// The anchor at the start of a sequence's chunk, or -1. A sequence's first chunk needs none.

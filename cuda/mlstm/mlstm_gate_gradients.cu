@@ -44,6 +44,7 @@ class GateGradientBlock {
       if (slot >= p.chunks.slots) return;
       const SlotRange at = slot_at(p.chunks, slot);
       if (!at.used || at.chunk == 0) return;  // a sequence's start is a run of its own
+      sequence = at.index;
       range = at.sequence;
       find_end(at.chunk);
     }
@@ -51,7 +52,7 @@ class GateGradientBlock {
 
   DEVICE_FUNCTION void run() {
     if (begin >= end) return;
-    const double start = start_value();
+    const double start = start_value(), stop = end_value();
     const int t = begin + thread;
     Running own{0, 0, false};
     if (thread == 0) {
@@ -61,7 +62,7 @@ class GateGradientBlock {
     }
     const Running mine = scan(own);
     const int restart = next_restart(own.restarts);
-    if (t < end) write(t, corrected(mine, restart));
+    if (t < end) write(t, corrected(mine, restart, stop));
   }
 
  private:
@@ -112,24 +113,23 @@ class GateGradientBlock {
 
   /// What the sum arrives at is known too, so its error is shared out over the tokens on the way, to each by the variance
   /// of what it added: the estimate of least squares.
-  DEVICE_FUNCTION double corrected(const Running& mine, int restart) const {
+  DEVICE_FUNCTION double corrected(const Running& mine, int restart, double stop) const {
     const int count = end - begin;
-    const bool at_end = restart >= count;
-    if (at_end && end == range.length && p.open_end) return mine.sum;
-    const int last = (at_end ? count : restart) - 1;
+    const int last = (restart < count ? restart : count) - 1;
     const Running step = step_to(begin + last + 1);
     const double variance = s.variances[last] + step.variance;
     if (!(variance > 0)) return mine.sum;
-    const double wanted = at_end ? end_value() : 0;  // nothing passes a reset
+    const double wanted = restart < count ? 0 : stop;  // nothing passes a reset
     return mine.sum + (wanted - (s.sums[last] + step.sum)) * (mine.variance / variance);
   }
 
   DEVICE_FUNCTION double start_value() const {
-    const double value = begin == 0 ? start_dot() : anchor_dot(begin);
+    const double value = begin > 0 ? anchor_dot(begin) : state_dot(p.start);
     return is_reset(begin) ? 0 : value;
   }
   DEVICE_FUNCTION double end_value() const {
-    return end == range.length || is_reset(end) ? 0 : anchor_dot(end);
+    if (end == range.length) return state_dot(p.end);
+    return is_reset(end) ? 0 : anchor_dot(end);
   }
 
   DEVICE_FUNCTION double dots(const float* from, int t) const {
@@ -162,6 +162,18 @@ class GateGradientBlock {
     return sum;
   }
 
+  /// <C, dC> + <n, dn> of the sequence; a part of it is 0 where one of the two is null. For all threads.
+  DEVICE_FUNCTION double state_dot(const StateAndGradient& x) const {
+    double sum = thread_dot(x.c, x.dc, p.state_size) + thread_dot(x.n, x.dn, p.n_size);
+#pragma unroll
+    for (u32 delta = 16; delta > 0; delta /= 2) sum += shfl(sum, (lane + delta) % 32);
+    prim::sync_block();
+    if (lane == 0) s.parts[warp] = sum;
+    prim::sync_block();
+    sum = 0;
+    for (int i = 0; i < kWarps; ++i) sum += s.parts[i];
+    return sum;
+  }
   DEVICE_FUNCTION double thread_dot(const float* a, const float* b, int64_t size) const {
     double sum = 0;
     const int64_t item = int64_t{sequence} * p.chunks.num_heads + head;
@@ -169,18 +181,6 @@ class GateGradientBlock {
 #pragma unroll 4
     for (int64_t i = thread; i < size; i += kThreads)
       sum += static_cast<double>(a[item * size + i]) * b[item * size + i];
-    return sum;
-  }
-  /// <C_0, dC_0> + <n_0, dn_0>
-  DEVICE_FUNCTION double start_dot() const {
-    if (p.c0 == nullptr && p.n0 == nullptr) return 0;
-    double sum = thread_dot(p.c0, p.dc0, p.state_size) + thread_dot(p.n0, p.dn0, p.n_size);
-#pragma unroll
-    for (u32 delta = 16; delta > 0; delta /= 2) sum += shfl(sum, (lane + delta) % 32);
-    if (lane == 0) s.parts[warp] = sum;
-    prim::sync_block();
-    sum = 0;
-    for (int i = 0; i < kWarps; ++i) sum += s.parts[i];
     return sum;
   }
 

@@ -167,7 +167,10 @@ struct SegmentScanParams {
 
 /// gate gradients: one block per head and run of tokens between anchors. With r_t = q_t . dq_t and c_t = k_t . dk_t (float32, before rounding):
 ///   d log i_t = c_t    d log sigmoid(f)_t = sum_{t' < t} (c_t' - r_t') + <C_0, dC_0> + <n_0, dn_0>, from the last reset on
-/// The sum is zero again at the end of a sequence whose final states have no gradients, and where a reset follows.
+/// At the end of the sequence the sum is <C, dC> + <n, dn> of the final states, and 0 before a reset.
+struct StateAndGradient {
+  const float *c = nullptr, *dc = nullptr, *n = nullptr, *dn = nullptr;
+};
 struct GateGradientParams {
   Chunks chunks;
   View igate, fgate;
@@ -180,9 +183,8 @@ struct GateGradientParams {
   Anchors anchors;
   int32_t anchor_tiles = 1;
   int64_t state_size = 0, n_size = 0;  ///< DQK * DV, DQK
-  const float *c0 = nullptr, *n0 = nullptr, *dc0 = nullptr,
-              *dn0 = nullptr;  ///< all null without an initial state
-  bool open_end = false;       ///< the final states have gradients
+  StateAndGradient start,              ///< null without an initial state
+      end;                             ///< null where the final states have no gradients
   View digate, dfgate;
 };
 

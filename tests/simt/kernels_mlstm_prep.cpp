@@ -202,7 +202,7 @@ struct GradientSetting {
   std::vector<int64_t> resets = {};
   int32_t tiles = 1;
   int32_t anchor = 0;  ///< slots between anchors, 0: none
-  bool open_end = false;
+  bool end = false;    ///< final states and their gradients
   double forget = 1, spread = 2;
 };
 
@@ -220,11 +220,16 @@ class GateGradients {
         dc0(items() * kStateSize),
         n0(items() * kNSize),
         dn0(items() * kNSize),
+        end_c(items() * kStateSize),
+        end_dc(items() * kStateSize),
+        end_n(items() * kNSize),
+        end_dn(items() * kNSize),
         anchor_dots(kAnchorTiles * s.cut.heads * anchors() * xlstm::cuda::kAnchorWarps),
         resets(s.cut, s.resets) {
     std::mt19937 random(static_cast<unsigned>(100 * seed + s.cut.time));
     igate.fill(random, 0, s.spread), fgate.fill(random, s.forget, s.spread);
-    for (GuardedFloats* x : {&dots_r, &dots_c, &c0, &dc0, &n0, &dn0, &anchor_dots})
+    for (GuardedFloats* x :
+         {&dots_r, &dots_c, &c0, &dc0, &n0, &dn0, &end_c, &end_dc, &end_n, &end_dn, &anchor_dots})
       x->fill(random, 0, 1);
   }
 
@@ -236,7 +241,6 @@ class GateGradients {
     p.sigmoid_input_gate = s.sigmoid;
     if (!s.resets.empty()) resets.give_to(p);
     p.dots_r = dots_r.data(), p.dots_c = dots_c.data(), p.tiles = s.tiles;
-    p.open_end = s.open_end;
     if (s.anchor > 0) {
       p.chunks.anchor = s.anchor;
       p.anchors.dots = anchor_dots.data();
@@ -244,7 +248,8 @@ class GateGradients {
       p.anchor_tiles = kAnchorTiles;
     }
     p.state_size = kStateSize, p.n_size = kNSize;
-    if (s.start) p.c0 = c0.data(), p.n0 = n0.data(), p.dc0 = dc0.data(), p.dn0 = dn0.data();
+    if (s.start) p.start = {c0.data(), dc0.data(), n0.data(), dn0.data()};
+    if (s.end) p.end = {end_c.data(), end_dc.data(), end_n.data(), end_dn.data()};
     launch_gate_gradients(p, nullptr);
   }
 
@@ -271,6 +276,10 @@ class GateGradients {
       sum += static_cast<double>(a[item * size + i]) * b[item * size + i];
     return sum;
   }
+  double state_dot(GuardedFloats& c, GuardedFloats& dc, GuardedFloats& n, GuardedFloats& dn,
+                   int64_t item) {
+    return dot(c, dc, kStateSize, item) + dot(n, dn, kNSize, item);
+  }
   double tiles_sum(GuardedFloats& dots, int64_t position) {
     double sum = 0;
     for (int32_t tile = 0; tile < s.tiles; ++tile) sum += dots[tile * s.cut.positions() + position];
@@ -290,8 +299,7 @@ class GateGradients {
       if (resets(sequence, t)) {
         found.push_back({t, 0});
       } else if (t == 0) {
-        found.push_back(
-            {0, s.start ? dot(c0, dc0, kStateSize, item) + dot(n0, dn0, kNSize, item) : 0});
+        found.push_back({0, s.start ? state_dot(c0, dc0, n0, dn0, item) : 0});
       } else if (t % length == 0 && s.anchor > 0 && slot % s.anchor == 0) {
         double sum = 0;
         for (int64_t tile = 0; tile < kAnchorTiles; ++tile)
@@ -306,22 +314,20 @@ class GateGradients {
   }
 
   void check_head(int64_t sequence, int64_t head) {
-    const int64_t tokens = s.cut.tokens(sequence);
+    const int64_t item = sequence * s.cut.heads + head;
     std::vector<Restart> runs = restarts(sequence, head);
-    runs.push_back({tokens, 0});
+    runs.push_back(
+        {s.cut.tokens(sequence), s.end ? state_dot(end_c, end_dc, end_n, end_dn, item) : 0});
     for (size_t i = 0; i + 1 < runs.size(); ++i) {
-      const bool known = !(s.open_end && runs[i + 1].token == tokens);
-      check_run(sequence, head, runs[i], runs[i + 1], known);
+      check_run(sequence, head, runs[i], runs[i + 1]);
       if (runs[i].value == 0)
         expect(got_f[got_f.size() - static_cast<size_t>(runs[i + 1].token - runs[i].token)] == 0,
                "exact zero without a state before", runs[i].token);
     }
   }
 
-  /// The sum from the run's start and, where what it ends in is known, the sum back from there, each weighted by the
-  /// variance of the other.
-  void check_run(int64_t sequence, int64_t head, const Restart& from, const Restart& to,
-                 bool known) {
+  /// The sum from the run's start and the sum back from its end, each weighted by the variance of the other.
+  void check_run(int64_t sequence, int64_t head, const Restart& from, const Restart& to) {
     const int64_t b = s.cut.row(sequence), first = s.cut.position(sequence, head, 0);
     std::vector<double> step, variance;
     for (int64_t t = from.token; t < to.token; ++t) {
@@ -340,8 +346,7 @@ class GateGradients {
       const double before = sum(variance, 0, i), after = sum(variance, i, step.size());
       const double forward = from.value + sum(step, 0, i),
                    backward = to.value - sum(step, i, step.size());
-      const double estimate =
-          known ? (forward * after + backward * before) / (before + after) : forward;
+      const double estimate = (forward * after + backward * before) / (before + after);
       const int64_t token = s.cut.begin(sequence) + from.token + static_cast<int64_t>(i);
       wanted_f.push_back(estimate * sigmoid(-fgate.get(b, token, head)));
     }
@@ -349,7 +354,7 @@ class GateGradients {
 
   const GradientSetting& s;
   StridedTensor igate, fgate, digate, dfgate;
-  GuardedFloats dots_r, dots_c, c0, dc0, n0, dn0, anchor_dots;
+  GuardedFloats dots_r, dots_c, c0, dc0, n0, dn0, end_c, end_dc, end_n, end_dn, anchor_dots;
   Resets resets;
   Numbers got_i, wanted_i, got_f, wanted_f;
 };
@@ -377,15 +382,14 @@ void gate_gradients(uint64_t seed) {
       run_gradients({.cut = cut, .start = start}, seed);
       run_gradients({.cut = cut, .sigmoid = true, .start = start, .resets = kResets, .tiles = 3},
                     seed);
-      run_gradients({.cut = cut, .start = start, .anchor = 2, .open_end = true}, seed);
+      run_gradients({.cut = cut, .start = start, .anchor = 2, .end = true}, seed);
     }
   }
   run_gradients({.cut = {.time = 70, .length = 128}, .resets = {0}}, seed);
   for (const int32_t anchor : {1, 3, 8}) {
     const Cut cut{.batch = 2, .time = 1100, .heads = 2};
     run_gradients({.cut = cut, .anchor = anchor}, seed);
-    run_gradients({.cut = cut, .resets = kResets, .tiles = 2, .anchor = anchor, .open_end = true},
-                  seed);
+    run_gradients({.cut = cut, .resets = kResets, .tiles = 2, .anchor = anchor, .end = true}, seed);
   }
   for (const int64_t length : {64, 256}) {
     const Cut cut{

@@ -1,0 +1,202 @@
+// From tensors to the real CUDA kernels and back, on the CPU: csrc/ops/*_kernels.cpp with the emulator behind them, against
+// the paths that take a call where no kernel does.
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "csrc/ops/causal_conv1d_generic.h"
+#include "csrc/ops/causal_conv1d_kernels.h"
+#include "csrc/ops/mlstm_generic.h"
+#include "csrc/ops/mlstm_kernels.h"
+#include "tests/ops/mlstm_cases.h"
+
+namespace {
+
+using at::Tensor;
+using xlstm::ops::MlstmArguments;
+using xlstm::ops::OptionalTensor;
+using xlstm::test::Case;
+using xlstm::test::Problem;
+
+template <class Results>
+std::vector<Tensor> list(const Results& results) {
+  return std::apply([](const auto&... x) { return std::vector<Tensor>{x...}; }, results);
+}
+
+double difference(const Tensor& a, const Tensor& b) {
+  const Tensor x = a.to(at::kDouble), y = b.to(at::kDouble);
+  const double size = at::linalg_vector_norm(y).item<double>();
+  return at::linalg_vector_norm(x - y).item<double>() / (size == 0 ? 1 : size);
+}
+
+void check_close(const std::vector<std::string>& names, const std::vector<Tensor>& kernels,
+                 const std::vector<Tensor>& generic, const std::vector<double>& tolerances) {
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (!generic[i].defined()) continue;
+    REQUIRE(kernels[i].sizes() == generic[i].sizes());
+    REQUIRE(kernels[i].scalar_type() == generic[i].scalar_type());
+    INFO(names[i] << ": relative difference " << difference(kernels[i], generic[i]));
+    CHECK(difference(kernels[i], generic[i]) <= tolerances[i]);
+  }
+}
+
+/// What both may be away from the float64 reference, together.
+struct Tolerances {
+  double value, forget;
+};
+Tolerances tolerances(at::ScalarType type) {
+  return type == at::kFloat ? Tolerances{4e-5, 4e-5} : Tolerances{1e-2, 2e-2};
+}
+
+void check_mlstm(const Case& which, at::ScalarType type, const OptionalTensor& cu_seqlens = {}) {
+  INFO("T " << which.time << " heads " << which.dqk << " x " << which.dv << " states "
+            << which.states << " resets " << which.resets << " sigmoid " << which.sigmoid
+            << " normalize " << which.normalize << " " << c10::toString(type));
+  const Problem p(which);
+  MlstmArguments a = xlstm::test::arguments(p);
+  for (Tensor* x : {&a.q, &a.k, &a.v}) *x = x->to(type);
+  for (Tensor* x : {&a.igate, &a.fgate}) *x = x->to(at::kFloat);
+  for (OptionalTensor* x : {&a.c0, &a.n0, &a.m0})
+    if (*x) *x = (*x)->to(at::kFloat);
+  a.igate = a.igate - 2;
+  a.fgate = a.fgate + 2;
+  a.eps = 1e-6;
+  a.cu_seqlens = cu_seqlens;
+  const auto sizes = xlstm::ops::check_mlstm_arguments(a);
+  const xlstm::ops::MlstmDevice device{{80, 4, 163 * 1024}};
+  REQUIRE(xlstm::ops::mlstm_kernels_lack(sizes, type, device.limits).empty());
+
+  const Tolerances limit = tolerances(type);
+  const auto forward = list(xlstm::ops::mlstm_kernels_forward(a, sizes, device, which.normalize));
+  const auto expected = list(xlstm::ops::mlstm_generic_forward(a));
+  check_close({"h", "c", "n", "m"}, forward, expected,
+              {limit.value, limit.value, limit.value, 1e-6});
+
+  const bool ends = which.states;
+  xlstm::ops::MlstmBackwardArguments b{p.dh.to(type), {}, {}, a, expected[0], expected[4]};
+  if (ends) b.dc = p.dc.to(at::kFloat), b.dn = p.dn.to(at::kFloat);
+  check_close(
+      {"dq", "dk", "dv", "digate", "dfgate", "dc0", "dn0"},
+      list(xlstm::ops::mlstm_kernels_backward(b, sizes, device)),
+      list(xlstm::ops::mlstm_generic_backward(b)),
+      {limit.value, limit.value, limit.value, limit.value, limit.forget, limit.value, limit.value});
+}
+
+}  // namespace
+
+TEST_CASE("mLSTM: the fused sweep agrees with the generic path", "[mlstm]") {
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
+    for (const bool states : {false, true}) {
+      check_mlstm({.batch = 2,
+                   .time = 130,
+                   .heads = 2,
+                   .dqk = 24,
+                   .dv = 40,
+                   .states = states,
+                   .resets = !states},
+                  type);
+      check_mlstm({.batch = 1,
+                   .time = 65,
+                   .heads = 2,
+                   .dqk = 64,
+                   .dv = 128,
+                   .states = states,
+                   .resets = states,
+                   .sigmoid = true,
+                   .normalize = states},
+                  type);
+    }
+    check_mlstm({.batch = 1,
+                 .time = 200,
+                 .heads = 2,
+                 .dqk = 16,
+                 .dv = 16,
+                 .states = false,
+                 .resets = false},
+                type, at::tensor({0, 0, 63, 64, 130, 200}, at::kInt));
+  }
+}
+
+TEST_CASE("mLSTM: the state and out kernels of large heads agree with the generic path",
+          "[mlstm]") {
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
+    for (const bool states : {false, true})
+      check_mlstm({.batch = 1,
+                   .time = 70,
+                   .heads = 2,
+                   .dqk = 192,
+                   .dv = 136,
+                   .states = states,
+                   .resets = !states},
+                  type);
+}
+
+TEST_CASE("mLSTM: the step kernels agree with the generic path", "[mlstm]") {
+  const Problem p({.batch = 3, .time = 5, .heads = 2, .dqk = 40, .dv = 24});
+  const auto floats = [](const Tensor& x) { return x.to(at::kFloat); };
+  Tensor c = floats(p.c0), n = floats(p.n0), m = floats(p.m0);
+  Tensor c_generic = c.clone(), n_generic = n.clone(), m_generic = m.clone();
+  for (int64_t t = 0; t < 5; ++t) {
+    const auto token = [&](const Tensor& x) { return floats(x.select(1, t)); };
+    const Tensor q = token(p.q), k = token(p.k), v = token(p.v), igate = token(p.igate),
+                 fgate = token(p.fgate);
+    const auto arguments = [&](Tensor& c_in, Tensor& n_in, Tensor& m_in) {
+      return xlstm::ops::MlstmStepArguments{q,    k,    v,     igate, fgate, c_in,
+                                            n_in, m_in, "exp", true,  {},    1e-6};
+    };
+    const auto a = arguments(c, n, m);
+    const auto sizes = xlstm::ops::check_mlstm_step_arguments(a);
+    const Tensor h = xlstm::ops::mlstm_kernels_step(a, sizes, {{80, 4, 163 * 1024}});
+    const Tensor expected =
+        xlstm::ops::mlstm_generic_step(arguments(c_generic, n_generic, m_generic));
+    check_close({"h", "c", "n", "m"}, {h, c, n, m}, {expected, c_generic, n_generic, m_generic},
+                {1e-5, 1e-6, 1e-6, 1e-6});
+  }
+}
+
+TEST_CASE("causal_conv1d: the kernels agree with the generic path", "[causal_conv1d]") {
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
+    for (const bool whole : {false, true}) {
+      at::manual_seed(3);
+      const auto options = at::TensorOptions().dtype(type);
+      xlstm::ops::CausalConv1dArguments a{at::randn({2, 70, 48}, options),
+                                          at::randn({48, 4}, options),
+                                          at::randn({48}, options),
+                                          {},
+                                          {},
+                                          {},
+                                          whole};
+      if (whole) {
+        a.x = at::randn({2, 48, 70}, options).transpose(1, 2);
+        a.state0 = at::randn({2, 3, 48}, options);
+        a.reset = at::rand({2, 70}) < 0.1;
+      }
+      const auto sizes = xlstm::ops::check_causal_conv1d(a);
+      REQUIRE(xlstm::ops::causal_conv1d_kernels_lack(sizes, type).empty());
+      const double limit = type == at::kFloat ? 1e-6 : 1e-2;
+      const auto expected = list(xlstm::ops::causal_conv1d_generic(a, sizes));
+      check_close({"y", "state"},
+                  list(xlstm::ops::causal_conv1d_kernels_forward(a, sizes, nullptr)), expected,
+                  {limit, limit});
+      const Tensor dy = at::randn(a.x.sizes(), options);
+      const OptionalTensor dstate =
+          whole ? OptionalTensor(at::randn({2, 3, 48}, options)) : std::nullopt;
+      check_close({"dx", "dweight", "dbias", "dstate0"},
+                  list(xlstm::ops::causal_conv1d_kernels_backward(a, sizes, dy, dstate, nullptr)),
+                  list(xlstm::ops::causal_conv1d_generic_backward(a, sizes, dy, dstate)),
+                  {limit, limit, limit, limit});
+    }
+  }
+}
+
+TEST_CASE("causal_conv1d: the step kernel agrees with the generic path", "[causal_conv1d]") {
+  at::manual_seed(4);
+  const Tensor x = at::randn({3, 48}), weight = at::randn({48, 4}), bias = at::randn({48});
+  Tensor state = at::randn({3, 3, 48}), state_generic = state.clone();
+  const Tensor y = xlstm::ops::causal_conv1d_kernels_step(x, weight, bias, state, true, nullptr);
+  const Tensor expected =
+      xlstm::ops::causal_conv1d_generic_step(x, weight, bias, state_generic, true);
+  check_close({"y", "state"}, {y, state}, {expected, state_generic}, {1e-6, 0});
+}
