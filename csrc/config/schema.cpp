@@ -97,6 +97,10 @@ std::vector<Field> model_fields() {
                   "recompute each block in the backward pass: less memory, more time"),
       XLSTM_FIELD(model.chunk_size, integers(0, 65536),
                   "length of an mLSTM chunk; 0: automatic; never changes the result"),
+      XLSTM_FIELD(model.fused, any(),
+                  "false: convolution, SiLU, norm, skip, gate, head and loss one after the other "
+                  "instead of in fused operators, to compare with; all logits are held; "
+                  "changes the result by rounding alone"),
       XLSTM_FIELD(model.mlstm_eps, at_least(0), "epsilon of the mLSTM normaliser"),
       XLSTM_FIELD(model.max_positions, integers(1, kMaxSize),
                   "kind gpt: learned positions, the longest sequence"),

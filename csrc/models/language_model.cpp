@@ -1,9 +1,30 @@
 #include "csrc/models/language_model.h"
 
+#include <ATen/core/Reduction.h>
+
+#include <string_view>
+
 #include "csrc/nn/xlstm_large.h"
 #include "csrc/ops/linear_cross_entropy.h"
 
 namespace xlstm::models {
+namespace {
+
+constexpr int64_t kIgnored = -100;  // a target that does not count
+
+/// Of all logits (...,V) at once; the mean over no targets is 0.
+at::Tensor stepwise_loss(const at::Tensor& logits, const at::Tensor& targets,
+                         std::string_view reduction) {
+  const at::Tensor each = at::cross_entropy_loss(logits.flatten(0, -2), targets.flatten(), {},
+                                                 at::Reduction::None, kIgnored);
+  if (reduction == "none") return each.view(targets.sizes());
+  if (reduction == "sum") return each.sum();
+  TORCH_CHECK(reduction == "mean",
+              "loss: reduction: expected \"mean\", \"sum\" or \"none\", got \"", reduction, "\"");
+  return each.sum() / (targets != kIgnored).sum().clamp_min(1);
+}
+
+}  // namespace
 
 std::pair<at::Tensor, ModelState> LanguageModel::forward(const at::Tensor& ids,
                                                          const ModelState& state,
@@ -16,8 +37,9 @@ std::pair<at::Tensor, ModelState> LanguageModel::forward(const at::Tensor& ids,
 
 at::Tensor LanguageModel::loss(const at::Tensor& ids, const at::Tensor& targets,
                                const std::optional<at::Tensor>& reset, const char* reduction) {
+  if (!options().fused) return stepwise_loss(forward(ids, {}, reset).first, targets, reduction);
   const at::Tensor h = hidden(ids, {}, reset).first;
-  return ops::linear_cross_entropy(h, head_weight(), targets, /*ignore_index=*/-100,
+  return ops::linear_cross_entropy(h, head_weight(), targets, kIgnored,
                                    options().output_logit_soft_cap, reduction);
 }
 

@@ -29,7 +29,8 @@ class LanguageModel : public torch::nn::Module {
   /// Logits (B,T,V), float32 or float64, soft-capped where the options say so.
   std::pair<at::Tensor, ModelState> forward(const at::Tensor& ids, const ModelState& state = {},
                                             const std::optional<at::Tensor>& reset = {});
-  /// Cross entropy in nats without ever holding all logits: sum over targets != -100 (reduction "sum") or their mean.
+  /// Cross entropy in nats, without ever holding all logits unless the option `fused` is off: sum over targets != -100
+  /// (reduction "sum") or their mean.
   at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets,
                   const std::optional<at::Tensor>& reset = {}, const char* reduction = "mean");
   /// (V,D) weight of the output head (the embedding's where tied).

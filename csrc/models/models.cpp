@@ -83,6 +83,7 @@ nn::MlstmBlockOptions mlstm_options(const ModelOptions& o) {
   block.normalize = o.mlstm.normalize;
   block.mlstm_eps = o.mlstm_eps;
   block.chunk_size = o.chunk_size;
+  block.fused = o.fused;
   block.num_blocks = o.num_blocks;
   return block;
 }
@@ -98,6 +99,7 @@ nn::SlstmBlockOptions slstm_options(const ModelOptions& o, int64_t block_index) 
   block.recompute = o.slstm.recompute;
   block.recurrent_clip = o.slstm.recurrent_clip;
   block.recurrent_cut = o.slstm.recurrent_cut;
+  block.fused = o.fused;
   block.norm_eps = o.norm_eps;
   block.dropout = o.dropout;
   block.block_index = block_index;
@@ -127,6 +129,7 @@ nn::XlstmLargeBlockOptions large_options(const ModelOptions& o) {
   block.gate_soft_cap = o.gate_soft_cap;
   block.mlstm_eps = o.mlstm_eps;
   block.chunk_size = o.chunk_size;
+  block.fused = o.fused;
   block.num_blocks = o.num_blocks;
   return block;
 }
@@ -168,7 +171,7 @@ std::shared_ptr<nn::Block> make_baseline_block(const ModelOptions& o, int64_t in
     return std::make_shared<nn::TransformerBlock>(transformer_options(o), device);
   if (o.kind == "mamba")
     return std::make_shared<nn::MambaBlock>(
-        nn::MambaBlockOptions{o.embedding_dim, 4, o.norm_eps, o.dropout}, device);
+        nn::MambaBlockOptions{o.embedding_dim, 4, o.norm_eps, o.dropout, o.fused}, device);
   if (o.kind == "rwkv4")
     return std::make_shared<nn::Rwkv4Block>(
         nn::Rwkv4BlockOptions{o.embedding_dim, o.norm_eps, o.dropout, index, o.num_blocks}, device);

@@ -72,7 +72,8 @@ at::Tensor Norm::forward(const at::Tensor& x) const {
                             {}, eps, kind);
 }
 
-CausalConv1d::CausalConv1d(int64_t channels, int64_t kernel_size, at::Device device) {
+CausalConv1d::CausalConv1d(int64_t channels, int64_t kernel_size, bool fused_, at::Device device)
+    : fused(fused_) {
   weight = register_parameter("weight", filled({channels, kernel_size}, 0, device));
   bias = register_parameter("bias", filled({channels}, 0, device));
   const double bound = 1.0 / std::sqrt(static_cast<double>(kernel_size));  // fan-in of one channel
@@ -84,12 +85,12 @@ std::pair<at::Tensor, at::Tensor> CausalConv1d::forward(
     const at::Tensor& x, const at::Tensor& window, const std::optional<at::Tensor>& reset) const {
   if (window.defined() && is_decode_step(x, reset)) {
     at::Tensor next = writable_state(window);
-    at::Tensor y = ops::causal_conv1d_step(x.select(1, 0), weight, bias, next, /*silu=*/true);
-    return {y.unsqueeze(1), next};
+    at::Tensor y = ops::causal_conv1d_step(x.select(1, 0), weight, bias, next, fused);
+    return {(fused ? y : at::silu(y)).unsqueeze(1), next};
   }
   const auto state0 = window.defined() ? std::optional<at::Tensor>(window) : std::nullopt;
-  auto [y, next] = ops::causal_conv1d(x, weight, bias, state0, reset, {}, /*silu=*/true);
-  return {y, next};
+  auto [y, next] = ops::causal_conv1d(x, weight, bias, state0, reset, {}, fused);
+  return {fused ? y : at::silu(y), next};
 }
 
 FeedForward::FeedForward(const FeedForwardOptions& options, at::Device device)
@@ -136,6 +137,14 @@ std::pair<at::Tensor, at::Tensor> gate_pair(const at::Tensor& x, const Linear& i
       at::linear(x, at::cat({igate.weight, fgate.weight}), at::cat({igate.bias, fgate.bias}))
           .chunk(2, -1);
   return {gates[0], gates[1]};
+}
+
+at::Tensor stepwise_gated_norm(const at::Tensor& h, const at::Tensor& weight,
+                               const at::Tensor& skip, const at::Tensor& skip_weight,
+                               const at::Tensor& gate, double eps, const std::string& act) {
+  at::Tensor y = ops::headwise_norm(h, weight, {}, {}, {}, {}, eps);
+  if (skip.defined()) y = y + skip_weight * skip;
+  return y * (act == "silu" ? at::silu(gate) : at::sigmoid(gate));
 }
 
 at::Tensor apply_dropout(const at::Tensor& x, double p, bool training) {

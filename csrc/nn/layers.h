@@ -60,14 +60,16 @@ class Norm : public torch::nn::Module {
   const std::string kind;
 };
 
-/// SiLU of a depthwise causal convolution; weight (C,W), bias (C); initialised as torch.nn.Conv1d.
+/// SiLU of a depthwise causal convolution; weight (C,W), bias (C); initialised as torch.nn.Conv1d. `fused`: SiLU within
+/// the operator of the convolution.
 class CausalConv1d : public torch::nn::Module {
  public:
-  CausalConv1d(int64_t channels, int64_t kernel_size, at::Device device);
+  CausalConv1d(int64_t channels, int64_t kernel_size, bool fused, at::Device device);
   /// x (B,T,C), window (B,W-1,C) or undefined -> y (B,T,C) and the new window.
   std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& window,
                                             const std::optional<at::Tensor>& reset) const;
   at::Tensor weight, bias;
+  const bool fused;
 };
 
 struct FeedForwardOptions {
@@ -111,6 +113,11 @@ at::Tensor activation(const at::Tensor& x, const std::string& act_fn);
 /// Input and forget gate pre-activations by one product: x (...,I) -> two (...,NH) views of one tensor.
 std::pair<at::Tensor, at::Tensor> gate_pair(const at::Tensor& x, const Linear& igate,
                                             const Linear& fgate);
+/// What ops::headwise_norm does in one pass, in steps: (headnorm(h) * weight + skip_weight * skip) * act(gate), without the
+/// skip where `skip` is undefined. act "silu" | "sigmoid"; layer norm.
+at::Tensor stepwise_gated_norm(const at::Tensor& h, const at::Tensor& weight,
+                               const at::Tensor& skip, const at::Tensor& skip_weight,
+                               const at::Tensor& gate, double eps, const std::string& act);
 /// Dropout in training mode with p > 0, otherwise x itself.
 at::Tensor apply_dropout(const at::Tensor& x, double p, bool training);
 /// True when one token is to be decoded and nothing needs a gradient: the step operators may be used.

@@ -20,8 +20,8 @@ MambaBlock::MambaBlock(const MambaBlockOptions& options, at::Device device)
   norm_ =
       register_module("norm", std::make_shared<Norm>(options.dim, options.norm_eps, "rms", device));
   in_proj_ = linear("in_proj", options.dim, 2 * inner_, false);
-  conv_ = register_module("conv",
-                          std::make_shared<CausalConv1d>(inner_, options.conv_kernel_size, device));
+  conv_ = register_module("conv", std::make_shared<CausalConv1d>(inner_, options.conv_kernel_size,
+                                                                 options.fused, device));
   x_proj_ = linear("x_proj", inner_, rank_ + 2 * kStates, false);
   dt_proj_ = linear("dt_proj", rank_, inner_, true);
   const auto parameters = at::TensorOptions().dtype(at::kFloat).device(device);

@@ -45,8 +45,8 @@ MlstmLayer::MlstmLayer(const MlstmBlockOptions& options, at::Device device) : op
   proj_up_ = register_module(
       "proj_up", std::make_shared<Linear>(options.dim, 2 * inner, options.bias, device));
   if (options.conv_kernel_size > 0) {
-    conv_ = register_module(
-        "conv", std::make_shared<CausalConv1d>(inner, options.conv_kernel_size, device));
+    conv_ = register_module("conv", std::make_shared<CausalConv1d>(inner, options.conv_kernel_size,
+                                                                   options.fused, device));
   }
   q_proj_ =
       register_module("q_proj", std::make_shared<BlockLinear>(inner, blocks, options.bias, device));
@@ -76,7 +76,8 @@ std::pair<at::Tensor, at::Tensor> MlstmLayer::gates(const at::Tensor& a, const a
                                                     const at::Tensor& v) const {
   // A few tokens: as written. Under autocast too: the pre-activations are then rounded once.
   const int64_t tokens = x.size(0) * x.size(1);
-  if (tokens < kManyTokens || at::autocast::is_autocast_enabled(x.device().type())) {
+  if (!options_.fused || tokens < kManyTokens ||
+      at::autocast::is_autocast_enabled(x.device().type())) {
     return gate_pair(at::cat({q, k, v}, -1), *igate_, *fgate_);
   }
   // q, k and v are small linear maps of a and x. Applied to the gates' few rows of weights instead of to the tokens,
@@ -118,7 +119,9 @@ Result MlstmLayer::forward(const at::Tensor& x, const State& state,
       q.view(by_head), k.view(by_head), v.view(by_head), igate, fgate, cnm, reset,
       {options_.input_gate, options_.normalize, options_.mlstm_eps, options_.chunk_size});
   const at::Tensor gated =
-      ops::headwise_norm(h, out_norm_->weight, {}, a, skip_, z, options_.norm_eps);
+      options_.fused
+          ? ops::headwise_norm(h, out_norm_->weight, {}, a, skip_, z, options_.norm_eps)
+          : stepwise_gated_norm(h, out_norm_->weight, a, skip_, z, options_.norm_eps, "silu");
   const at::Tensor y = apply_dropout(proj_down_->forward(gated), options_.dropout, is_training());
   return {y, {window, next[0], next[1], next[2]}};
 }

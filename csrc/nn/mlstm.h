@@ -17,6 +17,7 @@ struct MlstmBlockOptions {
   bool normalize = true;
   double mlstm_eps = 1e-6;
   int64_t chunk_size = 0;
+  bool fused = true;       ///< several steps in one operator where there is one
   int64_t num_blocks = 1;  ///< of the whole model, for the initialisation
 };
 

@@ -28,8 +28,8 @@ SlstmLayer::SlstmLayer(const SlstmBlockOptions& options, at::Device device) : op
               heads);
   const int64_t head_dim = dim / heads;
   if (options.conv_kernel_size > 0) {
-    conv_ = register_module("conv",
-                            std::make_shared<CausalConv1d>(dim, options.conv_kernel_size, device));
+    conv_ = register_module("conv", std::make_shared<CausalConv1d>(dim, options.conv_kernel_size,
+                                                                   options.fused, device));
   }
   igate_ = register_module("igate", std::make_shared<BlockLinear>(dim, heads, false, device));
   fgate_ = register_module("fgate", std::make_shared<BlockLinear>(dim, heads, false, device));

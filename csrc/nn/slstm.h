@@ -13,6 +13,7 @@ struct SlstmBlockOptions {
   bool recompute = false;      ///< compute the gates again in the backward pass
   double recurrent_clip = 0;   ///< bound of the gradient through the recurrence; 0: none
   bool recurrent_cut = false;  ///< no gradient through the recurrence
+  bool fused = true;           ///< several steps in one operator where there is one
   double norm_eps = 1e-5;
   double dropout = 0;
   int64_t block_index = 0;  ///< position in the model, for bias_init

@@ -14,6 +14,7 @@ struct XlstmLargeBlockOptions {
   double gate_soft_cap = 15;  ///< c * tanh(x / c) on i and f; 0: none
   double mlstm_eps = 1e-6;
   int64_t chunk_size = 0;
+  bool fused = true;       ///< several steps in one operator where there is one
   int64_t num_blocks = 1;  ///< of the whole model, for the initialisation
 };
 

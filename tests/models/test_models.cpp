@@ -216,6 +216,48 @@ TEST_CASE("the loss is the cross entropy of the logits, with the same gradients"
   }
 }
 
+TEST_CASE("without fused operators: the same loss, gradients, logits and states") {
+  torch::manual_seed(7);
+  ModelOptions mamba = small_options();
+  mamba.kind = "mamba";
+  mamba.slstm_at.clear();
+  for (ModelOptions options : {small_options(), large_options(), mamba}) {
+    CAPTURE(options.kind);
+    const auto fused = make(options);
+    options.fused = false;
+    const auto steps = make(options);
+    const auto parameters = fused->parameters(), same = steps->parameters();
+    {
+      const at::NoGradGuard no_grad;
+      for (size_t i = 0; i < same.size(); ++i) same[i].copy_(parameters[i]);
+    }
+    const at::Tensor ids = random_ids(2, 40);
+    at::Tensor targets = random_ids(2, 40), reset = at::zeros({2, 40}, at::kBool);
+    targets[0][3].fill_(-100), reset[1][7].fill_(true);
+    for (const char* reduction : {"mean", "sum"}) {
+      const at::Tensor wanted = fused->loss(ids, targets, reset, reduction);
+      const at::Tensor loss = steps->loss(ids, targets, reset, reduction);
+      CHECK(difference(loss, wanted) < kTolerance);
+      const auto wanted_grads = torch::autograd::grad({wanted}, parameters);
+      const auto grads = torch::autograd::grad({loss}, same);
+      for (size_t i = 0; i < grads.size(); ++i)
+        CHECK(difference(grads[i], wanted_grads[i]) < kTolerance);
+    }
+    const auto each = [&](LanguageModel& model) {
+      return model.loss(ids, targets, reset, "none").detach();
+    };
+    CHECK(difference(each(*steps), each(*fused)) < kTolerance);
+    const at::NoGradGuard no_grad;
+    const auto [wanted, wanted_state] = fused->forward(ids, {}, reset);
+    const auto [logits, state] = steps->forward(ids, {}, reset);
+    CHECK(difference(logits, wanted) < kTolerance);
+    CHECK(difference(state, wanted_state) < kTolerance);
+    const at::Tensor next = random_ids(2, 1);  // one token: the step operators
+    CHECK(difference(steps->forward(next, state).first, fused->forward(next, state).first) <
+          kTolerance);
+  }
+}
+
 TEST_CASE("activation checkpointing changes no bit of loss and gradients") {
   torch::manual_seed(5);
   for (ModelOptions options : {small_options(), large_options()}) {
