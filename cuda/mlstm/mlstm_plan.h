@@ -1,10 +1,9 @@
 #pragma once
 // How a call is cut into chunks, segments and kernels. Depends on sizes and device alone.
 #include "cuda/mlstm/mlstm_params.h"
+#include "cuda/workspace.h"
 
 namespace xlstm::cuda {
-
-enum class Direction { kForward, kBackward };
 
 struct MlstmPlan {
   Chunks chunks;
@@ -22,24 +21,6 @@ struct MlstmPlan {
 /// do not take all strides. The call then plans again for without_hopper(device).
 MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Direction direction);
 DeviceLimits without_hopper(DeviceLimits device);
-
-/// Hands out pieces of one allocation; with a null base it only counts.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    constexpr size_t kAlignment = 256;
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return piece;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 /// What the segments' own sums and the states that enter them are kept in; empty with one segment.
 struct SegmentMemory {

@@ -1,0 +1,156 @@
+#pragma once
+// What the persistent kernels of both directions share: the sequences of a block, numbers in memory, products with the
+// stationary weights, and the way from a warp's results to rows of the exchange.
+#include "cuda/numbers.cuh"
+#include "cuda/slstm/slstm_params.h"
+
+namespace xlstm::cuda {
+
+/// A row of a block's tile of sequences.
+struct alignas(16) SlstmRow {
+  int32_t batch, begin, length;
+  int32_t sequence;  ///< -1: none
+};
+
+DEVICE_FUNCTION SlstmRow slstm_row(const SlstmShape& p, int32_t sequence) {
+  if (sequence >= p.num_sequences) return {0, 0, 0, -1};
+  if (p.in.cu_seqlens == nullptr) return {sequence, 0, p.time, sequence};
+  const int32_t begin = p.in.cu_seqlens[sequence];
+  return {0, begin, p.in.cu_seqlens[sequence + 1] - begin, sequence};
+}
+/// The first of the sequence's checkpoints.
+DEVICE_FUNCTION int64_t slstm_first_slot(const SlstmShape& p, const SlstmRow& row) {
+  constexpr int kTokens = static_cast<int>(kSlstmCheckpointTokens);
+  if (p.in.cu_seqlens == nullptr) return int64_t{row.sequence} * divide_up(p.time, kTokens);
+  return row.begin / kTokens + row.sequence;
+}
+/// Offset of a unit in the states of a checkpoint, of `states` each.
+DEVICE_FUNCTION int64_t slstm_checkpoint(const SlstmShape& p, const SlstmRow& row, int t, int head, int unit,
+                                         int states) {
+  const int64_t slot = slstm_first_slot(p, row) + t / static_cast<int>(kSlstmCheckpointTokens);
+  return (slot * p.num_heads + head) * states * p.dh + unit;
+}
+DEVICE_FUNCTION bool slstm_reset(const SlstmShape& p, const SlstmRow& row, int t) {
+  return p.in.reset != nullptr &&
+         p.in.reset[row.batch * p.in.reset_batch + (row.begin + t) * p.in.reset_time];
+}
+DEVICE_FUNCTION int64_t slstm_offset(const GateView& x, const SlstmRow& row, int t, int head, int unit) {
+  return row.batch * x.batch + (row.begin + t) * x.time + head * x.head + unit * x.unit;
+}
+DEVICE_FUNCTION int64_t slstm_offset(const View& x, const SlstmRow& row, int t, int head, int unit) {
+  return row.batch * x.batch + (row.begin + t) * x.time + head * x.head + unit * x.inner;
+}
+
+/// The bits of a number, and the number later, so that nothing waits for the load.
+template <bool kBfloat16>
+DEVICE_FUNCTION u32 load_bits(const void* data, int64_t index, Dtype dtype) {
+  if (!kBfloat16 && dtype == Dtype::kFloat32) return static_cast<const u32*>(data)[index];
+  return static_cast<const u16*>(data)[index];
+}
+template <bool kBfloat16>
+DEVICE_FUNCTION float number_of(u32 bits, Dtype dtype) {
+  if (kBfloat16) return prim::float_of(bits << 16);
+  if (dtype == Dtype::kFloat32) return prim::float_of(bits);
+  const u16 half = static_cast<u16>(bits);
+  return dtype == Dtype::kBFloat16 ? prim::bf16_to_float(half) : prim::f16_to_float(half);
+}
+
+/// Two neighbours as packed planes: the nearest bfloat16 numbers and, with two planes, the rest.
+template <int kPlanes>
+DEVICE_FUNCTION void slstm_split(float low, float high, u32 (&planes)[kPlanes]) {
+  planes[0] = prim::pack_bf16x2(low, high);
+  if constexpr (kPlanes == 2)
+    planes[1] = prim::pack_bf16x2(low - prim::float_of(planes[0] << 16),
+                                  high - prim::float_of(planes[0] & 0xffff0000U));
+}
+
+/// d += a b for the B tile at b[.][first], b[.][first + 1]; small terms first.
+template <int kPlanes>
+DEVICE_FUNCTION void slstm_multiply(float (&d)[4], const u32 (&a)[kPlanes][4], const u32 (&b)[kPlanes][4],
+                                    int first) {
+  if constexpr (kPlanes == 2) {
+    prim::mma_bf16(d, a[0], b[1][first], b[1][first + 1]);
+    prim::mma_bf16(d, a[1], b[0][first], b[0][first + 1]);
+  }
+  prim::mma_bf16(d, a[0], b[0][first], b[0][first + 1]);
+}
+
+/// Columns of up to 16 sequences (B fragments of one k16 step) from a buffer of the exchange, numbers of `channel` from
+/// column k0 on: tile 0 in b[.][0..1], tile 1 in b[.][2..3].
+template <int kPlanes>
+DEVICE_FUNCTION void slstm_columns(u32 (&b)[kPlanes][4], const bf16* buffer, const SlstmDivision& d, int channels,
+                                   int channel, int k0) {
+  const int l = static_cast<int>(prim::thread_idx().x % 32);
+  const int row = l % 8 + (d.tiles == 2 ? 8 * (l / 16) : 0), rows = 8 * d.tiles;
+#pragma unroll
+  for (int p = 0; p < kPlanes; ++p)
+    prim::ldmatrix_x4(b[p], buffer + ((p * channels + channel) * rows + row) * slstm_pitch(d) + k0 +
+                                8 * (l / 8 % 2));
+}
+
+/// Fragments in shared memory: [fragment][plane][lane] pieces of 16 bytes.
+template <int kPlanes>
+DEVICE_FUNCTION void load_fragment(u32 (&a)[kPlanes][4], const Bytes16* fragments, int index) {
+#pragma unroll
+  for (int p = 0; p < kPlanes; ++p) {
+    const Bytes16 piece = fragments[(index * kPlanes + p) * 32 + static_cast<int>(prim::thread_idx().x % 32)];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[p][r] = piece.words[r];
+  }
+}
+template <int kPlanes>
+DEVICE_FUNCTION void store_fragment(Bytes16* fragments, int index, const u32 (&a)[kPlanes][4]) {
+#pragma unroll
+  for (int p = 0; p < kPlanes; ++p)
+    fragments[(index * kPlanes + p) * 32 + static_cast<int>(prim::thread_idx().x % 32)] = {
+        {a[p][0], a[p][1], a[p][2], a[p][3]}};
+}
+
+/// Transposes the 4 x 4 words of four neighbouring lanes: afterwards w[i] is word (lane % 4) of the i-th of them.
+DEVICE_FUNCTION void transpose_quad(u32 (&w)[4]) {
+  const u32 t = prim::thread_idx().x % 4;
+#pragma unroll
+  for (u32 step = 1; step <= 2; ++step) {  // 2 x 2 blocks of words, then of such blocks
+    const bool upper = (t & step) != 0;
+#pragma unroll
+    for (u32 k = 0; k < 2; ++k) {
+      const u32 low = step == 1 ? 2 * k : k, high = low + step;
+      const u32 got = prim::shfl_xor(upper ? w[low] : w[high], step);
+      (upper ? w[low] : w[high]) = got;
+    }
+  }
+}
+
+/// What the threads of a warp hold of its 8 units becomes rows of the exchange. values[channel][sequence of a thread]: unit
+/// lane / 4, sequences 2 (lane % 4) + {0, 1, 8, 9}. Calls put(channel, plane, row, words) for 8 neighbouring numbers each.
+template <int kPlanes, int kChannels, class Put>
+DEVICE_FUNCTION void slstm_rows_of(const float (&values)[kChannels][4], int tiles, const Put& put) {
+  constexpr int kPieces = kChannels * 2 * kPlanes;
+  const int lane = static_cast<int>(prim::thread_idx().x % 32);
+  u32 words[kPieces < 4 ? 4 : kPieces];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = 0;
+#pragma unroll
+  for (int channel = 0; channel < kChannels; ++channel) {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      u32 planes[kPlanes];
+      slstm_split(values[channel][2 * tile], values[channel][2 * tile + 1], planes);
+#pragma unroll
+      for (int p = 0; p < kPlanes; ++p)
+        words[(channel * 2 + tile) * kPlanes + p] = prim::movmatrix_trans(planes[p]);
+    }
+  }
+#pragma unroll
+  for (int first = 0; first < kPieces; first += 4) {
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = words[first + i];
+    transpose_quad(w);
+    const int piece = first + lane % 4, tile = piece / kPlanes % 2;
+    if (piece < kPieces && tile < tiles)
+      put(piece / (2 * kPlanes), piece % kPlanes, 8 * tile + lane / 4, w);
+  }
+}
+
+}  // namespace xlstm::cuda

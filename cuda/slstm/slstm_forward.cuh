@@ -1,0 +1,338 @@
+#pragma once
+// The persistent forward kernel. A warp owns groups of 8 units. The rows of its two A tiles per group are ordered so that a
+// thread's accumulators are the four gates of one unit (lane / 4) for its sequences 2 (lane % 4) + {0, 1, 8, 9}: what
+// follows the product needs no other thread.
+#include "cuda/slstm/slstm_exchange.cuh"
+#include "cuda/slstm/slstm_gates.cuh"
+
+namespace xlstm::cuda {
+
+template <class Cell, class Exchange, int kGroups, int kPlanes>
+class SlstmForwardBlock {
+ public:
+  static DEVICE_FUNCTION constexpr SlstmKernelShape kernel() {
+    return {kGroups, kPlanes, 1, Exchange::kBuffers};
+  }
+  static constexpr int kResident = slstm_resident({kGroups, kPlanes, 1, Exchange::kBuffers});
+
+  DEVICE_FUNCTION SlstmForwardBlock(const SlstmForwardParams& params, unsigned char* shared)
+      : p(params),
+        s(params.shape),
+        d(params.shape.division),
+        rows(reinterpret_cast<SlstmRow*>(shared)),
+        layout(slstm_shared(kernel(), d)),
+        bias(reinterpret_cast<float*>(shared + layout.bias)),
+        partials(reinterpret_cast<float*>(shared + layout.partials)),
+        lane(static_cast<int>(prim::thread_idx().x % 32)),
+        warp(static_cast<int>(prim::thread_idx().x / 32)),
+        group(static_cast<int>(prim::block_idx().x) / d.blocks),
+        rank(static_cast<int>(prim::block_idx().x) % d.blocks),
+        head((group + d.first_group) / d.sequence_tiles),
+        split(kGroups == 1 ? warp % d.splits : 0),
+        exchange(space(params.shape, shared)) {
+    const int steps = slstm_steps(kernel(), d).all;
+    first_step = split * steps;
+    const int left = d.padded / 16 - first_step;
+    my_steps = left < steps ? (left < 0 ? 0 : left) : steps;
+    weights = reinterpret_cast<Bytes16*>(shared + layout.weights) +
+              warp * (steps > kResident ? steps - kResident : 0) * (2 * kGroups * kPlanes * 32);
+    // Groups of 8 units come in pairs: `padded` and `units` are multiples of 16.
+    const int local = (kGroups == 1 ? warp / d.splits : 2 * warp) * kSlstmGroupUnits;
+    column = rank * d.units + local;
+    active = local < d.units && column < d.padded;
+  }
+
+  DEVICE_FUNCTION void run() {
+    const int steps = read_rows();
+    load_weights();
+    exchange.begin(steps);
+    start(steps);
+    for (int t = 0; t < steps; ++t) {
+      start_sums();
+      if (t + 1 < steps) prefetch(t + 1);
+      multiply(exchange.wait(t));
+      if (kGroups == 1 && d.splits > 1) add_partials();
+      finish(t, steps);
+    }
+    exchange.end();
+  }
+
+ private:
+  DEVICE_FUNCTION SlstmExchangeSpace space(const SlstmShape& shape, unsigned char* shared) const {
+    SlstmExchangeSpace e;
+    e.barriers = reinterpret_cast<prim::u64*>(shared + layout.barriers);
+    e.buffers = reinterpret_cast<bf16*>(shared + layout.exchange);
+    e.numbers = slstm_buffer_numbers(kernel(), d);
+    e.rank = rank, e.blocks = d.blocks;
+    e.warps = d.padded / (kSlstmGroupUnits * kGroups);
+    e.rows = kPlanes * 8 * d.tiles, e.columns = d.padded;
+    e.arrivals = shape.grid.arrivals + d.first_group + group;
+    e.memory = shape.grid.exchange + int64_t{d.first_group + group} * 2 * e.rows * e.columns;
+    return e;
+  }
+
+  /// The sequences and biases of this block; the longest sequence's tokens.
+  DEVICE_FUNCTION int read_rows() {
+    const int thread = static_cast<int>(prim::thread_idx().x);
+    const int first = (group + d.first_group) % d.sequence_tiles * 8 * d.tiles;
+    if (thread < 16) rows[thread] = slstm_row(s, thread < 8 * d.tiles ? first + thread : s.num_sequences);
+    for (int i = thread; i < 4 * d.units; i += kSlstmThreads) {
+      const int unit = rank * d.units + i / 4;
+      const int64_t at = (int64_t{i % 4} * s.num_heads + head) * s.dh + unit;
+      bias[i] = unit < s.dh ? load_number(p.call.b, at, p.b_dtype) : 0.0F;
+    }
+    prim::sync_block();
+    int longest = 0;
+    for (int i = 0; i < 16; ++i) longest = rows[i].length > longest ? rows[i].length : longest;
+    return longest;
+  }
+
+  /// Row of the tile of this thread's sequence j.
+  DEVICE_FUNCTION int row_of(int j) const { return 8 * (j / 2) + 2 * (lane % 4) + j % 2; }
+  DEVICE_FUNCTION int unit_of(int g) const { return column + g * kSlstmGroupUnits + lane / 4; }
+  DEVICE_FUNCTION bool owns(int g) const { return active && split == 0 && unit_of(g) < s.dh; }
+
+  DEVICE_FUNCTION float weight(int gate, int unit, int k) const {
+    if (unit >= s.dh || k >= s.dh) return 0;
+    return load_number(s.in.r, ((int64_t{gate} * s.num_heads + head) * s.dh + unit) * s.dh + k, s.r_dtype);
+  }
+  /// Half m of the A tiles of a group: gates 2 m and 2 m + 1.
+  DEVICE_FUNCTION void make_fragment(u32 (&a)[kPlanes][4], int step, int g, int m) const {
+    for (int r = 0; r < 4; ++r) {
+      const int gate = 2 * m + r % 2, k = 16 * step + 2 * (lane % 4) + 8 * (r / 2);
+      u32 planes[kPlanes];
+      slstm_split(weight(gate, unit_of(g), k), weight(gate, unit_of(g), k + 1), planes);
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) a[plane][r] = planes[plane];
+    }
+  }
+  DEVICE_FUNCTION void load_weights() {
+    if (!active) return;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll 1
+        for (int step = 0; step < my_steps; ++step) {
+          u32 fragment[kPlanes][4];
+          make_fragment(fragment, first_step + step, g, m);
+          if (step >= kResident)
+            store_fragment(weights, ((step - kResident) * kGroups + g) * 2 + m, fragment);
+          // Registers have no index at run time.
+#pragma unroll
+          for (int i = 0; i < kResident; ++i) {
+            if (i != step) continue;
+#pragma unroll
+            for (int plane = 0; plane < kPlanes; ++plane)
+#pragma unroll
+              for (int r = 0; r < 4; ++r) resident[i][g][m][plane][r] = fragment[plane][r];
+          }
+        }
+      }
+    }
+    prim::sync_warp();
+  }
+
+  /// States, biases, publication 0, pre-activations of token 0.
+  DEVICE_FUNCTION void start(int steps) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      float y[1][4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        state[g][j] = empty_state();
+        y[0][j] = 0;
+        const SlstmRow row = rows[row_of(j)];
+        if (row.sequence < 0 || !owns(g)) continue;
+        const int64_t at = (int64_t{row.sequence} * s.num_heads + head) * s.dh + unit_of(g);
+        if (s.in.y0 != nullptr) {
+          y[0][j] = s.in.y0[at];
+          state[g][j].c = s.in.c0[at];
+          if (Cell::kStates == 3) state[g][j].n = s.in.n0[at], state[g][j].m = p.call.m0[at];
+        }
+        if (row.length == 0) {
+          write_last(g, j, at, y[0][j]);
+        } else {
+          enter(g, j, row, 0, slstm_reset(s, row, 0), y[0][j]);
+        }
+      }
+      if (active && split == 0 && steps > 0) publish(g, 0, y);
+    }
+    if (active && split == 0 && steps > 0) exchange.done(0);
+    prefetch(0);
+  }
+
+  /// A state as it enters token t.
+  DEVICE_FUNCTION void enter(int g, int j, const SlstmRow& row, int t, bool reset, float& y) {
+    if (reset) state[g][j] = empty_state(), y = 0;
+    if (p.call.checkpoints == nullptr || t % static_cast<int>(kSlstmCheckpointTokens) != 0) return;
+    float* to = p.call.checkpoints + slstm_checkpoint(s, row, t, head, unit_of(g), Cell::kStates);
+    to[0] = state[g][j].c;
+    if (Cell::kStates == 3) to[s.dh] = state[g][j].n, to[2 * s.dh] = state[g][j].m;
+  }
+
+  DEVICE_FUNCTION void publish(int g, int k, const float (&y)[1][4]) {
+    const int base = column + g * kSlstmGroupUnits;
+    slstm_rows_of<kPlanes, 1>(y, d.tiles, [&](int, int plane, int row, const u32(&words)[4]) {
+      exchange.put(k, plane * 8 * d.tiles + row, base, words);
+    });
+  }
+
+  /// Starts the loads of what token t adds to the product, and of whether the token is a reset.
+  DEVICE_FUNCTION void prefetch(int t) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const SlstmRow row = rows[row_of(j)];
+      next_reset[j] = false;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) next[g][gate][j] = 0;
+      if (t >= row.length) continue;
+      next_reset[j] = slstm_reset(s, row, t);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        if (!owns(g)) continue;
+        const int64_t at = slstm_offset(p.call.wx, row, t, head, unit_of(g));
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate)
+          next[g][gate][j] = load_bits<kPlanes == 1>(p.call.wx.data, at + gate * p.call.wx.gate, s.dtype);
+      }
+    }
+  }
+  DEVICE_FUNCTION static int part_of(int gate, int j) { return 2 * (gate % 2) + j % 2; }
+  DEVICE_FUNCTION void start_sums() {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const bool adds = active && split == 0;
+      const float* b = bias + 4 * (adds ? unit_of(g) - rank * d.units : 0);
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) {
+        const float start = adds ? b[gate] : 0.0F;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          sums[g][gate / 2][j / 2][part_of(gate, j)] =
+              start + number_of<kPlanes == 1>(next[g][gate][j], s.dtype);
+      }
+    }
+  }
+
+  DEVICE_FUNCTION void multiply_step(int g, int m, const u32 (&fragment)[kPlanes][4], const u32 (&b)[kPlanes][4]) {
+    slstm_multiply(sums[g][m][0], fragment, b, 0);
+    if (d.tiles == 2) slstm_multiply(sums[g][m][1], fragment, b, 2);
+  }
+  DEVICE_FUNCTION void multiply(const bf16* y) {
+    if (!active) return;
+#pragma unroll
+    for (int i = 0; i < kResident; ++i) {
+      if (i < my_steps) {
+        u32 b[kPlanes][4];
+        slstm_columns(b, y, d, 1, 0, 16 * (first_step + i));
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+          for (int m = 0; m < 2; ++m) multiply_step(g, m, resident[i][g][m], b);
+      }
+    }
+#pragma unroll 1
+    for (int i = kResident; i < my_steps; ++i) {
+      u32 b[kPlanes][4];
+      slstm_columns(b, y, d, 1, 0, 16 * (first_step + i));
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          u32 fragment[kPlanes][4];
+          load_fragment(fragment, weights, ((i - kResident) * kGroups + g) * 2 + m);
+          multiply_step(g, m, fragment, b);
+        }
+      }
+    }
+  }
+
+  /// Adds the sums of the other warps of the same units, in their order.
+  DEVICE_FUNCTION void add_partials() {
+    float* own = partials + warp * 16 * 32 + lane;
+    if (active && split > 0) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) own[i * 32] = sums[0][i / 8][i / 4 % 2][i % 4];
+    }
+    prim::sync_block();
+    if (!active || split > 0) return;
+#pragma unroll 1
+    for (int other = 1; other < d.splits; ++other) {
+      own += 16 * 32;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sums[0][i / 8][i / 4 % 2][i % 4] += own[i * 32];
+    }
+  }
+
+  /// The cell, its results, and publication t + 1.
+  DEVICE_FUNCTION void finish(int t, int steps) {
+    if (!active || split > 0) return;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      float y[1][4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        y[0][j] = 0;
+        const SlstmRow row = rows[row_of(j)];
+        if (t >= row.length || unit_of(g) >= s.dh) continue;
+        CellGates gates;
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) gates.g[gate] = sums[g][gate / 2][j / 2][part_of(gate, j)];
+        if (p.call.gates.data != nullptr) write_gates(g, row, t, gates);
+        const CellStep step = Cell::step(gates, state[g][j]);
+        state[g][j] = step.after;
+        y[0][j] = step.o * step.hidden;
+        store_number(p.call.y.data, slstm_offset(p.call.y, row, t, head, unit_of(g)), s.dtype, y[0][j]);
+        if (t + 1 < row.length) {
+          enter(g, j, row, t + 1, next_reset[j], y[0][j]);
+        } else {
+          write_last(g, j, (int64_t{row.sequence} * s.num_heads + head) * s.dh + unit_of(g), y[0][j]);
+        }
+      }
+      if (t + 1 < steps) publish(g, t + 1, y);
+    }
+    if (t + 1 < steps) exchange.done(t + 1);
+  }
+  DEVICE_FUNCTION void write_gates(int g, const SlstmRow& row, int t, const CellGates& gates) {
+    const int64_t at = slstm_offset(p.call.gates, row, t, head, unit_of(g));
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate)
+      store_number(p.call.gates.data, at + gate * p.call.gates.gate, s.gates_dtype, gates.g[gate]);
+  }
+  DEVICE_FUNCTION void write_last(int g, int j, int64_t at, float y) {
+    p.call.y_last[at] = y;
+    p.call.c[at] = state[g][j].c;
+    if (Cell::kStates == 3) p.call.n[at] = state[g][j].n, p.call.m[at] = state[g][j].m;
+  }
+
+  const SlstmForwardParams& p;
+  const SlstmShape& s;
+  const SlstmDivision& d;
+  SlstmRow* const rows;
+  const SlstmShared layout;
+  float *const bias, *const partials;  ///< bias: [unit of the block][gate]
+  const int lane, warp, group, rank, head, split;
+  Exchange exchange;
+  Bytes16* weights;
+  int first_step, my_steps;
+  int column;   ///< first unit of the warp
+  bool active;  ///< has units
+
+  u32 resident[kResident][kGroups][2][kPlanes][4];
+  float sums[kGroups][2][2][4];  ///< [group][gates 2 m, 2 m + 1][tile][accumulator]
+  CellState state[kGroups][4];
+  u32 next[kGroups][4][4];  ///< [group][gate][sequence]
+  bool next_reset[4];
+};
+
+template <SlstmCell kCell, class Exchange, int kGroups, int kPlanes>
+KERNEL_FUNCTION(kSlstmThreads, 1)
+slstm_forward_steps(const GRID_CONSTANT SlstmForwardParams p) {
+  if constexpr (!Exchange::kSm90 || PRIM_HAS_SM90A)
+    SlstmForwardBlock<CellPolicy<kCell, kPlanes == 1>, Exchange, kGroups, kPlanes>(p, prim::dynamic_shared()).run();
+}
+
+}  // namespace xlstm::cuda

@@ -1,0 +1,46 @@
+#pragma once
+// Defines launch_slstm_forward; one translation unit per cell instantiates it, so that they compile in parallel.
+#include "cuda/prim/launch.h"
+#include "cuda/slstm/slstm_forward.cuh"
+#include "cuda/slstm/slstm_launch.h"
+
+namespace xlstm::cuda {
+
+/// Blocks of the groups from first_group on.
+inline prim::LaunchShape slstm_launch_shape(const SlstmMap& map, int32_t first_group) {
+  const int32_t left = map.groups - first_group;
+  prim::LaunchShape shape;
+  shape.blocks = static_cast<u32>((left < map.groups_per_launch ? left : map.groups_per_launch) * map.blocks);
+  shape.threads = kSlstmThreads;
+  shape.shared_bytes = map.shared_bytes;
+  shape.cluster = map.exchange == SlstmExchange::kGrid ? 0
+                  : map.exchange == SlstmExchange::kCluster ? static_cast<u32>(map.blocks)
+                                                            : 1;
+  return shape;
+}
+
+template <SlstmCell kCell, int kPlanes>
+void launch_slstm_forward_planes(const SlstmMap& map, const SlstmForwardParams& p, Stream stream) {
+  constexpr const char* kName = "slstm_forward_steps";
+  const prim::LaunchShape shape = slstm_launch_shape(map, p.shape.division.first_group);
+  if (map.exchange == SlstmExchange::kCluster) {
+    prim::launch(kName, slstm_forward_steps<kCell, ClusterExchange, 1, kPlanes>, shape, p, stream);
+  } else if (map.exchange == SlstmExchange::kGrid) {
+    prim::launch(kName, slstm_forward_steps<kCell, GridExchange, 1, kPlanes>, shape, p, stream);
+  } else if (map.kernel.groups == 2) {
+    prim::launch(kName, slstm_forward_steps<kCell, BlockExchange, 2, kPlanes>, shape, p, stream);
+  } else {
+    prim::launch(kName, slstm_forward_steps<kCell, BlockExchange, 1, kPlanes>, shape, p, stream);
+  }
+}
+
+template <SlstmCell kCell>
+void launch_slstm_forward(const SlstmMap& map, const SlstmForwardParams& p, Stream stream) {
+  if (map.kernel.planes == 1) {
+    launch_slstm_forward_planes<kCell, 1>(map, p, stream);
+  } else {
+    launch_slstm_forward_planes<kCell, 2>(map, p, stream);
+  }
+}
+
+}  // namespace xlstm::cuda

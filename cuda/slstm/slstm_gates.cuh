@@ -1,0 +1,147 @@
+#pragma once
+// The cells: what happens to one unit at one step, and its derivatives. Once for the persistent kernels, the pointwise ones
+// and the emulator. Equations: csrc/ops/slstm.h.
+#include "cuda/numbers.cuh"
+#include "cuda/slstm/slstm.h"
+
+namespace xlstm::cuda {
+
+/// kFast: as accurate as bfloat16 inputs need.
+template <bool kFast>
+struct GateMaths {
+  static constexpr float kLog2e = 1.44269504F;
+
+  /// e^-x for x >= 0
+  static DEVICE_FUNCTION float exp_of_negative(float x) {
+    return kFast ? prim::ex2(-kLog2e * x) : expf(-x);
+  }
+  static DEVICE_FUNCTION float inverse(float x) { return kFast ? prim::rcp(x) : 1.0F / x; }
+  static DEVICE_FUNCTION float tanh(float x) { return kFast ? prim::tanh_approx(x) : tanhf(x); }
+  /// 1 / (1 + e^-x). Where e^-x would overflow x is large and negative.
+  static DEVICE_FUNCTION float sigmoid(float x) {
+    const float e = exp_of_negative(x < 0 ? -x : x), r = inverse(1.0F + e);
+    return x < 0 ? e * r : r;
+  }
+};
+
+/// Of one unit and sequence. The empty state: 0, 0, -infinity.
+struct CellState {
+  float c, n, m;
+};
+DEVICE_FUNCTION CellState empty_state() { return {0, 0, prim::float_of(0xff800000U)}; }
+
+/// Pre-activations g: i, f, z, o.
+struct CellGates {
+  float g[4];
+};
+
+/// What a step came to.
+struct CellStep {
+  float i, f, z, o;    ///< gates as they act: i' and f' of the sLSTM
+  float slope;         ///< derivative of log f' by its pre-activation
+  CellState after;
+  float hidden;        ///< y = o hidden
+  float inverse_n;     ///< of the state after; the LSTM: not used
+};
+
+/// Of the state in units of its e^m; dn of the LSTM stays 0.
+struct CellGradient {
+  float dc, dn;
+};
+
+/// sLSTM. One of the stabilised gates is always 1: with d = log f + m - i the other is e^-|d|.
+template <bool kFast, bool kExponentialForget>
+struct SlstmPolicy {
+  using Maths = GateMaths<kFast>;
+  static constexpr int kStates = 3;
+
+  static DEVICE_FUNCTION CellStep step(const CellGates& gates, const CellState& s) {
+    const float gi = gates.g[0], gf = gates.g[1];
+    CellStep r;
+    float log_f = gf;
+    r.slope = 1;
+    if constexpr (!kExponentialForget) {
+      // log sigmoid(f) = min(f, 0) - log(1 + e^-|f|); its derivative is sigmoid(-f).
+      const float e = Maths::exp_of_negative(gf < 0 ? -gf : gf), inverse = Maths::inverse(1.0F + e);
+      log_f = (gf < 0 ? gf : 0.0F) - log1pf(e);
+      r.slope = gf < 0 ? inverse : e * inverse;
+    }
+    const float carried = log_f + s.m, empty = prim::float_of(0xff800000U);
+    // An empty state loses even to i = -infinity.
+    const float d = carried == empty ? empty : carried - gi;
+    const bool keeps = d >= 0;
+    const float e = Maths::exp_of_negative(keeps ? d : -d);
+    r.i = keeps ? e : gi == gi ? 1.0F : gi;
+    r.f = keeps ? 1.0F : e;
+    r.z = Maths::tanh(gates.g[2]);
+    r.o = Maths::sigmoid(gates.g[3]);
+    r.after.m = carried > gi ? carried : gi;
+    r.after.c = r.f * s.c + r.i * r.z;
+    r.after.n = r.f * s.n + r.i;
+    r.inverse_n = Maths::inverse(r.after.n);
+    r.hidden = r.after.c * r.inverse_n;
+    return r;
+  }
+
+  /// Gradients of the pre-activations from that of y; `d` is of the state after the step and becomes that of the state
+  /// before it. m is constant.
+  static DEVICE_FUNCTION CellGates gradients(const CellStep& r, const CellState& before, float dy,
+                                             CellGradient& d) {
+    const float dh = dy * r.o, scaled = dh * r.inverse_n;
+    d.dc += scaled;
+    d.dn -= scaled * r.hidden;
+    CellGates out;
+    out.g[0] = r.i * (d.dc * r.z + d.dn);
+    out.g[1] = r.f * r.slope * (d.dc * before.c + d.dn * before.n);
+    out.g[2] = d.dc * r.i * (1.0F - r.z * r.z);
+    out.g[3] = dh * r.hidden * (1.0F - r.o);
+    d.dc *= r.f;
+    d.dn *= r.f;
+    return out;
+  }
+};
+
+template <bool kFast>
+struct LstmPolicy {
+  using Maths = GateMaths<kFast>;
+  static constexpr int kStates = 1;
+
+  static DEVICE_FUNCTION CellStep step(const CellGates& gates, const CellState& s) {
+    CellStep r;
+    r.i = Maths::sigmoid(gates.g[0]);
+    r.f = Maths::sigmoid(gates.g[1]);
+    r.z = Maths::tanh(gates.g[2]);
+    r.o = Maths::sigmoid(gates.g[3]);
+    r.slope = 1.0F - r.f;
+    r.after = {r.f * s.c + r.i * r.z, 0, 0};
+    r.hidden = Maths::tanh(r.after.c);
+    r.inverse_n = 1;
+    return r;
+  }
+  static DEVICE_FUNCTION CellGates gradients(const CellStep& r, const CellState& before, float dy,
+                                             CellGradient& d) {
+    const float dh = dy * r.o;
+    d.dc += dh * (1.0F - r.hidden * r.hidden);
+    CellGates out;
+    out.g[0] = d.dc * r.z * r.i * (1.0F - r.i);
+    out.g[1] = d.dc * before.c * r.f * r.slope;
+    out.g[2] = d.dc * r.i * (1.0F - r.z * r.z);
+    out.g[3] = dh * r.hidden * (1.0F - r.o);
+    d.dc *= r.f;
+    return out;
+  }
+};
+
+/// The policy of a cell; kFast for one plane per number.
+template <SlstmCell kCell, bool kFast>
+struct CellPolicyOf {
+  using Type = SlstmPolicy<kFast, kCell == SlstmCell::kSlstmExpf>;
+};
+template <bool kFast>
+struct CellPolicyOf<SlstmCell::kLstm, kFast> {
+  using Type = LstmPolicy<kFast>;
+};
+template <SlstmCell kCell, bool kFast>
+using CellPolicy = typename CellPolicyOf<kCell, kFast>::Type;
+
+}  // namespace xlstm::cuda

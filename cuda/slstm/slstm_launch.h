@@ -1,0 +1,19 @@
+#pragma once
+// One launcher per sLSTM kernel.
+#include "cuda/slstm/slstm_plan.h"
+
+namespace xlstm::cuda {
+
+/// Zeros `count` counters.
+void launch_slstm_clear(u32* counters, int32_t count, Stream stream);
+
+/// The blocks of map.groups_per_launch groups from params.shape.division.first_group on, as far as there are any.
+template <SlstmCell kCell>
+void launch_slstm_forward(const SlstmMap& map, const SlstmForwardParams& params, Stream stream);
+template <SlstmCell kCell>
+void launch_slstm_backward(const SlstmMap& map, const SlstmBackwardParams& params, Stream stream);
+
+void launch_slstm_pointwise(SlstmCell cell, const SlstmPointwiseForward& params, Stream stream);
+void launch_slstm_pointwise(SlstmCell cell, const SlstmPointwiseBackward& params, Stream stream);
+
+}  // namespace xlstm::cuda
