@@ -13,7 +13,4 @@ void launch_slstm_forward(const SlstmMap& map, const SlstmForwardParams& params,
 template <SlstmCell kCell>
 void launch_slstm_backward(const SlstmMap& map, const SlstmBackwardParams& params, Stream stream);
 
-void launch_slstm_pointwise(SlstmCell cell, const SlstmPointwiseForward& params, Stream stream);
-void launch_slstm_pointwise(SlstmCell cell, const SlstmPointwiseBackward& params, Stream stream);
-
 }  // namespace xlstm::cuda

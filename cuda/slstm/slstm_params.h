@@ -76,10 +76,10 @@ struct SlstmKernelShape {
 struct SlstmSteps {
   int all, resident;
 };
-/// 128 registers per thread, where the rest of the kernel leaves as many. Forward a step takes two A fragments per unit
+/// 128 registers per thread, less where the rest of the kernel needs them. Forward a step takes two A fragments per unit
 /// group; backward one fragment of 16 units, whose columns the warps of a block share.
 PRIM_FUNCTION constexpr int slstm_resident(const SlstmKernelShape& k) {
-  return k.channels == 1 ? 16 / k.groups / k.planes - (k.groups - 1) : 32 / k.planes;
+  return k.channels == 1 ? 16 / k.groups / k.planes - (k.groups - 1) : (32 - 4 * k.groups) / k.planes;
 }
 PRIM_FUNCTION constexpr int slstm_ceil(int a, int b) { return (a + b - 1) / b; }
 PRIM_FUNCTION constexpr SlstmSteps slstm_steps(const SlstmKernelShape& k, const SlstmDivision& d) {

@@ -113,6 +113,10 @@ class Sequence {
           }
         }
       }
+      for (double& x : before) {
+        if (loss.cut) x = 0;
+        if (loss.clip > 0) x = std::fmin(loss.clip, std::fmax(-loss.clip, x));
+      }
       carried = before;
       if (!reset(t)) continue;
       for (Vector* x : {&carried, &dc, &dn}) x->assign(size, 0);

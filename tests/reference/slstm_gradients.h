@@ -8,6 +8,8 @@ namespace xlstm::reference {
 /// Gradients of the results; y (B,T,NH,DH), the others (N,NH,DH), in units of the final e^m.
 struct SlstmLoss {
   std::vector<double> y, y_last, c, n;
+  double clip = 0;   ///< what y_{t-1} gets through the recurrence lies in [-clip, clip]; 0: anywhere
+  bool cut = false;  ///< y_{t-1} gets nothing through the recurrence
 };
 
 /// Shapes as in SlstmProblem; those of absent initial states are computed as well (as if they were zero).

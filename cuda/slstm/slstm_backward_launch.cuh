@@ -1,0 +1,32 @@
+#pragma once
+// Defines launch_slstm_backward; one translation unit per cell instantiates it, so that they compile in parallel.
+#include "cuda/slstm/slstm_backward.cuh"
+#include "cuda/slstm/slstm_launch_shape.cuh"
+
+namespace xlstm::cuda {
+
+template <SlstmCell kCell, int kPlanes>
+void launch_slstm_backward_planes(const SlstmMap& map, const SlstmBackwardParams& p, Stream stream) {
+  constexpr const char* kName = "slstm_backward_steps";
+  const prim::LaunchShape shape = slstm_launch_shape(map, p.shape.division.first_group);
+  if (map.exchange == SlstmExchange::kCluster) {
+    prim::launch(kName, slstm_backward_steps<kCell, ClusterExchange, 1, kPlanes>, shape, p, stream);
+  } else if (map.exchange == SlstmExchange::kGrid) {
+    prim::launch(kName, slstm_backward_steps<kCell, GridExchange, 1, kPlanes>, shape, p, stream);
+  } else if (map.kernel.groups == 2) {
+    prim::launch(kName, slstm_backward_steps<kCell, BlockExchange, 2, kPlanes>, shape, p, stream);
+  } else {
+    prim::launch(kName, slstm_backward_steps<kCell, BlockExchange, 1, kPlanes>, shape, p, stream);
+  }
+}
+
+template <SlstmCell kCell>
+void launch_slstm_backward(const SlstmMap& map, const SlstmBackwardParams& p, Stream stream) {
+  if (map.kernel.planes == 1) {
+    launch_slstm_backward_planes<kCell, 1>(map, p, stream);
+  } else {
+    launch_slstm_backward_planes<kCell, 2>(map, p, stream);
+  }
+}
+
+}  // namespace xlstm::cuda
