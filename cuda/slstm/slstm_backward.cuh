@@ -53,7 +53,7 @@ class SlstmBackwardBlock {
     // The last product is dy0.
     const int publications = p.call.recurrent_cut ? 0 : p.call.dy0 == nullptr ? steps - 1 : steps;
     exchange.begin(publications);
-    pass_empty();
+    start();
     if (steps > 0) prefetch(steps - 1, true);
     for (int t = steps - 1; t >= 0; --t) {
       const int k = steps - 1 - t;
@@ -137,17 +137,11 @@ class SlstmBackwardBlock {
     prim::sync_warp();
   }
 
-  /// Sequences without tokens: the gradients of their final states are those of the initial ones.
-  DEVICE_FUNCTION void pass_empty() {
+  DEVICE_FUNCTION void start() {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        carried[g][j] = 0;
-        gradient[g][j] = {0, 0};
-        const SlstmRow row = rows[row_of(j)];
-        if (row.sequence >= 0 && row.length == 0 && owns(g)) enter_last(g, j, state_at(row, g));
-      }
+      for (int j = 0; j < 4; ++j) carried[g][j] = 0, gradient[g][j] = {0, 0};
   }
   /// The gradients of a sequence's final state.
   DEVICE_FUNCTION void enter_last(int g, int j, int64_t at) {
@@ -343,6 +337,7 @@ class SlstmBackwardBlock {
         const SlstmRow row = rows[row_of(j)];
         if (row.sequence < 0 || !owns(g)) continue;
         const int64_t at = state_at(row, g);
+        if (row.length == 0) enter_last(g, j, at);  // final and initial states are the same
         if (p.call.dy0 != nullptr) p.call.dy0[at] = carried[g][j];
         if (p.call.dc0 != nullptr) p.call.dc0[at] = gradient[g][j].dc;
         if (Cell::kStates == 3 && p.call.dn0 != nullptr) p.call.dn0[at] = gradient[g][j].dn;

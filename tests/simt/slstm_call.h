@@ -60,15 +60,16 @@ struct Forward {
   GuardedFloats checkpoints;
 };
 
-inline double tolerance(Dtype dtype) {
-  return dtype == Dtype::kBFloat16 ? 5e-3 : dtype == Dtype::kFloat16 ? 5e-4 : 2e-5;
+inline double tolerance(const Setting& s) {
+  const Dtype dtype = s.dtype;
+  return s.slack * ( dtype == Dtype::kBFloat16 ? 5e-3 : dtype == Dtype::kFloat16 ? 5e-4 : 2e-5);
 }
 
 inline Numbers numbers(const std::vector<reference_real>& x) { return {x.begin(), x.end()}; }
 
 inline void check_forward(const Setting& s, const Forward& got, const SlstmSolution& wanted) {
-  const double states = s.dtype == Dtype::kBFloat16 ? 5e-3 : 2e-5;
-  compare("y", got.y.all(), numbers(wanted.y), tolerance(s.dtype));
+  const double states = s.slack * (s.dtype == Dtype::kBFloat16 ? 5e-3 : 2e-5);
+  compare("y", got.y.all(), numbers(wanted.y), tolerance(s));
   const int64_t count = s.state_numbers();
   compare("y_last", got.y_last.slice(0, count), numbers(wanted.y_last), states);
   if (s.cell == SlstmCell::kLstm) {
@@ -88,7 +89,7 @@ inline void check_forward(const Setting& s, const Forward& got, const SlstmSolut
     n.push_back(unit * static_cast<double>(wanted.n[at]));
     m.push_back(empty ? 0 : m_got), m_wanted.push_back(empty ? 0 : static_cast<double>(wanted.m[at]));
   }
-  compare_each("m", m, m_wanted, s.dtype == Dtype::kBFloat16 ? 2e-2 : 1e-5);
+  compare_each("m", m, m_wanted, s.slack * (s.dtype == Dtype::kBFloat16 ? 2e-2 : 1e-5));
   compare("c", got.c.slice(0, count), c, states);
   compare("n", got.n.slice(0, count), n, states);
 }
@@ -197,7 +198,7 @@ inline Numbers entering(const Data& x, const Forward& forward) {
 
 inline void check_backward(Data& x, const Forward& forward, Backward& got, const SlstmGradients& wanted) {
   const Setting& s = x.s;
-  const double close = 2 * tolerance(s.dtype);
+  const double close = 2 * tolerance(s);
   const Numbers dwx = got.dwx.get(), y = entering(x, forward);
   compare("dwx", dwx, wanted.wx, close);
   Numbers dr(wanted.r.size()), db(wanted.b.size());

@@ -22,7 +22,6 @@ using xlstm::reference::SlstmGradients;
 using xlstm::reference::SlstmLoss;
 using xlstm::reference::SlstmSolution;
 
-constexpr DeviceLimits kAmpere{80, 16, 163 * 1024}, kHopper{90, 16, 227 * 1024};
 
 /// Where the gate axis of wx lies.
 enum class GateOrder {
@@ -35,14 +34,16 @@ enum class GateOrder {
 struct Setting {
   SlstmCell cell = SlstmCell::kSlstm;
   int64_t batch = 1, time = 17, heads = 1, dh = 16;
-  Dtype dtype = Dtype::kFloat32, gates_dtype = Dtype::kFloat32;
+  Dtype dtype = Dtype::kFloat32;
   SlstmExchange exchange = SlstmExchange::kAuto;
-  DeviceLimits device = kAmpere;
+  DeviceLimits device = {80, 108, 163 * 1024};
   GateOrder order = GateOrder::kMiddle;
+  Dtype gates_dtype = Dtype::kFloat32;
   bool states = false, resets = false;
   std::vector<int32_t> packed = {};
   double forget = 1, input = 0, spread = 1;
   bool loss_of_states = true, loss_of_y = true;
+  double slack = 1;  ///< tolerances times so much
   double clip = 0;
   bool cut = false;
 
