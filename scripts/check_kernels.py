@@ -97,6 +97,17 @@ def sweep_sm90_products(use, contraction, columns):
     return "HGMMA", count, count
 
 
+def slstm_products(channels):
+    """One more than the k16 steps with weights in registers: forward two A tiles per group of units, by two tiles of
+    sequences; backward one A tile. Two planes per number take three products. See slstm_resident in slstm_params.h."""
+    def count(cell, *rest):
+        groups, planes = [1, *map(int, rest)][-2:]
+        resident = 16 // groups // planes - (groups - 1) if channels == 1 else (28 if groups == 1 else 20) // planes
+        products = (resident + 1) * (4 * groups if channels == 1 else 2) * (1 if planes == 1 else 3)
+        return "HMMA", products, products
+    return count
+
+
 BUDGETS = [
     # 144 for blocks of 8 by 8, whose 64 weights stay in registers
     budget(r"block_linear_rows", 128, 144, 16, blocks=3, must=VECTOR),
@@ -120,6 +131,17 @@ BUDGETS = [
     budget(r"mlstm_segment_scan", 256, 64, 16, blocks=4),
     budget(r"mlstm_step_columns", 256, 96, 32, blocks=2, must=VECTOR),
     budget(r"mlstm_step_normaliser", 256, 64, 16, blocks=4),
+    # 128 registers hold recurrent weights; all of them where the compiler keeps to one block per multiprocessor
+    budget(r"slstm_forward_block", 256, 255, 227, must={"HMMA", "LDSM"}, products=slstm_products(1)),
+    budget(r"slstm_forward_grid", 256, 255, 227, must=MMA, products=slstm_products(1)),
+    budget(r"slstm_forward_sm90", 256, 255, 227, must={"HMMA", "LDSM", "SYNCS"}, only=("sm_90a",),
+           products=slstm_products(1)),
+    budget(r"slstm_backward_block", 256, 255, 227, must={"HMMA", "LDSM"}, products=slstm_products(4)),
+    budget(r"slstm_backward_grid", 256, 255, 227, must=MMA, products=slstm_products(4)),
+    budget(r"slstm_backward_sm90", 256, 255, 227, must={"HMMA", "LDSM", "SYNCS"}, only=("sm_90a",),
+           products=slstm_products(4)),
+    budget(r"slstm_pointwise_\w+", 256, 64, 16, blocks=4),
+    budget(r"slstm_clear", 256, 32, 16, blocks=8),
     budget(r"causal_conv1d_rows", 128, 64, 32, blocks=4, must={"LDGSTS", "STG.128"}),
     # 72 for widths of 5 to 8 alone
     budget(r"causal_conv1d_gradients", 128, 72, 32, blocks=4, must={"LDGSTS", "STG.128"}),

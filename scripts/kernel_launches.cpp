@@ -16,6 +16,7 @@
 #include "cuda/causal_conv1d/causal_conv1d_launch.h"
 #include "cuda/loss/softmax_cross_entropy.h"
 #include "cuda/mlstm/mlstm.h"
+#include "cuda/slstm/slstm.h"
 
 namespace {
 
@@ -173,6 +174,50 @@ void call_causal_conv1d(Dtype dtype) {
   }
 }
 
+void call_slstm(const xlstm::cuda::SlstmProblem& p) {
+  namespace cuda = xlstm::cuda;
+  const int64_t units = p.num_heads * p.dh;
+  const auto gates_at = [&](int index) {
+    return cuda::GateView{address(index), p.time * 4 * units, 4 * units, units, p.dh, 1};
+  };
+  const View y = {address(2), p.time * units, units, p.dh, 1};
+  cuda::SlstmForward forward;
+  forward.in.r = address(0);
+  forward.wx = gates_at(1), forward.b = address(3), forward.y = y;
+  forward.y_last = array<float>(4), forward.c = array<float>(5);
+  forward.n = array<float>(6), forward.m = array<float>(7);
+  forward.gates = gates_at(8), forward.checkpoints = array<float>(9);
+  cuda::SlstmBackward backward;
+  backward.in = forward.in, backward.gates = forward.gates,
+  backward.checkpoints = forward.checkpoints;
+  backward.dy = y, backward.dwx = gates_at(10);
+  backward.dy0 = array<float>(11), backward.dc0 = array<float>(12), backward.dn0 = array<float>(13);
+  if (cuda::slstm_supported(p, device, false))
+    cuda::slstm_forward(p, device, forward, address(14), nullptr);
+  if (cuda::slstm_supported(p, device, true))
+    cuda::slstm_backward(p, device, backward, address(14), nullptr);
+  cuda::SlstmStep step;
+  step.product = gates_at(15);
+  cuda::slstm_pointwise_forward(p, forward, step, nullptr);
+  cuda::slstm_pointwise_backward(p, backward, step, nullptr);
+}
+
+void call_slstm(Dtype dtype) {
+  using xlstm::cuda::SlstmCell;
+  using xlstm::cuda::SlstmExchange;
+  for (const SlstmCell cell : {SlstmCell::kSlstm, SlstmCell::kSlstmExpf, SlstmCell::kLstm})
+    for (const SlstmExchange exchange : {SlstmExchange::kAuto, SlstmExchange::kBlock,
+                                         SlstmExchange::kCluster, SlstmExchange::kGrid})
+      for (const int64_t dh : {16, 64, 128, 192, 256, 384, 512, 768, 1024})
+        for (const int64_t batch : {1, 16, 128}) {
+          xlstm::cuda::SlstmProblem p;
+          p.cell = cell, p.exchange = exchange;
+          p.batch = p.num_sequences = batch, p.time = 2048, p.num_heads = 4, p.dh = dh;
+          p.dtype = p.r_dtype = p.b_dtype = p.gates_dtype = dtype;
+          call_slstm(p);
+        }
+}
+
 CUresult encode_tensor_map(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
                            CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
@@ -238,6 +283,7 @@ int main() {
       for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32}) {
         call_all(dtype);
         call_causal_conv1d(dtype);
+        call_slstm(dtype);
       }
     }
   } catch (const std::exception& error) {

@@ -9,8 +9,8 @@ namespace {
 /// Of the blocks of one launch; launches follow each other.
 float* take_replay_memory(const SlstmMap& map, SlstmCell cell, Workspace& workspace) {
   const int64_t blocks = int64_t{map.groups_per_launch} * map.blocks;
-  return workspace.take<float>(blocks * kSlstmCheckpointTokens * slstm_kept_states(cell) * map.kernel.groups * 4 *
-                               kSlstmThreads);
+  return workspace.take<float>(blocks * kSlstmCheckpointTokens * slstm_kept_states(cell) *
+                               map.kernel.groups * 4 * kSlstmThreads);
 }
 
 }  // namespace
@@ -23,8 +23,8 @@ size_t slstm_backward_workspace(const SlstmProblem& problem, const DeviceLimits&
   return count.used();
 }
 
-void slstm_backward(const SlstmProblem& problem, const DeviceLimits& device, const SlstmBackward& call, void* workspace,
-                   Stream stream) {
+void slstm_backward(const SlstmProblem& problem, const DeviceLimits& device,
+                    const SlstmBackward& call, void* workspace, Stream stream) {
   const SlstmMap map = plan_slstm(problem, device, Direction::kBackward);
   if (map.exchange == SlstmExchange::kAuto)
     throw std::runtime_error("slstm_backward: no kernel for this problem (slstm_supported)");
@@ -34,7 +34,8 @@ void slstm_backward(const SlstmProblem& problem, const DeviceLimits& device, con
   Workspace memory(workspace);
   p.shape.grid = take_grid_memory(map, memory);
   p.replay = take_replay_memory(map, problem.cell, memory);
-  if (p.shape.grid.arrivals != nullptr) launch_slstm_clear(p.shape.grid.arrivals, map.groups, stream);
+  if (p.shape.grid.arrivals != nullptr)
+    launch_slstm_clear(p.shape.grid.arrivals, map.groups, stream);
   for (int32_t first = 0; first < map.groups; first += map.groups_per_launch) {
     p.shape.division.first_group = first;
     if (problem.cell == SlstmCell::kSlstm) {

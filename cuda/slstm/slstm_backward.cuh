@@ -34,7 +34,8 @@ class SlstmBackwardBlock {
         head((group + d.first_group) / d.sequence_tiles),
         splits(kGroups == 1 ? kSlstmWarps * 16 / d.units : 1),
         exchange(space(params.shape, shared)) {
-    const int steps = slstm_steps(kernel(), d).all, split = warp % splits, local = warp / splits * 16;
+    const int steps = slstm_steps(kernel(), d).all, split = warp % splits,
+              local = warp / splits * 16;
     first_step = split * steps;
     const int left = 4 * d.padded / 16 - first_step;
     my_steps = left < steps ? (left < 0 ? 0 : left) : steps;
@@ -86,13 +87,16 @@ class SlstmBackwardBlock {
   DEVICE_FUNCTION int read_rows() {
     const int thread = static_cast<int>(prim::thread_idx().x);
     const int first = (group + d.first_group) % d.sequence_tiles * 8 * d.tiles;
-    if (thread < 16) rows[thread] = slstm_row(s, thread < 8 * d.tiles ? first + thread : s.num_sequences);
+    if (thread < 16)
+      rows[thread] = slstm_row(s, thread < 8 * d.tiles ? first + thread : s.num_sequences);
     prim::sync_block();
     int longest = 0;
     for (int i = 0; i < 16; ++i) longest = rows[i].length > longest ? rows[i].length : longest;
     return longest;
   }
 
+  /// The type of wx and y.
+  DEVICE_FUNCTION bool wide() const { return kPlanes == 2 && s.dtype == Dtype::kFloat32; }
   /// Row of the tile of this thread's sequence j.
   DEVICE_FUNCTION int row_of(int j) const { return 8 * (j / 2) + 2 * (lane % 4) + j % 2; }
   DEVICE_FUNCTION int unit_of(int g) const { return column + g * kSlstmGroupUnits + lane / 4; }
@@ -103,7 +107,8 @@ class SlstmBackwardBlock {
 
   DEVICE_FUNCTION float weight(int gate, int from, int to) const {
     if (from >= s.dh || to >= s.dh) return 0;
-    return load_number(s.in.r, ((int64_t{gate} * s.num_heads + head) * s.dh + from) * s.dh + to, s.r_dtype);
+    return load_number(s.in.r, ((int64_t{gate} * s.num_heads + head) * s.dh + from) * s.dh + to,
+                       s.r_dtype);
   }
   DEVICE_FUNCTION void load_weights() {
     const int per_gate = d.padded / 16;
@@ -154,7 +159,8 @@ class SlstmBackwardBlock {
 
   DEVICE_FUNCTION float* replayed(int t, int g, int j) const {
     const int64_t token = int64_t{prim::block_idx().x} * kTokens + t % kTokens;
-    return p.replay + ((token * Cell::kStates * kGroups + g) * 4 + j) * kSlstmThreads + prim::thread_idx().x;
+    return p.replay + ((token * Cell::kStates * kGroups + g) * 4 + j) * kSlstmThreads +
+           prim::thread_idx().x;
   }
   static constexpr int kNextState = 4 * kGroups * kSlstmThreads;  ///< from c to n to m
 
@@ -162,14 +168,15 @@ class SlstmBackwardBlock {
     CellGates gates;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
-      gates.g[gate] = number_of<false>(next[g][gate][j], s.gates_dtype);
+      gates.g[gate] = number_of<kPlanes>(next[g][gate][j], s.gates_dtype == Dtype::kFloat32);
     return gates;
   }
   DEVICE_FUNCTION void load_gates(int g, int j, const SlstmRow& row, int t) {
     const int64_t at = slstm_offset(p.call.gates, row, t, head, unit_of(g));
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
-      next[g][gate][j] = load_bits<false>(p.call.gates.data, at + gate * p.call.gates.gate, s.gates_dtype);
+      next[g][gate][j] = load_bits(p.call.gates.data, at + gate * p.call.gates.gate,
+                                   s.gates_dtype == Dtype::kFloat32);
   }
 
   /// From the checkpoint before token t up to t.
@@ -182,7 +189,8 @@ class SlstmBackwardBlock {
       for (int j = 0; j < 4; ++j) {
         const SlstmRow row = rows[row_of(j)];
         if (begin >= row.length || !owns(g)) continue;
-        const float* from = p.call.checkpoints + slstm_checkpoint(s, row, begin, head, unit_of(g), Cell::kStates);
+        const float* from =
+            p.call.checkpoints + slstm_checkpoint(s, row, begin, head, unit_of(g), Cell::kStates);
         state[j] = empty_state();
         state[j].c = from[0];
         if (Cell::kStates == 3) state[j].n = from[s.dh], state[j].m = from[2 * s.dh];
@@ -222,10 +230,11 @@ class SlstmBackwardBlock {
         const float* from = replayed(t, g, j);
         before[g][j] = empty_state();
         before[g][j].c = from[0];
-        if (Cell::kStates == 3) before[g][j].n = from[kNextState], before[g][j].m = from[2 * kNextState];
+        if (Cell::kStates == 3)
+          before[g][j].n = from[kNextState], before[g][j].m = from[2 * kNextState];
         if (p.call.dy.data == nullptr) continue;
         next_dy[g][j] =
-            load_bits<kPlanes == 1>(p.call.dy.data, slstm_offset(p.call.dy, row, t, head, unit_of(g)), s.dtype);
+            load_bits(p.call.dy.data, slstm_offset(p.call.dy, row, t, head, unit_of(g)), wide());
       }
     }
   }
@@ -235,6 +244,7 @@ class SlstmBackwardBlock {
   /// The cell backwards: dwx_t, gradients of the state before it, and publication k (-1: none).
   DEVICE_FUNCTION void step(int t, int k) {
     if (!active) return;
+    if (k >= 0) exchange.open(k);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       float out[4][4];
@@ -246,7 +256,7 @@ class SlstmBackwardBlock {
         cut[j] = t >= row.length || next_reset[j];
         if (t >= row.length || !owns(g)) continue;
         if (t + 1 == row.length) enter_last(g, j, state_at(row, g));
-        const float dy = carried[g][j] + number_of<kPlanes == 1>(next_dy[g][j], s.dtype);
+        const float dy = carried[g][j] + number_of<kPlanes>(next_dy[g][j], wide());
         const CellStep forward = Cell::step(gates_at(g, j), before[g][j]);
         const CellGates gates = Cell::gradients(forward, before[g][j], dy, gradient[g][j]);
         carried[g][j] = 0;
@@ -255,20 +265,22 @@ class SlstmBackwardBlock {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
           out[gate][j] = gates.g[gate];
-          store_number(p.call.dwx.data, at + gate * p.call.dwx.gate, s.dtype, gates.g[gate]);
+          store_rounded<kPlanes>(p.call.dwx.data, at + gate * p.call.dwx.gate, wide(),
+                                 gates.g[gate]);
         }
       }
       if (k < 0) continue;
       const int base = column + g * kSlstmGroupUnits;
-      slstm_rows_of<kPlanes, 4>(out, d.tiles, [&](int channel, int plane, int row, const u32(&words)[4]) {
-        exchange.put(k, (plane * 4 + channel) * 8 * d.tiles + row, base, words);
-      });
+      slstm_rows_of<kPlanes, 4>(
+          out, d.tiles, [&](int channel, int plane, int row, const u32(&words)[4]) {
+            exchange.put(k, (plane * 4 + channel) * 8 * d.tiles + row, base, words);
+          });
     }
     if (k >= 0) exchange.done(k);
   }
 
-  DEVICE_FUNCTION void multiply_step(int chain, const u32 (&fragment)[kPlanes][4], const bf16* buffer, int gate,
-                                     int from) {
+  DEVICE_FUNCTION void multiply_step(int chain, const u32 (&fragment)[kPlanes][4],
+                                     const bf16* buffer, int gate, int from) {
     u32 b[kPlanes][4];
     slstm_columns(b, buffer, d, 4, gate, from);
     slstm_multiply(sums[chain][0], fragment, b, 0);
@@ -368,10 +380,28 @@ class SlstmBackwardBlock {
 };
 
 template <SlstmCell kCell, class Exchange, int kGroups, int kPlanes>
+DEVICE_FUNCTION void slstm_backward_steps(const SlstmBackwardParams& p) {
+  SlstmBackwardBlock<CellPolicy<kCell, kPlanes == 1>, Exchange, kGroups, kPlanes>(
+      p, prim::dynamic_shared())
+      .run();
+}
+
+template <SlstmCell kCell, int kGroups, int kPlanes>
 KERNEL_FUNCTION(kSlstmThreads, 1)
-slstm_backward_steps(const GRID_CONSTANT SlstmBackwardParams p) {
-  if constexpr (!Exchange::kSm90 || PRIM_HAS_SM90A)
-    SlstmBackwardBlock<CellPolicy<kCell, kPlanes == 1>, Exchange, kGroups, kPlanes>(p, prim::dynamic_shared()).run();
+slstm_backward_block(const GRID_CONSTANT SlstmBackwardParams p) {
+  slstm_backward_steps<kCell, BlockExchange, kGroups, kPlanes>(p);
+}
+template <SlstmCell kCell, int kPlanes>
+KERNEL_FUNCTION(kSlstmThreads, 1)
+slstm_backward_grid(const GRID_CONSTANT SlstmBackwardParams p) {
+  slstm_backward_steps<kCell, GridExchange, 1, kPlanes>(p);
+}
+template <SlstmCell kCell, int kPlanes>
+KERNEL_FUNCTION(kSlstmThreads, 1)
+slstm_backward_sm90(const GRID_CONSTANT SlstmBackwardParams p) {
+#if PRIM_HAS_SM90A
+  slstm_backward_steps<kCell, ClusterExchange, 1, kPlanes>(p);
+#endif
 }
 
 }  // namespace xlstm::cuda

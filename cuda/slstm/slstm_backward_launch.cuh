@@ -6,17 +6,17 @@
 namespace xlstm::cuda {
 
 template <SlstmCell kCell, int kPlanes>
-void launch_slstm_backward_planes(const SlstmMap& map, const SlstmBackwardParams& p, Stream stream) {
-  constexpr const char* kName = "slstm_backward_steps";
+void launch_slstm_backward_planes(const SlstmMap& map, const SlstmBackwardParams& p,
+                                  Stream stream) {
   const prim::LaunchShape shape = slstm_launch_shape(map, p.shape.division.first_group);
   if (map.exchange == SlstmExchange::kCluster) {
-    prim::launch(kName, slstm_backward_steps<kCell, ClusterExchange, 1, kPlanes>, shape, p, stream);
+    prim::launch("slstm_backward_sm90", slstm_backward_sm90<kCell, kPlanes>, shape, p, stream);
   } else if (map.exchange == SlstmExchange::kGrid) {
-    prim::launch(kName, slstm_backward_steps<kCell, GridExchange, 1, kPlanes>, shape, p, stream);
+    prim::launch("slstm_backward_grid", slstm_backward_grid<kCell, kPlanes>, shape, p, stream);
   } else if (map.kernel.groups == 2) {
-    prim::launch(kName, slstm_backward_steps<kCell, BlockExchange, 2, kPlanes>, shape, p, stream);
+    prim::launch("slstm_backward_block", slstm_backward_block<kCell, 2, kPlanes>, shape, p, stream);
   } else {
-    prim::launch(kName, slstm_backward_steps<kCell, BlockExchange, 1, kPlanes>, shape, p, stream);
+    prim::launch("slstm_backward_block", slstm_backward_block<kCell, 1, kPlanes>, shape, p, stream);
   }
 }
 

@@ -25,8 +25,8 @@ DEVICE_FUNCTION int64_t slstm_first_slot(const SlstmShape& p, const SlstmRow& ro
   return row.begin / kTokens + row.sequence;
 }
 /// Offset of a unit in the states of a checkpoint, of `states` each.
-DEVICE_FUNCTION int64_t slstm_checkpoint(const SlstmShape& p, const SlstmRow& row, int t, int head, int unit,
-                                         int states) {
+DEVICE_FUNCTION int64_t slstm_checkpoint(const SlstmShape& p, const SlstmRow& row, int t, int head,
+                                         int unit, int states) {
   const int64_t slot = slstm_first_slot(p, row) + t / static_cast<int>(kSlstmCheckpointTokens);
   return (slot * p.num_heads + head) * states * p.dh + unit;
 }
@@ -34,25 +34,33 @@ DEVICE_FUNCTION bool slstm_reset(const SlstmShape& p, const SlstmRow& row, int t
   return p.in.reset != nullptr &&
          p.in.reset[row.batch * p.in.reset_batch + (row.begin + t) * p.in.reset_time];
 }
-DEVICE_FUNCTION int64_t slstm_offset(const GateView& x, const SlstmRow& row, int t, int head, int unit) {
+DEVICE_FUNCTION int64_t slstm_offset(const GateView& x, const SlstmRow& row, int t, int head,
+                                     int unit) {
   return row.batch * x.batch + (row.begin + t) * x.time + head * x.head + unit * x.unit;
 }
-DEVICE_FUNCTION int64_t slstm_offset(const View& x, const SlstmRow& row, int t, int head, int unit) {
+DEVICE_FUNCTION int64_t slstm_offset(const View& x, const SlstmRow& row, int t, int head,
+                                     int unit) {
   return row.batch * x.batch + (row.begin + t) * x.time + head * x.head + unit * x.inner;
 }
 
+/// Numbers of a problem are float32 (wide) or else bfloat16 where one plane holds them, float16 where two do.
 /// The bits of a number, and the number later, so that nothing waits for the load.
-template <bool kBfloat16>
-DEVICE_FUNCTION u32 load_bits(const void* data, int64_t index, Dtype dtype) {
-  if (!kBfloat16 && dtype == Dtype::kFloat32) return static_cast<const u32*>(data)[index];
-  return static_cast<const u16*>(data)[index];
+DEVICE_FUNCTION u32 load_bits(const void* data, int64_t index, bool wide) {
+  return wide ? static_cast<const u32*>(data)[index] : static_cast<const u16*>(data)[index];
 }
-template <bool kBfloat16>
-DEVICE_FUNCTION float number_of(u32 bits, Dtype dtype) {
-  if (kBfloat16) return prim::float_of(bits << 16);
-  if (dtype == Dtype::kFloat32) return prim::float_of(bits);
-  const u16 half = static_cast<u16>(bits);
-  return dtype == Dtype::kBFloat16 ? prim::bf16_to_float(half) : prim::f16_to_float(half);
+template <int kPlanes>
+DEVICE_FUNCTION float number_of(u32 bits, bool wide) {
+  if (wide) return prim::float_of(bits);
+  return kPlanes == 1 ? prim::float_of(bits << 16) : prim::f16_to_float(static_cast<u16>(bits));
+}
+template <int kPlanes>
+DEVICE_FUNCTION void store_rounded(void* data, int64_t index, bool wide, float value) {
+  if (wide) {
+    static_cast<float*>(data)[index] = value;
+  } else {
+    static_cast<u16*>(data)[index] =
+        kPlanes == 1 ? prim::float_to_bf16(value) : prim::float_to_f16(value);
+  }
 }
 
 /// Two neighbours as packed planes: the nearest bfloat16 numbers and, with two planes, the rest.
@@ -66,8 +74,8 @@ DEVICE_FUNCTION void slstm_split(float low, float high, u32 (&planes)[kPlanes]) 
 
 /// d += a b for the B tile at b[.][first], b[.][first + 1]; small terms first.
 template <int kPlanes>
-DEVICE_FUNCTION void slstm_multiply(float (&d)[4], const u32 (&a)[kPlanes][4], const u32 (&b)[kPlanes][4],
-                                    int first) {
+DEVICE_FUNCTION void slstm_multiply(float (&d)[4], const u32 (&a)[kPlanes][4],
+                                    const u32 (&b)[kPlanes][4], int first) {
   if constexpr (kPlanes == 2) {
     prim::mma_bf16(d, a[0], b[1][first], b[1][first + 1]);
     prim::mma_bf16(d, a[1], b[0][first], b[0][first + 1]);
@@ -78,8 +86,8 @@ DEVICE_FUNCTION void slstm_multiply(float (&d)[4], const u32 (&a)[kPlanes][4], c
 /// Columns of up to 16 sequences (B fragments of one k16 step) from a buffer of the exchange, numbers of `channel` from
 /// column k0 on: tile 0 in b[.][0..1], tile 1 in b[.][2..3].
 template <int kPlanes>
-DEVICE_FUNCTION void slstm_columns(u32 (&b)[kPlanes][4], const bf16* buffer, const SlstmDivision& d, int channels,
-                                   int channel, int k0) {
+DEVICE_FUNCTION void slstm_columns(u32 (&b)[kPlanes][4], const bf16* buffer, const SlstmDivision& d,
+                                   int channels, int channel, int k0) {
   const int l = static_cast<int>(prim::thread_idx().x % 32);
   const int row = l % 8 + (d.tiles == 2 ? 8 * (l / 16) : 0), rows = 8 * d.tiles;
 #pragma unroll
@@ -93,7 +101,8 @@ template <int kPlanes>
 DEVICE_FUNCTION void load_fragment(u32 (&a)[kPlanes][4], const Bytes16* fragments, int index) {
 #pragma unroll
   for (int p = 0; p < kPlanes; ++p) {
-    const Bytes16 piece = fragments[(index * kPlanes + p) * 32 + static_cast<int>(prim::thread_idx().x % 32)];
+    const Bytes16 piece =
+        fragments[(index * kPlanes + p) * 32 + static_cast<int>(prim::thread_idx().x % 32)];
 #pragma unroll
     for (int r = 0; r < 4; ++r) a[p][r] = piece.words[r];
   }

@@ -3,6 +3,7 @@
 // (of the kernel's order in time); every warp with units puts its rows of it, then says so; every warp waits for all of it.
 // A policy:
 //   begin(publications)        all threads, before anything else
+//   open(k)                    the whole warp, before its put()s: what it has read is read
 //   put(k, row, column, words) 8 neighbouring numbers; a row is one (plane, channel, sequence)
 //   done(k)                    the whole warp, after its put()s
 //   wait(k) -> buffer          all warps; readable until the warp's next put
@@ -28,13 +29,13 @@ struct SlstmExchangeSpace {
 class BlockExchange {
  public:
   static constexpr int kBuffers = 2;
-  static constexpr bool kSm90 = false;
 
   DEVICE_FUNCTION explicit BlockExchange(const SlstmExchangeSpace& space) : s(space) {}
   DEVICE_FUNCTION void begin(int) {}
+  DEVICE_FUNCTION void open(int) {}
   DEVICE_FUNCTION void put(int k, int row, int column, const u32 (&words)[4]) {
-    *reinterpret_cast<Bytes16*>(s.buffers + (k & 1) * s.numbers + row * (s.columns + 8) + column) = {
-        {words[0], words[1], words[2], words[3]}};
+    *reinterpret_cast<Bytes16*>(s.buffers + (k & 1) * s.numbers + row * (s.columns + 8) +
+                                column) = {{words[0], words[1], words[2], words[3]}};
   }
   DEVICE_FUNCTION void done(int) {}
   DEVICE_FUNCTION const bf16* wait(int k) {
@@ -47,12 +48,13 @@ class BlockExchange {
   const SlstmExchangeSpace s;
 };
 
+#if PRIM_HAS_SM90A
+
 /// Through the shared memory of all blocks of a cluster: every put goes to each of them, its bytes complete their
 /// barriers.
 class ClusterExchange {
  public:
   static constexpr int kBuffers = 2;
-  static constexpr bool kSm90 = true;
 
   DEVICE_FUNCTION explicit ClusterExchange(const SlstmExchangeSpace& space) : s(space) {}
   DEVICE_FUNCTION void begin(int count) {
@@ -66,8 +68,11 @@ class ClusterExchange {
     }
     prim::cluster_sync();
   }
+  /// Not every lane stores: those that do speak for the reads of all.
+  DEVICE_FUNCTION void open(int) { prim::sync_warp(); }
   DEVICE_FUNCTION void put(int k, int row, int column, const u32 (&words)[4]) {
-    auto* to = reinterpret_cast<u32*>(s.buffers + (k & 1) * s.numbers + row * (s.columns + 8) + column);
+    auto* to =
+        reinterpret_cast<u32*>(s.buffers + (k & 1) * s.numbers + row * (s.columns + 8) + column);
     for (int i = 1; i <= s.blocks; ++i) {
       const int other = s.rank + i < s.blocks ? s.rank + i : s.rank + i - s.blocks;
       prim::st_async_x4(to, static_cast<u32>(other), words, s.barriers + (k & 1));
@@ -90,17 +95,19 @@ class ClusterExchange {
   int publications = 0;
 };
 
+#endif
+
 /// Through global memory, between blocks that are resident together. A counter per group only rises.
 class GridExchange {
  public:
   static constexpr int kBuffers = 1;
-  static constexpr bool kSm90 = false;
 
   DEVICE_FUNCTION explicit GridExchange(const SlstmExchangeSpace& space) : s(space) {}
   DEVICE_FUNCTION void begin(int) {}
+  DEVICE_FUNCTION void open(int) {}
   DEVICE_FUNCTION void put(int k, int row, int column, const u32 (&words)[4]) {
-    *reinterpret_cast<Bytes16*>(s.memory + ((k & 1) * s.rows + row) * s.columns + column) = {
-        {words[0], words[1], words[2], words[3]}};
+    *reinterpret_cast<Bytes16*>(s.memory + ((k & 1) * s.rows + row) * s.columns +
+                                column) = {{words[0], words[1], words[2], words[3]}};
   }
   DEVICE_FUNCTION void done(int) {
     prim::sync_warp();

@@ -11,8 +11,8 @@ size_t slstm_forward_workspace(const SlstmProblem& problem, const DeviceLimits& 
   return count.used();
 }
 
-void slstm_forward(const SlstmProblem& problem, const DeviceLimits& device, const SlstmForward& call, void* workspace,
-                   Stream stream) {
+void slstm_forward(const SlstmProblem& problem, const DeviceLimits& device,
+                   const SlstmForward& call, void* workspace, Stream stream) {
   const SlstmMap map = plan_slstm(problem, device, Direction::kForward);
   if (map.exchange == SlstmExchange::kAuto)
     throw std::runtime_error("slstm_forward: no kernel for this problem (slstm_supported)");
@@ -22,7 +22,8 @@ void slstm_forward(const SlstmProblem& problem, const DeviceLimits& device, cons
   p.call = call;
   Workspace memory(workspace);
   p.shape.grid = take_grid_memory(map, memory);
-  if (p.shape.grid.arrivals != nullptr) launch_slstm_clear(p.shape.grid.arrivals, map.groups, stream);
+  if (p.shape.grid.arrivals != nullptr)
+    launch_slstm_clear(p.shape.grid.arrivals, map.groups, stream);
   for (int32_t first = 0; first < map.groups; first += map.groups_per_launch) {
     p.shape.division.first_group = first;
     if (problem.cell == SlstmCell::kSlstm) {

@@ -75,7 +75,8 @@ class SlstmForwardBlock {
   DEVICE_FUNCTION int read_rows() {
     const int thread = static_cast<int>(prim::thread_idx().x);
     const int first = (group + d.first_group) % d.sequence_tiles * 8 * d.tiles;
-    if (thread < 16) rows[thread] = slstm_row(s, thread < 8 * d.tiles ? first + thread : s.num_sequences);
+    if (thread < 16)
+      rows[thread] = slstm_row(s, thread < 8 * d.tiles ? first + thread : s.num_sequences);
     for (int i = thread; i < 4 * d.units; i += kSlstmThreads) {
       const int unit = rank * d.units + i / 4;
       const int64_t at = (int64_t{i % 4} * s.num_heads + head) * s.dh + unit;
@@ -87,6 +88,8 @@ class SlstmForwardBlock {
     return longest;
   }
 
+  /// The type of wx and y.
+  DEVICE_FUNCTION bool wide() const { return kPlanes == 2 && s.dtype == Dtype::kFloat32; }
   /// Row of the tile of this thread's sequence j.
   DEVICE_FUNCTION int row_of(int j) const { return 8 * (j / 2) + 2 * (lane % 4) + j % 2; }
   DEVICE_FUNCTION int unit_of(int g) const { return column + g * kSlstmGroupUnits + lane / 4; }
@@ -94,7 +97,8 @@ class SlstmForwardBlock {
 
   DEVICE_FUNCTION float weight(int gate, int unit, int k) const {
     if (unit >= s.dh || k >= s.dh) return 0;
-    return load_number(s.in.r, ((int64_t{gate} * s.num_heads + head) * s.dh + unit) * s.dh + k, s.r_dtype);
+    return load_number(s.in.r, ((int64_t{gate} * s.num_heads + head) * s.dh + unit) * s.dh + k,
+                       s.r_dtype);
   }
   /// Half m of the A tiles of a group: gates 2 m and 2 m + 1.
   DEVICE_FUNCTION void make_fragment(u32 (&a)[kPlanes][4], int step, int g, int m) const {
@@ -118,7 +122,7 @@ class SlstmForwardBlock {
           make_fragment(fragment, first_step + step, g, m);
           if (step >= kResident)
             store_fragment(weights, ((step - kResident) * kGroups + g) * 2 + m, fragment);
-          // Registers have no index at run time.
+            // Registers have no index at run time.
 #pragma unroll
           for (int i = 0; i < kResident; ++i) {
             if (i != step) continue;
@@ -196,7 +200,7 @@ class SlstmForwardBlock {
         const int64_t at = slstm_offset(p.call.wx, row, t, head, unit_of(g));
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate)
-          next[g][gate][j] = load_bits<kPlanes == 1>(p.call.wx.data, at + gate * p.call.wx.gate, s.dtype);
+          next[g][gate][j] = load_bits(p.call.wx.data, at + gate * p.call.wx.gate, wide());
       }
     }
   }
@@ -212,12 +216,13 @@ class SlstmForwardBlock {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           sums[g][gate / 2][j / 2][part_of(gate, j)] =
-              start + number_of<kPlanes == 1>(next[g][gate][j], s.dtype);
+              start + number_of<kPlanes>(next[g][gate][j], wide());
       }
     }
   }
 
-  DEVICE_FUNCTION void multiply_step(int g, int m, const u32 (&fragment)[kPlanes][4], const u32 (&b)[kPlanes][4]) {
+  DEVICE_FUNCTION void multiply_step(int g, int m, const u32 (&fragment)[kPlanes][4],
+                                     const u32 (&b)[kPlanes][4]) {
     slstm_multiply(sums[g][m][0], fragment, b, 0);
     if (d.tiles == 2) slstm_multiply(sums[g][m][1], fragment, b, 2);
   }
@@ -270,6 +275,7 @@ class SlstmForwardBlock {
   /// The cell, its results, and publication t + 1.
   DEVICE_FUNCTION void finish(int t, int steps) {
     if (!active || split > 0) return;
+    if (t + 1 < steps) exchange.open(t + 1);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       float y[1][4];
@@ -280,16 +286,19 @@ class SlstmForwardBlock {
         if (t >= row.length || unit_of(g) >= s.dh) continue;
         CellGates gates;
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) gates.g[gate] = sums[g][gate / 2][j / 2][part_of(gate, j)];
+        for (int gate = 0; gate < 4; ++gate)
+          gates.g[gate] = sums[g][gate / 2][j / 2][part_of(gate, j)];
         if (p.call.gates.data != nullptr) write_gates(g, row, t, gates);
         const CellStep step = Cell::step(gates, state[g][j]);
         state[g][j] = step.after;
         y[0][j] = step.o * step.hidden;
-        store_number(p.call.y.data, slstm_offset(p.call.y, row, t, head, unit_of(g)), s.dtype, y[0][j]);
+        store_rounded<kPlanes>(p.call.y.data, slstm_offset(p.call.y, row, t, head, unit_of(g)),
+                               wide(), y[0][j]);
         if (t + 1 < row.length) {
           enter(g, j, row, t + 1, next_reset[j], y[0][j]);
         } else {
-          write_last(g, j, (int64_t{row.sequence} * s.num_heads + head) * s.dh + unit_of(g), y[0][j]);
+          write_last(g, j, (int64_t{row.sequence} * s.num_heads + head) * s.dh + unit_of(g),
+                     y[0][j]);
         }
       }
       if (t + 1 < steps) publish(g, t + 1, y);
@@ -300,7 +309,8 @@ class SlstmForwardBlock {
     const int64_t at = slstm_offset(p.call.gates, row, t, head, unit_of(g));
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
-      store_number(p.call.gates.data, at + gate * p.call.gates.gate, s.gates_dtype, gates.g[gate]);
+      store_rounded<kPlanes>(p.call.gates.data, at + gate * p.call.gates.gate,
+                             s.gates_dtype == Dtype::kFloat32, gates.g[gate]);
   }
   DEVICE_FUNCTION void write_last(int g, int j, int64_t at, float y) {
     p.call.y_last[at] = y;
@@ -329,10 +339,28 @@ class SlstmForwardBlock {
 };
 
 template <SlstmCell kCell, class Exchange, int kGroups, int kPlanes>
+DEVICE_FUNCTION void slstm_forward_steps(const SlstmForwardParams& p) {
+  SlstmForwardBlock<CellPolicy<kCell, kPlanes == 1>, Exchange, kGroups, kPlanes>(
+      p, prim::dynamic_shared())
+      .run();
+}
+
+template <SlstmCell kCell, int kGroups, int kPlanes>
 KERNEL_FUNCTION(kSlstmThreads, 1)
-slstm_forward_steps(const GRID_CONSTANT SlstmForwardParams p) {
-  if constexpr (!Exchange::kSm90 || PRIM_HAS_SM90A)
-    SlstmForwardBlock<CellPolicy<kCell, kPlanes == 1>, Exchange, kGroups, kPlanes>(p, prim::dynamic_shared()).run();
+slstm_forward_block(const GRID_CONSTANT SlstmForwardParams p) {
+  slstm_forward_steps<kCell, BlockExchange, kGroups, kPlanes>(p);
+}
+template <SlstmCell kCell, int kPlanes>
+KERNEL_FUNCTION(kSlstmThreads, 1)
+slstm_forward_grid(const GRID_CONSTANT SlstmForwardParams p) {
+  slstm_forward_steps<kCell, GridExchange, 1, kPlanes>(p);
+}
+template <SlstmCell kCell, int kPlanes>
+KERNEL_FUNCTION(kSlstmThreads, 1)
+slstm_forward_sm90(const GRID_CONSTANT SlstmForwardParams p) {
+#if PRIM_HAS_SM90A
+  slstm_forward_steps<kCell, ClusterExchange, 1, kPlanes>(p);
+#endif
 }
 
 }  // namespace xlstm::cuda

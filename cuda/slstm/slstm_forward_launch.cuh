@@ -7,16 +7,15 @@ namespace xlstm::cuda {
 
 template <SlstmCell kCell, int kPlanes>
 void launch_slstm_forward_planes(const SlstmMap& map, const SlstmForwardParams& p, Stream stream) {
-  constexpr const char* kName = "slstm_forward_steps";
   const prim::LaunchShape shape = slstm_launch_shape(map, p.shape.division.first_group);
   if (map.exchange == SlstmExchange::kCluster) {
-    prim::launch(kName, slstm_forward_steps<kCell, ClusterExchange, 1, kPlanes>, shape, p, stream);
+    prim::launch("slstm_forward_sm90", slstm_forward_sm90<kCell, kPlanes>, shape, p, stream);
   } else if (map.exchange == SlstmExchange::kGrid) {
-    prim::launch(kName, slstm_forward_steps<kCell, GridExchange, 1, kPlanes>, shape, p, stream);
+    prim::launch("slstm_forward_grid", slstm_forward_grid<kCell, kPlanes>, shape, p, stream);
   } else if (map.kernel.groups == 2) {
-    prim::launch(kName, slstm_forward_steps<kCell, BlockExchange, 2, kPlanes>, shape, p, stream);
+    prim::launch("slstm_forward_block", slstm_forward_block<kCell, 2, kPlanes>, shape, p, stream);
   } else {
-    prim::launch(kName, slstm_forward_steps<kCell, BlockExchange, 1, kPlanes>, shape, p, stream);
+    prim::launch("slstm_forward_block", slstm_forward_block<kCell, 1, kPlanes>, shape, p, stream);
   }
 }
 

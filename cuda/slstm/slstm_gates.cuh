@@ -37,11 +37,11 @@ struct CellGates {
 
 /// What a step came to.
 struct CellStep {
-  float i, f, z, o;    ///< gates as they act: i' and f' of the sLSTM
-  float slope;         ///< derivative of log f' by its pre-activation
+  float i, f, z, o;  ///< gates as they act: i' and f' of the sLSTM
+  float slope;       ///< derivative of log f' by its pre-activation
   CellState after;
-  float hidden;        ///< y = o hidden
-  float inverse_n;     ///< of the state after; the LSTM: not used
+  float hidden;     ///< y = o hidden
+  float inverse_n;  ///< of the state after; the LSTM: not used
 };
 
 /// Of the state in units of its e^m; dn of the LSTM stays 0.

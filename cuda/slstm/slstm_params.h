@@ -49,7 +49,8 @@ struct SlstmForwardParams {
 struct SlstmBackwardParams {
   SlstmShape shape;
   SlstmBackward call;
-  float* replay = nullptr;  ///< [block][16 steps][states][8 or 16 numbers of a thread][threads]: states within a checkpoint's tokens
+  float* replay =
+      nullptr;  ///< [block][16 steps][states][8 or 16 numbers of a thread][threads]: states within a checkpoint's tokens
 };
 
 /// Step by step: one thread per unit and sequence.
@@ -66,10 +67,11 @@ struct SlstmPointwiseBackward {
 
 /// The kernel's compile-time choices, as the host needs them.
 struct SlstmKernelShape {
-  int groups = 1;    ///< unit groups per warp: 2 with 128 units per block
-  int planes = 1;    ///< bfloat16 planes per number
-  int channels = 1;  ///< numbers per unit and sequence that are passed on: 1 (y), backward 4 (gates)
-  int buffers = 2;   ///< of the exchange in shared memory: 1 for kGrid
+  int groups = 1;  ///< unit groups per warp: 2 with 128 units per block
+  int planes = 1;  ///< bfloat16 planes per number
+  int channels =
+      1;            ///< numbers per unit and sequence that are passed on: 1 (y), backward 4 (gates)
+  int buffers = 2;  ///< of the exchange in shared memory: 1 for kGrid
 };
 
 /// k16 steps of a warp, of them with weights in registers; those of the others lie in shared memory.
@@ -79,7 +81,8 @@ struct SlstmSteps {
 /// 128 registers per thread, less where the rest of the kernel needs them. Forward a step takes two A fragments per unit
 /// group; backward one fragment of 16 units, whose columns the warps of a block share.
 PRIM_FUNCTION constexpr int slstm_resident(const SlstmKernelShape& k) {
-  return k.channels == 1 ? 16 / k.groups / k.planes - (k.groups - 1) : (32 - 4 * k.groups) / k.planes;
+  return k.channels == 1 ? 16 / k.groups / k.planes - (k.groups - 1)
+                         : (k.groups == 1 ? 28 : 20) / k.planes;
 }
 PRIM_FUNCTION constexpr int slstm_ceil(int a, int b) { return (a + b - 1) / b; }
 PRIM_FUNCTION constexpr SlstmSteps slstm_steps(const SlstmKernelShape& k, const SlstmDivision& d) {
@@ -88,14 +91,17 @@ PRIM_FUNCTION constexpr SlstmSteps slstm_steps(const SlstmKernelShape& k, const 
 }
 
 struct SlstmShared {
-  u32 barriers, bias, partials, weights, exchange, total;  ///< offsets in bytes; the table of sequences comes first
+  u32 barriers, bias, partials, weights, exchange,
+      total;  ///< offsets in bytes; the table of sequences comes first
 };
 /// Numbers of a row of the exchange: 16 bytes of padding keep ldmatrix from meeting a bank twice.
 PRIM_FUNCTION constexpr int slstm_pitch(const SlstmDivision& d) { return d.padded + 8; }
-PRIM_FUNCTION constexpr u32 slstm_buffer_numbers(const SlstmKernelShape& k, const SlstmDivision& d) {
+PRIM_FUNCTION constexpr u32 slstm_buffer_numbers(const SlstmKernelShape& k,
+                                                 const SlstmDivision& d) {
   return static_cast<u32>(k.planes * k.channels * 8 * d.tiles * slstm_pitch(d));
 }
-PRIM_FUNCTION constexpr SlstmShared slstm_shared(const SlstmKernelShape& k, const SlstmDivision& d) {
+PRIM_FUNCTION constexpr SlstmShared slstm_shared(const SlstmKernelShape& k,
+                                                 const SlstmDivision& d) {
   const bool forward = k.channels == 1;
   const SlstmSteps steps = slstm_steps(k, d);
   const u32 beyond = static_cast<u32>(steps.all > steps.resident ? steps.all - steps.resident : 0);

@@ -14,15 +14,15 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /// and the exchange.
 int64_t step_cost(const SlstmMap& map) {
   const SlstmSteps steps = slstm_steps(map.kernel, map.division);
-  const int64_t exchange = map.exchange == SlstmExchange::kBlock ? 4
+  const int64_t exchange = map.exchange == SlstmExchange::kBlock     ? 4
                            : map.exchange == SlstmExchange::kCluster ? 8
                                                                      : 24;
   return exchange + steps.all + std::max(0, steps.all - steps.resident);
 }
 
 /// With `units` per block and `tiles` of 8 sequences; exchange kAuto where this does not fit.
-SlstmMap divide(const SlstmProblem& p, const DeviceLimits& device, Direction direction, SlstmExchange exchange,
-                int32_t units, int32_t tiles) {
+SlstmMap divide(const SlstmProblem& p, const DeviceLimits& device, Direction direction,
+                SlstmExchange exchange, int32_t units, int32_t tiles) {
   SlstmMap map;
   SlstmDivision& d = map.division;
   d.padded = static_cast<int32_t>(ceil_div(p.dh, 16) * 16);
@@ -36,8 +36,9 @@ SlstmMap divide(const SlstmProblem& p, const DeviceLimits& device, Direction dir
   map.kernel.channels = direction == Direction::kForward ? 1 : 4;
   map.kernel.buffers = exchange == SlstmExchange::kGrid ? 1 : 2;
   map.groups = static_cast<int32_t>(p.num_heads * d.sequence_tiles);
-  map.groups_per_launch =
-      exchange == SlstmExchange::kGrid ? std::min(device.num_multiprocessors / d.blocks, map.groups) : map.groups;
+  map.groups_per_launch = exchange == SlstmExchange::kGrid
+                              ? std::min(device.num_multiprocessors / d.blocks, map.groups)
+                              : map.groups;
   map.shared_bytes = slstm_shared(map.kernel, d).total;
   const bool fits = map.shared_bytes <= device.shared_bytes && map.groups_per_launch > 0 &&
                     (exchange != SlstmExchange::kBlock || d.blocks == 1) &&
@@ -67,7 +68,8 @@ SlstmMap plan_slstm(const SlstmProblem& p, const DeviceLimits& device, Direction
       if (cost < lowest) best = map, lowest = cost;
     }
   };
-  if (offered(p, device, SlstmExchange::kBlock)) consider(SlstmExchange::kBlock, p.dh <= 64 ? 64 : 128);
+  if (offered(p, device, SlstmExchange::kBlock))
+    consider(SlstmExchange::kBlock, p.dh <= 64 ? 64 : 128);
   for (const int32_t units : {64, 32, 16}) {
     if (p.dh <= units) continue;  // one block
     if (offered(p, device, SlstmExchange::kCluster)) consider(SlstmExchange::kCluster, units);
@@ -89,8 +91,8 @@ bool slstm_supported(const SlstmProblem& p, const DeviceLimits& device, bool gra
 SlstmGridMemory take_grid_memory(const SlstmMap& map, Workspace& workspace) {
   SlstmGridMemory memory;
   if (map.exchange != SlstmExchange::kGrid) return memory;
-  const int64_t numbers =
-      int64_t{2} * map.kernel.planes * map.kernel.channels * 8 * map.division.tiles * map.division.padded;
+  const int64_t numbers = int64_t{2} * map.kernel.planes * map.kernel.channels * 8 *
+                          map.division.tiles * map.division.padded;
   memory.arrivals = workspace.take<u32>(map.groups);
   memory.exchange = workspace.take<bf16>(map.groups * numbers);
   return memory;

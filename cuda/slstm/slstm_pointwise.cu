@@ -73,7 +73,8 @@ class PointwiseForward {
   }
   DEVICE_FUNCTION void keep(int t, const CellState& state) const {
     if (p.call.checkpoints == nullptr || t % static_cast<int>(kSlstmCheckpointTokens) != 0) return;
-    float* to = p.call.checkpoints + slstm_checkpoint(s, at.row, t, at.head, at.unit, Cell::kStates);
+    float* to =
+        p.call.checkpoints + slstm_checkpoint(s, at.row, t, at.head, at.unit, Cell::kStates);
     to[0] = state.c;
     if (Cell::kStates == 3) to[s.dh] = state.n, to[2 * s.dh] = state.m;
   }
@@ -88,9 +89,11 @@ class PointwiseForward {
       out.g[gate] = load_number(p.call.wx.data, x + gate * p.call.wx.gate, s.dtype) +
                     load_number(p.call.b, b, p.b_dtype);
       if (product)
-        out.g[gate] += load_number(step.product.data, r + gate * step.product.gate, step.product_dtype);
+        out.g[gate] +=
+            load_number(step.product.data, r + gate * step.product.gate, step.product_dtype);
       if (p.call.gates.data == nullptr) continue;
-      const int64_t kept = slstm_offset(p.call.gates, at.row, t, at.head, at.unit) + gate * p.call.gates.gate;
+      const int64_t kept =
+          slstm_offset(p.call.gates, at.row, t, at.head, at.unit) + gate * p.call.gates.gate;
       store_number(p.call.gates.data, kept, s.gates_dtype, out.g[gate]);
     }
     return out;
@@ -117,7 +120,8 @@ class PointwiseBackward {
     if (t < length) {
       float dy = last ? number(p.call.dy_last) : recurrent(t);
       if (p.call.dy.data != nullptr)
-        dy += load_number(p.call.dy.data, slstm_offset(p.call.dy, at.row, t, at.head, at.unit), s.dtype);
+        dy += load_number(p.call.dy.data, slstm_offset(p.call.dy, at.row, t, at.head, at.unit),
+                          s.dtype);
       const CellState before = state_before(t);
       const CellGates out = Cell::gradients(Cell::step(gates(t), before), before, dy, d);
       write(t, out);
@@ -164,7 +168,8 @@ class PointwiseBackward {
     for (int gate = 0; gate < 4; ++gate) {
       store_number(p.call.dwx.data, to + gate * p.call.dwx.gate, s.dtype, out.g[gate]);
       if (step.dwx != nullptr)
-        store_number(step.dwx, at.gates(s) + int64_t{gate} * s.num_heads * s.dh, s.dtype, out.g[gate]);
+        store_number(step.dwx, at.gates(s) + int64_t{gate} * s.num_heads * s.dh, s.dtype,
+                     out.g[gate]);
     }
   }
 
@@ -193,15 +198,17 @@ prim::LaunchShape shape_of(const SlstmShape& s) {
 template <SlstmCell kCell>
 void launch_cell(const SlstmPointwiseForward& p, Stream stream) {
   const bool fast = p.all.shape.dtype == Dtype::kBFloat16;
-  prim::launch("slstm_pointwise_forward_step",
-               fast ? slstm_pointwise_forward_step<kCell, true> : slstm_pointwise_forward_step<kCell, false>,
-               shape_of(p.all.shape), p, stream);
+  prim::launch(
+      "slstm_pointwise_forward_step",
+      fast ? slstm_pointwise_forward_step<kCell, true> : slstm_pointwise_forward_step<kCell, false>,
+      shape_of(p.all.shape), p, stream);
 }
 template <SlstmCell kCell>
 void launch_cell(const SlstmPointwiseBackward& p, Stream stream) {
   const bool fast = p.all.shape.dtype == Dtype::kBFloat16;
   prim::launch("slstm_pointwise_backward_step",
-               fast ? slstm_pointwise_backward_step<kCell, true> : slstm_pointwise_backward_step<kCell, false>,
+               fast ? slstm_pointwise_backward_step<kCell, true>
+                    : slstm_pointwise_backward_step<kCell, false>,
                shape_of(p.all.shape), p, stream);
 }
 
@@ -218,8 +225,8 @@ void launch_pointwise(SlstmCell cell, const Params& p, Stream stream) {
 
 }  // namespace
 
-void slstm_pointwise_forward(const SlstmProblem& problem, const SlstmForward& call, const SlstmStep& step,
-                             Stream stream) {
+void slstm_pointwise_forward(const SlstmProblem& problem, const SlstmForward& call,
+                             const SlstmStep& step, Stream stream) {
   SlstmPointwiseForward p;
   p.all.shape = slstm_shape(problem, SlstmMap(), call.in);
   p.all.b_dtype = problem.b_dtype;
@@ -228,8 +235,8 @@ void slstm_pointwise_forward(const SlstmProblem& problem, const SlstmForward& ca
   launch_pointwise(problem.cell, p, stream);
 }
 
-void slstm_pointwise_backward(const SlstmProblem& problem, const SlstmBackward& call, const SlstmStep& step,
-                              Stream stream) {
+void slstm_pointwise_backward(const SlstmProblem& problem, const SlstmBackward& call,
+                              const SlstmStep& step, Stream stream) {
   SlstmPointwiseBackward p;
   p.all.shape = slstm_shape(problem, SlstmMap(), call.in);
   p.all.call = call;

@@ -9,7 +9,9 @@ namespace {
 using Vector = std::vector<double>;
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
-double log_sigmoid(double x) { return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x)); }
+double log_sigmoid(double x) {
+  return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x));
+}
 
 /// A unit at one step: its state before, its gates (i' and f' of the sLSTM) and derivatives of log f'.
 struct Step {

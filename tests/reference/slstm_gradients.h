@@ -8,7 +8,7 @@ namespace xlstm::reference {
 /// Gradients of the results; y (B,T,NH,DH), the others (N,NH,DH), in units of the final e^m.
 struct SlstmLoss {
   std::vector<double> y, y_last, c, n;
-  double clip = 0;   ///< what y_{t-1} gets through the recurrence lies in [-clip, clip]; 0: anywhere
+  double clip = 0;  ///< what y_{t-1} gets through the recurrence lies in [-clip, clip]; 0: anywhere
   bool cut = false;  ///< y_{t-1} gets nothing through the recurrence
 };
 

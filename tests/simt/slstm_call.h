@@ -25,8 +25,18 @@ class Scratch {
 
 /// The kernels' forward results.
 struct Forward {
-  Forward(Data& x, bool saved)
+  Forward(Data& x, bool saved) : Forward(x, saved, own_call_) {
+    const SlstmProblem problem = s.problem();
+    expect(slstm_supported(problem, s.device, saved), "a problem without kernels");
+    Scratch scratch(slstm_forward_workspace(problem, s.device));
+    slstm_forward(problem, s.device, own_call_, scratch.data(), nullptr);
+    scratch.expect_guard_untouched();
+    expect_guards();
+  }
+  /// Without a call, which the caller gets.
+  Forward(Data& x, bool saved, xlstm::cuda::SlstmForward& call)
       : s(x.s),
+        wx(x.wx),
         y(s.batch, s.time, s.heads, s.dh, s.dtype,
           s.order == GateOrder::kGaps ? Order::kUnaligned : Order::kDense),
         y_last(s.state_numbers()),
@@ -35,34 +45,36 @@ struct Forward {
         m(s.state_numbers()),
         gates(s, s.gates_dtype, s.order),
         checkpoints(saved ? slstm_checkpoint_numbers(s.problem()) : 0) {
-    xlstm::cuda::SlstmForward call;
     call.in = x.inputs(), call.wx = x.wx.view, call.b = x.b.data();
     if (s.states) call.m0 = x.m0.data();
     call.y = y.view;
     call.y_last = y_last.data(), call.c = c.data();
     if (s.cell != SlstmCell::kLstm) call.n = n.data(), call.m = m.data();
     if (saved) call.gates = gates.view, call.checkpoints = checkpoints.data();
-    const SlstmProblem problem = s.problem();
-    expect(slstm_supported(problem, s.device), "a problem without kernels");
-    Scratch scratch(slstm_forward_workspace(problem, s.device));
-    slstm_forward(problem, s.device, call, scratch.data(), nullptr);
-    scratch.expect_guard_untouched();
-    x.wx.expect_gaps_untouched();
+  }
+  void expect_guards() {
+    wx.expect_gaps_untouched();
     y.expect_gaps_untouched("y");
+    gates.get();
+    gates.expect_gaps_untouched();
     for (const GuardedFloats* floats : {&y_last, &c, &n, &m, &checkpoints})
       floats->expect_guards_untouched("a result");
   }
 
   const Setting& s;
+  const GateTensor& wx;
   StridedTensor y;
   GuardedFloats y_last, c, n, m;
   GateTensor gates;
   GuardedFloats checkpoints;
+
+ private:
+  xlstm::cuda::SlstmForward own_call_;
 };
 
 inline double tolerance(const Setting& s) {
   const Dtype dtype = s.dtype;
-  return s.slack * ( dtype == Dtype::kBFloat16 ? 5e-3 : dtype == Dtype::kFloat16 ? 5e-4 : 2e-5);
+  return s.slack * (dtype == Dtype::kBFloat16 ? 5e-3 : dtype == Dtype::kFloat16 ? 5e-4 : 2e-5);
 }
 
 inline Numbers numbers(const std::vector<reference_real>& x) { return {x.begin(), x.end()}; }
@@ -87,7 +99,8 @@ inline void check_forward(const Setting& s, const Forward& got, const SlstmSolut
     const double unit = empty ? 1 : std::exp(static_cast<double>(wanted.m[at]) - m_got);
     c.push_back(unit * static_cast<double>(wanted.c[at]));
     n.push_back(unit * static_cast<double>(wanted.n[at]));
-    m.push_back(empty ? 0 : m_got), m_wanted.push_back(empty ? 0 : static_cast<double>(wanted.m[at]));
+    m.push_back(empty ? 0 : m_got),
+        m_wanted.push_back(empty ? 0 : static_cast<double>(wanted.m[at]));
   }
   compare_each("m", m, m_wanted, s.slack * (s.dtype == Dtype::kBFloat16 ? 2e-2 : 1e-5));
   compare("c", got.c.slice(0, count), c, states);
@@ -113,9 +126,11 @@ struct Losses {
         dc(s.state_numbers()),
         dn(s.state_numbers()) {
     dy.fill(x.random, 0, s.loss_of_y ? 1 : 0);
-    for (GuardedFloats* floats : {&dy_last, &dc, &dn}) floats->fill(x.random, 0, s.loss_of_states ? 1 : 0);
+    for (GuardedFloats* floats : {&dy_last, &dc, &dn})
+      floats->fill(x.random, 0, s.loss_of_states ? 1 : 0);
     const int64_t count = s.state_numbers();
-    wanted = {dy.all(), dy_last.slice(0, count), dc.slice(0, count), dn.slice(0, count), s.clip, s.cut};
+    wanted = {dy.all(), dy_last.slice(0, count), dc.slice(0, count), dn.slice(0, count), s.clip,
+              s.cut};
   }
   void give_to(xlstm::cuda::SlstmBackward& call) {
     if (s.loss_of_y) call.dy = dy.view;
@@ -168,7 +183,8 @@ struct Backward {
   void expect_guards() {
     dwx.get();
     dwx.expect_gaps_untouched();
-    for (const GuardedFloats* floats : {&dy0, &dc0, &dn0}) floats->expect_guards_untouched("a gradient");
+    for (const GuardedFloats* floats : {&dy0, &dc0, &dn0})
+      floats->expect_guards_untouched("a gradient");
   }
 
   const Setting& s;
@@ -182,13 +198,14 @@ inline Numbers entering(const Data& x, const Forward& forward) {
   Numbers out(static_cast<size_t>(s.batch * s.time * s.heads * s.dh), 0);
   const int64_t width = s.heads * s.dh;
   for (int64_t n = 0; n < s.sequences(); ++n) {
-    const int64_t row = s.packed.empty() ? n : 0, begin = s.packed.empty() ? 0 : s.packed[static_cast<size_t>(n)],
+    const int64_t row = s.packed.empty() ? n : 0,
+                  begin = s.packed.empty() ? 0 : s.packed[static_cast<size_t>(n)],
                   end = s.packed.empty() ? s.time : s.packed[static_cast<size_t>(n + 1)];
     for (int64_t t = begin; t < end; ++t) {
       if (s.resets && x.input.reset[static_cast<size_t>(row * s.time + t)] != 0) continue;
       for (int64_t i = 0; i < width; ++i)
         out[static_cast<size_t>((row * s.time + t) * width + i)] =
-            t > begin     ? forward.y.get(row, t - 1, i / s.dh, i % s.dh)
+            t > begin  ? forward.y.get(row, t - 1, i / s.dh, i % s.dh)
             : s.states ? static_cast<double>(x.y0[static_cast<size_t>(n * width + i)])
                        : 0;
     }
@@ -196,7 +213,8 @@ inline Numbers entering(const Data& x, const Forward& forward) {
   return out;
 }
 
-inline void check_backward(Data& x, const Forward& forward, Backward& got, const SlstmGradients& wanted) {
+inline void check_backward(Data& x, const Forward& forward, Backward& got,
+                           const SlstmGradients& wanted) {
   const Setting& s = x.s;
   const double close = 2 * tolerance(s);
   const Numbers dwx = got.dwx.get(), y = entering(x, forward);
@@ -208,7 +226,8 @@ inline void check_backward(Data& x, const Forward& forward, Backward& got, const
       db[static_cast<size_t>(row)] += g;
       const int64_t head = row / s.dh % s.heads;
       for (int64_t k = 0; k < s.dh; ++k)
-        dr[static_cast<size_t>(row * s.dh + k)] += g * y[static_cast<size_t>((token * s.heads + head) * s.dh + k)];
+        dr[static_cast<size_t>(row * s.dh + k)] +=
+            g * y[static_cast<size_t>((token * s.heads + head) * s.dh + k)];
     }
   compare("dr", dr, wanted.r, close);
   compare("db", db, wanted.b, close);

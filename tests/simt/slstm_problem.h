@@ -22,7 +22,6 @@ using xlstm::reference::SlstmGradients;
 using xlstm::reference::SlstmLoss;
 using xlstm::reference::SlstmSolution;
 
-
 /// Where the gate axis of wx lies.
 enum class GateOrder {
   kFirst,   ///< (4,B,T,NH,DH)
@@ -54,7 +53,8 @@ struct Setting {
   SlstmProblem problem() const {
     SlstmProblem p;
     p.cell = cell, p.batch = batch, p.time = time, p.num_heads = heads, p.dh = dh;
-    p.num_sequences = sequences(), p.dtype = p.r_dtype = dtype, p.exchange = exchange, p.gates_dtype = gates_dtype;
+    p.num_sequences = sequences(), p.dtype = p.r_dtype = dtype, p.exchange = exchange,
+    p.gates_dtype = gates_dtype;
     return p;
   }
 };
@@ -71,7 +71,8 @@ class GateTensor {
  public:
   GateTensor(const Setting& setting, Dtype dtype, GateOrder order) : s(setting), type(dtype) {
     const int64_t gap = order == GateOrder::kGaps ? 3 : 0;
-    if (order == GateOrder::kMiddle) view = {nullptr, 0, 4 * s.heads * s.dh, s.heads * s.dh, s.dh, 1};
+    if (order == GateOrder::kMiddle)
+      view = {nullptr, 0, 4 * s.heads * s.dh, s.heads * s.dh, s.dh, 1};
     if (order == GateOrder::kLast) view = {nullptr, 0, 4 * s.heads * s.dh, 1, 4 * s.dh, 4};
     if (order == GateOrder::kFirst) view = {nullptr, 0, s.heads * s.dh, 0, s.dh, 1};
     if (order == GateOrder::kGaps)
@@ -160,7 +161,9 @@ inline std::vector<unsigned char> stored(const Numbers& values, Dtype dtype) {
 }
 
 inline const char* name_of(SlstmCell cell) {
-  return cell == SlstmCell::kSlstm ? "slstm" : cell == SlstmCell::kSlstmExpf ? "slstm_expf" : "lstm";
+  return cell == SlstmCell::kSlstm       ? "slstm"
+         : cell == SlstmCell::kSlstmExpf ? "slstm_expf"
+                                         : "lstm";
 }
 
 /// A problem with its inputs, as the kernels and as the references take them.
