@@ -44,8 +44,8 @@ class BlockExchange {
   }
   DEVICE_FUNCTION void end() {}
 
- private:
-  const SlstmExchangeSpace s;
+ protected:
+  SlstmExchangeSpace s;
 };
 
 #if PRIM_HAS_SM90A
@@ -86,12 +86,12 @@ class ClusterExchange {
   }
   DEVICE_FUNCTION void end() { prim::cluster_sync(); }
 
- private:
+ protected:
   DEVICE_FUNCTION void expect(int k) {
     if (k < publications)
       prim::mbar_arrive_expect_tx(s.barriers + (k & 1), static_cast<u32>(2 * s.rows * s.columns));
   }
-  const SlstmExchangeSpace s;
+  SlstmExchangeSpace s;
   int publications = 0;
 };
 
@@ -132,8 +132,8 @@ class GridExchange {
   }
   DEVICE_FUNCTION void end() {}
 
- private:
-  const SlstmExchangeSpace s;
+ protected:
+  SlstmExchangeSpace s;
 };
 
 }  // namespace xlstm::cuda

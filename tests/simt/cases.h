@@ -45,6 +45,7 @@ List<Planted> access_bugs();
 List<Planted> sm90_bugs();
 List<Planted> tensor_bugs();
 List<Planted> wgmma_bugs();
+List<Planted> slstm_bugs();
 
 inline void expect(bool condition, const char* what, long index = -1) {
   if (!condition)

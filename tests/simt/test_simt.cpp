@@ -51,3 +51,6 @@ TEST_CASE("planted bugs of mbarriers and clusters are reported") {
 }
 TEST_CASE("planted bugs of tensor copies are reported") { all_reported(simt_test::tensor_bugs()); }
 TEST_CASE("planted bugs of wgmma are reported") { all_reported(simt_test::wgmma_bugs()); }
+TEST_CASE("planted bugs of the sLSTM's exchanges are reported") {
+  all_reported(simt_test::slstm_bugs());
+}
