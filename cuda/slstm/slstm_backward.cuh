@@ -24,7 +24,7 @@ class SlstmBackwardBlock {
       : p(params),
         s(params.shape),
         d(params.shape.division),
-        rows(reinterpret_cast<SlstmRow*>(shared)),
+        rows(*reinterpret_cast<SlstmRow (*)[16]>(shared)),
         layout(slstm_shared(kernel(), d)),
         partials(reinterpret_cast<float*>(shared + layout.partials)),
         lane(static_cast<int>(prim::thread_idx().x % 32)),
@@ -33,7 +33,7 @@ class SlstmBackwardBlock {
         rank(static_cast<int>(prim::block_idx().x) % d.blocks),
         head((group + d.first_group) / d.sequence_tiles),
         splits(kGroups == 1 ? kSlstmWarps * 16 / d.units : 1),
-        exchange(space(params.shape, shared)) {
+        exchange(slstm_space(kernel(), params.shape, layout, shared, group, rank)) {
     const int steps = slstm_steps(kernel(), d).all, split = warp % splits,
               local = warp / splits * 16;
     first_step = split * steps;
@@ -49,7 +49,9 @@ class SlstmBackwardBlock {
   }
 
   DEVICE_FUNCTION void run() {
-    const int steps = read_rows();
+    slstm_read_rows(s, group, rows);
+    prim::sync_block();
+    const int steps = slstm_longest(rows);
     load_weights();
     // The last product is dy0.
     const int publications = p.call.recurrent_cut ? 0 : p.call.dy0 == nullptr ? steps - 1 : steps;
@@ -70,35 +72,8 @@ class SlstmBackwardBlock {
   }
 
  private:
-  DEVICE_FUNCTION SlstmExchangeSpace space(const SlstmShape& shape, unsigned char* shared) const {
-    SlstmExchangeSpace e;
-    e.barriers = reinterpret_cast<prim::u64*>(shared + layout.barriers);
-    e.buffers = reinterpret_cast<bf16*>(shared + layout.exchange);
-    e.numbers = slstm_buffer_numbers(kernel(), d);
-    e.rank = rank, e.blocks = d.blocks;
-    e.warps = d.padded / (kSlstmGroupUnits * kGroups);
-    e.rows = kPlanes * 4 * 8 * d.tiles, e.columns = d.padded;
-    e.arrivals = shape.grid.arrivals + d.first_group + group;
-    e.memory = shape.grid.exchange + int64_t{d.first_group + group} * 2 * e.rows * e.columns;
-    return e;
-  }
-
-  /// The sequences of this block; the longest one's tokens.
-  DEVICE_FUNCTION int read_rows() {
-    const int thread = static_cast<int>(prim::thread_idx().x);
-    const int first = (group + d.first_group) % d.sequence_tiles * 8 * d.tiles;
-    if (thread < 16)
-      rows[thread] = slstm_row(s, thread < 8 * d.tiles ? first + thread : s.num_sequences);
-    prim::sync_block();
-    int longest = 0;
-    for (int i = 0; i < 16; ++i) longest = rows[i].length > longest ? rows[i].length : longest;
-    return longest;
-  }
-
   /// The type of wx and y.
   DEVICE_FUNCTION bool wide() const { return kPlanes == 2 && s.dtype == Dtype::kFloat32; }
-  /// Row of the tile of this thread's sequence j.
-  DEVICE_FUNCTION int row_of(int j) const { return 8 * (j / 2) + 2 * (lane % 4) + j % 2; }
   DEVICE_FUNCTION int unit_of(int g) const { return column + g * kSlstmGroupUnits + lane / 4; }
   DEVICE_FUNCTION bool owns(int g) const { return active && unit_of(g) < s.dh; }
   DEVICE_FUNCTION int64_t state_at(const SlstmRow& row, int g) const {
@@ -187,7 +162,7 @@ class SlstmBackwardBlock {
       CellState state[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const SlstmRow row = rows[row_of(j)];
+        const SlstmRow row = rows[slstm_row_of(j)];
         if (begin >= row.length || !owns(g)) continue;
         const float* from =
             p.call.checkpoints + slstm_checkpoint(s, row, begin, head, unit_of(g), Cell::kStates);
@@ -200,7 +175,7 @@ class SlstmBackwardBlock {
       for (int at = begin; at <= t; ++at) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const SlstmRow row = rows[row_of(j)];
+          const SlstmRow row = rows[slstm_row_of(j)];
           if (at >= row.length || !owns(g)) continue;
           float* to = replayed(at, g, j);
           if (slstm_reset(s, row, at)) state[j] = empty_state();
@@ -220,7 +195,7 @@ class SlstmBackwardBlock {
     if (replays) replay(t);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const SlstmRow row = rows[row_of(j)];
+      const SlstmRow row = rows[slstm_row_of(j)];
       next_reset[j] = t < row.length && slstm_reset(s, row, t);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
@@ -252,7 +227,7 @@ class SlstmBackwardBlock {
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) out[gate][j] = 0;
-        const SlstmRow row = rows[row_of(j)];
+        const SlstmRow row = rows[slstm_row_of(j)];
         cut[j] = t >= row.length || next_reset[j];
         if (t >= row.length || !owns(g)) continue;
         if (t + 1 == row.length) enter_last(g, j, state_at(row, g));
@@ -346,7 +321,7 @@ class SlstmBackwardBlock {
     for (int g = 0; g < kGroups; ++g)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const SlstmRow row = rows[row_of(j)];
+        const SlstmRow row = rows[slstm_row_of(j)];
         if (row.sequence < 0 || !owns(g)) continue;
         const int64_t at = state_at(row, g);
         if (row.length == 0) enter_last(g, j, at);  // final and initial states are the same
@@ -359,7 +334,7 @@ class SlstmBackwardBlock {
   const SlstmBackwardParams& p;
   const SlstmShape& s;
   const SlstmDivision& d;
-  SlstmRow* const rows;
+  SlstmRow (&rows)[16];
   const SlstmShared layout;
   float* const partials;
   const int lane, warp, group, rank, head, splits;

@@ -18,6 +18,23 @@ DEVICE_FUNCTION SlstmRow slstm_row(const SlstmShape& p, int32_t sequence) {
   const int32_t begin = p.in.cu_seqlens[sequence];
   return {0, begin, p.in.cu_seqlens[sequence + 1] - begin, sequence};
 }
+/// The sequences of a block's tile into `rows`, which the caller publishes by a barrier. `group`: of this launch.
+DEVICE_FUNCTION void slstm_read_rows(const SlstmShape& p, int group, SlstmRow (&rows)[16]) {
+  const SlstmDivision& d = p.division;
+  const int thread = static_cast<int>(prim::thread_idx().x);
+  const int first = (group + d.first_group) % d.sequence_tiles * 8 * d.tiles;
+  if (thread < 16)
+    rows[thread] = slstm_row(p, thread < 8 * d.tiles ? first + thread : p.num_sequences);
+}
+DEVICE_FUNCTION int slstm_longest(const SlstmRow (&rows)[16]) {
+  int longest = 0;
+  for (int i = 0; i < 16; ++i) longest = rows[i].length > longest ? rows[i].length : longest;
+  return longest;
+}
+/// Row of the tile of a thread's sequence j.
+DEVICE_FUNCTION int slstm_row_of(int j) {
+  return 8 * (j / 2) + 2 * static_cast<int>(prim::thread_idx().x % 4) + j % 2;
+}
 /// The first of the sequence's checkpoints.
 DEVICE_FUNCTION int64_t slstm_first_slot(const SlstmShape& p, const SlstmRow& row) {
   constexpr int kTokens = static_cast<int>(kSlstmCheckpointTokens);

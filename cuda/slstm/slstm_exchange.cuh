@@ -25,6 +25,27 @@ struct SlstmExchangeSpace {
   int rows, columns;    ///< of a buffer, without padding
 };
 
+/// `group`: of this launch.
+DEVICE_FUNCTION SlstmExchangeSpace slstm_space(const SlstmKernelShape& kernel, const SlstmShape& s,
+                                               const SlstmShared& layout, unsigned char* shared,
+                                               int group, int rank) {
+  const SlstmDivision& d = s.division;
+  SlstmExchangeSpace e;
+  e.barriers = reinterpret_cast<prim::u64*>(shared + layout.barriers);
+  e.buffers = reinterpret_cast<bf16*>(shared + layout.exchange);
+  e.numbers = slstm_buffer_numbers(kernel, d);
+  e.rank = rank, e.blocks = d.blocks;
+  e.warps = d.padded / (kSlstmGroupUnits * kernel.groups);
+  e.rows = kernel.planes * kernel.channels * 8 * d.tiles, e.columns = d.padded;
+  e.arrivals = nullptr, e.memory = nullptr;
+  if (s.grid.arrivals != nullptr) {
+    const int64_t place = d.first_group + group;
+    e.arrivals = s.grid.arrivals + place;
+    e.memory = s.grid.exchange + place * 2 * e.rows * e.columns;
+  }
+  return e;
+}
+
 /// Within one block.
 class BlockExchange {
  public:

@@ -19,7 +19,7 @@ class SlstmForwardBlock {
       : p(params),
         s(params.shape),
         d(params.shape.division),
-        rows(reinterpret_cast<SlstmRow*>(shared)),
+        rows(*reinterpret_cast<SlstmRow (*)[16]>(shared)),
         layout(slstm_shared(kernel(), d)),
         bias(reinterpret_cast<float*>(shared + layout.bias)),
         partials(reinterpret_cast<float*>(shared + layout.partials)),
@@ -29,7 +29,7 @@ class SlstmForwardBlock {
         rank(static_cast<int>(prim::block_idx().x) % d.blocks),
         head((group + d.first_group) / d.sequence_tiles),
         split(kGroups == 1 ? warp % d.splits : 0),
-        exchange(space(params.shape, shared)) {
+        exchange(slstm_space(kernel(), params.shape, layout, shared, group, rank)) {
     const int steps = slstm_steps(kernel(), d).all;
     first_step = split * steps;
     const int left = d.padded / 16 - first_step;
@@ -58,40 +58,21 @@ class SlstmForwardBlock {
   }
 
  private:
-  DEVICE_FUNCTION SlstmExchangeSpace space(const SlstmShape& shape, unsigned char* shared) const {
-    SlstmExchangeSpace e;
-    e.barriers = reinterpret_cast<prim::u64*>(shared + layout.barriers);
-    e.buffers = reinterpret_cast<bf16*>(shared + layout.exchange);
-    e.numbers = slstm_buffer_numbers(kernel(), d);
-    e.rank = rank, e.blocks = d.blocks;
-    e.warps = d.padded / (kSlstmGroupUnits * kGroups);
-    e.rows = kPlanes * 8 * d.tiles, e.columns = d.padded;
-    e.arrivals = shape.grid.arrivals + d.first_group + group;
-    e.memory = shape.grid.exchange + int64_t{d.first_group + group} * 2 * e.rows * e.columns;
-    return e;
-  }
-
   /// The sequences and biases of this block; the longest sequence's tokens.
   DEVICE_FUNCTION int read_rows() {
     const int thread = static_cast<int>(prim::thread_idx().x);
-    const int first = (group + d.first_group) % d.sequence_tiles * 8 * d.tiles;
-    if (thread < 16)
-      rows[thread] = slstm_row(s, thread < 8 * d.tiles ? first + thread : s.num_sequences);
+    slstm_read_rows(s, group, rows);
     for (int i = thread; i < 4 * d.units; i += kSlstmThreads) {
       const int unit = rank * d.units + i / 4;
       const int64_t at = (int64_t{i % 4} * s.num_heads + head) * s.dh + unit;
       bias[i] = unit < s.dh ? load_number(p.call.b, at, p.b_dtype) : 0.0F;
     }
     prim::sync_block();
-    int longest = 0;
-    for (int i = 0; i < 16; ++i) longest = rows[i].length > longest ? rows[i].length : longest;
-    return longest;
+    return slstm_longest(rows);
   }
 
   /// The type of wx and y.
   DEVICE_FUNCTION bool wide() const { return kPlanes == 2 && s.dtype == Dtype::kFloat32; }
-  /// Row of the tile of this thread's sequence j.
-  DEVICE_FUNCTION int row_of(int j) const { return 8 * (j / 2) + 2 * (lane % 4) + j % 2; }
   DEVICE_FUNCTION int unit_of(int g) const { return column + g * kSlstmGroupUnits + lane / 4; }
   DEVICE_FUNCTION bool owns(int g) const { return active && split == 0 && unit_of(g) < s.dh; }
 
@@ -146,7 +127,7 @@ class SlstmForwardBlock {
       for (int j = 0; j < 4; ++j) {
         state[g][j] = empty_state();
         y[0][j] = 0;
-        const SlstmRow row = rows[row_of(j)];
+        const SlstmRow row = rows[slstm_row_of(j)];
         if (row.sequence < 0 || !owns(g)) continue;
         const int64_t at = (int64_t{row.sequence} * s.num_heads + head) * s.dh + unit_of(g);
         if (s.in.y0 != nullptr) {
@@ -186,7 +167,7 @@ class SlstmForwardBlock {
   DEVICE_FUNCTION void prefetch(int t) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const SlstmRow row = rows[row_of(j)];
+      const SlstmRow row = rows[slstm_row_of(j)];
       next_reset[j] = false;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
@@ -282,7 +263,7 @@ class SlstmForwardBlock {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         y[0][j] = 0;
-        const SlstmRow row = rows[row_of(j)];
+        const SlstmRow row = rows[slstm_row_of(j)];
         if (t >= row.length || unit_of(g) >= s.dh) continue;
         CellGates gates;
 #pragma unroll
@@ -321,7 +302,7 @@ class SlstmForwardBlock {
   const SlstmForwardParams& p;
   const SlstmShape& s;
   const SlstmDivision& d;
-  SlstmRow* const rows;
+  SlstmRow (&rows)[16];
   const SlstmShared layout;
   float *const bias, *const partials;  ///< bias: [unit of the block][gate]
   const int lane, warp, group, rank, head, split;
