@@ -129,9 +129,8 @@ struct SlstmStep {
 void slstm_pointwise_forward(const SlstmProblem& problem, const SlstmForward& call,
                              const SlstmStep& step, Stream stream);
 /// Steps max length - 1, ..., 1, 0. dc0 and dn0 of the call, both wanted (the LSTM: dc0), hold the gradients of c and n
-/// between steps and at the end those of the initial states. dy0 is the product after step 0, clipped by the caller; 0 where
-/// token 0 has a reset, dy_last where a sequence has no tokens.
-
+/// between steps and at the end those of the initial states. dy0 is the product after step 0, which the caller clips; 0 with
+/// recurrent_cut and where token 0 has a reset, dy_last where a sequence has no tokens.
 void slstm_pointwise_backward(const SlstmProblem& problem, const SlstmBackward& call,
                               const SlstmStep& step, Stream stream);
 

@@ -1,4 +1,5 @@
 // The sLSTM step by step, with the products between the steps in plain loops; and the references against each other.
+#include <algorithm>
 #include <functional>
 
 #include "tests/simt/slstm_call.h"
@@ -111,7 +112,9 @@ void step_backward(Data& x, Backward& results, const xlstm::cuda::SlstmBackward&
                   first = s.packed.empty() ? 0 : s.packed[static_cast<size_t>(n)];
     const bool empty = !s.packed.empty() && s.packed[static_cast<size_t>(n + 1)] == first;
     const bool reset = s.resets && x.input.reset[static_cast<size_t>(row * s.time + first)] != 0;
-    results.dy0[i] = empty ? call.dy_last[i] : reset ? 0 : recurrent[static_cast<size_t>(i)];
+    double product = recurrent[static_cast<size_t>(i)];
+    if (s.clip > 0) product = std::min(std::max(product, -s.clip), s.clip);
+    results.dy0[i] = empty ? call.dy_last[i] : reset || s.cut ? 0 : static_cast<float>(product);
   }
   results.expect_guards();
 }
@@ -144,16 +147,15 @@ void steps(uint64_t seed) {
                  .dh = 5,
                  .dtype = dtype,
                  .order = GateOrder::kLast,
+                 .rounded_product = true,
                  .states = true,
                  .resets = dtype == Dtype::kFloat32,
-                 .forget = forget_of(cell),
-                 .slack = dtype == Dtype::kFloat16
-                              ? 4.
-                              : 1.},  // float16's y enters the product, not 16 bits of it
+                 .forget = forget_of(cell)},
                 seed);
   run_steps({.time = 29, .dh = 7, .states = true, .packed = {0, 3, 3, 28, 29}}, seed);
   run_steps({.batch = 3, .time = 2, .heads = 3, .dh = 40}, seed);
   run_steps({.batch = 2, .time = 4, .dh = 6, .states = true, .cut = true}, seed);
+  run_steps({.batch = 2, .time = 4, .dh = 6, .states = true, .clip = 0.1}, seed);
 }
 
 // References -----------------------------------------------------------------------------------------------------------

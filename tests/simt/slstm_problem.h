@@ -38,6 +38,7 @@ struct Setting {
   DeviceLimits device = {80, 108, 163 * 1024};
   GateOrder order = GateOrder::kMiddle;
   Dtype gates_dtype = Dtype::kFloat32;
+  bool rounded_product = false;  ///< y enters the recurrent product in `dtype`, also float16's
   bool states = false, resets = false;
   std::vector<int32_t> packed = {};
   double forget = 1, input = 0, spread = 1;
