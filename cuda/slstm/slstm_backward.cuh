@@ -63,7 +63,7 @@ class SlstmBackwardBlock {
       step(t, k < publications ? k : -1);
       if (t > 0) prefetch(t - 1, t % kTokens == 0);
       if (k < publications) {
-        multiply(exchange.wait(k));
+        multiply(exchange.wait(k, true));
         carry();
       }
     }

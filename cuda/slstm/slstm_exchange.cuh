@@ -1,12 +1,13 @@
 #pragma once
 // How what the units of a head need of each other gets from one time step to the next. Publication k is what enters step k
-// (of the kernel's order in time); every warp with units puts its rows of it, then says so; every warp waits for all of it.
+// (of the kernel's order in time); every warp with units puts its rows of it, then says so; every warp that reads waits for all of it.
 // A policy:
 //   begin(publications)        all threads, before anything else
 //   open(k)                    the whole warp, before its put()s: what it has read is read
 //   put(k, row, column, words) 8 neighbouring numbers; a row is one (plane, channel, sequence)
 //   done(k)                    the whole warp, after its put()s
-//   wait(k) -> buffer          all warps; readable until the warp's next put
+//   wait(k, reads) -> buffer   all warps; readable until the warp's next put. Warps without units read nothing; where no
+//                              barrier of the block keeps them in step, they must not watch one that others pass
 //   end()                      all threads
 // Two buffers are enough: whoever puts publication k + 2 has waited for k + 1, and nobody puts that before it has read k.
 #include "cuda/slstm/slstm_block.cuh"
@@ -59,7 +60,7 @@ class BlockExchange {
                                 column) = {{words[0], words[1], words[2], words[3]}};
   }
   DEVICE_FUNCTION void done(int) {}
-  DEVICE_FUNCTION const bf16* wait(int k) {
+  DEVICE_FUNCTION const bf16* wait(int k, bool) {
     prim::sync_block();
     return s.buffers + (k & 1) * s.numbers;
   }
@@ -100,8 +101,8 @@ class ClusterExchange {
     }
   }
   DEVICE_FUNCTION void done(int) {}
-  DEVICE_FUNCTION const bf16* wait(int k) {
-    prim::mbar_wait_cluster(s.barriers + (k & 1), static_cast<u32>(k >> 1 & 1));
+  DEVICE_FUNCTION const bf16* wait(int k, bool reads) {
+    if (reads) prim::mbar_wait_cluster(s.barriers + (k & 1), static_cast<u32>(k >> 1 & 1));
     if (prim::thread_idx().x == 0) expect(k + 2);
     return s.buffers + (k & 1) * s.numbers;
   }
@@ -134,7 +135,7 @@ class GridExchange {
     prim::sync_warp();
     if (prim::thread_idx().x % 32 == 0) prim::red_release_add(s.arrivals, 1);
   }
-  DEVICE_FUNCTION const bf16* wait(int k) {
+  DEVICE_FUNCTION const bf16* wait(int k, bool) {
     const int wanted = (k + 1) * s.warps;
     if (prim::thread_idx().x == 0)
       while (static_cast<int>(prim::ld_acquire(s.arrivals) - static_cast<u32>(wanted)) < 0)

@@ -50,7 +50,7 @@ class SlstmForwardBlock {
     for (int t = 0; t < steps; ++t) {
       start_sums();
       if (t + 1 < steps) prefetch(t + 1);
-      multiply(exchange.wait(t));
+      multiply(exchange.wait(t, active));
       if (kGroups == 1 && d.splits > 1) add_partials();
       finish(t, steps);
     }
