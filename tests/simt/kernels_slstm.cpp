@@ -44,44 +44,138 @@ void exchanges(uint64_t seed) {
     }
 }
 
-/// What the device would take. The head decides on the kernel; few tokens, as every step is alike.
-void heads(uint64_t seed) {
-  for (const int64_t dh : {8, 24, 64, 96, 128, 192})
-    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
-      const int64_t batch = dh == 64   ? 16
-                            : dh == 24 ? 8
-                                       : 1,
-                    time = dh == 8    ? 17
-                           : dh <= 64 ? 5
-                                      : 2;
-      run({.batch = batch, .time = time, .dh = dh, .dtype = dtype, .states = dh % 64 != 0}, seed);
-      if (dh > 64 && plain())
-        run({.batch = batch,
-             .time = time,
-             .dh = dh,
-             .dtype = dtype,
-             .device = kHopper,
-             .states = true},
-            seed);
-    }
+constexpr Dtype kF32 = Dtype::kFloat32, kBf16 = Dtype::kBFloat16, kF16 = Dtype::kFloat16;
+constexpr SlstmCell kSlstm = SlstmCell::kSlstm, kExpf = SlstmCell::kSlstmExpf,
+                    kLstm = SlstmCell::kLstm;
+constexpr SlstmExchange kBlock = SlstmExchange::kBlock, kCluster = SlstmExchange::kCluster,
+                        kGrid = SlstmExchange::kGrid;
+
+struct Combination {
+  int64_t dh, time, batch;
+  Dtype dtype;
+  SlstmCell cell;
+  SlstmExchange exchange;
+  bool states = false, resets = false;
+};
+/// Every size with every kind of number, cell and exchange at least once, long sequences where heads are small.
+constexpr Combination kCombinations[] = {
+    {8, 64, 3, kF32, kSlstm, kBlock, true, true},
+    {8, 17, 17, kBf16, kLstm, kBlock},
+    {8, 2, 8, kF16, kExpf, kBlock, true},
+    {16, 17, 8, kF16, kExpf, kBlock, false, true},
+    {16, 1, 16, kF32, kLstm, kBlock, true},
+    {16, 64, 1, kBf16, kSlstm, kBlock, true, true},
+    {24, 2, 17, kF16, kSlstm, kGrid, true},
+    {24, 64, 1, kBf16, kExpf, kCluster, true, true},
+    {24, 17, 3, kF32, kLstm, kGrid, true, true},
+    {64, 17, 16, kBf16, kSlstm, kBlock, true},
+    {64, 2, 3, kF32, kExpf, kCluster, true, true},
+    {64, 17, 1, kF16, kLstm, kGrid, false, true},
+    {64, 1, 8, kBf16, kExpf, kGrid},
+    {96, 1, 17, kBf16, kSlstm, kCluster, true},
+    {96, 17, 3, kF32, kLstm, kBlock, true, true},
+    {96, 2, 8, kF16, kExpf, kGrid, true},
+    {128, 2, 16, kF32, kSlstm, kBlock, true},
+    {128, 17, 1, kF16, kLstm, kCluster, true, true},
+    {128, 1, 3, kBf16, kExpf, kGrid, true},
+    {128, 2, 17, kBf16, kExpf, kBlock, true},
+    {192, 2, 1, kF16, kSlstm, kCluster, true},
+    {192, 17, 3, kBf16, kLstm, kGrid, true, true},
+    {192, 1, 8, kF32, kExpf, kCluster, true},
+    {256, 2, 16, kBf16, kExpf, kCluster, true},
+    {256, 2, 1, kF32, kSlstm, kGrid, true, true},
+    {256, 1, 3, kF16, kLstm, kGrid, true},
+    {384, 2, 1, kBf16, kLstm, kCluster, true},
+    {384, 1, 3, kF16, kSlstm, kGrid, true},
+    {384, 2, 1, kF32, kExpf, kGrid, true},
+    {512, 2, 1, kBf16, kSlstm, kCluster, true, true},
+    {512, 1, 8, kBf16, kExpf, kGrid, true},
+    {512, 2, 1, kF16, kLstm, kGrid, true},
+};
+
+/// Large heads take turns with the schedules. The address sanitizer sees the same accesses with heads of one or two blocks,
+/// the thread sanitizer with the problems of `exchanges`: it needs seconds for every 100 steps.
+void combinations(uint64_t seed) {
+  uint64_t i = 0;
+  for (const Combination& c : kCombinations) {
+    ++i;
+    if (c.dh >= 192 && (i % 3 != seed || !plain())) continue;
+    if (simt::build_kind() == simt::Build::kThread && (c.exchange != kBlock || c.time > 17))
+      continue;
+    run({.cell = c.cell,
+         .batch = c.batch,
+         .time = c.time,
+         .dh = c.dh,
+         .dtype = c.dtype,
+         .exchange = c.exchange,
+         .device = kHopper,
+         .order = kOrders[i % 4],
+         .states = c.states,
+         .resets = c.resets,
+         .forget = forget_of(c.cell)},
+        seed);
+  }
 }
 
-/// Several blocks per head, weights in shared memory as well, sums over warps. The sanitizers see the same accesses with
-/// smaller ones; the thread sanitizer has no room for so many stores in flight.
-void large_heads(uint64_t seed) {
-  const auto few = [&](int64_t dh, Dtype dtype, const DeviceLimits& device,
-                       SlstmExchange exchange) {
-    run({.batch = 1, .time = 2, .dh = dh, .dtype = dtype, .exchange = exchange, .device = device},
+/// What the devices would take.
+void automatic(uint64_t seed) {
+  for (const DeviceLimits& device : {kAmpere, kHopper})
+    for (const int64_t dh : {72, 192})
+      if (plain() || (dh == 72 && simt::build_kind() == simt::Build::kAddress))
+        run({.time = 2, .dh = dh, .device = device, .states = true}, seed);
+}
+
+/// More groups of blocks than are resident together: several launches.
+void launches(uint64_t seed) {
+  const DeviceLimits small{80, 5, 163 * 1024};
+  Setting s{.batch = 17,
+            .time = plain() ? 18 : 2,
+            .heads = 3,
+            .dh = 24,
+            .dtype = Dtype::kBFloat16,
+            .exchange = SlstmExchange::kGrid,
+            .device = small,
+            .states = true,
+            .resets = true};
+  if (simt::build_kind() == simt::Build::kThread) s.batch = 1;
+  const SlstmMap map = plan_slstm(s.problem(), small, Direction::kForward);
+  expect(map.groups > map.groups_per_launch, "more than one launch");
+  run(s, seed);
+}
+
+/// r and b of either type, gates kept in a narrow one.
+void types_of_parameters(uint64_t seed) {
+  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16})
+    for (const bool wide : {false, true})
+      run({.batch = 2,
+           .time = 3,
+           .dh = 16,
+           .dtype = dtype,
+           .gates_dtype = dtype,
+           .wide_r = wide,
+           .narrow_b = true,
+           .states = true},
+          seed);
+}
+
+/// Pre-activations that the caller computes from y.
+void recomputed(uint64_t seed) {
+  for (const Dtype dtype : kDtypes)
+    run({.batch = 2,
+         .time = 19,
+         .heads = 2,
+         .dh = 16,
+         .dtype = dtype,
+         .states = true,
+         .resets = true,
+         .recompute = true},
         seed);
-  };
-  if (!plain()) return;
-  few(256, Dtype::kBFloat16, kHopper, SlstmExchange::kCluster);
-  if (seed > 0) return;
-  few(256, Dtype::kFloat32, kHopper, SlstmExchange::kAuto);
-  few(256, Dtype::kFloat32, kAmpere, SlstmExchange::kAuto);
-  few(384, Dtype::kBFloat16, kHopper, SlstmExchange::kCluster);
-  few(512, Dtype::kBFloat16, kHopper, SlstmExchange::kCluster);
-  few(512, Dtype::kFloat16, kAmpere, SlstmExchange::kGrid);
+  run({.cell = SlstmCell::kLstm,
+       .time = 20,
+       .states = true,
+       .packed = {0, 3, 20},
+       .recompute = true},
+      seed);
 }
 
 /// Weights that do not fit into registers.
@@ -199,6 +293,9 @@ void partial_losses(uint64_t seed) {
   run({.batch = 2, .time = 18, .states = true, .loss_of_states = false}, seed);
   run({.batch = 2, .time = 18, .states = true, .loss_of_y = false}, seed);
   run({.cell = SlstmCell::kLstm, .batch = 2, .time = 3, .loss_of_states = false}, seed);
+  run({.batch = 2, .time = 18, .heads = 2, .states = true, .same_loss = true}, seed);
+  run({.batch = 2, .time = 18, .initial_gradients = false}, seed);
+  run({.time = 1, .dh = 40, .exchange = SlstmExchange::kGrid, .initial_gradients = false}, seed);
 }
 
 void clip_and_cut(uint64_t seed) {
@@ -292,8 +389,11 @@ List<Case> slstm_cases() {
       {"slstm: plans", plans},
       {"slstm: cells and types in one block", cells_and_types},
       {"slstm: exchanges", exchanges},
-      {"slstm: heads", heads},
-      {"slstm: large heads", large_heads},
+      {"slstm: combinations", combinations},
+      {"slstm: what the device takes", automatic},
+      {"slstm: several launches", launches},
+      {"slstm: types of parameters", types_of_parameters},
+      {"slstm: pre-activations computed anew", recomputed},
       {"slstm: weights in shared memory", weights_in_shared_memory},
       {"slstm: long sequences", long_sequences},
       {"slstm: documents", documents},

@@ -38,24 +38,30 @@ struct Setting {
   DeviceLimits device = {80, 108, 163 * 1024};
   GateOrder order = GateOrder::kMiddle;
   Dtype gates_dtype = Dtype::kFloat32;
+  bool wide_r = false, narrow_b = false;  ///< r in float32, b in `dtype`
   bool rounded_product = false;  ///< y enters the recurrent product in `dtype`, also float16's
   bool states = false, resets = false;
   std::vector<int32_t> packed = {};
   double forget = 1, input = 0, spread = 1;
   bool loss_of_states = true, loss_of_y = true;
-  double slack = 1;  ///< tolerances times so much
+  bool same_loss = false;         ///< dy is one number with strides of 0
+  bool initial_gradients = true;  ///< those of y0, c0, n0 are wanted
+  double slack = 1;               ///< tolerances times so much
   double clip = 0;
   bool cut = false;
+  bool recompute = false;  ///< the pre-activations are not kept: computed anew from y
 
   int64_t sequences() const {
     return packed.empty() ? batch : static_cast<int64_t>(packed.size()) - 1;
   }
   int64_t state_numbers() const { return sequences() * heads * dh; }
+  Dtype r_dtype() const { return wide_r ? Dtype::kFloat32 : dtype; }
+  Dtype b_dtype() const { return narrow_b ? dtype : Dtype::kFloat32; }
   SlstmProblem problem() const {
     SlstmProblem p;
     p.cell = cell, p.batch = batch, p.time = time, p.num_heads = heads, p.dh = dh;
-    p.num_sequences = sequences(), p.dtype = p.r_dtype = dtype, p.exchange = exchange,
-    p.gates_dtype = gates_dtype;
+    p.num_sequences = sequences(), p.exchange = exchange;
+    p.dtype = dtype, p.gates_dtype = gates_dtype, p.r_dtype = r_dtype(), p.b_dtype = b_dtype();
     return p;
   }
 };
@@ -177,8 +183,8 @@ struct Data {
     input.batch = s.batch, input.time = s.time, input.heads = s.heads, input.dh = s.dh;
     fill_gates();
     const double scale = 1 / std::sqrt(static_cast<double>(s.dh));
-    r = stored(fill(input.r, 4 * s.heads * s.dh * s.dh, 0, scale, s.dtype), s.dtype);
-    b = stored(fill(input.b, 4 * s.heads * s.dh, 0, 0.3, Dtype::kFloat32), Dtype::kFloat32);
+    r = stored(fill(input.r, 4 * s.heads * s.dh * s.dh, 0, scale, s.r_dtype()), s.r_dtype());
+    b = stored(fill(input.b, 4 * s.heads * s.dh, 0, 0.3, s.b_dtype()), s.b_dtype());
     if (s.states) {
       const auto state = [&](std::vector<reference_real>& to, double mean, double spread) {
         const Numbers values = fill(to, s.state_numbers(), mean, spread, Dtype::kFloat32);
