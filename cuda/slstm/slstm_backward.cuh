@@ -57,12 +57,12 @@ class SlstmBackwardBlock {
     const int publications = p.call.recurrent_cut ? 0 : p.call.dy0 == nullptr ? steps - 1 : steps;
     exchange.begin(publications);
     start();
-    if (steps > 0) prefetch(steps - 1, true);
-    for (int t = steps - 1; t >= 0; --t) {
+    // Before the last step there is nothing but its loads: one place for these keeps the code small.
+    for (int t = steps; t >= 0; --t) {
       const int k = steps - 1 - t;
-      step(t, k < publications ? k : -1);
-      if (t > 0) prefetch(t - 1, t % kTokens == 0);
-      if (k < publications) {
+      if (t < steps) step(t, k < publications ? k : -1);
+      if (t > 0) prefetch(t - 1, t == steps || t % kTokens == 0);
+      if (t < steps && k < publications) {
         multiply(exchange.wait(k, true));
         carry();
       }
@@ -119,9 +119,11 @@ class SlstmBackwardBlock {
 
   DEVICE_FUNCTION void start() {
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g)
+    for (int j = 0; j < 4; ++j) {
+      cut[j] = true;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) carried[g][j] = 0, gradient[g][j] = {0, 0};
+      for (int g = 0; g < kGroups; ++g) carried[g][j] = 0, gradient[g][j] = {0, 0};
+    }
   }
   /// The gradients of a sequence's final state.
   DEVICE_FUNCTION void enter_last(int g, int j, int64_t at) {
@@ -139,27 +141,28 @@ class SlstmBackwardBlock {
   }
   static constexpr int kNextState = 4 * kGroups * kSlstmThreads;  ///< from c to n to m
 
-  DEVICE_FUNCTION CellGates gates_at(int g, int j) const {
+  DEVICE_FUNCTION CellGates gates_of(const u32 (&bits)[4][4], int j) const {
     CellGates gates;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
-      gates.g[gate] = number_of<kPlanes>(next[g][gate][j], s.gates_dtype == Dtype::kFloat32);
+      gates.g[gate] = number_of<kPlanes>(bits[gate][j], s.gates_dtype == Dtype::kFloat32);
     return gates;
   }
-  DEVICE_FUNCTION void load_gates(int g, int j, const SlstmRow& row, int t) {
+  DEVICE_FUNCTION void load_gates(u32 (&bits)[4][4], int g, int j, const SlstmRow& row, int t) {
     const int64_t at = slstm_offset(p.call.gates, row, t, head, unit_of(g));
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
-      next[g][gate][j] = load_bits(p.call.gates.data, at + gate * p.call.gates.gate,
-                                   s.gates_dtype == Dtype::kFloat32);
+      bits[gate][j] = load_bits(p.call.gates.data, at + gate * p.call.gates.gate,
+                                s.gates_dtype == Dtype::kFloat32);
   }
 
   /// From the checkpoint before token t up to t.
   DEVICE_FUNCTION void replay(int t) {
     const int begin = t - t % kTokens;
-#pragma unroll
+#pragma unroll 1
     for (int g = 0; g < kGroups; ++g) {
       CellState state[4];
+      u32 bits[4][4];  // [gate][sequence]
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const SlstmRow row = rows[slstm_row_of(j)];
@@ -169,7 +172,7 @@ class SlstmBackwardBlock {
         state[j] = empty_state();
         state[j].c = from[0];
         if (Cell::kStates == 3) state[j].n = from[s.dh], state[j].m = from[2 * s.dh];
-        load_gates(g, j, row, begin);
+        load_gates(bits, g, j, row, begin);
       }
 #pragma unroll 1
       for (int at = begin; at <= t; ++at) {
@@ -181,8 +184,8 @@ class SlstmBackwardBlock {
           if (slstm_reset(s, row, at)) state[j] = empty_state();
           to[0] = state[j].c;
           if (Cell::kStates == 3) to[kNextState] = state[j].n, to[2 * kNextState] = state[j].m;
-          const CellGates gates = gates_at(g, j);
-          if (at + 1 < row.length && at < t) load_gates(g, j, row, at + 1);
+          const CellGates gates = gates_of(bits, j);
+          if (at + 1 < row.length && at < t) load_gates(bits, g, j, row, at + 1);
           state[j] = Cell::step(gates, state[j]).after;
         }
       }
@@ -201,7 +204,7 @@ class SlstmBackwardBlock {
       for (int g = 0; g < kGroups; ++g) {
         next_dy[g][j] = 0;
         if (t >= row.length || !owns(g)) continue;
-        load_gates(g, j, row, t);
+        load_gates(next[g], g, j, row, t);
         const float* from = replayed(t, g, j);
         before[g][j] = empty_state();
         before[g][j].c = from[0];
@@ -232,7 +235,7 @@ class SlstmBackwardBlock {
         if (t >= row.length || !owns(g)) continue;
         if (t + 1 == row.length) enter_last(g, j, state_at(row, g));
         const float dy = carried[g][j] + number_of<kPlanes>(next_dy[g][j], wide());
-        const CellStep forward = Cell::step(gates_at(g, j), before[g][j]);
+        const CellStep forward = Cell::step(gates_of(next[g], j), before[g][j]);
         const CellGates gates = Cell::gradients(forward, before[g][j], dy, gradient[g][j]);
         carried[g][j] = 0;
         if (next_reset[j]) gradient[g][j] = {0, 0};
