@@ -97,7 +97,7 @@ struct Gang {
   std::string error;
   std::exception_ptr exception;
   std::uint64_t idle_yields = 0;
-  std::vector<Flight> flights;
+  std::deque<Flight> flights;
   std::vector<Store> late_stores;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
