@@ -9,10 +9,6 @@ namespace {
 
 using xlstm::cuda::SlstmStep;
 
-constexpr SlstmCell kCells[] = {SlstmCell::kSlstm, SlstmCell::kSlstmExpf, SlstmCell::kLstm};
-
-double forget_of(SlstmCell cell) { return cell == SlstmCell::kSlstmExpf ? -1 : 1; }
-
 /// Numbers of a type for a kernel to write, contiguous.
 class Stored {
  public:

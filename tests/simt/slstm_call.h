@@ -6,6 +6,15 @@
 
 namespace simt_test {
 
+constexpr DeviceLimits kAmpere{80, 108, 163 * 1024}, kHopper{90, 132, 227 * 1024, true};
+constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
+constexpr SlstmCell kCells[] = {SlstmCell::kSlstm, SlstmCell::kSlstmExpf, SlstmCell::kLstm};
+constexpr GateOrder kOrders[] = {GateOrder::kFirst, GateOrder::kMiddle, GateOrder::kLast,
+                                 GateOrder::kGaps};
+
+/// A mean of the forget gate's pre-activation under which the state neither dies nor grows.
+inline double forget_of(SlstmCell cell) { return cell == SlstmCell::kSlstmExpf ? -1 : 1; }
+
 /// Scratch memory of exactly as many bytes as asked for, filled with NaN.
 class Scratch {
  public:
