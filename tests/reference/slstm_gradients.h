@@ -1,6 +1,6 @@
 #pragma once
 // Gradients of the sLSTM and LSTM in float64 by backpropagation through time, straight from the equations with m constant.
-// tests/simt/kernels_slstm.cpp holds it against differences of the oracle in slstm_reference.h.
+// tests/simt/kernels_slstm_pointwise.cpp holds it against differences of the oracle in slstm_reference.h.
 #include "tests/reference/slstm_reference.h"
 
 namespace xlstm::reference {
