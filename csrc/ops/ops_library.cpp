@@ -105,4 +105,18 @@ TORCH_LIBRARY(xlstm, m) {
       "Tensor "
       "b, Tensor c, Tensor skip, Tensor? state0, *, Tensor? reset) -> (Tensor dx, Tensor ddelta, "
       "Tensor da, Tensor db, Tensor dc, Tensor dskip, Tensor dstate0)");
+  m.def(
+      "gated_linear_attention(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? u=None, Tensor? "
+      "state0=None, *, Tensor? reset=None, float? scale=None, int chunk_size=0) -> (Tensor h, "
+      "Tensor state)");
+  m.def(
+      "gated_linear_attention_backward(Tensor? dh, Tensor? dstate, Tensor q, Tensor k, Tensor v, "
+      "Tensor g, Tensor? u, Tensor? state0, *, Tensor? reset, float? scale) -> (Tensor dq, Tensor "
+      "dk, Tensor dv, Tensor dg, Tensor du, Tensor dstate0)");
+  m.def(
+      "gated_scan(Tensor x, Tensor a, Tensor? state0=None, *, Tensor? reset=None) -> (Tensor h, "
+      "Tensor state)");
+  m.def(
+      "gated_scan_backward(Tensor? dh, Tensor? dstate, Tensor a, Tensor h, Tensor? state0, *, "
+      "Tensor? reset) -> (Tensor dx, Tensor da, Tensor dstate0)");
 }

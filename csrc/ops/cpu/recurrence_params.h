@@ -38,9 +38,19 @@ struct SelectiveScanParams {
   void *db = nullptr, *dc = nullptr;     // (tasks per row,B,T,N): sums of one task
 };
 
+/// h_t = a_t h_{t-1} + x_t from h = 0; everything (B,T,D).
+struct GatedScanParams {
+  Dtype dtype = Dtype::kFloat;  // float or double
+  int64_t batch = 0, time = 0, dim = 0;
+  const void *x = nullptr, *a = nullptr;
+  void* h = nullptr;
+  bool reverse = false;  // from the last token to the first: h_t = a_{t+1} h_{t+1} + x_t
+};
+
 }  // namespace xlstm::cpu
 
 XLSTM_CPU_KERNEL(wkv, WkvParams)
 XLSTM_CPU_KERNEL(wkv_backward, WkvParams)
 XLSTM_CPU_KERNEL(selective_scan, SelectiveScanParams)
 XLSTM_CPU_KERNEL(selective_scan_backward, SelectiveScanParams)
+XLSTM_CPU_KERNEL(gated_scan, GatedScanParams)
