@@ -79,7 +79,8 @@ std::vector<Field> model_fields() {
       XLSTM_FIELD(
           model.kind,
           one_of({"xlstm", "xlstm_large", "lstm", "lstm_residual", "lstm_block", "llama", "gpt",
-                  "mamba", "rwkv4"}),
+                  "mamba", "rwkv4", "rwkv5", "rwkv6", "linear_attention", "retnet", "gla", "hgrn",
+                  "hgrn2"}),
           "xlstm: blocks of arXiv 2405.04517; xlstm_large: the 7B block of arXiv 2503.13427; the "
           "others: what they are compared with"),
       XLSTM_FIELD(model.vocab_size, integers(1, kMaxSize), "token ids are 0 .. vocab_size-1"),

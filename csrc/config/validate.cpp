@@ -110,7 +110,9 @@ void validate_xlstm_large(const Config& config) {
 }
 
 bool has_feed_forward(const std::string& kind) {
-  return kind == "lstm_block" || kind == "llama" || kind == "gpt";
+  constexpr std::string_view kKinds[] = {"lstm_block", "llama", "gpt",  "linear_attention",
+                                         "retnet",     "gla",   "hgrn", "hgrn2"};
+  return std::find(std::begin(kKinds), std::end(kKinds), kind) != std::end(kKinds);
 }
 
 /// The models that xLSTM is compared with have few settings of their own.
@@ -123,11 +125,14 @@ void validate_baseline(const Config& config) {
                    "xlstm_large");
   if (!has_feed_forward(kind))
     require_defaults(config, settings_below({"model.feed_forward"}),
-                     "xlstm, xlstm_large, lstm_block, llama and gpt");
+                     "xlstm, xlstm_large, lstm_block, llama, gpt and the linear-attention models");
   const int64_t width = config.model.embedding_dim / config.model.num_heads;
-  require(kind != "llama" || width % 2 == 0, config, "model.num_heads",
+  require((kind != "llama" && kind != "retnet") || width % 2 == 0, config, "model.num_heads",
           "leaves heads of width " + to_string(width) +
               ", expected an even one: the rotary embedding turns pairs");
+  require(kind != "gla" || width % 2 == 0, config, "model.num_heads",
+          "leaves heads of width " + to_string(width) +
+              ", expected an even one: queries and keys have half of it");
 }
 
 void validate_length(const Config& config) {

@@ -1,12 +1,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "csrc/models/baselines.h"
 #include "csrc/models/language_model.h"
 #include "csrc/nn/checkpoint.h"
-#include "csrc/nn/lstm.h"
-#include "csrc/nn/mamba.h"
 #include "csrc/nn/mlstm.h"
-#include "csrc/nn/rwkv4.h"
 #include "csrc/nn/slstm.h"
 #include "csrc/nn/transformer.h"
 #include "csrc/nn/xlstm_large.h"
@@ -14,21 +12,26 @@
 namespace xlstm::models {
 namespace {
 
-/// ceil(factor * dim / multiple) * multiple: the rounding of the paper's blocks.
-int64_t rounded_up(double factor, int64_t dim, int64_t multiple) {
-  const double exact = factor * static_cast<double>(dim) / static_cast<double>(multiple);
-  return static_cast<int64_t>(std::ceil(exact)) * multiple;
-}
-
 /// floor((x + multiple - 1) / multiple) * multiple on an x that is not whole: the rounding of the 7B block.
 int64_t rounded_up_large(double factor, int64_t dim, int64_t multiple) {
   const double shifted = factor * static_cast<double>(dim) + static_cast<double>(multiple - 1);
   return static_cast<int64_t>(std::floor(shifted / static_cast<double>(multiple))) * multiple;
 }
 
-const std::vector<std::string> kKinds = {"xlstm",         "xlstm_large", "lstm",
-                                         "lstm_residual", "lstm_block",  "llama",
-                                         "gpt",           "mamba",       "rwkv4"};
+const std::vector<std::string> kKinds = {
+    "xlstm",  "xlstm_large", "lstm",  "lstm_residual", "lstm_block",
+    "llama",  "gpt",         "mamba", "rwkv4",         "linear_attention",
+    "retnet", "gla",         "hgrn",  "hgrn2",         "rwkv5",
+    "rwkv6"};
+
+bool is_rwkv(const std::string& kind) { return kind.rfind("rwkv", 0) == 0; }
+/// Models whose norms are RMSNorms.
+bool has_rms_norms(const std::string& kind) {
+  constexpr const char* kKindsWithRms[] = {"xlstm_large", "llama", "mamba", "linear_attention",
+                                           "retnet",      "gla",   "hgrn",  "hgrn2"};
+  return std::find(std::begin(kKindsWithRms), std::end(kKindsWithRms), kind) !=
+         std::end(kKindsWithRms);
+}
 
 bool is_kind(const std::string& kind) {
   return std::find(kKinds.begin(), kKinds.end(), kind) != kKinds.end();
@@ -134,52 +137,10 @@ nn::XlstmLargeBlockOptions large_options(const ModelOptions& o) {
   return block;
 }
 
-int64_t ffn_dim(const ModelOptions& o) {
-  return rounded_up(o.feed_forward.proj_factor, o.embedding_dim,
-                    o.feed_forward.round_up_to_multiple_of);
-}
-
-nn::LstmBlockOptions lstm_options(const ModelOptions& o) {
-  nn::LstmBlockOptions block;
-  block.dim = o.embedding_dim;
-  block.kind = o.kind;
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
-  block.feed_forward.dim = o.embedding_dim;
-  block.feed_forward.hidden_dim = ffn_dim(o);
-  block.feed_forward.num_blocks = o.num_blocks;
-  return block;
-}
-
-nn::TransformerBlockOptions transformer_options(const ModelOptions& o) {
-  nn::TransformerBlockOptions block;
-  block.dim = o.embedding_dim;
-  block.num_heads = o.num_heads;
-  block.ffn_dim = ffn_dim(o);
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
-  block.gpt = o.kind == "gpt";
-  block.num_blocks = o.num_blocks;
-  return block;
-}
-
-/// Of a block that only the comparisons have; null for the library's own.
-std::shared_ptr<nn::Block> make_baseline_block(const ModelOptions& o, int64_t index,
-                                               at::Device device) {
-  if (o.kind.rfind("lstm", 0) == 0) return std::make_shared<nn::LstmBlock>(lstm_options(o), device);
-  if (o.kind == "llama" || o.kind == "gpt")
-    return std::make_shared<nn::TransformerBlock>(transformer_options(o), device);
-  if (o.kind == "mamba")
-    return std::make_shared<nn::MambaBlock>(
-        nn::MambaBlockOptions{o.embedding_dim, 4, o.norm_eps, o.dropout, o.fused}, device);
-  if (o.kind == "rwkv4")
-    return std::make_shared<nn::Rwkv4Block>(
-        nn::Rwkv4BlockOptions{o.embedding_dim, o.norm_eps, o.dropout, index, o.num_blocks}, device);
-  return nullptr;
-}
-
-std::shared_ptr<nn::Block> make_block(const ModelOptions& o, int64_t index, at::Device device) {
-  if (auto baseline = make_baseline_block(o, index, device)) return baseline;
+std::shared_ptr<nn::Block> make_block(const ModelOptions& o, int64_t index,
+                                      const std::shared_ptr<nn::LowerBounds>& bounds,
+                                      at::Device device) {
+  if (auto baseline = make_baseline_block(o, index, bounds, device)) return baseline;
   if (o.kind == "xlstm_large")
     return std::make_shared<nn::XlstmLargeBlock>(large_options(o), device);
   const bool slstm = std::find(o.slstm_at.begin(), o.slstm_at.end(), index) != o.slstm_at.end();
@@ -208,18 +169,21 @@ class BlockModel : public LanguageModel {
     if (options.kind == "gpt")
       positions_ = register_module("position_embedding",
                                    std::make_shared<Table>(options.max_positions, dim, device));
-    if (options.kind == "rwkv4")
+    if (is_rwkv(options.kind))
       in_norm_ = register_module(
           "in_norm", std::make_shared<nn::Norm>(dim, options.norm_eps, "layer", device, true));
+    if (options.kind.rfind("hgrn", 0) == 0)
+      bounds_ = register_module("lower_bounds",
+                                std::make_shared<nn::LowerBounds>(options.num_blocks, dim, device));
     auto list = std::make_shared<torch::nn::Module>("blocks");
     for (int64_t i = 0; i < options.num_blocks; ++i) {
-      blocks_.push_back(list->register_module(std::to_string(i), make_block(options, i, device)));
+      blocks_.push_back(
+          list->register_module(std::to_string(i), make_block(options, i, bounds_, device)));
     }
     register_module("blocks", list);
     if (options.add_out_norm) {
-      const bool rms =
-          options.kind == "xlstm_large" || options.kind == "llama" || options.kind == "mamba";
-      const bool bias = options.kind == "gpt" || options.kind == "rwkv4";
+      const bool rms = has_rms_norms(options.kind);
+      const bool bias = options.kind == "gpt" || is_rwkv(options.kind);
       out_norm_ = register_module(
           "out_norm",
           std::make_shared<nn::Norm>(dim, options.norm_eps, rms ? "rms" : "layer", device, bias));
@@ -278,7 +242,8 @@ class BlockModel : public LanguageModel {
   const ModelOptions options_;
   std::shared_ptr<Table> embedding_, head_;  ///< head_ null when tied
   std::shared_ptr<Table> positions_;         ///< gpt
-  std::shared_ptr<nn::Norm> in_norm_;        ///< rwkv4
+  std::shared_ptr<nn::Norm> in_norm_;        ///< rwkv4, rwkv5, rwkv6
+  std::shared_ptr<nn::LowerBounds> bounds_;  ///< hgrn, hgrn2
   std::vector<std::shared_ptr<nn::Block>> blocks_;
   std::shared_ptr<nn::Norm> out_norm_;  ///< null without
 };

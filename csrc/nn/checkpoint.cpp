@@ -79,7 +79,8 @@ class AutocastGuard {
   bool cache_before_;
 };
 
-/// What the backward pass needs besides tensors. Tensor inputs of the node: x, the state, the block's parameters.
+/// What the backward pass needs besides tensors. Tensor inputs of the node: x, the state, the block's
+/// parameters and those it borrows.
 struct Call : torch::CustomClassHolder {
   Call(std::shared_ptr<Block> block_, size_t num_state_, std::optional<at::Tensor> reset_,
        at::Device device)
@@ -163,6 +164,7 @@ Result checkpoint(const std::shared_ptr<Block>& block, const at::Tensor& x, cons
   variable_list inputs = {x};
   inputs.insert(inputs.end(), state.begin(), state.end());
   for (auto& parameter : block->parameters()) inputs.push_back(parameter);
+  for (auto& parameter : block->outer_parameters()) inputs.push_back(parameter);
   auto outputs = Checkpoint::apply(
       at::TensorList(inputs), c10::make_intrusive<Call>(block, state.size(), reset, x.device()));
   return {outputs[0], State(outputs.begin() + 1, outputs.end())};

@@ -21,6 +21,8 @@ class Block : public torch::nn::Module {
   /// x (B,T,D), T >= 0; reset (B,T) bool: the state is empty before that token. `state` is not modified.
   virtual Result forward(const at::Tensor& x, const State& state,
                          const std::optional<at::Tensor>& reset) = 0;
+  /// Parameters that forward uses and another module owns.
+  virtual std::vector<at::Tensor> outer_parameters() const { return {}; }
 };
 
 /// Draws of the reference codebases. They leave tensors on the meta device alone.

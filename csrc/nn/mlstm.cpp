@@ -22,6 +22,7 @@ Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   op.normalize = options.normalize;
   op.eps = options.eps;
   op.chunk_size = options.chunk_size;
+  op.scale = options.scale;
   if (!cnm.empty() && is_decode_step(q, reset)) {
     at::Tensor c = writable_state(cnm[0]), n = writable_state(cnm[1]), m = writable_state(cnm[2]);
     at::Tensor h = ops::mlstm_step(q.select(1, 0), k.select(1, 0), v.select(1, 0),

@@ -64,6 +64,7 @@ struct MlstmCellOptions {
   bool normalize = true;
   double eps = 1e-6;
   int64_t chunk_size = 0;
+  std::optional<double> scale = {};  ///< applied to q; default DQK^-1/2
 };
 Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const at::Tensor& igate, const at::Tensor& fgate, const State& cnm,

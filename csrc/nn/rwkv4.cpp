@@ -15,6 +15,12 @@ at::Tensor previous_token(const at::Tensor& x, const at::Tensor& last,
   return reset ? shifted.masked_fill(reset->unsqueeze(-1), 0) : shifted;
 }
 
+at::Tensor last_token(const at::Tensor& x, const at::Tensor& last) {
+  const int64_t length = x.size(1);
+  if (length > 0) return x.narrow(1, length - 1, 1).clone();
+  return last.defined() ? last.clone() : at::zeros({x.size(0), 1, x.size(2)}, x.options());
+}
+
 Rwkv4Block::Rwkv4Block(const Rwkv4BlockOptions& options, at::Device device) : options_(options) {
   const int64_t dim = options.dim;
   const auto norm = [&](const char* name) {
@@ -72,11 +78,6 @@ Result Rwkv4Block::forward(const at::Tensor& x, const State& state,
   const auto mixed = [](const at::Tensor& now, const at::Tensor& before, const at::Tensor& mix) {
     return at::lerp(before, now, mix.to(now.scalar_type()));
   };
-  const auto last = [](const at::Tensor& t, const at::Tensor& old) {
-    const int64_t length = t.size(1);
-    if (length > 0) return t.narrow(1, length - 1, 1).clone();
-    return old.defined() ? old.clone() : at::zeros({t.size(0), 1, t.size(2)}, t.options());
-  };
   const at::Tensor a = norm_->forward(x), a_before = previous_token(a, state_at(state, 0), reset);
   const at::Tensor k = key_->forward(mixed(a, a_before, mix_k_));
   const at::Tensor v = value_->forward(mixed(a, a_before, mix_v_));
@@ -89,8 +90,9 @@ Result Rwkv4Block::forward(const at::Tensor& x, const State& state,
                    b_before = previous_token(b, state_at(state, 4), reset);
   const at::Tensor hidden = at::relu(ffn_key_->forward(mixed(b, b_before, ffn_mix_k_))).square();
   const at::Tensor gate = at::sigmoid(ffn_receptance_->forward(mixed(b, b_before, ffn_mix_r_)));
-  return {y + dropped(gate * ffn_value_->forward(hidden)),
-          {last(a, state_at(state, 0)), sum, norm, exponent, last(b, state_at(state, 4))}};
+  return {
+      y + dropped(gate * ffn_value_->forward(hidden)),
+      {last_token(a, state_at(state, 0)), sum, norm, exponent, last_token(b, state_at(state, 4))}};
 }
 
 }  // namespace xlstm::nn

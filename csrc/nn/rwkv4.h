@@ -16,6 +16,9 @@ struct Rwkv4BlockOptions {
 at::Tensor previous_token(const at::Tensor& x, const at::Tensor& last,
                           const std::optional<at::Tensor>& reset);
 
+/// The state that previous_token takes next: the last of x (B,T,D), or `last` itself where x is empty.
+at::Tensor last_token(const at::Tensor& x, const at::Tensor& last);
+
 /// x + time_mix(norm(x)), then x + channel_mix(ffn_norm(x)).
 ///   time mix: r, k, v = W (mix of tokens), wkv_t = (sum_{i<t} e^{k_i - (t-1-i) w} v_i + e^{u + k_t} v_t) / (the same
 ///   without v), out = W_o (sigmoid(r) wkv);  w = e^{decay} per channel.

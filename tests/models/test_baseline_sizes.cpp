@@ -1,4 +1,6 @@
 // Parameter counts of the models that xLSTM is compared with: Tables 1, 2 and 7 of arXiv 2405.04517.
+#include <cmath>
+
 #include "csrc/models/language_model.h"
 #include "tests/support/catch.h"
 
@@ -14,6 +16,14 @@ ModelOptions options_of(const char* kind, int64_t dim, int64_t blocks, int64_t h
   options.embedding_dim = dim, options.num_blocks = blocks, options.num_heads = heads;
   if (options.kind == "llama") options.feed_forward.proj_factor = 8.0 / 3;
   if (options.kind == "gpt" || options.kind == "lstm_block") options.feed_forward.proj_factor = 4;
+  return options;
+}
+
+/// Feed-forwards of the linear-attention models: 8/3 of the width, up to a multiple of 256.
+ModelOptions linear_options(const char* kind, int64_t dim, int64_t blocks, int64_t heads) {
+  ModelOptions options = options_of(kind, dim, blocks, heads);
+  options.feed_forward.proj_factor = 8.0 / 3;
+  options.feed_forward.round_up_to_multiple_of = 256;
   return options;
 }
 
@@ -37,6 +47,38 @@ TEST_CASE("parameter counts of the comparison's models are the paper's") {
   ModelOptions gpt = options_of("gpt", 1024, 24, 16);
   gpt.tie_weights = true;
   check_millions(gpt, 355.9);
+}
+
+TEST_CASE("parameter counts of RWKV-5, RWKV-6 and HGRN2 are the paper's") {
+  const int64_t dims[] = {768, 1024, 1536, 2048, 2560};
+  const double rwkv5[] = {176.5, 455.7, 947.8, 1616.0, 3194.7};
+  const double rwkv6[] = {173.6, 441.6, 907.7, 1537.5, 3021.9};
+  const double hgrn2[] = {162.2, 411.4, 834.2, 1439.4, 2795.4};
+  const int64_t blocks[] = {12, 24, 24, 24, 32};
+  for (int i = 0; i < 5; ++i) {
+    check_millions(options_of("rwkv5", dims[i], blocks[i], dims[i] / 64), rwkv5[i]);
+    check_millions(options_of("rwkv6", dims[i], blocks[i], dims[i] / 64), rwkv6[i]);
+    check_millions(linear_options("hgrn2", dims[i], blocks[i], dims[i] / 128), hgrn2[i]);
+  }
+}
+
+TEST_CASE(
+    "parameter counts of HGRN, GLA and RetNet are the paper's, which gives them in whole "
+    "millions") {
+  const auto whole = [](const ModelOptions& options) {
+    return std::llround(static_cast<double>(count_parameters(options)) / 1e6);
+  };
+  CHECK(whole(linear_options("hgrn", 1024, 24, 1)) == 411);
+  CHECK(whole(linear_options("gla", 1024, 24, 4)) == 412);
+  // The paper does not tell the width of RetNet's feed-forward: 5/3 of the model's gives its count.
+  ModelOptions retnet = linear_options("retnet", 1024, 24, 4);
+  retnet.feed_forward.proj_factor = 5.0 / 3, retnet.feed_forward.round_up_to_multiple_of = 16;
+  CHECK(whole(retnet) == 431);
+  // Linear attention has the shapes of Llama's.
+  ModelOptions linear = options_of("llama", 1024, 24, 16);
+  const int64_t llama = count_parameters(linear);
+  linear.kind = "linear_attention";
+  CHECK(count_parameters(linear) == llama);
 }
 
 TEST_CASE("parameter counts of the ablation's LSTMs are the paper's") {

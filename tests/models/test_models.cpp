@@ -64,13 +64,18 @@ std::vector<Case> all_models() {
                               {"xlstm_large", make(large_options())},
                               {"xlstm, activation checkpointing", make(checkpointed)}};
   for (const char* kind :
-       {"lstm", "lstm_residual", "lstm_block", "llama", "gpt", "mamba", "rwkv4"}) {
+       {"lstm", "lstm_residual", "lstm_block", "llama", "gpt", "mamba", "rwkv4", "rwkv5", "rwkv6",
+        "linear_attention", "retnet", "gla", "hgrn", "hgrn2"}) {
     ModelOptions options = small_options();
     options.kind = kind;
     options.slstm_at.clear();
     options.max_positions = 64;
     models.push_back({kind, make(options)});
   }
+  ModelOptions hgrn2 = small_options();
+  hgrn2.kind = "hgrn2", hgrn2.slstm_at.clear();
+  hgrn2.activation_checkpointing = true, hgrn2.chunk_size = 4;
+  models.push_back({"hgrn2, activation checkpointing, chunks", make(hgrn2)});
   return models;
 }
 
