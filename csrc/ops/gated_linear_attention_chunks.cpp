@@ -1,6 +1,7 @@
 // Within a chunk every pair of tokens has a decay of its own for each row of the state, so the scores are sums of
-// elementwise products; between chunks states are passed on. With b_t the sum of g over the chunk up to t, every exponent
-// is a sum of g over a range of tokens: b_t - b_s for s <= t, b_t, b_L - b_s, b_L, never above zero.
+// elementwise products; between chunks states are passed on. With b_t the sum of g from the chunk's (or the document's)
+// first token up to t, every exponent is a sum of g over a range of tokens: b_t - b_s for s <= t, b_t, b_L - b_s, b_L,
+// never above zero.
 #include "csrc/ops/gated_linear_attention_chunks.h"
 
 #include <ATen/Context.h>
@@ -43,14 +44,6 @@ Tensor in_chunks(const Tensor& x, int64_t length) {
   return padded.unflatten(1, {-1, length}).permute({0, 3, 1, 2, 4});
 }
 
-/// Running sums over the tokens of each chunk, in log2 steps: at::cumsum on CUDA is not deterministic.
-Tensor running_sum(Tensor x) {
-  const int64_t length = x.size(-2);
-  for (int64_t step = 1; step < length; step *= 2)
-    x = x + at::constant_pad_nd(x.narrow(-2, 0, length - step), {0, 0, step, 0});
-  return x;
-}
-
 /// Which pairs of tokens meet, and which tokens see the entering and reach the leaving state.
 struct Documents {
   Documents(const Tensor& reset, const Tensor& like, bool bonus) {
@@ -61,18 +54,35 @@ struct Documents {
     if (!reset.defined()) return;
     const Tensor chunks =
         in_chunks(reset.to(at::kLong).unsqueeze(-1).unsqueeze(-1), length).squeeze(-1);
-    const Tensor document = chunks.cumsum(-1);  // (B,1,N,L), 0: that of the entering state
+    document = chunks.cumsum(-1);
     const Tensor last = document.narrow(-1, length - 1, 1);
     apart = apart | (document.unsqueeze(-1) != document.unsqueeze(-2));
     after_reset = (document != 0).unsqueeze(-1);
     before_reset = (document != last).unsqueeze(-1);
     broken = last != 0;
   }
+  Tensor document;      // (B,1,N,L), 0: that of the entering state; undefined without resets
   Tensor apart;         // (B|1,1,N|1,L,L)
-  Tensor after_reset;   // (B,1,N,L,1), undefined without resets, as the next two
+  Tensor after_reset;   // (B,1,N,L,1), undefined without resets as the next two
   Tensor before_reset;  // (B,1,N,L,1)
   Tensor broken;        // (B,1,N,1)
 };
+
+/// Sums over the tokens of each chunk up to each token, from its document's first on, so that nothing of one document
+/// touches a bit of the next; in log2 steps, because at::cumsum on CUDA is not deterministic.
+Tensor running_sum(Tensor x, const Tensor& document) {
+  const int64_t length = x.size(-2);
+  for (int64_t step = 1; step < length; step *= 2) {
+    Tensor before = x.narrow(-2, 0, length - step);
+    if (document.defined()) {
+      const Tensor other =
+          document.narrow(-1, step, length - step) != document.narrow(-1, 0, length - step);
+      before = before.masked_fill(other.unsqueeze(-1), 0);
+    }
+    x = x + at::constant_pad_nd(before, {0, 0, step, 0});
+  }
+  return x;
+}
 
 Tensor power(const Tensor& exponent, const Tensor& never, at::ScalarType type) {
   return (never.defined() ? exponent.masked_fill(never, kNever) : exponent).to(type).exp();
@@ -85,9 +95,9 @@ std::tuple<Tensor, Tensor> one_slab(const GatedChunks& in) {
   const Tensor q = in_chunks(in.q, length), k = in_chunks(in.k, length),
                v = in_chunks(in.v, length);
   const Tensor g = in_chunks(in.g, length).to(at::kDouble).clamp_min(kLowest);
-  const Tensor write = running_sum(g), read = bonus ? write - g : write;
-  const Tensor total = write.select(-2, length - 1);
   const Documents documents(in.reset, q, bonus);
+  const Tensor write = running_sum(g, documents.document), read = bonus ? write - g : write;
+  const Tensor total = write.select(-2, length - 1);
 
   const Tensor decay = power(read.unsqueeze(-2) - write.unsqueeze(-3),
                              documents.apart.unsqueeze(-1), type);  // (B,NH,N,L,L,DK)

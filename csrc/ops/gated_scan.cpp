@@ -37,32 +37,16 @@ void check(const Tensor& x, const Tensor& a, const OptionalTensor& state0,
   check_dtype(kOp, "reset", *reset, at::kBool);
 }
 
-/// h_t = a_t h_{t-1} + x_t from zero, or, reverse, h_t = a_{t+1} h_{t+1} + x_t. float32 or float64.
+/// See scan_in_passes; float32 or float64.
 Tensor scan(const Tensor& x_in, const Tensor& a_in, bool reverse) {
-  Tensor x = x_in.contiguous(), a = a_in.contiguous();
-  if (x.is_cpu()) {
-    Tensor h = at::empty(x.sizes(), x.options());
-    cpu::GatedScanParams p;
-    p.dtype = dtype_code(x, "gated_scan: x");
-    p.batch = x.size(0), p.time = x.size(1), p.dim = x.size(2), p.reverse = reverse;
-    p.x = x.const_data_ptr(), p.a = a.const_data_ptr(), p.h = h.mutable_data_ptr();
-    cpu::gated_scan(p);
-    return h;
-  }
-  const int64_t time = x.size(1);
-  if (reverse) {
-    x = x.flip(1);
-    a = at::constant_pad_nd(a.narrow(1, 1, time - 1), {0, 0, 0, 1}).flip(1);
-  }
-  // After each pass x is h over windows of twice the length, a the product of the gates over the window.
-  for (int64_t step = 1; step < time; step *= 2) {
-    const auto before = [&](const Tensor& t) {
-      return at::constant_pad_nd(t.narrow(1, 0, time - step), {0, 0, step, 0});
-    };
-    x = x + a * before(x);
-    a = a * before(a);
-  }
-  return reverse ? x.flip(1) : x;
+  if (!x_in.is_cpu()) return scan_in_passes(x_in, a_in, reverse);
+  const Tensor x = x_in.contiguous(), a = a_in.contiguous(), h = at::empty(x.sizes(), x.options());
+  cpu::GatedScanParams p;
+  p.dtype = dtype_code(x, "gated_scan: x");
+  p.batch = x.size(0), p.time = x.size(1), p.dim = x.size(2), p.reverse = reverse;
+  p.x = x.const_data_ptr(), p.a = a.const_data_ptr(), p.h = h.mutable_data_ptr();
+  cpu::gated_scan(p);
+  return h;
 }
 
 /// What enters the first token; zero where absent.
@@ -177,6 +161,24 @@ Outputs gated_scan(const Tensor& x, const Tensor& a, const OptionalTensor& state
                              .findSchemaOrThrow("xlstm::gated_scan", "")
                              .typed<decltype(gated_scan)>();
   return op.call(x, a, state0, reset);
+}
+
+Tensor scan_in_passes(Tensor x, Tensor a, bool reverse) {
+  const int64_t time = x.size(1);
+  if (time == 0) return x;
+  if (reverse) {
+    x = x.flip(1);
+    a = at::constant_pad_nd(a.narrow(1, 1, time - 1), {0, 0, 0, 1}).flip(1);
+  }
+  // After each pass x is h over windows of twice the length, a the product of the gates over the window.
+  for (int64_t step = 1; step < time; step *= 2) {
+    const auto before = [&](const Tensor& t) {
+      return at::constant_pad_nd(t.narrow(1, 0, time - step), {0, 0, step, 0});
+    };
+    x = x + a * before(x);
+    a = a * before(a);
+  }
+  return reverse ? x.flip(1) : x;
 }
 
 TORCH_LIBRARY_IMPL(xlstm, CPU, m) {

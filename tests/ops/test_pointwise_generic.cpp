@@ -1,11 +1,12 @@
-// The ATen paths of causal_conv1d and headwise_norm, which CUDA tensors take without kernels, on the CPU: equal to the
-// CPU operators, which test_causal_conv1d.cpp and test_norm.cpp compare with plain loops.
+// The ATen paths of causal_conv1d, headwise_norm and gated_scan, which CUDA tensors take without kernels, on the CPU: equal
+// to the CPU operators, which test_causal_conv1d.cpp, test_norm.cpp and test_gated_ops.py compare with plain loops.
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include "csrc/ops/causal_conv1d.h"
 #include "csrc/ops/causal_conv1d_generic.h"
+#include "csrc/ops/gated_scan.h"
 #include "csrc/ops/norm.h"
 #include "csrc/ops/norm_generic.h"
 #include "tests/ops/differences.h"
@@ -117,6 +118,19 @@ TEST_CASE("causal_conv1d_step in ATen calls equals the CPU operator", "[pointwis
     check_equal(xlstm::ops::causal_conv1d_generic_step(now, weight, bias, state, t % 2 == 0),
                 xlstm::ops::causal_conv1d_step(now, weight, bias, other, t % 2 == 0), 1e-12);
     check_equal(state, other, 0);
+  }
+}
+
+TEST_CASE("gated_scan in elementwise passes equals the CPU operator", "[pointwise_generic]") {
+  for (const int64_t time : {0, 1, 2, 7, 64, 65}) {
+    const at::Tensor x = random({2, time, 5}), a = random({2, time, 5}).sigmoid();
+    CAPTURE(time);
+    check_equal(xlstm::ops::scan_in_passes(x, a, false), std::get<0>(xlstm::ops::gated_scan(x, a)),
+                1e-12);
+    at::Tensor wanted = x.clone();  // the other way round
+    for (int64_t t = time - 2; t >= 0; --t)
+      wanted.select(1, t).add_(a.select(1, t + 1) * wanted.select(1, t + 1));
+    check_equal(xlstm::ops::scan_in_passes(x, a, true), wanted, 1e-12);
   }
 }
 
