@@ -108,14 +108,7 @@ void print_schedule(const config::Config& config) {
 }
 
 void print_data(const config::Config& config, const TrainingData& data) {
-  const double epochs = static_cast<double>(total_steps(config) * config.train.global_batch_size) /
-                        static_cast<double>(std::max<int64_t>(1, data.train->samples_per_epoch()));
-  print_line("data        " + format_thousands(data.train_tokens) + " tokens, " +
-             format_thousands(data.train->samples_per_epoch()) +
-             " windows: " + format("%.3g", epochs) + " epochs; " +
-             (data.held_out ? "held out " + format_thousands(data.held_out_tokens) + " tokens"
-                            : "nothing held out") +
-             "; all checked");
+  print_line("data        " + describe_data(config, data, total_steps(config)) + "; all checked");
 }
 
 /// One real optimizer step on the first batch.
@@ -167,8 +160,8 @@ void dry_run(const config::Config& given) {
   print_schedule(config);
   if (!has_data(config)) {
     print_line(
-        "data        none configured: not checked, and no step was run (set data.text or "
-        "data.train)");
+        "data        none configured: not checked, and no step was run (set data.text, "
+        "data.train or data.task.name)");
     return;
   }
   if (const std::string missing = first_missing_file(config); !missing.empty()) {

@@ -1,4 +1,4 @@
-// xlstm-eval: loss, perplexity and bits per byte of a saved model at any context length.
+// xlstm-eval: loss, perplexity and bits per byte of a saved model at any context length, or its accuracy in its task.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include "csrc/core/file.h"
 #include "csrc/data/dataset.h"
 #include "csrc/data/prepare.h"
+#include "csrc/data/task_source.h"
 #include "csrc/data/tokenizer.h"
 #include "train/checkpoint.h"
 #include "train/command_line.h"
@@ -30,6 +31,7 @@ const std::vector<OptionSpec> kOptions{
     {"--data", "PREFIX", "prepared token file (default: the run's own held-out set)"},
     {"--text", "FILE", "text file, folder or glob, tokenised on the spot"},
     {"--seq-len", "N", "context length; may exceed the trained one (data.seq_len)"},
+    {"--min-len", "N", "of a data.task: tokens of its shortest sample (data.task.eval_min_len)"},
     {"--batch-size", "N", "windows per forward pass (as in training, fewer for longer windows)"},
     {"--batches", "N", "stop after so many batches; 0: the whole set (0)"},
     {"--json", "FILE", "also write the numbers there"},
@@ -70,30 +72,6 @@ std::string held_out_prefix(const LoadedModel& loaded) {
       .val_prefix;
 }
 
-struct EvalData {
-  std::string name;    ///< as the user knows it
-  std::string prefix;  ///< of the token file
-  std::unique_ptr<TemporaryFolder> folder;
-};
-
-EvalData choose_data(const CommandLine& line, const LoadedModel& loaded) {
-  EvalData choice;
-  if (line.has("--text")) {
-    choice.folder = std::make_unique<TemporaryFolder>();
-    choice.name = line.get("--text", "");
-    choice.prefix = (choice.folder->path() / "text").string();
-    data::PrepareOptions options;
-    options.inputs = {choice.name};
-    options.output_prefix = choice.prefix;
-    options.tokenizer = loaded.tokenizer;
-    data::prepare(options);
-  } else {
-    choice.prefix = line.has("--data") ? line.get("--data", "") : held_out_prefix(loaded);
-    choice.name = choice.prefix;
-  }
-  return choice;
-}
-
 std::shared_ptr<const data::TokenFile> open_data(const LoadedModel& loaded,
                                                  const std::string& prefix) {
   auto file = std::make_shared<const data::TokenFile>(prefix);
@@ -107,17 +85,70 @@ std::shared_ptr<const data::TokenFile> open_data(const LoadedModel& loaded,
   return file;
 }
 
+struct EvalData {
+  std::string name;  ///< as the user knows it
+  std::unique_ptr<data::HeldOutSet> set;
+  std::unique_ptr<TemporaryFolder> folder;  ///< of a set that was prepared for this call
+};
+
+std::unique_ptr<data::HeldOutSet> task_set(const CommandLine& line, const config::Config& config,
+                                           int64_t seq_len) {
+  data::TaskOptions task = config.data.task;
+  task.eval_len = seq_len;
+  task.eval_min_len = line.get_int("--min-len", task.eval_min_len, 0);
+  return data::make_task_data(task, config.data.seq_len,
+                              static_cast<uint64_t>(config.data.shuffle_seed), config.data.shuffle,
+                              config.model.vocab_size)
+      .held_out;
+}
+
+EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t seq_len) {
+  const config::Config& config = loaded.config;
+  EvalData choice;
+  if (config.data.task.given() && !line.has("--text") && !line.has("--data")) {
+    choice.set = task_set(line, config, seq_len);
+    choice.name = choice.set->name();
+    return choice;
+  }
+  if (line.has("--min-len"))
+    throw Error(ExitCode::kConfig, "--min-len is for models that were trained on a data.task");
+  std::string prefix;
+  if (line.has("--text")) {
+    choice.folder = std::make_unique<TemporaryFolder>();
+    choice.name = line.get("--text", "");
+    prefix = (choice.folder->path() / "text").string();
+    data::PrepareOptions options;
+    options.inputs = {choice.name};
+    options.output_prefix = prefix;
+    options.tokenizer = loaded.tokenizer;
+    data::prepare(options);
+  } else {
+    prefix = line.has("--data") ? line.get("--data", "") : held_out_prefix(loaded);
+    choice.name = prefix;
+  }
+  data::DatasetOptions options;
+  options.seq_len = seq_len;
+  options.reset_state_at_document = config.data.reset_state_at_document;
+  options.mask_loss_across_documents = config.data.mask_loss_across_documents;
+  choice.set = std::make_unique<data::EvalSet>(open_data(loaded, prefix), options);
+  return choice;
+}
+
 void write_json(const std::string& path, const LoadedModel& loaded, const std::string& data,
                 int64_t seq_len, const EvaluationResult& result, double seconds) {
-  const nlohmann::ordered_json json = {{"checkpoint", loaded.folder},
-                                       {"data", data},
-                                       {"seq_len", seq_len},
-                                       {"trained_seq_len", loaded.config.data.seq_len},
-                                       {"loss", result.loss},
-                                       {"perplexity", result.perplexity},
-                                       {"bits_per_byte", result.bits_per_byte},
-                                       {"tokens", result.tokens},
-                                       {"seconds", seconds}};
+  nlohmann::ordered_json json = {{"checkpoint", loaded.folder},
+                                 {"data", data},
+                                 {"seq_len", seq_len},
+                                 {"trained_seq_len", loaded.config.data.seq_len},
+                                 {"loss", result.loss},
+                                 {"perplexity", result.perplexity},
+                                 {"bits_per_byte", result.bits_per_byte},
+                                 {"tokens", result.tokens},
+                                 {"seconds", seconds}};
+  if (result.accuracy.has_value()) {
+    json["accuracy"] = *result.accuracy;
+    json["scaled_accuracy"] = *result.scaled_accuracy;
+  }
   write_file_atomically(path, json.dump(2) + "\n");
 }
 
@@ -142,28 +173,28 @@ int body(int argc, char** argv) {
   const LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"));
   loaded.model->to(device);
   const config::Config& config = loaded.config;
-  const int64_t seq_len = line.get_int("--seq-len", config.data.seq_len, 1);
+  const int64_t held_out_len = config.data.task.given() ? config.data.task.eval_len : 0;
+  const int64_t seq_len =
+      line.get_int("--seq-len", held_out_len > 0 ? held_out_len : config.data.seq_len, 1);
   const int64_t trained_batch = config.train.micro_batch_size > 0 ? config.train.micro_batch_size
                                                                   : config.train.global_batch_size;
   const int64_t batch_size = line.get_int(
       "--batch-size", std::max<int64_t>(1, trained_batch * config.data.seq_len / seq_len), 1);
   const int64_t batches = line.get_int("--batches", 0, 0);
 
-  const EvalData source = choose_data(line, loaded);
-  data::DatasetOptions options;
-  options.seq_len = seq_len;
-  options.reset_state_at_document = config.data.reset_state_at_document;
-  options.mask_loss_across_documents = config.data.mask_loss_across_documents;
-  const data::EvalSet data(open_data(loaded, source.prefix), options);
-
+  const EvalData source = choose_data(line, loaded, seq_len);
   const auto start = std::chrono::steady_clock::now();
-  const EvaluationResult result =
-      evaluate(*loaded.model, data, batch_size, batches, config.train.dtype == "bfloat16", true);
+  const EvaluationResult result = evaluate(*loaded.model, *source.set, batch_size, batches,
+                                           config.train.dtype == "bfloat16", true);
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  std::printf("loss %.6f nats/token | perplexity %.4f | bits per byte ", result.loss,
-              result.perplexity);
-  std::printf(result.bits_per_byte > 0 ? "%.4f" : "unknown (no sidecar)", result.bits_per_byte);
+  std::printf("loss %.6f nats/token | perplexity %.4f | ", result.loss, result.perplexity);
+  if (result.accuracy.has_value()) {
+    std::printf("accuracy %.4f, scaled %.4f", *result.accuracy, *result.scaled_accuracy);
+  } else {
+    std::printf("bits per byte ");
+    std::printf(result.bits_per_byte > 0 ? "%.4f" : "unknown (no sidecar)", result.bits_per_byte);
+  }
   std::printf(" | %lld tokens at context %lld\n", static_cast<long long>(result.tokens),
               static_cast<long long>(seq_len));
   if (line.has("--json"))

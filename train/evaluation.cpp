@@ -1,6 +1,9 @@
 #include "train/evaluation.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Reduction.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
@@ -16,18 +19,29 @@
 namespace xlstm::train {
 namespace {
 
-double batch_loss(models::LanguageModel& model, data::Batch& batch, at::Device device) {
+struct Score {
+  double nats = 0;
+  int64_t correct = 0;
+};
+
+/// The loss alone, or, where `answers`, the likeliest token too.
+Score score(models::LanguageModel& model, data::Batch& batch, at::Device device, bool answers) {
   const std::vector<int64_t> shape{batch.batch_size, batch.seq_len};
   const at::Tensor ids = at::from_blob(batch.input.data(), shape, at::kLong).to(device);
   const at::Tensor targets = at::from_blob(batch.target.data(), shape, at::kLong).to(device);
   const at::Tensor reset =
       at::from_blob(batch.reset.data(), shape, at::kByte).to(device, at::kBool);
-  return model.loss(ids, targets, reset, "sum").item<double>();
+  if (!answers) return {model.loss(ids, targets, reset, "sum").item<double>()};
+  const at::Tensor asked = (targets != data::kIgnored).flatten().nonzero().squeeze(1);
+  const at::Tensor h = model.hidden(ids, {}, reset).first.flatten(0, 1).index_select(0, asked);
+  const at::Tensor logits = model.logits(h), wanted = targets.flatten().index_select(0, asked);
+  return {at::cross_entropy_loss(logits, wanted, {}, at::Reduction::Sum).item<double>(),
+          (logits.argmax(1) == wanted).sum().item<int64_t>()};
 }
 
 }  // namespace
 
-EvaluationResult evaluate(models::LanguageModel& model, const data::EvalSet& data,
+EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
                           int64_t batch_size, int64_t max_batches, bool bfloat16,
                           bool show_progress) {
   if (batch_size < 1)
@@ -43,21 +57,30 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::EvalSet& dat
   std::optional<Progress> progress;
   if (show_progress) progress.emplace("evaluating", windows, "windows");
   EvaluationResult result;
-  double nats = 0;
+  const std::optional<double> chance = data.chance();
+  Score total;
   for (int64_t first = 0; first < windows; first += batch_size) {
     data::Batch batch = data.batch(first, std::min(batch_size, windows - first));
-    if (batch.num_targets > 0) nats += batch_loss(model, batch, device);
+    if (batch.num_targets > 0) {
+      const Score part = score(model, batch, device, chance.has_value());
+      total.nats += part.nats;
+      total.correct += part.correct;
+    }
     result.tokens += batch.num_targets;
     if (progress) progress->update(std::min(first + batch_size, windows));
   }
   if (progress) progress->finish();
   if (result.tokens == 0)
     throw Error(ExitCode::kData,
-                data.file().prefix() + ": no token to score; each document needs at least two");
-  result.loss = nats / static_cast<double>(result.tokens);
+                data.name() + ": no token to score; each document needs at least two");
+  result.loss = total.nats / static_cast<double>(result.tokens);
   result.perplexity = std::exp(result.loss);
   if (data.bytes_per_token() > 0)
     result.bits_per_byte = result.loss / std::log(2.0) / data.bytes_per_token();
+  if (chance.has_value()) {
+    result.accuracy = static_cast<double>(total.correct) / static_cast<double>(result.tokens);
+    result.scaled_accuracy = (*result.accuracy - *chance) / (1 - *chance);
+  }
   return result;
 }
 

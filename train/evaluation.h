@@ -1,7 +1,8 @@
 #pragma once
 #include <cstdint>
+#include <optional>
 
-#include "csrc/data/dataset.h"
+#include "csrc/data/batch.h"
 #include "csrc/models/language_model.h"
 
 namespace xlstm::train {
@@ -11,11 +12,13 @@ struct EvaluationResult {
   double perplexity = 0;
   double bits_per_byte = 0;  ///< 0 when the data set does not know its bytes
   int64_t tokens = 0;        ///< tokens scored
+  /// Of a task: the share of answers that are the likeliest token, and (accuracy - chance) / (1 - chance).
+  std::optional<double> accuracy, scaled_accuracy;
 };
 
 /// Token-weighted mean over a fixed set, without gradients. max_batches 0: the whole set. The model's training mode is
 /// put back afterwards. show_progress: a bar on standard error.
-EvaluationResult evaluate(models::LanguageModel& model, const data::EvalSet& data,
+EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
                           int64_t batch_size, int64_t max_batches = 0, bool bfloat16 = false,
                           bool show_progress = false);
 

@@ -20,9 +20,9 @@ TrainBatch::TrainBatch(data::Batch&& source, bool pinned) : host(std::move(sourc
   if (reset.defined()) reset = reset.pin_memory();
 }
 
-Prefetcher::Prefetcher(const data::Dataset& dataset, int64_t first_sample, int64_t batch_size,
+Prefetcher::Prefetcher(const data::SampleSource& source, int64_t first_sample, int64_t batch_size,
                        bool pinned)
-    : dataset_(dataset),
+    : source_(source),
       next_sample_(first_sample),
       batch_size_(batch_size),
       pinned_(pinned),
@@ -50,7 +50,7 @@ std::unique_ptr<TrainBatch> Prefetcher::next() {
 void Prefetcher::work() {
   try {
     while (true) {
-      auto batch = std::make_unique<TrainBatch>(dataset_.batch(next_sample_, batch_size_), pinned_);
+      auto batch = std::make_unique<TrainBatch>(source_.batch(next_sample_, batch_size_), pinned_);
       next_sample_ += batch_size_;
       std::unique_lock lock(mutex_);
       changed_.wait(lock, [this] { return stop_ || ready_ == nullptr; });

@@ -8,7 +8,7 @@
 #include <mutex>
 #include <thread>
 
-#include "csrc/data/dataset.h"
+#include "csrc/data/batch.h"
 
 namespace xlstm::train {
 
@@ -26,7 +26,7 @@ struct TrainBatch {
 /// Reads one batch ahead on a thread of its own while the step before runs.
 class Prefetcher {
  public:
-  Prefetcher(const data::Dataset& dataset, int64_t first_sample, int64_t batch_size,
+  Prefetcher(const data::SampleSource& source, int64_t first_sample, int64_t batch_size,
              bool pinned = false);
   ~Prefetcher();
   Prefetcher(const Prefetcher&) = delete;
@@ -36,7 +36,7 @@ class Prefetcher {
 
  private:
   void work();
-  const data::Dataset& dataset_;
+  const data::SampleSource& source_;
   int64_t next_sample_, batch_size_;
   bool pinned_;
   std::mutex mutex_;

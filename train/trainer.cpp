@@ -203,15 +203,11 @@ void Trainer::Impl::load(const std::string& folder) {
 
 void Trainer::Impl::announce() const {
   const double count = static_cast<double>(models::count_parameters(config_.model));
-  const double epochs = static_cast<double>(total_steps_) *
-                        static_cast<double>(config_.train.global_batch_size) /
-                        static_cast<double>(std::max<int64_t>(1, data_.train->samples_per_epoch()));
   log_info("run " + folder_->path() + " | " + format_count(count) + " parameters | " +
            describe(device_) + " | " + config_.train.dtype);
-  log_info("data " + format_count(static_cast<double>(data_.train_tokens)) + " tokens, held out " +
-           format_count(static_cast<double>(data_.held_out_tokens)) + " | " +
+  log_info("data " + describe_data(config_, data_, total_steps_) + " | " +
            std::to_string(total_steps_) + " steps of " + format_thousands(tokens_per_step()) +
-           " tokens = " + format("%.3g", epochs) + " epochs");
+           " tokens");
 }
 
 ExitCode Trainer::Impl::train() {
@@ -326,6 +322,12 @@ void Trainer::Impl::evaluate_now() {
     metrics.emplace_back("val/bits_per_byte", evaluation_.bits_per_byte);
     line += " | bits per byte " + format("%.4f", evaluation_.bits_per_byte);
   }
+  if (evaluation_.accuracy.has_value()) {
+    metrics.emplace_back("val/accuracy", *evaluation_.accuracy);
+    metrics.emplace_back("val/scaled_accuracy", *evaluation_.scaled_accuracy);
+    line += " | accuracy " + format("%.4f", *evaluation_.accuracy) + ", scaled " +
+            format("%.4f", *evaluation_.scaled_accuracy);
+  }
   log_info(line + " | " + format_count(static_cast<double>(evaluation_.tokens)) + " tokens");
   jsonl_->write_metrics(state_.step, metrics);
   if (tensorboard_) tensorboard_->write_metrics(state_.step, metrics);
@@ -404,6 +406,9 @@ ExitCode Trainer::Impl::finish() {
   if (evaluated_step_ < 0) {
     print_line("final training loss: " +
                format("%.4f", last_value(folder_->file("metrics.jsonl"), "train/loss")));
+  } else if (evaluation_.accuracy.has_value()) {
+    print_line("held-out accuracy: " + format("%.4f", *evaluation_.accuracy) + ", scaled " +
+               format("%.4f", *evaluation_.scaled_accuracy));
   } else if (evaluation_.bits_per_byte > 0) {
     print_line("held-out bits per byte: " + format("%.2f", evaluation_.bits_per_byte));
   } else {

@@ -1,10 +1,14 @@
 #include "train/training_data.h"
 
+#include <cstdio>
 #include <filesystem>
 
 #include "csrc/core/error.h"
+#include "csrc/data/dataset.h"
 #include "csrc/data/prepare.h"
+#include "csrc/data/task_source.h"
 #include "train/log.h"
+#include "train/metrics.h"
 
 namespace xlstm::train {
 namespace {
@@ -52,7 +56,7 @@ std::shared_ptr<const data::TokenFile> open_file(const std::string& path, config
 }  // namespace
 
 bool has_data(const config::Config& config) {
-  return !config.data.text.empty() || !config.data.train.empty();
+  return config.data.task.given() || !config.data.text.empty() || !config.data.train.empty();
 }
 
 std::string first_missing_file(const config::Config& config) {
@@ -63,11 +67,32 @@ std::string first_missing_file(const config::Config& config) {
   return config.data.val.empty() || token_file_exists(config.data.val) ? "" : config.data.val;
 }
 
+std::string describe_data(const config::Config& config, const TrainingData& data, int64_t steps) {
+  const int64_t epoch = data.train->samples_per_epoch();
+  const auto samples = static_cast<double>(steps * config.train.global_batch_size);
+  char epochs[64] = "fresh samples for ever";
+  if (epoch > 0)
+    std::snprintf(epochs, sizeof epochs, "%s windows: %.3g epochs", format_thousands(epoch).c_str(),
+                  samples / static_cast<double>(epoch));
+  if (config.data.task.given())
+    return "task " + config.data.task.name + ", " + epochs + "; held out " +
+           format_thousands(data.held_out->num_windows()) + " samples";
+  return format_thousands(data.train_tokens) + " tokens, " + epochs + "; " +
+         (data.held_out ? "held out " + format_thousands(data.held_out_tokens) + " tokens"
+                        : "nothing held out");
+}
+
 TrainingData open_training_data(config::Config& config) {
   if (!has_data(config)) {
     throw Error(ExitCode::kConfig,
-                "no training data: set data.text=FILE, FOLDER or GLOB, or data.train=[{path: "
-                "PREFIX}] (xlstm-data prepare)");
+                "no training data: set data.text=FILE, FOLDER or GLOB, data.train=[{path: "
+                "PREFIX}] (xlstm-data prepare), or data.task.name=TASK");
+  }
+  const auto seed = static_cast<uint64_t>(config.data.shuffle_seed);
+  if (config.data.task.given()) {
+    data::TaskData task = data::make_task_data(config.data.task, config.data.seq_len, seed,
+                                               config.data.shuffle, config.model.vocab_size);
+    return {std::move(task.train), std::move(task.held_out)};
   }
   std::vector<config::DataSource> sources = config.data.train;
   std::string held_out = config.data.val;
@@ -81,7 +106,7 @@ TrainingData open_training_data(config::Config& config) {
   const data::DatasetOptions options{
       .seq_len = config.data.seq_len,
       .shuffle = config.data.shuffle,
-      .seed = static_cast<uint64_t>(config.data.shuffle_seed),
+      .seed = seed,
       .reset_state_at_document = config.data.reset_state_at_document,
       .mask_loss_across_documents = config.data.mask_loss_across_documents};
   TrainingData result;

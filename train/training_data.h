@@ -4,23 +4,26 @@
 #include <string>
 
 #include "csrc/config/config.h"
-#include "csrc/data/dataset.h"
+#include "csrc/data/batch.h"
 #include "csrc/data/tokenizer.h"
 
 namespace xlstm::train {
 
 /// What a run trains on and is judged by.
 struct TrainingData {
-  std::unique_ptr<data::Dataset> train;
-  std::unique_ptr<data::EvalSet> held_out;  ///< null without data.val
-  int64_t train_tokens = 0, held_out_tokens = 0;
+  std::unique_ptr<data::SampleSource> train;
+  std::unique_ptr<data::HeldOutSet> held_out;     ///< null without data.val
+  int64_t train_tokens = 0, held_out_tokens = 0;  ///< of files; 0 with a task
 };
 
 bool has_data(const config::Config& config);
 /// The first token file of data.train or data.val that does not exist; "" where all do.
 std::string first_missing_file(const config::Config& config);
 
-/// Prepares data.text into the cache, or opens data.train and data.val, and checks that every token
+/// One line for logs and --dry-run: how much there is of what, and how many epochs `steps` are.
+std::string describe_data(const config::Config& config, const TrainingData& data, int64_t steps);
+
+/// Makes data.task, or prepares data.text into the cache, or opens data.train and data.val, and checks that every token
 /// fits the model. Takes data.tokenizer over from the files where they name another one than the
 /// default, so that samples and checkpoints know it. Throws Error(kConfig) without data and where
 /// model.vocab_size is too small, Error(kData) for bad files.

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/data/task_options.h"
 #include "csrc/models/model_options.h"
 
 namespace xlstm::config {
@@ -43,6 +44,7 @@ struct DataConfig {
   bool reset_state_at_document = true;
   bool mask_loss_across_documents = true;
   std::string verify = "sizes";  ///< "none" | "sizes" | "sha256"
+  data::TaskOptions task;        ///< instead of text and token files
 };
 
 struct TrainConfig {

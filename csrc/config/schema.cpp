@@ -55,6 +55,12 @@ Limits one_of(std::vector<std::string> choices) {
   return limits;
 }
 
+std::vector<std::string> task_choices() {
+  std::vector<std::string> choices = data::task_names();
+  choices.insert(choices.begin(), "none");
+  return choices;
+}
+
 // The name is the member's own path, so that the two cannot differ.
 #define XLSTM_FIELD(member, limits, doc)                                             \
   Field {                                                                            \
@@ -172,12 +178,29 @@ std::vector<Field> data_fields() {
                   "bytes, a tokenizer.json, or a folder with vocab.json and merges.txt"),
       XLSTM_FIELD(data.seq_len, integers(1, kMaxSize), "tokens per training sequence"),
       XLSTM_FIELD(data.shuffle, any(), "visit the sequences in random order, new in each epoch"),
-      XLSTM_FIELD(data.shuffle_seed, integers(0), "seed of that order"),
+      XLSTM_FIELD(data.shuffle_seed, integers(0), "seed of that order, and of a task's samples"),
       XLSTM_FIELD(data.reset_state_at_document, any(), "empty the state where a document starts"),
       XLSTM_FIELD(data.mask_loss_across_documents, any(),
                   "never predict the first token of the next document"),
       XLSTM_FIELD(data.verify, one_of({"none", "sizes", "sha256"}),
                   "check of the token files at the start"),
+      XLSTM_FIELD(data.task.name, one_of(task_choices()),
+                  "synthetic task to train on instead of text"),
+      XLSTM_FIELD(data.task.vocab_size, integers(0, kMaxSize),
+                  "tokens of the task, padding included; 0: the paper's"),
+      XLSTM_FIELD(
+          data.task.min_len, zero_or_integers(2, kMaxSize),
+          "formal languages: tokens of the shortest sample, answers included; 0: 3, or what "
+          "the task needs; the longest has data.seq_len"),
+      XLSTM_FIELD(data.task.key_values, integers(1, kMaxSize),
+                  "mqar: pairs of key and value before the queries"),
+      XLSTM_FIELD(data.task.train_samples, integers(0),
+                  "samples of an epoch; 0: fresh ones for ever"),
+      XLSTM_FIELD(data.task.eval_samples, integers(1), "held-out samples"),
+      XLSTM_FIELD(data.task.eval_min_len, integers(0, kMaxSize),
+                  "shortest held-out sample; 0: min_len"),
+      XLSTM_FIELD(data.task.eval_len, integers(0, kMaxSize),
+                  "longest held-out sample; 0: data.seq_len"),
   };
 }
 
@@ -262,7 +285,8 @@ const std::vector<Section>& sections() {
       {"model.mlstm", "mLSTM blocks of kind xlstm"},
       {"model.slstm", "sLSTM blocks of kind xlstm"},
       {"model.feed_forward", "feed-forward layer of sLSTM blocks and of the 7B block"},
-      {"data", "text or prepared token files"},
+      {"data", "text, prepared token files, or a synthetic task"},
+      {"data.task", "synthetic task"},
       {"train", "length and batches"},
       {"optim", "AdamW and its learning rate"},
       {"ckpt", "checkpoints"},

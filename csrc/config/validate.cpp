@@ -156,6 +156,18 @@ void validate_length(const Config& config) {
 void validate_data(const Config& config) {
   const auto& data = config.data;
   const bool text = !data.text.empty(), prepared = !data.train.empty();
+  if (data.task.given()) {
+    require(!text && !prepared, config, "data.task.name",
+            "is given together with " + std::string(text ? "data.text" : "data.train") +
+                ", expected one of them");
+    require(config.sample.prompts.empty(), config, "sample.prompts",
+            "works with text only, but data.task.name is " + data.task.name + "; remove it");
+    return;
+  }
+  for (const std::string& name : settings_below({"data.task"})) {
+    if (!is_default(config, name))
+      fail(config, name, "applies to synthetic tasks only; set data.task.name, or remove it");
+  }
   if (text && prepared) {
     fail(config, "data.text",
          "is given together with data.train, expected one of them; set data.text=\"\" or "
@@ -163,8 +175,8 @@ void validate_data(const Config& config) {
   }
   if (!text && !prepared) {
     fail(config, "data.text",
-         "nothing to train on; set data.text to a file, folder or glob (or python-stdlib), or "
-         "data.train to token files");
+         "nothing to train on; set data.text to a file, folder or glob (or python-stdlib), "
+         "data.train to token files, or data.task.name to a synthetic task");
   }
   require(text || data.val_text.empty(), config, "data.val_text",
           "works with data.text; with data.train set data.val to a prepared token file");

@@ -10,7 +10,6 @@
 namespace xlstm::data {
 namespace {
 
-constexpr int64_t kIgnore = -100;
 /// Changes whenever the order or the cutting of samples does, so that a run is not resumed on other data.
 constexpr const char* kOrderVersion = "order-1";
 
@@ -18,17 +17,6 @@ void check_seq_len(int64_t seq_len) {
   if (seq_len < 1)
     throw Error(ExitCode::kConfig,
                 "data.seq_len is " + std::to_string(seq_len) + ", expected at least 1");
-}
-
-Batch empty_batch(int64_t count, int64_t seq_len) {
-  Batch batch;
-  batch.batch_size = count;
-  batch.seq_len = seq_len;
-  const auto size = static_cast<size_t>(count * seq_len);
-  batch.input.assign(size, 0);
-  batch.target.assign(size, kIgnore);
-  batch.reset.assign(size, 0);
-  return batch;
 }
 
 /// Fills row `row` with tokens [first, first+count] of the file: `count` inputs, each with the next token as target.
@@ -43,7 +31,7 @@ void fill_row(const TokenFile& file, const DatasetOptions& options, int64_t firs
   for (size_t t = 0; t < static_cast<size_t>(count); ++t) {
     const bool masked = options.mask_loss_across_documents && starts[t + 1] != 0;
     batch.input[offset + t] = tokens[t];
-    batch.target[offset + t] = masked ? kIgnore : tokens[t + 1];
+    batch.target[offset + t] = masked ? kIgnored : tokens[t + 1];
     batch.num_targets += masked ? 0 : 1;
     // The state is empty before a window, so that its first token is a reset in any case.
     batch.reset[offset + t] = t == 0 || (options.reset_state_at_document && starts[t] != 0) ? 1 : 0;
@@ -97,7 +85,7 @@ int64_t Dataset::samples_per_epoch() const {
 Batch Dataset::batch(int64_t first_sample, int64_t count) const {
   if (first_sample < 0 || count < 0)
     throw Error(ExitCode::kData, "Dataset::batch: negative sample index or count");
-  Batch batch = empty_batch(count, options_.seq_len);
+  Batch batch(count, options_.seq_len);
   std::vector<int64_t> tokens;
   std::vector<uint8_t> starts;
   for (int64_t row = 0; row < count; ++row) {
@@ -148,7 +136,7 @@ Batch EvalSet::batch(int64_t first_window, int64_t count) const {
     throw Error(ExitCode::kData, "EvalSet::batch: windows " + std::to_string(first_window) +
                                      " to " + std::to_string(first_window + count) + " of " +
                                      std::to_string(num_windows()));
-  Batch batch = empty_batch(count, options_.seq_len);
+  Batch batch(count, options_.seq_len);
   std::vector<int64_t> tokens;
   std::vector<uint8_t> starts;
   for (int64_t row = 0; row < count; ++row) {

@@ -1,23 +1,14 @@
 #pragma once
-// Windows of tokens in a stateless order: sample i of a run is a pure function of (files, weights, seed, i), the same
-// for every number of processes, batches and restarts.
+// Windows of tokens in a stateless order.
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "csrc/data/batch.h"
 #include "csrc/data/token_file.h"
 
 namespace xlstm::data {
-
-struct Batch {
-  int64_t batch_size = 0, seq_len = 0;
-  std::vector<int64_t> input;  ///< (B,T) token ids
-  std::vector<int64_t>
-      target;  ///< (B,T) next token; -100 where it would cross into another document
-  std::vector<uint8_t> reset;  ///< (B,T) 1 where a document starts
-  int64_t num_targets = 0;     ///< targets != -100
-};
 
 struct DatasetOptions {
   int64_t seq_len = 256;
@@ -39,14 +30,14 @@ struct WeightedFile {
 /// counted for itself. The (N-1) % seq_len tokens that are left over lie before and behind the windows: their number
 /// before is drawn anew each epoch when shuffling (so that no token is always left out), else all lie behind. In a
 /// mixture each file gets its share of samples evenly (csrc/data/sampling.h).
-class Dataset {
+class Dataset final : public SampleSource {
  public:
   Dataset(std::vector<WeightedFile> files, const DatasetOptions& options);
   /// Windows of one pass over all files.
-  int64_t samples_per_epoch() const;
-  /// The batch of global samples [first, first+count): order, shuffle per epoch and mixture follow from the index.
-  Batch batch(int64_t first_sample, int64_t count) const;
-  std::string fingerprint() const;
+  int64_t samples_per_epoch() const override;
+  /// Order, shuffle per epoch and mixture follow from the index.
+  Batch batch(int64_t first_sample, int64_t count) const override;
+  std::string fingerprint() const override;
 
  private:
   struct Source;
@@ -58,14 +49,14 @@ class Dataset {
 
 /// A held-out file in order, once: window w is tokens [w*T, w*T+T], the last one shorter windows are padded with
 /// target -100, so that every token but the first of each document is scored exactly once.
-class EvalSet {
+class EvalSet final : public HeldOutSet {
  public:
   EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& options);
-  int64_t num_windows() const;
-  Batch batch(int64_t first_window, int64_t count) const;
-  /// UTF-8 bytes of text per scored token over the whole file, for bits per byte; 0 when unknown (no sidecar).
-  double bytes_per_token() const;
-  const TokenFile& file() const { return *file_; }
+  int64_t num_windows() const override;
+  Batch batch(int64_t first_window, int64_t count) const override;
+  /// Over the whole file; 0 when unknown (no sidecar).
+  double bytes_per_token() const override;
+  std::string name() const override { return file_->prefix(); }
 
  private:
   std::shared_ptr<const TokenFile> file_;

@@ -30,9 +30,13 @@ std::pair<at::Tensor, ModelState> LanguageModel::forward(const at::Tensor& ids,
                                                          const ModelState& state,
                                                          const std::optional<at::Tensor>& reset) {
   auto [h, next] = hidden(ids, state, reset);
+  return {logits(h), std::move(next)};
+}
+
+at::Tensor LanguageModel::logits(const at::Tensor& h) const {
   at::Tensor logits = at::linear(h, head_weight());
   if (logits.scalar_type() != at::kDouble) logits = logits.to(at::kFloat);
-  return {nn::soft_cap(logits, options().output_logit_soft_cap), std::move(next)};
+  return nn::soft_cap(logits, options().output_logit_soft_cap);
 }
 
 at::Tensor LanguageModel::loss(const at::Tensor& ids, const at::Tensor& targets,

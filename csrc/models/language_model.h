@@ -29,6 +29,8 @@ class LanguageModel : public torch::nn::Module {
   /// Logits (B,T,V), float32 or float64, soft-capped where the options say so.
   std::pair<at::Tensor, ModelState> forward(const at::Tensor& ids, const ModelState& state = {},
                                             const std::optional<at::Tensor>& reset = {});
+  /// Logits (...,V) of final hidden vectors (...,D).
+  at::Tensor logits(const at::Tensor& h) const;
   /// Cross entropy in nats, without ever holding all logits unless the option `fused` is off: sum over targets != -100
   /// (reduction "sum") or their mean.
   at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets,

@@ -6,7 +6,9 @@
 #include <fstream>
 
 #include "csrc/core/error.h"
+#include "csrc/data/dataset.h"
 #include "csrc/data/prepare.h"
+#include "csrc/data/task_source.h"
 #include "tests/support/catch.h"
 #include "tests/support/temporary_folder.h"
 #include "train/evaluation.h"
@@ -108,6 +110,35 @@ TEST_CASE("bits per byte counts the bytes of the text") {
   CHECK(static_cast<double>(result.tokens) == bytes);
   CHECK(result.bits_per_byte * bytes * std::log(2.0) ==
         Approx(result.loss * static_cast<double>(result.tokens)).epsilon(0.03));
+}
+
+TEST_CASE("the accuracy of a task is that of its answers") {
+  data::TaskOptions options;
+  options.name = "reverse_string";
+  options.eval_samples = 21;
+  const auto data = data::make_task_data(options, 20, 1, true, 256);
+  const auto model = tiny_model();
+  model->eval();
+  double correct = 0, answers = 0, nats = 0;
+  for (int64_t i = 0; i < 21; ++i) {
+    const data::Batch batch = data.held_out->batch(i, 1);
+    const at::Tensor ids = at::tensor(batch.input).unsqueeze(0);
+    const at::Tensor logits = model->forward(ids).first[0];
+    for (int64_t t = 0; t < 20; ++t) {
+      const int64_t target = batch.target[static_cast<size_t>(t)];
+      if (target == data::kIgnored) continue;
+      ++answers;
+      correct += logits[t].argmax().item<int64_t>() == target;
+      nats -= logits[t].log_softmax(0)[target].item<double>();
+    }
+  }
+  for (const int64_t batch_size : {1, 4, 64}) {
+    const EvaluationResult result = evaluate(*model, *data.held_out, batch_size);
+    CHECK(static_cast<double>(result.tokens) == answers);
+    CHECK(result.loss == Approx(nats / answers).epsilon(1e-5));
+    CHECK(result.accuracy.value() == Approx(correct / answers));
+    CHECK(result.scaled_accuracy.value() == Approx((correct / answers - 0.1) / 0.9));
+  }
 }
 
 TEST_CASE("max_batches takes the first batches alone; bad sizes are refused") {

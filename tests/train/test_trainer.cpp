@@ -16,6 +16,7 @@
 #include "tests/support/temporary_folder.h"
 #include "train/checkpoint.h"
 #include "train/log.h"
+#include "train/metrics.h"
 #include "train/signals.h"
 #include "train/train_step.h"
 #include "train/trainer.h"
@@ -192,6 +193,42 @@ TEST_CASE("a run stopped by a signal and resumed has the bits of one that was no
       CHECK(std::string(error.what()).find("model.embedding_dim: 32 now") != std::string::npos);
     }
   }
+}
+
+TEST_CASE("a task is learnt, judged by its accuracy, and resumed to the bit") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.model.vocab_size = 3;
+  config.model.num_blocks = 1;
+  config.model.slstm_at = {0};
+  config.model.dropout = 0;
+  config.data = {};
+  config.data.seq_len = 12;
+  config.data.task.name = "even_pairs";
+  config.train.global_batch_size = 32;
+  config.train.max_steps = 160;
+  config.optim.learning_rate = 1e-2;
+  config.ckpt.every = 0;
+  config.eval.every = 0;
+  config.eval.batches = 0;
+  config.run.name = "whole";
+  REQUIRE(train_once(config) == ExitCode::kOk);
+  const std::string whole = (folder / "runs/whole").string();
+  CHECK(last_value(whole + "/metrics.jsonl", "val/accuracy") > 0.95);
+  CHECK(last_value(whole + "/metrics.jsonl", "val/scaled_accuracy") > 0.9);
+
+  config.run.name = "halved";
+  install_signal_handlers();
+  clear_stop_request();
+  ::setenv("XLSTM_FAILPOINT", "trainer.raise_sigterm:70", 1);
+  CHECK(Trainer(config, {}).run() == ExitCode::kPreempted);
+  ::unsetenv("XLSTM_FAILPOINT");
+  REQUIRE(train_once(config) == ExitCode::kOk);
+  const std::string last = "/ckpt/step-00000160";
+  CHECK(hash_of(whole + last) == hash_of((folder / "runs/halved").string() + last));
+  config.data.task.key_values = 5;
+  config.data.shuffle_seed = 7;
+  CHECK_THROWS_AS(train_once(config), Error);  // other samples: not the same run
 }
 
 /// model.fused only chooses operators: the losses of a run agree to the rounding of float32, though not to the bit.

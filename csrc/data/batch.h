@@ -1,0 +1,56 @@
+#pragma once
+// What training and evaluation read, wherever it comes from: token files (dataset.h) or synthetic tasks (task_source.h).
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace xlstm::data {
+
+/// A target that does not count.
+constexpr int64_t kIgnored = -100;
+
+struct Batch {
+  Batch() = default;
+  /// All inputs 0, all targets ignored, no resets.
+  Batch(int64_t count, int64_t length)
+      : batch_size(count),
+        seq_len(length),
+        input(static_cast<size_t>(count * length), 0),
+        target(static_cast<size_t>(count * length), kIgnored),
+        reset(static_cast<size_t>(count * length), 0) {}
+  int64_t batch_size = 0, seq_len = 0;
+  std::vector<int64_t> input;   ///< (B,T) token ids
+  std::vector<int64_t> target;  ///< (B,T) what is to be predicted there; kIgnored where nothing is
+  std::vector<uint8_t> reset;   ///< (B,T) 1 where a document starts
+  int64_t num_targets = 0;      ///< targets that count
+};
+
+/// What a run trains on: sample i is a pure function of the settings and i, the same for every number of processes,
+/// batches and restarts.
+class SampleSource {
+ public:
+  virtual ~SampleSource() = default;
+  /// 0: no sample ever comes twice.
+  virtual int64_t samples_per_epoch() const = 0;
+  /// Samples [first, first+count).
+  virtual Batch batch(int64_t first_sample, int64_t count) const = 0;
+  /// Changes whenever a sample does.
+  virtual std::string fingerprint() const = 0;
+};
+
+/// What a model is judged by: a fixed set of windows, each scored once.
+class HeldOutSet {
+ public:
+  virtual ~HeldOutSet() = default;
+  virtual int64_t num_windows() const = 0;
+  virtual Batch batch(int64_t first_window, int64_t count) const = 0;
+  /// For messages.
+  virtual std::string name() const = 0;
+  /// UTF-8 bytes of text per scored token, for bits per byte; 0 where there is no text.
+  virtual double bytes_per_token() const { return 0; }
+  /// Share of answers that guessing gets right; absent where accuracy is not what counts.
+  virtual std::optional<double> chance() const { return {}; }
+};
+
+}  // namespace xlstm::data

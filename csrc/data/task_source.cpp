@@ -1,0 +1,113 @@
+#include "csrc/data/task_source.h"
+
+#include <algorithm>
+
+#include "csrc/core/error.h"
+#include "csrc/core/sha256.h"
+#include "csrc/data/dataset.h"
+
+namespace xlstm::data {
+namespace {
+
+/// Changes whenever a generator gives other samples, so that a run is not resumed on other data.
+constexpr const char* kTaskVersion = "task-1";
+constexpr int64_t kPaperMinLength = 3;
+constexpr uint64_t kTrainStream = 0, kHeldOutStream = 1;
+
+void check_lengths(const Task& task, const TaskLengths& lengths, const std::string& min_name,
+                   const std::string& max_name) {
+  const auto fail = [](const std::string& name, int64_t value, const std::string& expected) {
+    throw Error(ExitCode::kConfig,
+                name + " is " + std::to_string(value) + ", expected " + expected);
+  };
+  if (task.varies() && lengths.min_len < task.shortest())
+    fail(min_name, lengths.min_len,
+         "at least " + std::to_string(task.shortest()) + " for this task");
+  if (lengths.max_len < task.shortest())
+    fail(max_name, lengths.max_len,
+         "at least " + std::to_string(task.shortest()) + " for this task");
+  if (task.varies() && lengths.max_len < lengths.min_len)
+    fail(max_name, lengths.max_len,
+         "at least " + min_name + ", " + std::to_string(lengths.min_len));
+}
+
+void fill_row(const Task& task, const TaskLengths& lengths, Random random, int64_t row,
+              Batch& batch) {
+  const int64_t length =
+      task.varies() ? random.between(lengths.min_len, lengths.max_len) : lengths.max_len;
+  const TaskSample sample = task.sample(random, length);
+  const auto offset = row * batch.seq_len;
+  std::copy(sample.input.begin(), sample.input.end(), batch.input.begin() + offset);
+  std::copy(sample.target.begin(), sample.target.end(), batch.target.begin() + offset);
+  batch.num_targets += std::count_if(sample.target.begin(), sample.target.end(),
+                                     [](int64_t t) { return t != kIgnored; });
+}
+
+}  // namespace
+
+TaskSource::TaskSource(std::shared_ptr<const Task> task, const TaskOptions& options,
+                       TaskLengths lengths, uint64_t seed, bool shuffle)
+    : task_(std::move(task)),
+      options_(options),
+      lengths_(lengths),
+      seed_(seed),
+      shuffle_(shuffle) {}
+
+Batch TaskSource::batch(int64_t first_sample, int64_t count) const {
+  Batch batch(count, lengths_.max_len);
+  for (int64_t row = 0; row < count; ++row) {
+    auto index = static_cast<uint64_t>(first_sample + row);
+    if (const auto epoch = static_cast<uint64_t>(options_.train_samples); epoch > 0)
+      index = shuffle_ ? permute(index % epoch, epoch, seed_, index / epoch) : index % epoch;
+    fill_row(*task_, lengths_, Random(seed_, kTrainStream, index), row, batch);
+  }
+  return batch;
+}
+
+std::string TaskSource::fingerprint() const {
+  std::string text = kTaskVersion;
+  text += " " + options_.name + " vocab=" + std::to_string(task_->vocab_size()) +
+          " pairs=" + std::to_string(options_.key_values) +
+          " lengths=" + std::to_string(lengths_.min_len) + "-" + std::to_string(lengths_.max_len) +
+          " samples=" + std::to_string(options_.train_samples) +
+          " shuffle=" + std::to_string(shuffle_) + " seed=" + std::to_string(seed_);
+  return sha256_hex(text);
+}
+
+TaskSet::TaskSet(std::shared_ptr<const Task> task, const TaskOptions& options, TaskLengths lengths,
+                 uint64_t seed)
+    : task_(std::move(task)), options_(options), lengths_(lengths), seed_(seed) {}
+
+Batch TaskSet::batch(int64_t first_window, int64_t count) const {
+  Batch batch(count, lengths_.max_len);
+  for (int64_t row = 0; row < count; ++row)
+    fill_row(*task_, lengths_,
+             Random(seed_, kHeldOutStream, static_cast<uint64_t>(first_window + row)), row, batch);
+  return batch;
+}
+
+std::unique_ptr<Task> make_task(const TaskOptions& options) {
+  if (options.name == "mqar") return make_mqar(options);
+  if (auto language = make_formal_language(options)) return language;
+  throw Error(ExitCode::kConfig, "data.task.name: no task is called " + options.name);
+}
+
+TaskData make_task_data(const TaskOptions& options, int64_t seq_len, uint64_t seed, bool shuffle,
+                        int64_t model_vocab_size) {
+  const std::shared_ptr<const Task> task = make_task(options);
+  if (task->vocab_size() > model_vocab_size)
+    throw Error(ExitCode::kConfig, "model.vocab_size is " + std::to_string(model_vocab_size) +
+                                       ", expected at least " + std::to_string(task->vocab_size()) +
+                                       ", the vocabulary of data.task " + options.name);
+  const int64_t min_len =
+      options.min_len > 0 ? options.min_len : std::max(kPaperMinLength, task->shortest());
+  const TaskLengths train{min_len, seq_len};
+  const TaskLengths held_out{options.eval_min_len > 0 ? options.eval_min_len : min_len,
+                             options.eval_len > 0 ? options.eval_len : seq_len};
+  check_lengths(*task, train, "data.task.min_len", "data.seq_len");
+  check_lengths(*task, held_out, "data.task.eval_min_len", "data.task.eval_len");
+  return {std::make_unique<TaskSource>(task, options, train, seed, shuffle),
+          std::make_unique<TaskSet>(task, options, held_out, seed)};
+}
+
+}  // namespace xlstm::data
