@@ -341,7 +341,7 @@ inline void compare(const Call& call) {
   const Error* size = s.extreme ? &dv : nullptr;
   // h, P, G and S are rounded on the way to what the normaliser has a part in. The forget gates' gradients are sums of
   // such numbers over tokens.
-  constexpr double kRoundings = 4, kForgetRoundings = 5;
+  constexpr double kRoundings = 4, kForgetRoundings = 6;
   for (const Error* e : {&h, &c, &n, &dv, &dc0}) e->check(limit.value);
   dn0.check(limit.value, kRoundings);
   for (const Error* e : {&dq, &dk, &di}) e->check(limit.value, kRoundings, size);
