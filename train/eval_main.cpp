@@ -105,7 +105,7 @@ std::unique_ptr<data::HeldOutSet> task_set(const CommandLine& line, const config
 EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t seq_len) {
   const config::Config& config = loaded.config;
   EvalData choice;
-  if (config.data.task.given() && !line.has("--text") && !line.has("--data")) {
+  if (data::is_given(config.data.task) && !line.has("--text") && !line.has("--data")) {
     choice.set = task_set(line, config, seq_len);
     choice.name = choice.set->name();
     return choice;
@@ -173,7 +173,7 @@ int body(int argc, char** argv) {
   const LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"));
   loaded.model->to(device);
   const config::Config& config = loaded.config;
-  const int64_t held_out_len = config.data.task.given() ? config.data.task.eval_len : 0;
+  const int64_t held_out_len = data::is_given(config.data.task) ? config.data.task.eval_len : 0;
   const int64_t seq_len =
       line.get_int("--seq-len", held_out_len > 0 ? held_out_len : config.data.seq_len, 1);
   const int64_t trained_batch = config.train.micro_batch_size > 0 ? config.train.micro_batch_size

@@ -56,7 +56,8 @@ std::shared_ptr<const data::TokenFile> open_file(const std::string& path, config
 }  // namespace
 
 bool has_data(const config::Config& config) {
-  return config.data.task.given() || !config.data.text.empty() || !config.data.train.empty();
+  return data::is_given(config.data.task) || !config.data.text.empty() ||
+         !config.data.train.empty();
 }
 
 std::string first_missing_file(const config::Config& config) {
@@ -74,7 +75,7 @@ std::string describe_data(const config::Config& config, const TrainingData& data
   if (epoch > 0)
     std::snprintf(epochs, sizeof epochs, "%s windows: %.3g epochs", format_thousands(epoch).c_str(),
                   samples / static_cast<double>(epoch));
-  if (config.data.task.given())
+  if (data::is_given(config.data.task))
     return "task " + config.data.task.name + ", " + epochs + "; held out " +
            format_thousands(data.held_out->num_windows()) + " samples";
   return format_thousands(data.train_tokens) + " tokens, " + epochs + "; " +
@@ -89,7 +90,7 @@ TrainingData open_training_data(config::Config& config) {
                 "PREFIX}] (xlstm-data prepare), or data.task.name=TASK");
   }
   const auto seed = static_cast<uint64_t>(config.data.shuffle_seed);
-  if (config.data.task.given()) {
+  if (data::is_given(config.data.task)) {
     data::TaskData task = data::make_task_data(config.data.task, config.data.seq_len, seed,
                                                config.data.shuffle, config.model.vocab_size);
     return {std::move(task.train), std::move(task.held_out)};

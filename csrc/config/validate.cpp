@@ -156,7 +156,7 @@ void validate_length(const Config& config) {
 void validate_data(const Config& config) {
   const auto& data = config.data;
   const bool text = !data.text.empty(), prepared = !data.train.empty();
-  if (data.task.given()) {
+  if (xlstm::data::is_given(data.task)) {
     require(!text && !prepared, config, "data.task.name",
             "is given together with " + std::string(text ? "data.text" : "data.train") +
                 ", expected one of them");

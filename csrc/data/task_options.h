@@ -16,9 +16,9 @@ struct TaskOptions {
   int64_t eval_samples = 1024;  ///< held out
   int64_t eval_min_len = 0;     ///< 0: as min_len
   int64_t eval_len = 0;         ///< longest held-out sample; 0: data.seq_len
-
-  bool given() const { return name != "none"; }
 };
+
+inline bool is_given(const TaskOptions& task) { return task.name != "none"; }
 
 /// The formal languages of arXiv 2405.04517, B.1.1, and "mqar".
 inline const std::vector<std::string>& task_names() {

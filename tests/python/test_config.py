@@ -103,11 +103,12 @@ def members_of(text, struct):
 def test_schema_covers_every_member_of_the_structs(schema):
     config = (ROOT / "csrc/config/config.h").read_text()
     model = (ROOT / "csrc/models/model_options.h").read_text()
+    task = (ROOT / "csrc/data/task_options.h").read_text()
     sections = {"run": (config, "RunConfig"), "data": (config, "DataConfig"), "train": (config, "TrainConfig"),
                 "optim": (config, "OptimConfig"), "ckpt": (config, "CheckpointConfig"), "eval": (config, "EvalConfig"),
                 "sample": (config, "SampleConfig"), "log": (config, "LogConfig"), "model": (model, "ModelOptions"),
                 "model.mlstm": (model, "Mlstm"), "model.slstm": (model, "Slstm"),
-                "model.feed_forward": (model, "FeedForward")}
+                "model.feed_forward": (model, "FeedForward"), "data.task": (task, "TaskOptions")}
     expected = set()
     for section, (text, struct) in sections.items():
         expected |= {f"{section}.{name}" for name in members_of(text, struct)}
