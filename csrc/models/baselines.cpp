@@ -73,7 +73,6 @@ nn::Rwkv5BlockOptions rwkv5_options(const ModelOptions& o, int64_t index) {
   block.num_heads = o.num_heads;
   block.norm_eps = o.norm_eps;
   block.dropout = o.dropout;
-  block.chunk_size = o.chunk_size;
   block.fused = o.fused;
   block.block_index = index;
   block.num_blocks = o.num_blocks;

@@ -74,7 +74,6 @@ Result Hgrn2::forward(const at::Tensor& x, const State& state,
   ops::GatedLinearAttentionOptions op;
   op.reset = reset;
   op.scale = 1;
-  op.chunk_size = options_.chunk_size;
   auto [h, next] = ops::gated_linear_attention(
       split(at::silu(query_->forward(x))), split(gates.entering), split(input_->forward(x)),
       split(gates.kept.clamp_min(kSmallest).log()), {}, optional_state(state, 0), op);

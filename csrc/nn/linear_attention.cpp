@@ -130,7 +130,6 @@ Result GatedLinearAttention::forward(const at::Tensor& x, const State& state,
   const at::Tensor logits = decay_up_->forward(decay_down_->forward(x)).to(gate_options(x));
   ops::GatedLinearAttentionOptions op;
   op.reset = reset;
-  op.chunk_size = options_.chunk_size;
   auto [h, next] = ops::gated_linear_attention(
       split_heads(q_->forward(x), heads), split_heads(k_->forward(x), heads),
       split_heads(v_->forward(x), heads), split_heads(at::log_sigmoid(logits) / kDecayRoot, heads),

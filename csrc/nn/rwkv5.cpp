@@ -158,7 +158,6 @@ std::pair<at::Tensor, at::Tensor> Rwkv5Block::time_mix(
   ops::GatedLinearAttentionOptions op;
   op.reset = reset;
   op.scale = 1;
-  op.chunk_size = options_.chunk_size;
   auto [h, next] = ops::gated_linear_attention(
       split(receptance_->forward(inputs[at_key + 2])), split(key_->forward(inputs[at_key])),
       split(value_->forward(inputs[at_key + 1])), split(log_decay.expand(now.sizes())),

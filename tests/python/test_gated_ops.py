@@ -118,6 +118,29 @@ def test_low_precision_is_as_exact_as_its_inputs(decay, bonus):
                 assert (got.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("chunk_size", [0, 16])
+def test_no_bit_of_a_document_reaches_the_next(bonus, chunk_size):
+    border = 7
+    inputs = arguments((2, 40, 2, 8, 12), "mild", bonus, True, torch.float32)
+    reset = torch.zeros(2, 40, dtype=torch.bool)
+    reset[:, border] = True
+    results = []
+    for change in (0, 3):
+        changed = [t if t is None else t.clone() for t in inputs]
+        for t in changed[:3]:
+            t[:, :border] += change
+        changed[3][:, :border] -= change
+        changed[5] += change
+        changed = leaves(changed)
+        h, state = torch.ops.xlstm.gated_linear_attention(*changed, reset=reset, chunk_size=chunk_size)
+        (h[:, border:].square().sum() + state.sum()).backward()
+        results.append([h[:, border:], state] + [t.grad[:, border:] for t in changed[:4]])
+        assert all((t.grad[:, :border] == 0).all() for t in changed[:4]) and (changed[5].grad == 0).all()
+    for before, after in zip(*results):
+        assert torch.equal(before, after)
+
+
 def test_a_gate_of_minus_infinity_empties_the_row():
     q, k, v, g, u, state = arguments((2, 20, 2, 4, 6), "mild", False, True)
     shut = g.clone()
