@@ -74,6 +74,24 @@ TEST_CASE("settings of the other kind of model are refused unless they say what 
       "f.yaml:1: model.feed_forward.act_fn: is always silu for model.kind xlstm_large; remove it");
 }
 
+TEST_CASE("models of the comparison: heads of an even width, feed-forwards where there are any") {
+  const auto refused = [](const std::string& yaml, const std::string& what) {
+    INFO(yaml);
+    CHECK(parse_message(yaml).find(what) != std::string::npos);
+  };
+  for (const std::string kind : {"retnet", "gla"}) {
+    refused("model: {kind: " + kind + ", embedding_dim: 12, num_heads: 4}",
+            "f.yaml:1: model.num_heads: leaves heads of width 3, expected an even one");
+    CHECK(parse_message("model: {kind: " + kind + ", embedding_dim: 16, num_heads: 4}") == "");
+  }
+  for (const std::string kind : {"linear_attention", "retnet", "gla", "hgrn", "hgrn2"})
+    CHECK(parse_message("model: {kind: " + kind + ", feed_forward: {proj_factor: 2}}") == "");
+  for (const std::string kind : {"rwkv5", "rwkv6"})
+    refused("model: {kind: " + kind + ", feed_forward: {proj_factor: 2}}",
+            "model.feed_forward.proj_factor: applies to model.kind xlstm, xlstm_large");
+  refused("model: {kind: rwkv7}", "model.kind");
+}
+
 TEST_CASE("what a training run needs") {
   const std::string data = "data: {text: a.txt}\n";
   CHECK(training_message(data + "train: {max_steps: 500}") == "");
