@@ -98,7 +98,7 @@ std::unique_ptr<data::HeldOutSet> task_set(const CommandLine& line, const config
   task.eval_min_len = line.get_int("--min-len", task.eval_min_len, 0);
   return data::make_task_data(task, config.data.seq_len,
                               static_cast<uint64_t>(config.data.shuffle_seed), config.data.shuffle,
-                              config.model.vocab_size)
+                              config.model.vocab_size, config.model.input_features)
       .held_out;
 }
 
@@ -145,11 +145,27 @@ void write_json(const std::string& path, const LoadedModel& loaded, const std::s
                                  {"bits_per_byte", result.bits_per_byte},
                                  {"tokens", result.tokens},
                                  {"seconds", seconds}};
+  if (result.last_error.has_value()) json["last_error"] = *result.last_error;
   if (result.accuracy.has_value()) {
     json["accuracy"] = *result.accuracy;
     json["scaled_accuracy"] = *result.scaled_accuracy;
   }
   write_file_atomically(path, json.dump(2) + "\n");
+}
+
+void print_result(const EvaluationResult& result) {
+  if (result.last_error.has_value()) {
+    std::printf("squared error %.6f, at the last position %.6f", result.loss, *result.last_error);
+    return;
+  }
+  std::printf("loss %.6f nats/token | perplexity %.4f | ", result.loss, result.perplexity);
+  if (result.accuracy.has_value()) {
+    std::printf("accuracy %.4f, scaled %.4f", *result.accuracy, *result.scaled_accuracy);
+  } else if (result.bits_per_byte > 0) {
+    std::printf("bits per byte %.4f", result.bits_per_byte);
+  } else {
+    std::printf("bits per byte unknown (no sidecar)");
+  }
 }
 
 int body(int argc, char** argv) {
@@ -188,13 +204,7 @@ int body(int argc, char** argv) {
                                            config.train.dtype == "bfloat16", true);
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  std::printf("loss %.6f nats/token | perplexity %.4f | ", result.loss, result.perplexity);
-  if (result.accuracy.has_value()) {
-    std::printf("accuracy %.4f, scaled %.4f", *result.accuracy, *result.scaled_accuracy);
-  } else {
-    std::printf("bits per byte ");
-    std::printf(result.bits_per_byte > 0 ? "%.4f" : "unknown (no sidecar)", result.bits_per_byte);
-  }
+  print_result(result);
   std::printf(" | %lld tokens at context %lld\n", static_cast<long long>(result.tokens),
               static_cast<long long>(seq_len));
   if (line.has("--json"))

@@ -20,12 +20,37 @@ namespace xlstm::train {
 namespace {
 
 struct Score {
-  double nats = 0;
+  double nats = 0;  ///< or squared error
   int64_t correct = 0;
+  double last_errors = 0;
 };
+
+/// Squared errors of a model with real inputs, all and those of the last position that counts.
+Score squared_errors(models::LanguageModel& model, data::Batch& batch, at::Device device) {
+  const at::Tensor inputs =
+      at::from_blob(batch.features.data(), {batch.batch_size, batch.seq_len, batch.num_features},
+                    at::kFloat)
+          .to(device);
+  const at::Tensor targets =
+      at::from_blob(batch.values.data(), {batch.batch_size, batch.seq_len}, at::kFloat).to(device);
+  const at::Tensor errors =
+      model.loss(inputs, targets, {}, "none").to(at::kCPU, at::kDouble).contiguous();
+  Score score;
+  for (int64_t row = 0; row < batch.batch_size; ++row) {
+    double last = 0;
+    for (int64_t t = row * batch.seq_len; t < (row + 1) * batch.seq_len; ++t) {
+      if (std::isnan(batch.values[static_cast<size_t>(t)])) continue;
+      last = errors.const_data_ptr<double>()[t];
+      score.nats += last;
+    }
+    score.last_errors += last;
+  }
+  return score;
+}
 
 /// The loss alone, or, where `answers`, the likeliest token too.
 Score score(models::LanguageModel& model, data::Batch& batch, at::Device device, bool answers) {
+  if (batch.num_features > 0) return squared_errors(model, batch, device);
   const std::vector<int64_t> shape{batch.batch_size, batch.seq_len};
   const at::Tensor ids = at::from_blob(batch.input.data(), shape, at::kLong).to(device);
   const at::Tensor targets = at::from_blob(batch.target.data(), shape, at::kLong).to(device);
@@ -65,6 +90,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
       const Score part = score(model, batch, device, chance.has_value());
       total.nats += part.nats;
       total.correct += part.correct;
+      total.last_errors += part.last_errors;
     }
     result.tokens += batch.num_targets;
     if (progress) progress->update(std::min(first + batch_size, windows));
@@ -77,6 +103,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
   result.perplexity = std::exp(result.loss);
   if (data.bytes_per_token() > 0)
     result.bits_per_byte = result.loss / std::log(2.0) / data.bytes_per_token();
+  if (data.num_features() > 0) result.last_error = total.last_errors / static_cast<double>(windows);
   if (chance.has_value()) {
     result.accuracy = static_cast<double>(total.correct) / static_cast<double>(result.tokens);
     result.scaled_accuracy = (*result.accuracy - *chance) / (1 - *chance);

@@ -14,6 +14,8 @@ struct EvaluationResult {
   int64_t tokens = 0;        ///< tokens scored
   /// Of a task: the share of answers that are the likeliest token, and (accuracy - chance) / (1 - chance).
   std::optional<double> accuracy, scaled_accuracy;
+  /// With real inputs, where `loss` is the mean squared error: that of each sample's last position.
+  std::optional<double> last_error;
 };
 
 /// Token-weighted mean over a fixed set, without gradients. max_batches 0: the whole set. The model's training mode is

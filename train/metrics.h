@@ -77,6 +77,7 @@ uint32_t crc32c(const void* data, size_t size_bytes);
 struct ConsoleStep {
   int64_t step = 0, total_steps = 0;
   double loss = 0, grad_norm = 0, learning_rate = 0;
+  bool in_nats = true;       ///< the loss is the logarithm of a perplexity
   double tokens_per_s = 0;   ///< 0: not known yet
   double data_fraction = 0;  ///< share of the time spent waiting for data
   double seconds_left = -1;  ///< negative: not known yet

@@ -43,9 +43,10 @@ std::string format_step(const ConsoleStep& step) {
   const double perplexity = std::exp(step.loss);
   std::string line = format("step %lld/%lld | loss %.4f | ", static_cast<long long>(step.step),
                             static_cast<long long>(step.total_steps), step.loss);
-  line += perplexity < 1e5 ? format("ppl %.*f", perplexity < 100 ? 2 : 1, perplexity)
-                           : format("ppl %.3g", perplexity);
-  line += format(" | gnorm %.2f | lr %.1e", step.grad_norm, step.learning_rate);
+  if (step.in_nats)
+    line += perplexity < 1e5 ? format("ppl %.*f | ", perplexity < 100 ? 2 : 1, perplexity)
+                             : format("ppl %.3g | ", perplexity);
+  line += format("gnorm %.2f | lr %.1e", step.grad_norm, step.learning_rate);
   if (step.tokens_per_s > 0) {
     line += " | " + format_count(step.tokens_per_s) + " tok/s";
     line += format(" | data %.0f%%", 100 * step.data_fraction);

@@ -10,8 +10,14 @@ namespace xlstm::train {
 
 TrainBatch::TrainBatch(data::Batch&& source, bool pinned) : host(std::move(source)) {
   const std::vector<int64_t> shape{host.batch_size, host.seq_len};
-  ids = at::from_blob(host.input.data(), shape, at::kLong);
-  targets = at::from_blob(host.target.data(), shape, at::kLong);
+  if (host.num_features > 0) {
+    ids = at::from_blob(host.features.data(), {host.batch_size, host.seq_len, host.num_features},
+                        at::kFloat);
+    targets = at::from_blob(host.values.data(), shape, at::kFloat);
+  } else {
+    ids = at::from_blob(host.input.data(), shape, at::kLong);
+    targets = at::from_blob(host.target.data(), shape, at::kLong);
+  }
   if (std::find(host.reset.begin(), host.reset.end(), 1) != host.reset.end()) {
     reset = at::from_blob(host.reset.data(), shape, at::kBool);
   }

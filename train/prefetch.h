@@ -19,7 +19,7 @@ struct TrainBatch {
   TrainBatch(const TrainBatch&) = delete;
   TrainBatch& operator=(const TrainBatch&) = delete;
   data::Batch host;
-  at::Tensor ids, targets;  ///< (B,T) int64
+  at::Tensor ids, targets;  ///< (B,T) int64; with real inputs (B,T,F) and (B,T) float32
   at::Tensor reset;         ///< (B,T) bool; undefined where no document starts inside
 };
 

@@ -77,6 +77,7 @@ void compare_models(Comparison& compare, const models::ModelOptions& now,
                     const models::ModelOptions& saved) {
   compare.same("model.kind", now.kind, saved.kind);
   compare.same("model.vocab_size", now.vocab_size, saved.vocab_size);
+  compare.same("model.input_features", now.input_features, saved.input_features);
   compare.same("model.embedding_dim", now.embedding_dim, saved.embedding_dim);
   compare.same("model.num_blocks", now.num_blocks, saved.num_blocks);
   compare.same("model.num_heads", now.num_heads, saved.num_heads);

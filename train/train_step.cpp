@@ -99,7 +99,7 @@ void TrainStep::set_inputs(const TrainBatch& batch, double learning_rate) {
   }
   // Whether a document starts inside differs from batch to batch; the recorded work must not.
   if (config_.data.reset_state_at_document && !next.reset.defined())
-    next.reset = at::zeros(next.ids.sizes(), at::kBool);
+    next.reset = at::zeros(next.targets.sizes(), at::kBool);
   const bool same = inputs_.ids.defined() && inputs_.ids.sizes() == next.ids.sizes() &&
                     inputs_.reset.defined() == next.reset.defined();
   const auto set = [&](at::Tensor& to, const at::Tensor& from) {

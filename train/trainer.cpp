@@ -277,7 +277,8 @@ void Trainer::Impl::log_step(const StepResult& result) {
                    .total_steps = total_steps_,
                    .loss = result.loss,
                    .grad_norm = result.grad_norm,
-                   .learning_rate = result.learning_rate};
+                   .learning_rate = result.learning_rate,
+                   .in_nats = config_.model.input_features == 0};
   const StepTimes times = timer_.times();
   if (times.steps > 0) {
     line.tokens_per_s = static_cast<double>(tokens_per_step()) / times.step_s;
@@ -288,11 +289,11 @@ void Trainer::Impl::log_step(const StepResult& result) {
   if (!logged) return;
   const int64_t later = (state_.step - result.step) * tokens_per_step();  // consumed since then
   Metrics metrics = {{"train/loss", result.loss},
-                     {"train/ppl", std::exp(result.loss)},
                      {"train/grad_norm", result.grad_norm},
                      {"train/lr", result.learning_rate},
                      {"train/tokens", static_cast<double>(state_.tokens - later)},
                      {"train/skipped_updates", static_cast<double>(state_.skipped_updates)}};
+  if (line.in_nats) metrics.insert(metrics.begin() + 1, {"train/ppl", std::exp(result.loss)});
   if (times.steps > 0) {
     metrics.insert(metrics.end(), {{"perf/tokens_per_s", line.tokens_per_s},
                                    {"perf/step_ms", 1e3 * times.step_s},
@@ -314,10 +315,16 @@ void Trainer::Impl::evaluate_now() {
   evaluation_ = evaluate(*model_, *data_.held_out, batch, config_.eval.batches,
                          config_.train.dtype == "bfloat16", progress);
   evaluated_step_ = state_.step;
-  Metrics metrics = {{"val/loss", evaluation_.loss}, {"val/ppl", evaluation_.perplexity}};
+  Metrics metrics = {{"val/loss", evaluation_.loss}};
   std::string line = "step " + std::to_string(state_.step) + " | held-out loss " +
-                     format("%.4f", evaluation_.loss) + " | ppl " +
-                     format("%.2f", evaluation_.perplexity);
+                     format("%.4f", evaluation_.loss);
+  if (evaluation_.last_error.has_value()) {
+    metrics.emplace_back("val/last_error", *evaluation_.last_error);
+    line += " (squared error) | at the last position " + format("%.4f", *evaluation_.last_error);
+  } else {
+    metrics.emplace_back("val/ppl", evaluation_.perplexity);
+    line += " | ppl " + format("%.2f", evaluation_.perplexity);
+  }
   if (evaluation_.bits_per_byte > 0) {
     metrics.emplace_back("val/bits_per_byte", evaluation_.bits_per_byte);
     line += " | bits per byte " + format("%.4f", evaluation_.bits_per_byte);
@@ -406,6 +413,9 @@ ExitCode Trainer::Impl::finish() {
   if (evaluated_step_ < 0) {
     print_line("final training loss: " +
                format("%.4f", last_value(folder_->file("metrics.jsonl"), "train/loss")));
+  } else if (evaluation_.last_error.has_value()) {
+    print_line("held-out squared error: " + format("%.4f", evaluation_.loss) +
+               ", at the last position " + format("%.4f", *evaluation_.last_error));
   } else if (evaluation_.accuracy.has_value()) {
     print_line("held-out accuracy: " + format("%.4f", *evaluation_.accuracy) + ", scaled " +
                format("%.4f", *evaluation_.scaled_accuracy));

@@ -91,8 +91,9 @@ TrainingData open_training_data(config::Config& config) {
   }
   const auto seed = static_cast<uint64_t>(config.data.shuffle_seed);
   if (data::is_given(config.data.task)) {
-    data::TaskData task = data::make_task_data(config.data.task, config.data.seq_len, seed,
-                                               config.data.shuffle, config.model.vocab_size);
+    data::TaskData task =
+        data::make_task_data(config.data.task, config.data.seq_len, seed, config.data.shuffle,
+                             config.model.vocab_size, config.model.input_features);
     return {std::move(task.train), std::move(task.held_out)};
   }
   std::vector<config::DataSource> sources = config.data.train;

@@ -90,6 +90,9 @@ std::vector<Field> model_fields() {
           "xlstm: blocks of arXiv 2405.04517; xlstm_large: the 7B block of arXiv 2503.13427; the "
           "others: what they are compared with"),
       XLSTM_FIELD(model.vocab_size, integers(1, kMaxSize), "token ids are 0 .. vocab_size-1"),
+      XLSTM_FIELD(model.input_features, integers(0, kMaxSize),
+                  "reads real vectors of this width instead of tokens and predicts one number "
+                  "(vocab_size 1), as the task nns asks for; 0: tokens"),
       XLSTM_FIELD(model.embedding_dim, integers(1, kMaxSize), "width of the residual stream"),
       XLSTM_FIELD(model.num_blocks, integers(1, 10000), "residual blocks"),
       XLSTM_FIELD(model.num_heads, integers(1, 65536), "heads of every cell"),

@@ -168,6 +168,8 @@ void validate_data(const Config& config) {
     if (!is_default(config, name))
       fail(config, name, "applies to synthetic tasks only; set data.task.name, or remove it");
   }
+  require(config.model.input_features == 0, config, "model.input_features",
+          "works with a synthetic task of real vectors only; remove it");
   if (text && prepared) {
     fail(config, "data.text",
          "is given together with data.train, expected one of them; set data.text=\"\" or "
@@ -237,6 +239,11 @@ void validate_model(const Config& config) {
   const auto& model = config.model;
   require_divisible(config, "model.embedding_dim", "the width",
                     static_cast<double>(model.embedding_dim), "model.num_heads", model.num_heads);
+  require(model.input_features == 0 || model.vocab_size == 1, config, "model.vocab_size",
+          "is " + to_string(model.vocab_size) +
+              ", expected 1 with model.input_features: one number is predicted");
+  require(model.input_features == 0 || !model.tie_weights, config, "model.tie_weights",
+          "expected false with model.input_features: there is no embedding");
   if (model.kind != "gpt") require_defaults(config, {"model.max_positions"}, "gpt");
   if (model.kind == "xlstm") {
     validate_xlstm(config);

@@ -24,6 +24,9 @@ struct Batch {
   std::vector<int64_t> target;  ///< (B,T) what is to be predicted there; kIgnored where nothing is
   std::vector<uint8_t> reset;   ///< (B,T) 1 where a document starts
   int64_t num_targets = 0;      ///< targets that count
+  /// Real vectors instead of tokens, and one number to be predicted for each: (B,T,F) and (B,T), NaN where nothing is.
+  int64_t num_features = 0;
+  std::vector<float> features, values;
 };
 
 /// What a run trains on: sample i is a pure function of the settings and i, the same for every number of processes,
@@ -49,6 +52,8 @@ class HeldOutSet {
   virtual std::string name() const = 0;
   /// UTF-8 bytes of text per scored token, for bits per byte; 0 where there is no text.
   virtual double bytes_per_token() const { return 0; }
+  /// Width of the real vectors that are the inputs; 0: tokens are.
+  virtual int64_t num_features() const { return 0; }
   /// Share of answers that guessing gets right; absent where accuracy is not what counts.
   virtual std::optional<double> chance() const { return {}; }
 };

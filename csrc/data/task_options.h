@@ -20,7 +20,7 @@ struct TaskOptions {
 
 inline bool is_given(const TaskOptions& task) { return task.name != "none"; }
 
-/// The formal languages of arXiv 2405.04517, B.1.1, and "mqar".
+/// The formal languages of arXiv 2405.04517, B.1.1, multi-query associative recall, and nearest neighbor search.
 inline const std::vector<std::string>& task_names() {
   static const std::vector<std::string> names = {"parity",
                                                  "even_pairs",
@@ -37,7 +37,8 @@ inline const std::vector<std::string>& task_names() {
                                                  "set",
                                                  "majority",
                                                  "majority_count",
-                                                 "mqar"};
+                                                 "mqar",
+                                                 "nns"};
   return names;
 }
 

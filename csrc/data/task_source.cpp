@@ -1,6 +1,8 @@
 #include "csrc/data/task_source.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "csrc/core/error.h"
 #include "csrc/core/sha256.h"
@@ -31,12 +33,29 @@ void check_lengths(const Task& task, const TaskLengths& lengths, const std::stri
          "at least " + min_name + ", " + std::to_string(lengths.min_len));
 }
 
+Batch empty_batch(const Task& task, int64_t count, int64_t length) {
+  Batch batch(count, length);
+  if (task.features() == 0) return batch;
+  batch.num_features = task.features();
+  batch.features.assign(static_cast<size_t>(count * length * task.features()), 0);
+  batch.values.assign(static_cast<size_t>(count * length), std::numeric_limits<float>::quiet_NaN());
+  return batch;
+}
+
 void fill_row(const Task& task, const TaskLengths& lengths, Random random, int64_t row,
               Batch& batch) {
   const int64_t length =
       task.varies() ? random.between(lengths.min_len, lengths.max_len) : lengths.max_len;
   const TaskSample sample = task.sample(random, length);
   const auto offset = row * batch.seq_len;
+  if (task.features() > 0) {
+    std::copy(sample.features.begin(), sample.features.end(),
+              batch.features.begin() + offset * task.features());
+    std::copy(sample.values.begin(), sample.values.end(), batch.values.begin() + offset);
+    batch.num_targets += std::count_if(sample.values.begin(), sample.values.end(),
+                                       [](float x) { return !std::isnan(x); });
+    return;
+  }
   std::copy(sample.input.begin(), sample.input.end(), batch.input.begin() + offset);
   std::copy(sample.target.begin(), sample.target.end(), batch.target.begin() + offset);
   batch.num_targets += std::count_if(sample.target.begin(), sample.target.end(),
@@ -54,7 +73,7 @@ TaskSource::TaskSource(std::shared_ptr<const Task> task, const TaskOptions& opti
       shuffle_(shuffle) {}
 
 Batch TaskSource::batch(int64_t first_sample, int64_t count) const {
-  Batch batch(count, lengths_.max_len);
+  Batch batch = empty_batch(*task_, count, lengths_.max_len);
   for (int64_t row = 0; row < count; ++row) {
     auto index = static_cast<uint64_t>(first_sample + row);
     if (const auto epoch = static_cast<uint64_t>(options_.train_samples); epoch > 0)
@@ -79,7 +98,7 @@ TaskSet::TaskSet(std::shared_ptr<const Task> task, const TaskOptions& options, T
     : task_(std::move(task)), options_(options), lengths_(lengths), seed_(seed) {}
 
 Batch TaskSet::batch(int64_t first_window, int64_t count) const {
-  Batch batch(count, lengths_.max_len);
+  Batch batch = empty_batch(*task_, count, lengths_.max_len);
   for (int64_t row = 0; row < count; ++row)
     fill_row(*task_, lengths_,
              Random(seed_, kHeldOutStream, static_cast<uint64_t>(first_window + row)), row, batch);
@@ -88,13 +107,18 @@ Batch TaskSet::batch(int64_t first_window, int64_t count) const {
 
 std::unique_ptr<Task> make_task(const TaskOptions& options) {
   if (options.name == "mqar") return make_mqar(options);
+  if (options.name == "nns") return make_nearest_neighbor();
   if (auto language = make_formal_language(options)) return language;
   throw Error(ExitCode::kConfig, "data.task.name: no task is called " + options.name);
 }
 
 TaskData make_task_data(const TaskOptions& options, int64_t seq_len, uint64_t seed, bool shuffle,
-                        int64_t model_vocab_size) {
+                        int64_t model_vocab_size, int64_t model_features) {
   const std::shared_ptr<const Task> task = make_task(options);
+  if (task->features() != model_features)
+    throw Error(ExitCode::kConfig, "model.input_features is " + std::to_string(model_features) +
+                                       ", expected " + std::to_string(task->features()) +
+                                       " for data.task " + options.name);
   if (task->vocab_size() > model_vocab_size)
     throw Error(ExitCode::kConfig, "model.vocab_size is " + std::to_string(model_vocab_size) +
                                        ", expected at least " + std::to_string(task->vocab_size()) +

@@ -38,7 +38,10 @@ class TaskSet final : public HeldOutSet {
   int64_t num_windows() const override { return options_.eval_samples; }
   Batch batch(int64_t first_window, int64_t count) const override;
   std::string name() const override { return "data.task " + options_.name; }
-  std::optional<double> chance() const override { return task_->chance(); }
+  int64_t num_features() const override { return task_->features(); }
+  std::optional<double> chance() const override {
+    return task_->features() > 0 ? std::nullopt : std::optional(task_->chance());
+  }
 
  private:
   std::shared_ptr<const Task> task_;
@@ -54,6 +57,6 @@ struct TaskData {
 
 /// Both, from the settings. Throws Error(kConfig) naming the setting that does not fit.
 TaskData make_task_data(const TaskOptions& options, int64_t seq_len, uint64_t seed, bool shuffle,
-                        int64_t model_vocab_size);
+                        int64_t model_vocab_size, int64_t model_features = 0);
 
 }  // namespace xlstm::data

@@ -24,6 +24,14 @@ at::Tensor stepwise_loss(const at::Tensor& logits, const at::Tensor& targets,
   return each.sum() / (targets != kIgnored).sum().clamp_min(1);
 }
 
+at::Tensor squared_error(const at::Tensor& predictions, const at::Tensor& targets,
+                         std::string_view reduction) {
+  const at::Tensor counted = targets.isfinite();
+  const at::Tensor each = (predictions - targets.nan_to_num()).square() * counted;
+  if (reduction == "none") return each;
+  return reduction == "sum" ? each.sum() : each.sum() / counted.sum().clamp_min(1);
+}
+
 }  // namespace
 
 std::pair<at::Tensor, ModelState> LanguageModel::forward(const at::Tensor& ids,
@@ -41,6 +49,8 @@ at::Tensor LanguageModel::logits(const at::Tensor& h) const {
 
 at::Tensor LanguageModel::loss(const at::Tensor& ids, const at::Tensor& targets,
                                const std::optional<at::Tensor>& reset, const char* reduction) {
+  if (options().input_features > 0)
+    return squared_error(forward(ids, {}, reset).first.squeeze(-1), targets, reduction);
   if (!options().fused) return stepwise_loss(forward(ids, {}, reset).first, targets, reduction);
   const at::Tensor h = hidden(ids, {}, reset).first;
   return ops::linear_cross_entropy(h, head_weight(), targets, kIgnored,

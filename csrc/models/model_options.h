@@ -12,6 +12,8 @@ struct ModelOptions {
   /// "linear_attention", "retnet", "gla", "hgrn", "hgrn2"
   std::string kind = "xlstm";
   int64_t vocab_size = 256;
+  int64_t input_features =
+      0;  ///< > 0: reads real vectors of this width instead of tokens and predicts one number
   int64_t embedding_dim = 128;
   int64_t num_blocks = 4;
   int64_t num_heads = 4;

@@ -54,6 +54,9 @@ void check_options(const ModelOptions& o) {
   TORCH_CHECK(is_kind(o.kind), "model.kind: expected one of ", kind_names(), ", got \"", o.kind,
               "\"");
   positive(o.vocab_size, "vocab_size");
+  TORCH_CHECK(o.input_features == 0 || (o.vocab_size == 1 && !o.tie_weights),
+              "model.input_features: works with vocab_size 1, the number that is predicted, and "
+              "without tie_weights");
   positive(o.embedding_dim, "embedding_dim");
   positive(o.num_blocks, "num_blocks");
   positive(o.num_heads, "num_heads");
@@ -159,13 +162,32 @@ class Table : public torch::nn::Module {
   at::Tensor weight;
 };
 
+/// Real vectors (...,F) to the residual stream.
+class InputProjection : public torch::nn::Module {
+ public:
+  InputProjection(int64_t features, int64_t dim, at::Device device) {
+    const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
+    weight = register_parameter("weight", at::empty({dim, features}, options));
+    bias = register_parameter("bias", at::zeros({dim}, options));
+    const at::NoGradGuard no_grad;
+    weight.normal_(0, std::sqrt(1.0 / static_cast<double>(features)));
+  }
+  at::Tensor forward(const at::Tensor& x) const { return at::linear(x, weight, bias); }
+  at::Tensor weight, bias;
+};
+
 /// Embedding, residual blocks, norm, head.
 class BlockModel : public LanguageModel {
  public:
   BlockModel(const ModelOptions& options, at::Device device) : options_(options) {
     const int64_t dim = options.embedding_dim;
-    embedding_ =
-        register_module("embedding", std::make_shared<Table>(options.vocab_size, dim, device));
+    if (options.input_features > 0) {
+      input_ = register_module(
+          "input", std::make_shared<InputProjection>(options.input_features, dim, device));
+    } else {
+      embedding_ =
+          register_module("embedding", std::make_shared<Table>(options.vocab_size, dim, device));
+    }
     if (options.kind == "gpt")
       positions_ = register_module("position_embedding",
                                    std::make_shared<Table>(options.max_positions, dim, device));
@@ -193,10 +215,11 @@ class BlockModel : public LanguageModel {
     }
   }
 
-  std::pair<at::Tensor, ModelState> hidden(const at::Tensor& ids, const ModelState& state,
+  std::pair<at::Tensor, ModelState> hidden(const at::Tensor& inputs, const ModelState& state,
                                            const std::optional<at::Tensor>& reset) override {
-    check_inputs(ids, state, reset);
-    at::Tensor x = at::embedding(embedding_->weight, ids);
+    check_inputs(inputs, state, reset);
+    const at::Tensor ids = input_ ? inputs.select(2, 0) : inputs;
+    at::Tensor x = input_ ? input_->forward(inputs) : at::embedding(embedding_->weight, ids);
     if (positions_) x = x + positions(ids, state, reset);
     if (in_norm_) x = in_norm_->forward(x);
     if (options_.add_embedding_dropout) x = nn::apply_dropout(x, options_.dropout, is_training());
@@ -229,18 +252,27 @@ class BlockModel : public LanguageModel {
   }
   void check_inputs(const at::Tensor& ids, const ModelState& state,
                     const std::optional<at::Tensor>& reset) const {
-    TORCH_CHECK(ids.dim() == 2 && ids.scalar_type() == at::kLong, "ids: expected (B,T) int64, got ",
-                ids.sizes(), " ", ids.scalar_type());
+    const int64_t features = options_.input_features;
+    if (features > 0) {
+      TORCH_CHECK(ids.dim() == 3 && ids.size(2) == features && ids.is_floating_point(),
+                  "inputs: expected (B,T,", features, ") floating, got ", ids.sizes(), " ",
+                  ids.scalar_type());
+    } else {
+      TORCH_CHECK(ids.dim() == 2 && ids.scalar_type() == at::kLong,
+                  "ids: expected (B,T) int64, got ", ids.sizes(), " ", ids.scalar_type());
+    }
     TORCH_CHECK(state.empty() || state.size() == blocks_.size(),
                 "state: expected one entry for each of ", blocks_.size(),
                 " blocks or none at all, got ", state.size());
-    TORCH_CHECK(!reset || (reset->sizes() == ids.sizes() && reset->scalar_type() == at::kBool),
-                "reset: expected bool of the shape of ids ", ids.sizes(), ", got ", reset->sizes(),
-                " ", reset->scalar_type());
+    TORCH_CHECK(
+        !reset || (reset->sizes() == ids.sizes().slice(0, 2) && reset->scalar_type() == at::kBool),
+        "reset: expected bool of the shape of ids ", ids.sizes(), ", got ", reset->sizes(), " ",
+        reset->scalar_type());
   }
 
   const ModelOptions options_;
   std::shared_ptr<Table> embedding_, head_;  ///< head_ null when tied
+  std::shared_ptr<InputProjection> input_;   ///< instead of the embedding, with input_features
   std::shared_ptr<Table> positions_;         ///< gpt
   std::shared_ptr<nn::Norm> in_norm_;        ///< rwkv4, rwkv5, rwkv6
   std::shared_ptr<nn::LowerBounds> bounds_;  ///< hgrn, hgrn2

@@ -1,6 +1,7 @@
 // The synthetic tasks: every answer against a solver that knows the definition alone, the numbers themselves against
 // recorded ones, and the query distances of MQAR against draws by the definition.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <map>
 #include <random>
@@ -229,6 +230,8 @@ std::string hash(const Batch& batch) {
   std::string text;
   for (const auto* numbers : {&batch.input, &batch.target})
     for (const int64_t x : *numbers) text += std::to_string(x) + " ";
+  for (const auto* numbers : {&batch.features, &batch.values})
+    for (const float x : *numbers) text += std::to_string(std::bit_cast<uint32_t>(x)) + " ";
   return xlstm::sha256_hex(text).substr(0, 16);
 }
 
@@ -236,7 +239,7 @@ std::string hash(const Batch& batch) {
 
 TEST_CASE("formal languages: every answer is the solver's, every length is used", "[tasks]") {
   for (const std::string& name : task_names()) {
-    if (name == "mqar") continue;
+    if (name == "mqar" || name == "nns") continue;
     CAPTURE(name);
     const auto task = make_task(named(name));
     std::map<size_t, int64_t> lengths;
@@ -363,10 +366,12 @@ TEST_CASE("tasks: recorded samples, the same for every platform and every cut in
       {"majority", "bcf7b366a6caf25a"},
       {"majority_count", "e70dbc2419d2e53a"},
       {"mqar", "7afdeb8b60c28748"},
+      {"nns", "7de921d1f642f190"},
   };
   for (const std::string& name : task_names()) {
     CAPTURE(name);
-    const auto data = make_task_data(named(name), 40, 1234, true, 8192);
+    const bool real = name == "nns";
+    const auto data = make_task_data(named(name), 40, 1234, true, 8192, real ? 3 : 0);
     const Batch all = data.train->batch(0, 64);
     CHECK(hash(all) == recorded.at(name));
     const Batch part = data.train->batch(17, 3);
@@ -375,6 +380,29 @@ TEST_CASE("tasks: recorded samples, the same for every platform and every cut in
       REQUIRE(part.target[i] == all.target[17 * 40 + i]);
     }
     CHECK(hash(data.held_out->batch(0, 64)) != hash(all));
+  }
+}
+
+TEST_CASE("nns: the value of the nearest vector so far", "[tasks]") {
+  const auto task = make_task(named("nns"));
+  for (uint64_t i = 0; i < 2000; ++i) {
+    Random random(9, 0, i);
+    const int64_t length = random.between(2, 64);
+    const TaskSample sample = task->sample(random, length);
+    REQUIRE(sample.features.size() == static_cast<size_t>(3 * length));
+    REQUIRE(sample.values.size() == static_cast<size_t>(length));
+    REQUIRE((std::isnan(sample.values[0]) && sample.features[2] == 0));
+    const auto at = [&](int64_t t) { return &sample.features[static_cast<size_t>(3 * t)]; };
+    double nearest = 10;
+    float value = 0;
+    for (int64_t t = 0; t < length; ++t) {
+      REQUIRE(std::hypot(at(t)[0], at(t)[1]) == Approx(1).epsilon(1e-6));
+      REQUIRE((at(t)[2] >= 0 && at(t)[2] < 1));
+      if (t == 0) continue;
+      const double distance = std::hypot(at(t)[0] - at(0)[0], at(t)[1] - at(0)[1]);
+      if (distance < nearest) nearest = distance, value = at(t)[2];
+      REQUIRE(sample.values[static_cast<size_t>(t)] == value);
+    }
   }
 }
 
@@ -411,6 +439,7 @@ TEST_CASE("tasks: settings that do not fit are named", "[tasks]") {
   CHECK(contains(error(options, 40, 14), "data.seq_len is 40, expected at least"));
   options.min_len = 5, options.eval_min_len = 50;
   CHECK(contains(error(options, 40, 14), "data.task.eval_len is 40, expected at least"));
+  CHECK(contains(error(named("nns"), 40, 1), "model.input_features is 0, expected 3"));
   options = named("mqar");
   options.key_values = 11;
   CHECK(contains(error(options, 40, 8192), "data.seq_len is 40, expected at least 44"));

@@ -221,6 +221,36 @@ TEST_CASE("the loss is the cross entropy of the logits, with the same gradients"
   }
 }
 
+TEST_CASE(
+    "real inputs: the loss is the squared error of what counts, a sequence equals its steps") {
+  torch::manual_seed(3);
+  ModelOptions options = small_options();
+  options.vocab_size = 1;
+  options.input_features = 3;
+  options.tie_weights = false;
+  const auto model = make(options);
+  const at::Tensor inputs = at::randn({2, 9, 3}, at::kDouble);
+  at::Tensor targets = at::rand({2, 9}, at::kDouble);
+  targets[0][0].fill_(NAN), targets[1][8].fill_(NAN);
+  const at::NoGradGuard no_grad;
+  const auto [predictions, state] = model->forward(inputs);
+  REQUIRE(predictions.sizes() == at::IntArrayRef{2, 9, 1});
+  double sum = 0;
+  for (int64_t b = 0; b < 2; ++b)
+    for (int64_t t = 0; t < 9; ++t)
+      if (!((b == 0 && t == 0) || (b == 1 && t == 8)))
+        sum += std::pow((predictions[b][t][0] - targets[b][t]).item<double>(), 2);
+  CHECK(model->loss(inputs, targets, {}, "sum").item<double>() == Approx(sum).epsilon(1e-5));
+  CHECK(model->loss(inputs, targets).item<double>() == Approx(sum / 16).epsilon(1e-5));
+  ModelState steps;
+  for (int64_t t = 0; t < 9; ++t) {
+    auto [step, next] = model->forward(inputs.narrow(1, t, 1), steps);
+    CHECK(difference(step, predictions.narrow(1, t, 1)) < kTolerance);
+    steps = std::move(next);
+  }
+  CHECK_THROWS_AS(model->forward(random_ids(2, 5)), c10::Error);
+}
+
 TEST_CASE("without fused operators: the same loss, gradients, logits and states") {
   torch::manual_seed(7);
   ModelOptions mamba = small_options();

@@ -231,6 +231,30 @@ TEST_CASE("a task is learnt, judged by its accuracy, and resumed to the bit") {
   CHECK_THROWS_AS(train_once(config), Error);  // other samples: not the same run
 }
 
+TEST_CASE("numbers are predicted from real vectors, judged by their squared error") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.model.vocab_size = 1;
+  config.model.input_features = 3;
+  config.model.dropout = 0;
+  config.data = {};
+  config.data.seq_len = 6;
+  config.data.task.name = "nns";
+  config.data.task.eval_samples = 300;
+  config.train.global_batch_size = 32;
+  config.train.micro_batch_size = 16;
+  config.train.max_steps = 200;
+  config.optim.learning_rate = 1e-2;
+  config.ckpt.every = 0;
+  config.eval.every = 0;
+  config.eval.batches = 0;
+  REQUIRE(train_once(config) == ExitCode::kOk);
+  const std::string metrics = (folder / "runs/run/metrics.jsonl").string();
+  // Predicting the mean gives 1/12 = 0.083 everywhere.
+  CHECK(last_value(metrics, "val/loss") < 0.05);
+  CHECK(last_value(metrics, "val/last_error") < 0.07);
+}
+
 /// model.fused only chooses operators: the losses of a run agree to the rounding of float32, though not to the bit.
 TEST_CASE("fused operators and single steps train alike") {
   const std::string kind = GENERATE("xlstm", "xlstm_large");
