@@ -7,9 +7,7 @@
 // w, u, gamma, D, N, z: csrc/ops/cpu/mlstm_gates.h and mlstm_chunk_backward.h.
 #include "csrc/ops/mlstm_generic.h"
 
-#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
@@ -23,12 +21,12 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <limits>
 
 #include "csrc/ops/cpu/mlstm_params.h"
+#include "csrc/ops/full_precision.h"
 #include "csrc/ops/mlstm_generic_chunks.h"
 #include "csrc/ops/rows.h"
 
@@ -36,13 +34,6 @@ namespace xlstm::ops {
 namespace {
 
 using at::Tensor;
-
-/// float32 products stay float32: neither TF32 nor an autocast region around the caller may touch them.
-struct FullPrecision {
-  at::NoTF32Guard no_tf32;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-};
 
 Tensor log_gate(const Tensor& x, bool sigmoid, double lowest) {
   return (sigmoid ? at::log_sigmoid(x) : x).clamp_min(lowest);

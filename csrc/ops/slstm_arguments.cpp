@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -204,6 +205,30 @@ int64_t slstm_gate_dim(const at::Tensor& wx) {
   if (stride[2] < stride[4]) return 4;
   if (stride[2] < stride[3]) return 3;
   return stride[2] > stride[0] ? 0 : 2;
+}
+
+std::vector<cpu::SlstmRow> slstm_sequences(int64_t batch, int64_t time,
+                                           const OptionalTensor& cu_seqlens) {
+  std::vector<cpu::SlstmRow> rows;
+  if (!cu_seqlens) {
+    for (int64_t i = 0; i < batch; ++i) rows.push_back({i, 0, time, i});
+    return rows;
+  }
+  const at::Tensor ends = cu_seqlens->to(at::kCPU).contiguous();
+  const int32_t* const end = ends.const_data_ptr<int32_t>();
+  const int64_t count = ends.size(0) - 1;
+  TORCH_CHECK_VALUE(end[0] == 0 && end[count] == time,
+                    "slstm: cu_seqlens: expected to go from 0 to T = ", time, ", got ", end[0],
+                    " to ", end[count]);
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(end[i] <= end[i + 1], "slstm: cu_seqlens: expected no falling values, got ",
+                      end[i], " before ", end[i + 1]);
+    rows.push_back({0, end[i], end[i + 1] - end[i], i});
+  }
+  std::stable_sort(rows.begin(), rows.end(), [](const cpu::SlstmRow& a, const cpu::SlstmRow& b) {
+    return a.length > b.length;
+  });
+  return rows;
 }
 
 SlstmGradients empty_slstm_gradients(const SlstmBackwardArguments& a) {

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "csrc/ops/cpu/slstm_params.h"
 
@@ -38,7 +39,8 @@ struct SlstmArguments {
   bool preactivations = false;  // what slstm_forward keeps
 };
 
-/// y, gates and checkpoints: of slstm_forward. wx, b and m0 are there where the gates are computed again.
+/// y, gates and checkpoints: of slstm_forward. wx and b are there where the gates are computed again; m0 there and with
+/// preactivations.
 struct SlstmBackwardArguments {
   OptionalTensor dy, dy_last, dc, dn;
   at::Tensor y, gates, checkpoints;
@@ -70,6 +72,10 @@ void check_slstm_saved(const SlstmBackwardArguments& a, bool preactivations);
 
 /// Empty results of the right sizes; undefined gates and checkpoints unless `saved`.
 SlstmResults empty_slstm_results(const SlstmArguments& a, bool saved);
+
+/// Sequences, longest first. Reads cu_seqlens, which waits for its device, and throws where it does not rise from 0 to T.
+std::vector<cpu::SlstmRow> slstm_sequences(int64_t batch, int64_t time,
+                                           const OptionalTensor& cu_seqlens);
 
 /// Empty gradients of the right sizes.
 SlstmGradients empty_slstm_gradients(const SlstmBackwardArguments& a);

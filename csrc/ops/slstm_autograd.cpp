@@ -56,7 +56,8 @@ class SlstmFunction : public torch::autograd::Function<SlstmFunction> {
     const at::Tensor none;
     ctx->save_for_backward({y, gates, checkpoints, a.recompute ? a.wx : none, a.r,
                             a.recompute ? a.b : none, or_undefined(a.y0), or_undefined(a.c0),
-                            or_undefined(a.n0), a.recompute ? or_undefined(a.m0) : none,
+                            or_undefined(a.n0),
+                            a.recompute || a.preactivations ? or_undefined(a.m0) : none,
                             or_undefined(a.reset), or_undefined(a.cu_seqlens)});
     ctx->saved_data["cell"] = std::string(a.cell);
     ctx->saved_data["recurrent_clip"] = a.recurrent_clip;

@@ -29,29 +29,6 @@ cpu::SlstmDtype dtype_code(at::ScalarType type) {
   }
 }
 
-/// Sequences, longest first.
-std::vector<SlstmRow> sequences(int64_t batch, int64_t time, const OptionalTensor& cu_seqlens) {
-  std::vector<SlstmRow> rows;
-  if (!cu_seqlens) {
-    for (int64_t i = 0; i < batch; ++i) rows.push_back({i, 0, time, i});
-    return rows;
-  }
-  const at::Tensor ends = cu_seqlens->to(at::kCPU).contiguous();
-  const int32_t* const end = ends.const_data_ptr<int32_t>();
-  const int64_t count = ends.size(0) - 1;
-  TORCH_CHECK_VALUE(end[0] == 0 && end[count] == time,
-                    "slstm: cu_seqlens: expected to go from 0 to T = ", time, ", got ", end[0],
-                    " to ", end[count]);
-  for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK_VALUE(end[i] <= end[i + 1], "slstm: cu_seqlens: expected no falling values, got ",
-                      end[i], " before ", end[i + 1]);
-    rows.push_back({0, end[i], end[i + 1] - end[i], i});
-  }
-  std::stable_sort(rows.begin(), rows.end(),
-                   [](const SlstmRow& a, const SlstmRow& b) { return a.length > b.length; });
-  return rows;
-}
-
 /// Tiles of rows per head such that the slowest thread has the least to do: a step costs its rows and, for reading the
 /// recurrent matrix, about four more.
 int64_t tiles_per_head(int64_t rows, int64_t heads) {
@@ -147,7 +124,7 @@ SlstmResults forward_cpu(const SlstmArguments& a, bool saved) {
   const auto& [y, y_last, c, n, m, gates, checkpoints] = results;
   InputTensors inputs(a, slstm_state_type(a.wx.scalar_type()));
   inputs.wx = a.wx;
-  const std::vector<SlstmRow> rows = sequences(a.wx.size(0), a.wx.size(1), a.cu_seqlens);
+  const std::vector<SlstmRow> rows = slstm_sequences(a.wx.size(0), a.wx.size(1), a.cu_seqlens);
 
   cpu::SlstmForwardParams p{};
   set_shape(p, y, rows, inputs.reset, a.cell);
@@ -190,7 +167,7 @@ SlstmGradients slstm_backward_cpu(const SlstmBackwardArguments& a) {
                    checkpoints = a.checkpoints.contiguous();
   InputTensors inputs(a, type);
   if (a.wx) inputs.wx = *a.wx;
-  const std::vector<SlstmRow> rows = sequences(a.y.size(0), a.y.size(1), a.cu_seqlens);
+  const std::vector<SlstmRow> rows = slstm_sequences(a.y.size(0), a.y.size(1), a.cu_seqlens);
   SlstmGradients gradients = empty_slstm_gradients(a);
   auto& [dwx, dr, db, dy0, dc0, dn0] = gradients;
 

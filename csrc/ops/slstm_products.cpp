@@ -1,0 +1,87 @@
+#include "csrc/ops/slstm_products.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+
+namespace xlstm::ops {
+namespace {
+
+using at::Tensor;
+
+/// The first token of every packed sequence gets y0 or zero. On the device, as cu_seqlens is.
+void start_sequences(Tensor& before, const OptionalTensor& y0, const Tensor& cu_seqlens) {
+  const int64_t count = cu_seqlens.size(0) - 1;
+  if (count == 0) return;
+  const Tensor ends = cu_seqlens.contiguous();
+  const Tensor token = at::arange(before.size(1), ends.options());
+  const Tensor sequence = at::searchsorted(ends, token, /*out_int32=*/true, /*right=*/true)
+                              .sub_(1)
+                              .clamp_(0, count - 1);
+  const Tensor first = (ends.index_select(0, sequence) == token).view({1, -1, 1, 1});
+  const Tensor start = y0 ? y0->index_select(0, sequence).to(before.scalar_type()).unsqueeze(0)
+                          : at::zeros_like(before);
+  before = at::where(first, start, before);
+}
+
+}  // namespace
+
+Tensor slstm_product(const Tensor& a, const Tensor& b) {
+  const bool half = a.scalar_type() == at::kBFloat16 || a.scalar_type() == at::kHalf;
+  if (!half) return at::bmm(a, b);
+  return a.is_cuda() ? at::bmm(a, b, at::kFloat) : at::bmm(a.to(at::kFloat), b.to(at::kFloat));
+}
+
+Tensor slstm_previous_y(const Tensor& y, const OptionalTensor& y0, const OptionalTensor& reset,
+                        const OptionalTensor& cu_seqlens) {
+  Tensor before = at::empty_like(y, at::MemoryFormat::Contiguous);
+  const int64_t time = y.size(1);
+  if (time == 0) return before;
+  before.narrow(1, 1, time - 1).copy_(y.narrow(1, 0, time - 1));
+  const Tensor first = before.select(1, 0);
+  if (cu_seqlens) {
+    first.zero_();
+    start_sequences(before, y0, *cu_seqlens);
+  } else if (y0) {
+    first.copy_(*y0);
+  } else {
+    first.zero_();
+  }
+  if (reset) before.masked_fill_(reset->unsqueeze(-1).unsqueeze(-1), 0);
+  return before;
+}
+
+Tensor slstm_recurrent_rows(const Tensor& r, at::ScalarType dtype) {
+  return r.to(dtype).transpose(0, 1).reshape({r.size(1), 4 * r.size(2), r.size(3)});
+}
+
+Tensor slstm_preactivations(const SlstmBackwardArguments& a, const Tensor& previous_y) {
+  const int64_t batch = a.y.size(0), time = a.y.size(1), heads = a.y.size(2), dh = a.y.size(3);
+  const Tensor rows = slstm_recurrent_rows(a.r, a.y.scalar_type());
+  const Tensor product = slstm_product(previous_y.view({batch * time, heads, dh}).transpose(0, 1),
+                                       rows.transpose(1, 2));  // (NH, B*T, 4*DH)
+  return product.view({heads, batch, time, 4, dh})
+      .permute({1, 2, 3, 0, 4})
+      .add_(*a.wx)
+      .add_(a.b->to(product.scalar_type()));
+}
+
+std::pair<Tensor, Tensor> slstm_parameter_gradients(const Tensor& dwx, const Tensor& previous_y) {
+  const int64_t heads = dwx.size(3), dh = dwx.size(4);
+  const Tensor y = previous_y.view({-1, heads, dh}).transpose(0, 1);  // (NH, B*T, DH)
+  std::vector<Tensor> parts;
+  for (int64_t gate = 0; gate < 4; ++gate) {
+    // The gradients of one gate: (NH, DH, B*T), a view where dwx is dense.
+    const Tensor rows = dwx.select(2, gate).reshape({-1, heads, dh}).permute({1, 2, 0});
+    parts.push_back(slstm_product(rows, y));
+  }
+  const Tensor dr = at::stack(parts);
+  return {dr, dwx.sum({0, 1}, false, dr.scalar_type())};
+}
+
+}  // namespace xlstm::ops
