@@ -23,23 +23,31 @@ Result LstmLayer::forward(const at::Tensor& x, const State& state,
                           const std::optional<at::Tensor>& reset) {
   check_state(state, 2, "LSTM layer");
   const int64_t batch = x.size(0), length = x.size(1), dim = x.size(2);
-  if (x.is_cuda() && !reset && length > 0) {
-    const auto initial = [&](size_t i) {
-      return state.empty() ? at::zeros({1, batch, dim}, x.options())
-                           : state[i].view({1, batch, dim}).to(x.scalar_type());
-    };
-    auto [y, last, c] = at::lstm(x, {initial(0), initial(1)},
-                                 {weight_ih_, weight_hh_, bias_ih_, bias_hh_}, /*has_biases=*/true,
-                                 /*num_layers=*/1, /*dropout=*/0, is_training(),
-                                 /*bidirectional=*/false, /*batch_first=*/true);
-    return {y, {last.view({batch, 1, dim}).to(at::kFloat), c.view({batch, 1, dim}).to(at::kFloat)}};
-  }
+  if (x.is_cuda() && !reset && length > 0 && batch > 0) return forward_by_torch(x, state);
   const at::Tensor wx = at::linear(x, weight_ih_).view({batch, length, 4, 1, dim});
   const at::Tensor bias = (bias_ih_ + bias_hh_).view({4, 1, dim});
   auto [y, last, c, n, m] =
       ops::slstm(wx, weight_hh_.view({4, 1, dim, dim}), bias, optional_state(state, 0),
                  optional_state(state, 1), {}, {}, {reset, {}, "lstm"});
   return {y.flatten(2), {last, c}};
+}
+
+Result LstmLayer::forward_by_torch(const at::Tensor& x, const State& state) {
+  const int64_t batch = x.size(0), dim = x.size(2);
+  const auto initial = [&](size_t i) {
+    return state.empty() ? at::zeros({1, batch, dim}, x.options())
+                         : state[i].view({1, batch, dim}).to(x.scalar_type());
+  };
+  // cuDNN refuses gradients of a call that was not made for training.
+  const bool train = is_training() || at::GradMode::is_enabled();
+  auto [y, last, c] = at::lstm(x, {initial(0), initial(1)},
+                               {weight_ih_, weight_hh_, bias_ih_, bias_hh_}, /*has_biases=*/true,
+                               /*num_layers=*/1, /*dropout=*/0, train,
+                               /*bidirectional=*/false, /*batch_first=*/true);
+  const auto outgoing = [&](const at::Tensor& t) {
+    return t.view({batch, 1, dim}).to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  };
+  return {y, {outgoing(last), outgoing(c)}};
 }
 
 LstmBlock::LstmBlock(const LstmBlockOptions& options, at::Device device) : options_(options) {

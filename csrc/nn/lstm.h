@@ -6,11 +6,14 @@ namespace xlstm::nn {
 
 /// torch.nn.LSTM of one layer and direction, its parameters and their initialisation included (two biases per gate, order
 /// i, f, z, o): i, f, o = sigmoid, z = tanh of W x + b_ih + R y + b_hh; c = f c + i z; y = o tanh(c) (eq. 28-33). On a GPU
-/// it is torch's (cuDNN) where no document starts inside; otherwise the operator xlstm::slstm. State: y, c.
+/// it is torch's (cuDNN; float32 in TF32 where torch allows that) if no document starts inside; otherwise the operator
+/// xlstm::slstm. State: y, c.
 class LstmLayer : public torch::nn::Module {
  public:
   LstmLayer(int64_t dim, at::Device device);
   Result forward(const at::Tensor& x, const State& state, const std::optional<at::Tensor>& reset);
+  /// The same by at::lstm, any device; B, T >= 1.
+  Result forward_by_torch(const at::Tensor& x, const State& state);
 
  private:
   at::Tensor weight_ih_, weight_hh_;  ///< (4D,D)
