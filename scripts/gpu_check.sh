@@ -6,11 +6,11 @@
 #
 # Parts (seconds at most): build (540, always first), conformance (240: every primitive against the emulator), ops (400:
 # all operators against float64), sanitizer (540: compute-sanitizer's four tools on small shapes), hopper (300: the sm_90a
-# kernels, on compute capability 9.0 alone), bench (560: scripts/bench/gpu_mlstm.py). A part that fails does not stop the
-# others. OUT: folder of summary.json, log.txt and the benchmark's files (default build/gpu_check); PYTHON: interpreter
-# that has torch. Exit 0: all passed, 1: something failed, 2: nothing was run.
+# kernels, on compute capability 9.0 alone), bench (560: scripts/bench/gpu_mlstm.py), slstm (560: gpu_slstm.py
+# there). A part that fails does not stop the others. OUT: folder of summary.json, log.txt and the benchmarks' files
+# (default build/gpu_check); PYTHON: interpreter that has torch. Exit 0: all passed, 1: something failed, 2: nothing ran.
 set -uo pipefail
-parts='build conformance ops sanitizer hopper bench'
+parts='build conformance ops sanitizer hopper bench slstm'
 only=$parts
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
@@ -86,7 +86,9 @@ built=$?
 export PYTHONSAFEPATH=1 PYTHONPATH=$build/python PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=INFO
 
 # gpu_ops LIMIT NAME PART [VARIABLE=VALUE...] [-- OPTION...]: the operators, by the kernels and not by the generic path.
-kernels_ran() { grep -q 'mlstm: kernels for CUDA' "$1" && ! grep 'mlstm: generic path' "$1"; }
+kernels_ran() {
+  grep -q 'mlstm: kernels for CUDA' "$1" && grep -q 'slstm: kernels for CUDA' "$1" && ! grep '[ms]lstm: generic path' "$1"
+}
 export -f kernels_ran
 check_ops() {
   local part=$1 name=$2 limit=$3
@@ -108,7 +110,7 @@ if [ $built = 0 ]; then
   if wants ops; then
     check_ops ops "all operators against float64" 200 "$python" scripts/gpu_ops.py --expect mlstm_sweep
     if "$python" -c 'import pytest' 2>/dev/null; then
-      for file in tests/python/test_mlstm_cuda.py tests/python/test_pointwise_cuda.py; do
+      for file in tests/python/test_mlstm_cuda.py tests/python/test_slstm_cuda.py tests/python/test_pointwise_cuda.py; do
         check ops "$file" 200 "$python" -m pytest -q -p no:cacheprovider "$file"
       done
     else
@@ -137,6 +139,9 @@ if [ $built = 0 ]; then
   fi
   if wants bench; then
     SHOW=150 check bench "mLSTM beside the peers" 560 "$python" scripts/bench/gpu_mlstm.py --seconds 0.4 --limit 400 --out "$OUT"
+  fi
+  if wants slstm; then
+    SHOW=150 check slstm "sLSTM beside the peers" 560 "$python" scripts/bench/gpu_slstm.py --seconds 0.4 --limit 400 --out "$OUT"
   fi
 fi
 

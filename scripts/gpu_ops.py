@@ -1,9 +1,10 @@
-"""The mLSTM operators on a GPU against float64 on the CPU. Needs torch and the operators alone; exit 1 on a difference.
+"""The mLSTM and sLSTM operators on a GPU against float64 on the CPU. Needs torch and the operators; exit 1 on a difference.
 
     python scripts/gpu_ops.py [--small] [--device cuda] [--json FILE] [--expect TEXT]
 
 Forward, all gradients, final states and the decoding step: every kernel family (fused sweep, state and out kernels, time
-segments), three number types, both input gates, resets, packed sequences, strided inputs, head sizes that are padded.
+segments; sLSTM within a block, across blocks, step by step), three number types, gates and cells, resets, packed sequences,
+strided inputs, head sizes that are padded.
 --small takes a few short cases, for compute-sanitizer. --expect: the profiler must see a kernel whose name contains TEXT
 in a bfloat16 call with heads of (128,128). Prints one line per case that fails, and a summary.
 """
@@ -17,7 +18,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+sys.path += [str(ROOT), str(ROOT / "scripts")]
+
+import gpu_ops_slstm  # noqa: E402
+from gpu_ops_slstm import relative_error  # noqa: E402
+
 NAMES = ("q", "k", "v", "igate", "fgate")
 # Largest ||got - wanted|| / ||wanted||: usual, and of the forget gate and n0, whose gradients are sums over tokens in
 # which much cancels.
@@ -124,14 +129,6 @@ def run(case, tensors, states, weights, device, dtype=None):
     return {"h": h, "c": c, "n": n, "m": m} | {f"d{name}": g for name, g in zip(names, gradients)}
 
 
-def relative_error(got, wanted):
-    got, wanted = got.detach().cpu().double(), wanted.detach().double()
-    if wanted.norm() == 0:
-        return float(got.norm())
-    error = (got - wanted).norm() / wanted.norm()
-    return float(error) if torch.isfinite(error) else float("inf")
-
-
 def kernels_of(case, device):
     """Names of the GPU kernels of one call and its backward pass."""
     from torch.autograd import DeviceType
@@ -177,9 +174,9 @@ def main(arguments=None):
             print(f"FAIL no kernel named *{args.expect}* ran; these did: {', '.join(sorted(names)) or 'none'}")
             failed += 1
 
-    def judge(title, dtype, compute):
+    def judge(title, dtype, compute, limits=LIMITS):
         nonlocal failed
-        usual, sums = LIMITS[dtype]
+        usual, sums = limits[dtype]
         try:
             errors = compute()
             bad = [f"{name} {e:.1e}" for name, e in errors.items() if not e <= (sums if name in SUMS else usual)]
@@ -198,6 +195,11 @@ def main(arguments=None):
             for sigmoid in (False, True):
                 judge(f"step ({dqk},{dv}) {dtype} {'sigmoid' if sigmoid else 'exp'}", dtype,
                       lambda d=dtype, a=dqk, x=dv, s=sigmoid: compare_step(d, a, x, s, args.device))
+    for seed, case in enumerate(gpu_ops_slstm.cases(args.small)):
+        judge(case.title(), case.dtype, lambda c=case, s=seed: gpu_ops_slstm.compare(c, args.device, s), gpu_ops_slstm.LIMITS)
+        if case.decode:
+            judge("decoding " + case.title(), case.dtype,
+                  lambda c=case, s=seed: gpu_ops_slstm.compare_decoding(c, args.device, s), gpu_ops_slstm.LIMITS)
     worst = {}
     for row in rows:
         for name, error in row["errors"].items():

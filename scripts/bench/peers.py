@@ -222,3 +222,41 @@ def mlstm_steps(device: torch.device) -> tuple[list, dict]:
         return [], {"mlstm_kernels step": f"{type(error).__name__}: {error}"}
     return [("mlstm_kernels native step",
              lambda q, k, v, i, f, state, spare: native(q, k, v, i[..., None], f[..., None], *state)[0])], {}
+
+
+@dataclass
+class Recurrence:
+    """A function of (wx, r, b) -> y, for kind "layer" of (x, weight, r, b); sizes as in gpu_slstm_cases.make_inputs."""
+
+    name: str
+    function: Callable
+    kind: str  # what it computes: slstm | lstm | layer (an LSTM with its input projection)
+
+
+def recurrences(device: torch.device) -> tuple[list, dict]:
+    """What can be imported here, and why the others cannot: [Recurrence], {name: reason}."""
+    absent, found = {}, [Recurrence("torch LSTM" + " (cuDNN)" * (device.type == "cuda"), _torch_lstm, "layer")]
+    backends = ("cuda_fused", "cuda", "triton_fused") if device.type == "cuda" else ("vanilla",)
+    try:
+        from flashrnn.flashrnn import flashrnn
+    except Exception as error:
+        return found, {"flashrnn": f"{type(error).__name__}: {error}"}
+
+    def make(backend, cell):
+        def run(wx, r, b):
+            dtype = str(wx.dtype).removeprefix("torch.")
+            return flashrnn(wx, r, b, function=cell, backend=backend, dtype=dtype)[0][0]
+
+        return run
+
+    found += [Recurrence(f"flashrnn {backend}" + ", lstm" * (cell == "lstm"), make(backend, cell), cell)
+              for backend in backends for cell in ("slstm", "lstm")]
+    return found, absent
+
+
+def _torch_lstm(x, weight, r, b):
+    dh = x.shape[-1]
+    state = x.new_zeros(1, x.shape[0], dh)
+    parameters = [weight, r.reshape(4 * dh, dh), b.reshape(4 * dh), torch.zeros_like(b).reshape(4 * dh)]
+    y, _, _ = torch.lstm(x, (state, state), parameters, True, 1, 0.0, True, False, True)
+    return y.unflatten(-1, (1, dh))
