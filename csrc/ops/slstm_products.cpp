@@ -5,7 +5,6 @@
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/searchsorted.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -27,6 +26,17 @@ void start_sequences(Tensor& before, const OptionalTensor& y0, const Tensor& cu_
   const Tensor start = y0 ? y0->index_select(0, sequence).to(before.scalar_type()).unsqueeze(0)
                           : at::zeros_like(before);
   before = at::where(first, start, before);
+}
+
+/// Parts of the tokens whose sums are computed beside each other: a head's sum has few results and many terms, too few
+/// tiles of a product to fill a GPU with. Depends on sizes alone.
+int64_t chunk_count(int64_t rows, int64_t heads, int64_t dh) {
+  constexpr int64_t kTiles = 256, kTile = 128, kFewestRows = 512;
+  const int64_t tiles = heads * ((4 * dh + kTile - 1) / kTile) * ((dh + kTile - 1) / kTile);
+  int64_t chunks = 1;
+  while (chunks * tiles < kTiles && rows % (2 * chunks) == 0 && rows / (2 * chunks) >= kFewestRows)
+    chunks *= 2;
+  return chunks;
 }
 
 }  // namespace
@@ -72,15 +82,18 @@ Tensor slstm_preactivations(const SlstmBackwardArguments& a, const Tensor& previ
 }
 
 std::pair<Tensor, Tensor> slstm_parameter_gradients(const Tensor& dwx, const Tensor& previous_y) {
-  const int64_t heads = dwx.size(3), dh = dwx.size(4);
-  const Tensor y = previous_y.view({-1, heads, dh}).transpose(0, 1);  // (NH, B*T, DH)
-  std::vector<Tensor> parts;
-  for (int64_t gate = 0; gate < 4; ++gate) {
-    // The gradients of one gate: (NH, DH, B*T), a view where dwx is dense.
-    const Tensor rows = dwx.select(2, gate).reshape({-1, heads, dh}).permute({1, 2, 0});
-    parts.push_back(slstm_product(rows, y));
-  }
-  const Tensor dr = at::stack(parts);
+  const int64_t heads = dwx.size(3), dh = dwx.size(4), rows = dwx.size(0) * dwx.size(1);
+  const int64_t chunks = chunk_count(rows, heads, dh), length = rows / chunks;
+  const Tensor gates = dwx.flatten(0, 1)
+                           .view({chunks, length, 4, heads, dh})
+                           .permute({0, 3, 1, 2, 4})
+                           .reshape({chunks * heads, length, 4 * dh});
+  const Tensor y = previous_y.view({chunks, length, heads, dh})
+                       .transpose(1, 2)
+                       .reshape({chunks * heads, length, dh});
+  const Tensor sums =
+      slstm_product(gates.transpose(1, 2), y).view({chunks, heads, 4, dh, dh}).sum(0);
+  const Tensor dr = sums.transpose(0, 1).contiguous();
   return {dr, dwx.sum({0, 1}, false, dr.scalar_type())};
 }
 

@@ -112,3 +112,9 @@ TEST_CASE("sLSTM in ATen calls: no tokens, no sequences, one token", "[slstm_gen
         check({.cell = cell, .dh = 1, .states = states, .recompute = recompute});
       }
 }
+
+TEST_CASE("sLSTM in ATen calls: sums over many tokens in parts", "[slstm_generic]") {
+  for (const int gate_dim : {0, 2, 3, 4})
+    check({.batch = 4, .time = 512, .dh = 3, .gate_dim = gate_dim});
+  check({.batch = 3, .time = 683, .dh = 3, .states = true, .resets = true});  // not to be divided
+}
