@@ -38,12 +38,21 @@ Result LstmLayer::forward_by_torch(const at::Tensor& x, const State& state) {
     return state.empty() ? at::zeros({1, batch, dim}, x.options())
                          : state[i].view({1, batch, dim}).to(x.scalar_type());
   };
+  // One piece in cuDNN's order: of separate tensors it makes this copy itself, with a warning in every call.
+  const std::vector<at::Tensor> own{weight_ih_, weight_hh_, bias_ih_, bias_hh_};
+  const at::Tensor piece =
+      at::cat({own[0].flatten(), own[1].flatten(), own[2].flatten(), own[3].flatten()});
+  std::vector<at::Tensor> parameters;
+  int64_t begin = 0;
+  for (const at::Tensor& each : own) {
+    parameters.push_back(piece.narrow(0, begin, each.numel()).view_as(each));
+    begin += each.numel();
+  }
   // cuDNN refuses gradients of a call that was not made for training.
   const bool train = is_training() || at::GradMode::is_enabled();
-  auto [y, last, c] = at::lstm(x, {initial(0), initial(1)},
-                               {weight_ih_, weight_hh_, bias_ih_, bias_hh_}, /*has_biases=*/true,
-                               /*num_layers=*/1, /*dropout=*/0, train,
-                               /*bidirectional=*/false, /*batch_first=*/true);
+  auto [y, last, c] =
+      at::lstm(x, {initial(0), initial(1)}, parameters, /*has_biases=*/true, /*num_layers=*/1,
+               /*dropout=*/0, train, /*bidirectional=*/false, /*batch_first=*/true);
   const auto outgoing = [&](const at::Tensor& t) {
     return t.view({batch, 1, dim}).to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   };
