@@ -54,6 +54,16 @@ struct MlstmStep {
   float *c = nullptr, *n = nullptr, *m = nullptr;
 };
 
+/// The last tokens of a head whose state lags behind: c, n and m are of the time before them. Keys (B,NH,16,DQK) and values
+/// (B,NH,16,DV) of the problem's dtype, gates (B,NH,16,2) the logarithms of forget and input gate, count (B,NH) the
+/// tokens that are there, 0 to 15.
+struct MlstmRing {
+  static constexpr int kTokens = 16;
+  void *keys = nullptr, *values = nullptr;
+  float* gates = nullptr;
+  int32_t* count = nullptr;
+};
+
 /// Whether the kernels take this problem on this device: compute capability 8.0 or later, sizes that fit 32-bit indices
 /// of a tile. Everything else is the caller's (csrc/ops/mlstm_generic.cpp).
 bool mlstm_supported(const MlstmProblem& problem, const DeviceLimits& device);
@@ -69,5 +79,12 @@ void mlstm_backward(const MlstmProblem& problem, const DeviceLimits& device,
                     const MlstmBackward& call, void* workspace, Stream stream);
 /// The problem's time is 1; needs no workspace.
 void mlstm_step(const MlstmProblem& problem, const MlstmStep& call, Stream stream);
+/// The same numbers, but C is read alone and written every 16th time: the token joins the ring, which is folded into the
+/// state when it is full.
+void mlstm_step_lazy(const MlstmProblem& problem, const MlstmStep& call, const MlstmRing& ring,
+                     Stream stream);
+/// Folds what is in the ring into c, n, m of `call`, which reads nothing else.
+void mlstm_fold(const MlstmProblem& problem, const MlstmStep& call, const MlstmRing& ring,
+                Stream stream);
 
 }  // namespace xlstm::cuda

@@ -1,8 +1,7 @@
 // step: one token, the state updated in place; reading and writing C once is what the time goes into. With few heads the
 // columns of C are spread over blocks, which all read the old n and m: these are then replaced by a second launch.
-#include "cuda/mlstm/mlstm_gates.cuh"
 #include "cuda/mlstm/mlstm_launch.h"
-#include "cuda/mlstm/mlstm_rows.cuh"
+#include "cuda/mlstm/mlstm_step.cuh"
 #include "cuda/prim/launch.h"
 
 namespace xlstm::cuda {
@@ -25,18 +24,6 @@ struct StepGates {
   float forget, input, floor, m;
 };
 
-/// (B,NH,D) numbers of one head.
-struct StepRow {
-  const View& view;
-  int64_t base;
-  Dtype dtype;
-  DEVICE_FUNCTION StepRow(const View& x, const StepParams& p, int item, Dtype type)
-      : view(x), base(item / p.num_heads * x.batch + item % p.num_heads * x.head), dtype(type) {}
-  DEVICE_FUNCTION float operator[](int i) const {
-    return load_number(view.data, base + i * view.inner, dtype);
-  }
-};
-
 DEVICE_FUNCTION StepGates gates_of(const StepParams& p, int item) {
   const float f = StepRow(p.call.fgate, p, item, p.fgate_dtype)[0];
   const float i = StepRow(p.call.igate, p, item, p.igate_dtype)[0];
@@ -48,32 +35,6 @@ DEVICE_FUNCTION StepGates gates_of(const StepParams& p, int item) {
   const double m = static_cast<double>(static_cast<float>(max_nan(decayed, log_input)));
   return {exp2_of((decayed - m) * kLog2e), exp2_of((log_input - m) * kLog2e),
           exp2_of((-m > kMaxNegM ? kMaxNegM : -m) * kLog2e), static_cast<float>(m)};
-}
-
-/// Four neighbouring numbers of a row of C; those from `width` on are neither read nor written.
-template <bool kVector>
-DEVICE_FUNCTION void load_four(const float* from, int width, float (&c)[4]) {
-  if constexpr (kVector) {
-    const Bytes16 bytes = *reinterpret_cast<const Bytes16*>(from);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[i] = prim::float_of(bytes.words[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[i] = i < width ? from[i] : 0.0F;
-  }
-}
-template <bool kVector>
-DEVICE_FUNCTION void store_four(float* to, int width, const float (&c)[4]) {
-  if constexpr (kVector) {
-    Bytes16 bytes;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) bytes.words[i] = prim::bits_of(c[i]);
-    *reinterpret_cast<Bytes16*>(to) = bytes;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < width) to[i] = c[i];
-  }
 }
 
 class StepBlock {
@@ -221,23 +182,6 @@ mlstm_step_normaliser(const GRID_CONSTANT StepLaunch l) {
   StepBlock(l, *reinterpret_cast<StepBlock::Shared*>(prim::dynamic_shared()),
             static_cast<int>(prim::block_idx().x))
       .update_normaliser(true);
-}
-
-StepParams step_params(const MlstmProblem& problem, const MlstmStep& call) {
-  StepParams p;
-  p.call = call;
-  p.batch = static_cast<int32_t>(problem.batch);
-  p.num_heads = static_cast<int32_t>(problem.num_heads);
-  p.dqk = static_cast<int32_t>(problem.dqk);
-  p.dv = static_cast<int32_t>(problem.dv);
-  p.dtype = problem.dtype;
-  p.igate_dtype = problem.igate_dtype;
-  p.fgate_dtype = problem.fgate_dtype;
-  p.sigmoid_input_gate = problem.sigmoid_input_gate;
-  p.normalize = problem.normalize;
-  p.scale = problem.scale;
-  p.eps = problem.eps;
-  return p;
 }
 
 }  // namespace

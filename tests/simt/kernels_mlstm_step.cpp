@@ -15,6 +15,7 @@ namespace {
 
 using xlstm::cuda::Dtype;
 using xlstm::cuda::MlstmProblem;
+using xlstm::cuda::MlstmRing;
 using xlstm::cuda::MlstmStep;
 using xlstm::reference::MlstmInput;
 
@@ -24,6 +25,7 @@ struct Setting {
   int64_t batch = 1, heads = 1, dqk = 16, dv = 16, tokens = 20;
   Dtype dtype = Dtype::kFloat32, gate_dtype = Dtype::kFloat32;
   bool sigmoid = false, normalize = true, states = true;
+  bool lazy = false;  ///< steps that leave the state behind, and a fold at the end
   Order order = Order::kDense;
   int64_t shift = 0;  ///< floats by which C misses alignment
   double input = -1, forget = 3, spread = 1;
@@ -44,7 +46,11 @@ struct Decoding {
         fgate(s.batch, s.tokens, s.heads, 1, s.gate_dtype, s.order),
         c(s.items() * s.dqk * s.dv, s.shift),
         n(s.items() * s.dqk),
-        m(s.items()) {
+        m(s.items()),
+        keys(s.items(), MlstmRing::kTokens, 1, s.dqk, s.dtype),
+        values(s.items(), MlstmRing::kTokens, 1, s.dv, s.dtype),
+        gates(s.items() * MlstmRing::kTokens * 2),
+        count(static_cast<size_t>(s.items())) {
     std::mt19937 random(static_cast<unsigned>(100 * seed + s.dqk + s.dv));
     for (StridedTensor* x : {&q, &k, &v}) x->fill(random, 0, 1);
     igate.fill(random, s.input, s.spread);
@@ -68,18 +74,40 @@ struct Decoding {
     return in;
   }
 
-  void step(int64_t token) {
+  MlstmProblem problem() const {
     MlstmProblem problem;
     problem.batch = problem.num_sequences = s.batch, problem.time = 1, problem.num_heads = s.heads;
     problem.dqk = s.dqk, problem.dv = s.dv;
     problem.dtype = s.dtype, problem.igate_dtype = problem.fgate_dtype = s.gate_dtype;
     problem.sigmoid_input_gate = s.sigmoid, problem.normalize = s.normalize;
     problem.scale = s.scale(), problem.eps = kEps;
+    return problem;
+  }
+  MlstmRing ring() {
+    MlstmRing ring;
+    ring.keys = keys.view.data, ring.values = values.view.data;
+    ring.gates = gates.data(), ring.count = count.data();
+    return ring;
+  }
+
+  void step(int64_t token) {
     MlstmStep call;
     call.q = at(q, token), call.k = at(k, token), call.v = at(v, token), call.h = at(h, token);
     call.igate = at(igate, token), call.fgate = at(fgate, token);
     call.c = c.data(), call.n = n.data(), call.m = m.data();
-    mlstm_step(problem, call, nullptr);
+    if (s.lazy) {
+      mlstm_step_lazy(problem(), call, ring(), nullptr);
+      for (const int32_t tokens : count)
+        expect(tokens == (token + 1) % MlstmRing::kTokens, "tokens in the ring", token);
+    } else {
+      mlstm_step(problem(), call, nullptr);
+    }
+  }
+  /// Brings the state up to date; again, which changes nothing.
+  void finish() {
+    MlstmStep call;
+    call.c = c.data(), call.n = n.data(), call.m = m.data();
+    for (int i = 0; s.lazy && i < 2; ++i) mlstm_fold(problem(), call, ring(), nullptr);
   }
   static xlstm::cuda::View at(const StridedTensor& x, int64_t token) {
     xlstm::cuda::View view = x.view;
@@ -91,6 +119,9 @@ struct Decoding {
   const Setting& s;
   StridedTensor q, k, v, h, igate, fgate;
   GuardedFloats c, n, m;
+  StridedTensor keys, values;
+  GuardedFloats gates;
+  std::vector<int32_t> count;
   std::vector<MlstmInput> references;
 };
 
@@ -119,29 +150,39 @@ void check(Decoding& x) {
   compare("h", h, h_wanted, tolerance(s.dtype));
   compare("c", c, c_wanted, 2e-5);
   compare("n", n, n_wanted, 2e-5);
-  for (const StridedTensor* tensor : {&x.q, &x.k, &x.v, &x.h, &x.igate, &x.fgate})
+  for (const StridedTensor* tensor :
+       {&x.q, &x.k, &x.v, &x.h, &x.igate, &x.fgate, &x.keys, &x.values})
     tensor->expect_gaps_untouched("a strided tensor");
-  for (const GuardedFloats* floats : {&x.c, &x.n, &x.m}) floats->expect_guards_untouched("a state");
+  for (const GuardedFloats* floats : {&x.c, &x.n, &x.m, &x.gates})
+    floats->expect_guards_untouched("a state");
 }
 
 bool thread_build() { return simt::build_kind() == simt::Build::kThread; }
 bool plain() { return simt::build_kind() == simt::Build::kPlain; }
 
-void run(Setting s, uint64_t seed) {
+void run_one(Setting s, uint64_t seed) {
   simt::launch_seed = seed;
   if (thread_build()) s.tokens = std::min<int64_t>(s.tokens, 3);
   try {
     Decoding x(s, seed);
     for (int64_t token = 0; token < s.tokens; ++token) x.step(token);
+    x.finish();
     check(x);
   } catch (const Mismatch& error) {
-    throw Mismatch(
-        error.what() + std::string(", step B ") + std::to_string(s.batch) + " NH " +
-        std::to_string(s.heads) + " DQK " + std::to_string(s.dqk) + " DV " + std::to_string(s.dv) +
-        " dtype " + std::to_string(static_cast<int>(s.dtype)) + " sigmoid " +
-        std::to_string(s.sigmoid) + " normalize " + std::to_string(s.normalize) + " order " +
-        std::to_string(static_cast<int>(s.order)) + " forget " + std::to_string(s.forget));
+    throw Mismatch(error.what() + std::string(s.lazy ? ", lazy" : "") + std::string(" step B ") +
+                   std::to_string(s.batch) + " NH " + std::to_string(s.heads) + " DQK " +
+                   std::to_string(s.dqk) + " DV " + std::to_string(s.dv) + " dtype " +
+                   std::to_string(static_cast<int>(s.dtype)) + " sigmoid " +
+                   std::to_string(s.sigmoid) + " normalize " + std::to_string(s.normalize) +
+                   " order " + std::to_string(static_cast<int>(s.order)) + " forget " +
+                   std::to_string(s.forget));
   }
+}
+
+void run(Setting s, uint64_t seed) {
+  run_one(s, seed);
+  s.lazy = true;
+  run_one(s, seed);
 }
 
 /// Up to the largest heads of the paper; one tile of C and several, whole and ragged.
@@ -165,6 +206,16 @@ void many_heads(uint64_t seed) {
   run({.batch = 64, .heads = 4, .dqk = 16, .dv = 16, .tokens = tokens}, seed);
   run({.batch = 32, .heads = 8, .dqk = 16, .dv = 67, .tokens = tokens}, seed);
   run({.batch = 32, .heads = 2, .dqk = 16, .dv = 320, .tokens = tokens}, seed);
+}
+
+/// Folds when the ring is full and at every other length.
+void ring_lengths(uint64_t seed) {
+  for (const bool sigmoid : {false, true}) {
+    for (int64_t tokens = 1; tokens <= (plain() ? 50 : 2); tokens += tokens < 18 ? 1 : 7) {
+      run_one({.heads = 2, .dqk = 24, .dv = 20, .tokens = tokens, .sigmoid = sigmoid, .lazy = true},
+              seed);
+    }
+  }
 }
 
 void gates(uint64_t seed) {
@@ -250,6 +301,7 @@ List<Case> mlstm_step_cases() {
   static const Case cases[] = {
       {"mlstm step: sizes", sizes},
       {"mlstm step: many heads", many_heads},
+      {"mlstm step: ring", ring_lengths},
       {"mlstm step: gates", gates},
       {"mlstm step: dtypes and strides", dtypes_and_strides},
       {"mlstm step: extreme gates", extremes},
