@@ -89,6 +89,10 @@ void call_step(MlstmProblem p) {
   step.h = view(8, p, p.dv);
   step.c = array<float>(5), step.n = array<float>(6), step.m = array<float>(7);
   xlstm::cuda::mlstm_step(p, step, nullptr);
+  xlstm::cuda::MlstmRing ring;
+  ring.keys = address(9), ring.values = address(10);
+  ring.gates = array<float>(11), ring.count = array<int32_t>(12);
+  xlstm::cuda::mlstm_step_lazy(p, step, ring, nullptr);
 }
 
 /// Blocks of 2, 4 and 8 by so many.
