@@ -112,6 +112,10 @@ BUDGETS = [
     # 144 for blocks of 8 by 8, whose 64 weights stay in registers
     budget(r"block_linear_rows", 128, 144, 16, blocks=3, must=VECTOR),
     budget(r"block_linear_weight", 128, 144, 16, blocks=3, must={"LDG.128"}),
+    budget(r"headwise_norm_rows", 256, 64, 16, blocks=4, must=VECTOR),
+    budget(r"headwise_norm_gradients", 256, 128, 16, blocks=2, must=VECTOR),
+    budget(r"headwise_norm_wide_rows", 512, 64, 16, blocks=2, must=VECTOR),
+    budget(r"headwise_norm_wide_gradients", 512, 128, 17, blocks=1, must=VECTOR),
     budget(r"softmax_cross_entropy", 256, 64, 16, blocks=4, must=VECTOR),
     budget(r"mlstm_sweep_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",), products=sweep_sm90_products),
     # Of one consumer and 64 tokens: two row tiles by four steps.

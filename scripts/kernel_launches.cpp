@@ -16,6 +16,7 @@
 #include "cuda/causal_conv1d/causal_conv1d_launch.h"
 #include "cuda/loss/softmax_cross_entropy.h"
 #include "cuda/mlstm/mlstm.h"
+#include "cuda/norm/headwise_norm.h"
 #include "cuda/slstm/slstm.h"
 
 namespace {
@@ -118,7 +119,27 @@ void call_softmax_cross_entropy(Dtype dtype) {
   launch_softmax_cross_entropy(p, nullptr);
 }
 
+/// Narrow heads, a whole row of channels, and wider.
+void call_headwise_norm(Dtype dtype) {
+  for (const int32_t dim : {256, 4096, 8192}) {
+    const int32_t heads = dim == 256 ? 4 : 1;
+    const xlstm::cuda::RowView rows{address(0), 65536, int64_t{heads} * dim, 0};
+    xlstm::cuda::HeadwiseNormInputs in;
+    in.rows = 65536, in.heads = heads, in.dim = dim, in.dtype = dtype;
+    in.x = in.skip = in.gate = rows, in.x_head = dim;
+    in.weight = in.bias = in.skip_weight = {address(1), dtype};
+    headwise_norm_forward(xlstm::cuda::HeadwiseNormForward{in, address(2)}, nullptr);
+    xlstm::cuda::HeadwiseNormBackward backward;
+    backward.in = in, backward.dy = rows;
+    backward.dx = address(3), backward.dskip = address(4), backward.dgate = address(5);
+    backward.dweight = address(6), backward.dbias = address(7), backward.dskip_weight = address(8);
+    backward.partials = array<float>(9);
+    headwise_norm_backward(backward, nullptr);
+  }
+}
+
 void call_all(Dtype dtype) {
+  call_headwise_norm(dtype);
   call_block_linear(dtype);
   call_softmax_cross_entropy(dtype);
   constexpr int64_t kSizes[] = {16, 64, 128, 256, 512};

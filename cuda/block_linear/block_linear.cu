@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "cuda/column_sums.h"
-#include "cuda/numbers.cuh"
 #include "cuda/prim/launch.h"
+#include "cuda/rows.cuh"
 
 namespace xlstm::cuda {
 namespace {
@@ -61,11 +61,6 @@ struct Piece {
     }
   }
 };
-
-DEVICE_FUNCTION int64_t row_offset(const RowView& view, int64_t row) {
-  if (row < view.inner_rows) return row * view.inner_stride;
-  return row / view.inner_rows * view.outer_stride + row % view.inner_rows * view.inner_stride;
-}
 
 template <class T>
 DEVICE_FUNCTION float at(const void* data, int64_t index) {

@@ -1,16 +1,9 @@
 #pragma once
 // Block-diagonal linear maps with small square blocks, y[b S + o] = sum_i W[b][o][i] x[b S + i] + bias[b S + o]. Larger
 // blocks are batched matrix products of the caller.
-#include "cuda/tensors.h"
+#include "cuda/rows.h"
 
 namespace xlstm::cuda {
-
-/// Row r starts at data + (r / inner_rows) * outer_stride + (r % inner_rows) * inner_stride numbers; its channels lie side
-/// by side.
-struct RowView {
-  void* data = nullptr;
-  int64_t inner_rows = 1, inner_stride = 0, outer_stride = 0;
-};
 
 struct BlockLinearParams {
   int64_t rows = 0;

@@ -1,0 +1,45 @@
+#pragma once
+// Head-wise norm with skip and gate, y = (norm(x) * weight + bias + skip_weight * skip) * act(gate), and its gradients.
+// Statistics and sums in float32. No allocation, no synchronisation.
+#include "cuda/rows.h"
+
+namespace xlstm::cuda {
+
+/// (NH*DH) packed, of any type; data null where absent.
+struct NormParameter {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
+struct HeadwiseNormInputs {
+  int64_t rows = 0;
+  int32_t heads = 1, dim = 0;     ///< NH and DH, the width that is normalised
+  Dtype dtype = Dtype::kFloat32;  ///< of all rows
+  float eps = 0;
+  bool rms = false;           ///< else layer norm
+  bool sigmoid_gate = false;  ///< else SiLU
+  RowView x;
+  int64_t x_head = 0;  ///< from one head of x to the next
+  RowView skip, gate;  ///< data null where absent; heads packed
+  NormParameter weight, bias, skip_weight;
+};
+
+struct HeadwiseNormForward {
+  HeadwiseNormInputs in;
+  void* y = nullptr;  ///< packed
+};
+
+struct HeadwiseNormBackward {
+  HeadwiseNormInputs in;
+  RowView dy;
+  void *dx = nullptr, *dskip = nullptr, *dgate = nullptr;  ///< packed; of what is present
+  void *dweight = nullptr, *dbias = nullptr,
+       *dskip_weight = nullptr;  ///< in their parameters' types; of what is present
+  float* partials = nullptr;     ///< headwise_norm_partials() numbers of scratch memory
+};
+
+void headwise_norm_forward(const HeadwiseNormForward& call, Stream stream);
+int64_t headwise_norm_partials(const HeadwiseNormInputs& in);
+void headwise_norm_backward(const HeadwiseNormBackward& call, Stream stream);
+
+}  // namespace xlstm::cuda
