@@ -1,6 +1,7 @@
 // From tensors to the real CUDA kernels and back, on the CPU: csrc/ops/*_kernels.cpp with the emulator behind them, against
 // the paths that take a call where no kernel does.
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/randn.h>
 #include <ATen/ops/tensor.h>
 
 #include <string>
@@ -10,6 +11,8 @@
 #include "csrc/ops/causal_conv1d_kernels.h"
 #include "csrc/ops/mlstm_generic.h"
 #include "csrc/ops/mlstm_kernels.h"
+#include "csrc/ops/norm_generic.h"
+#include "csrc/ops/norm_kernels.h"
 #include "tests/ops/mlstm_cases.h"
 
 namespace {
@@ -199,4 +202,60 @@ TEST_CASE("causal_conv1d: the step kernel agrees with the generic path", "[causa
   const Tensor expected =
       xlstm::ops::causal_conv1d_generic_step(x, weight, bias, state_generic, true);
   check_close({"y", "state"}, {y, state}, {expected, state_generic}, {1e-6, 0});
+}
+
+namespace {
+
+/// Inputs of headwise_norm with what the bits of `present` say; views where `strided`.
+struct NormProblem {
+  NormProblem(int present, at::ScalarType type, at::ScalarType parameters, bool strided) {
+    at::manual_seed(5 + present);
+    const auto rows = [&](at::IntArrayRef sizes) { return at::randn(sizes, type); };
+    const auto parameter = [&] { return at::randn({48}, parameters); };
+    x = strided ? rows({2, 3, 7, 16}).transpose(1, 2) : rows({2, 7, 3, 16});
+    dy = strided ? rows({2, 7, 96}).slice(2, 48) : rows({2, 7, 48});
+    if (present & 1) weight = parameter();
+    if (present & 2) bias = parameter();
+    if (present & 4) skip = rows({2, 7, 48}), skip_weight = parameter();
+    if (present & 8) gate = strided ? rows({2, 7, 96}).slice(2, 0, 48) : rows({2, 7, 48});
+  }
+  Tensor x, dy;
+  OptionalTensor weight, bias, skip, skip_weight, gate;
+};
+
+void check_norm(const NormProblem& p, std::string_view kind, std::string_view activation,
+                double limit) {
+  const xlstm::ops::HeadwiseNormArguments a{p.x,    p.weight, p.bias, p.skip,    p.skip_weight,
+                                            p.gate, 1e-5,     kind,   activation};
+  xlstm::ops::check_headwise_norm(a);
+  REQUIRE(xlstm::ops::headwise_norm_kernels_lack(p.x).empty());
+  check_close({"y"}, {xlstm::ops::headwise_norm_kernels_forward(a, nullptr)},
+              {xlstm::ops::headwise_norm_generic(a)}, {limit});
+  check_close({"dx", "dweight", "dbias", "dskip", "dskip_weight", "dgate"},
+              list(xlstm::ops::headwise_norm_kernels_backward(p.dy, a, nullptr)),
+              list(xlstm::ops::headwise_norm_generic_backward(p.dy, a)),
+              std::vector<double>(6, limit));
+}
+
+}  // namespace
+
+TEST_CASE("headwise_norm: the kernels agree with the generic path", "[norm]") {
+  for (int present = 0; present < 16; ++present) {
+    for (const bool strided : {false, true}) {
+      for (const char* kind : {"layer", "rms"}) {
+        INFO("present " << present << " strided " << strided << " " << kind);
+        const char* activation = present % 3 == 0 ? "sigmoid" : "silu";
+        check_norm({present, at::kFloat, at::kFloat, strided}, kind, activation, 2e-6);
+        check_norm({present, at::kBFloat16, at::kFloat, strided}, kind, activation, 1e-2);
+        check_norm({present, at::kHalf, at::kHalf, strided}, kind, activation, 2e-3);
+      }
+    }
+  }
+}
+
+TEST_CASE("headwise_norm: no tokens give gradients of zero", "[norm]") {
+  NormProblem p(15, at::kFloat, at::kFloat, false);
+  for (Tensor* x : {&p.x, &p.dy}) *x = x->slice(1, 0, 0);
+  for (OptionalTensor* x : {&p.skip, &p.gate}) *x = (*x)->slice(1, 0, 0);
+  check_norm(p, "layer", "silu", 0);
 }

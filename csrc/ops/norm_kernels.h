@@ -1,0 +1,19 @@
+#pragma once
+// headwise_norm on the kernels of cuda/norm: tensors -> rows, scratch memory from torch's allocator, no synchronisation.
+// Arguments are checked already; the tensors' device is the current one.
+#include <string>
+
+#include "csrc/ops/norm_arguments.h"
+#include "cuda/tensors.h"
+
+namespace xlstm::ops {
+
+/// Why no kernel takes a call; empty: the kernels do.
+std::string headwise_norm_kernels_lack(const at::Tensor& x);
+
+at::Tensor headwise_norm_kernels_forward(const HeadwiseNormArguments& a, cuda::Stream stream);
+HeadwiseNormGradients headwise_norm_kernels_backward(const at::Tensor& dy,
+                                                     const HeadwiseNormArguments& a,
+                                                     cuda::Stream stream);
+
+}  // namespace xlstm::ops
