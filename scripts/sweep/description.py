@@ -1,0 +1,176 @@
+"""Experiments: scripts/reproduce/<id>/experiment.yaml (full size) and mini.yaml (what differs in the miniature).
+
+Keys of a description:
+  title, source, about   texts of the report; `needs`: what the full size takes
+  base                   settings of xlstm-train that all runs share
+  cases                  {name: {label, config, needs}}: tasks or sizes, each crossed with every model; one "all" if absent
+  models                 {name: {label, config, learning_rates, needs}}; `needs`: why it cannot be run, a row without numbers
+  learning_rates, seeds  lists; the learning rate with the best mean over the seeds counts, per case and model
+  evaluations            {name: options of xlstm-eval}: measured as <name>.<metric> after training
+  reach                  {name: {metric, at_least}}: first step whose held-out metric is that good, measured as <name>
+  measure, better        the measure that decides (a held-out metric, accuracy, or one of the above); higher | lower
+  columns                further measures of the table
+  paper                  {case: {model: value of `measure`}}
+  claims                 [{text, paper, expect, case, asserted}], see claims.py
+  figure                 see figures.py
+Settings are merged in the order base, case, model, then learning rate and seed. mini.yaml: `base`, `models` and
+`cases: {name: null}` are merged into the full size, null takes something away; every other key replaces the full one.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import yaml
+
+FIRST_SHUFFLE_SEED = 1234
+MERGED = ("base", "models", "cases")
+KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "evaluations", "reach",
+        "measure", "better", "columns", "paper", "claims", "figure"}
+PART_KEYS = {"label", "config", "needs", "learning_rates"}
+
+
+class DescriptionError(Exception):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training run of a sweep."""
+
+    case: str
+    model: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self):
+        return f"{self.case}/{self.model}/lr{self.learning_rate:g}_seed{self.seed}"
+
+
+def merge(below, above):
+    """Nested dictionaries, `above` winning; a null there removes."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = merge(below.get(key), value) if isinstance(value, dict) else value
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def read_yaml(path):
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DescriptionError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise DescriptionError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise DescriptionError(f"{path}: expected the keys of an experiment")
+    unknown = sorted(set(content) - KEYS)
+    if unknown:
+        raise DescriptionError(f"{path}: unknown key {unknown[0]}; expected {', '.join(sorted(KEYS))}")
+    return content
+
+
+class Experiment:
+    def __init__(self, folder, mini=False):
+        self.id, self.mini = folder.name, mini
+        content = read_yaml(folder / "experiment.yaml")
+        if mini:
+            small = read_yaml(folder / "mini.yaml")
+            content = {**content, **{k: merge(content.get(k, {}), v) if k in MERGED else v for k, v in small.items()}}
+        self.source_file = folder / ("mini.yaml" if mini else "experiment.yaml")
+        self._read(content)
+
+    def _read(self, content):
+        for key in ("title", "source", "base", "models", "learning_rates", "measure"):
+            if not content.get(key):
+                raise DescriptionError(f"{self.source_file}: {key} is missing")
+        self.title, self.source = content["title"], content["source"]
+        self.about, self.needs = content.get("about", ""), content.get("needs", "")
+        self.base = content["base"]
+        self.cases = content.get("cases") or {"all": {}}
+        self.models = content["models"]
+        self.learning_rates, self.seeds = content["learning_rates"], content.get("seeds", [0])
+        self.evaluations = content.get("evaluations") or {}
+        self.reach = content.get("reach") or {}
+        self.measure, self.better = content["measure"], content.get("better", "higher")
+        self.columns = content.get("columns") or []
+        self.paper, self.claims = content.get("paper") or {}, content.get("claims") or []
+        self.figure = content.get("figure") or {}
+        self._check()
+
+    def _check(self):
+        def expect(condition, message):
+            if not condition:
+                raise DescriptionError(f"{self.source_file}: {message}")
+
+        expect(self.better in ("higher", "lower"), f"better is {self.better}, expected higher or lower")
+        for kind, parts in (("cases", self.cases), ("models", self.models)):
+            for name, part in parts.items():
+                expect(str(name).isidentifier(), f"{kind}: {name} is not a name of letters, digits and _")
+                unknown = sorted(set(part) - PART_KEYS)
+                expect(not unknown, f"{kind}.{name}: unknown key {unknown[:1]}; expected {sorted(PART_KEYS)}")
+        for case, values in self.paper.items():
+            for model in values:
+                expect(case in self.cases and model in self.models, f"paper: there is no {case}.{model}")
+        for claim in self.claims:
+            expect({"text", "expect"} <= claim.keys(), "every claim needs text and expect")
+            expect(claim.get("case", self.only_case) in self.cases, f"claim {claim['text']}: which case?")
+
+    @property
+    def only_case(self):
+        return next(iter(self.cases)) if len(self.cases) == 1 else None
+
+    @property
+    def name(self):
+        return self.id + ("-mini" if self.mini else "")
+
+    def label(self, model):
+        return self.models[model].get("label", model)
+
+    def case_label(self, case):
+        return self.cases[case].get("label", case)
+
+    def needs_of(self, case, model):
+        """Why this pair cannot be run; empty if it can."""
+        return self.models[model].get("needs") or self.cases[case].get("needs") or ""
+
+    def rates(self, case, model):
+        return (self.models[model].get("learning_rates") or self.cases[case].get("learning_rates")
+                or self.learning_rates)
+
+    def jobs(self, models=None):
+        """Learning rates and seeds inside, so that a stopped sweep has whole rows."""
+        return [Job(case, model, float(rate), seed)
+                for case, model in itertools.product(self.cases, self.models)
+                if (models is None or model in models) and not self.needs_of(case, model)
+                for rate, seed in itertools.product(self.rates(case, model), self.seeds)]
+
+    def settings(self, job):
+        """Settings of a run, without those of its folder. One seed means the same samples for all models."""
+        own = {"run": {"seed": job.seed}, "optim": {"learning_rate": job.learning_rate},
+               "data": {"shuffle_seed": FIRST_SHUFFLE_SEED + job.seed}}
+        merged = self.base
+        for part in (self.cases[job.case].get("config", {}), self.models[job.model].get("config", {}), own):
+            merged = merge(merged, part)
+        return merged
+
+    def steps(self, job):
+        train, data = (self.settings(job).get(key, {}) for key in ("train", "data"))
+        if train.get("max_steps"):
+            return train["max_steps"]
+        per_step = train.get("global_batch_size", 16) * data.get("seq_len", 256)
+        return -(-train.get("max_tokens", 0) // per_step)
+
+
+def experiment_ids(folder):
+    return sorted(path.parent.name for path in Path(folder).glob("*/experiment.yaml"))
+
+
+def load(folder, experiment_id, mini=False):
+    ids = experiment_ids(folder)
+    if experiment_id not in ids:
+        raise DescriptionError(f"there is no experiment {experiment_id}; there are: {', '.join(ids) or 'none'}")
+    return Experiment(Path(folder) / experiment_id, mini)

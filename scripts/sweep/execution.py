@@ -1,0 +1,285 @@
+"""Training and measuring the runs of a sweep, several at a time, such that killing it at any moment loses little.
+
+<out>/<experiment>/<case>/<model>/<run>.yaml is the configuration, <run>/ the trainer's folder, <run>.log what the programs
+printed, and <run>.result.json, written last by a rename, what was measured: a run that has one is finished. One without
+is handed to the trainer again, which goes on from its newest checkpoint.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import yaml
+
+RESULT_VERSION = 1
+DIVERGED = 5  # xlstm-train: a loss or gradient is not finite
+POLL_SECONDS = 0.05
+PR_SET_PDEATHSIG = 1
+
+
+class SweepError(Exception):
+    pass
+
+
+def die_with_parent():
+    """A killed sweep leaves no trainer behind that the next one would meet in the same folder."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def write_atomically(path, text):
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_records(path):
+    """Records of a metrics.jsonl; a line that a crash tore is left out."""
+    records = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return records
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def held_out(records):
+    """metric -> {step: value} of the held-out evaluations; a step evaluated twice counts once, the last time."""
+    series = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith("val/") and isinstance(value, (int, float)) and math.isfinite(value):
+                series.setdefault(key.removeprefix("val/"), {})[record["step"]] = value
+    return series
+
+
+def training_seconds(records):
+    """Sum of the steps' times as logged; unlike the wall clock, it does not depend on when the sweep was killed."""
+    times = {record["step"]: record["perf/step_ms"] for record in records if record.get("perf/step_ms")}
+    seconds = last = 0
+    for step, milliseconds in sorted(times.items()):
+        seconds += (step - last) * milliseconds / 1e3
+        last = step
+    return seconds
+
+
+def measures_of(experiment, records):
+    """The last held-out metrics, and the first steps at which they were as good as the description asks."""
+    series = held_out(records)
+    measures = {metric: values[max(values)] for metric, values in series.items()}
+    for name, goal in experiment.reach.items():
+        steps = [s for s, value in series.get(goal["metric"], {}).items() if value >= goal["at_least"]]
+        measures[name] = min(steps) if steps else math.inf
+    return measures
+
+
+class Programs:
+    def __init__(self, folder, threads):
+        self.threads = threads
+        self.train, self.evaluate = Path(folder) / "xlstm-train", Path(folder) / "xlstm-eval"
+
+    def check(self, with_evaluation):
+        for program in [self.train] + ([self.evaluate] if with_evaluation else []):
+            if not os.access(program, os.X_OK):
+                raise SweepError(f"{program} is not there; build it (./scripts/train.sh, or cmake --build build), "
+                                 "or name its folder with --bin")
+
+
+class Run:
+    """One job, from nothing or from where it was left to its result."""
+
+    def __init__(self, experiment, job, folder, programs):
+        self.experiment, self.job, self.programs = experiment, job, programs
+        base = folder / job.name
+        self.folder = base
+        self.config, self.log, self.result_path = (base.with_name(base.name + end)
+                                                   for end in (".yaml", ".log", ".result.json"))
+        self.total_steps = experiment.steps(job)
+        self.failure = self.process = self.stage = None
+        self.diverged = False
+        settings = experiment.settings(job)
+        settings["run"] = {**settings.get("run", {}), "name": base.name, "out_dir": str(base.parent)}
+        self.config_text = yaml.safe_dump(settings, sort_keys=False)
+        relocatable = yaml.safe_dump(experiment.settings(job))  # the folder may be moved
+        told = [RESULT_VERSION, relocatable, experiment.evaluations, experiment.reach]
+        self.fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        self.result = self._finished_result()
+
+    def _finished_result(self):
+        try:
+            result = json.loads(self.result_path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return None
+        return result if result.get("fingerprint") == self.fingerprint else None
+
+    @property
+    def done(self):
+        return self.result is not None or self.failure is not None
+
+    def records(self):
+        return read_records(self.folder / "metrics.jsonl")
+
+    def step(self):
+        """The step it is at, from the tail of its metrics."""
+        if self.result is not None:
+            return self.total_steps
+        try:
+            with open(self.folder / "metrics.jsonl", "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+                tail = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return 0
+        for line in reversed(tail):
+            try:
+                return int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):
+                continue
+        return 0
+
+    def _train_command(self):
+        command = [str(self.programs.train), str(self.config), f"run.num_threads={self.programs.threads}"]
+        previous = self.config.read_text(encoding="utf-8") if self.config.exists() else None
+        if self.folder.exists() and previous != self.config_text:
+            command.append("--fresh")  # other settings: the trainer puts the old run aside
+        self.config.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, self.config_text)
+        return command
+
+    def _evaluation_path(self, name):
+        return self.folder / f"evaluation-{name}.json"
+
+    def _evaluate_command(self, name):
+        command = [str(self.programs.evaluate), str(self.folder), "--threads", str(self.programs.threads),
+                   "--json", str(self._evaluation_path(name))]
+        for option, value in self.experiment.evaluations[name].items():
+            command += ["--" + option.replace("_", "-"), str(value)]
+        return command
+
+    def start(self):
+        self.stages = iter(["train", *self.experiment.evaluations])
+        self._next()
+
+    def _next(self):
+        self.stage = next(self.stages, None)
+        if self.stage is None:
+            self._finish()
+            return
+        command = self._train_command() if self.stage == "train" else self._evaluate_command(self.stage)
+        with open(self.log, "w" if self.stage == "train" else "a", encoding="utf-8") as log:
+            log.write("$ " + " ".join(command) + "\n")
+            log.flush()
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                            start_new_session=True, preexec_fn=die_with_parent)
+
+    def poll(self):
+        """Goes on to the next program where one has ended."""
+        status = self.process.poll()
+        if status is None:
+            return
+        self.process = None
+        if status == 0:
+            self._next()
+        elif status == DIVERGED and self.stage == "train":
+            self.diverged = True
+            self._finish()
+        else:
+            self.failure = self._describe_failure(status)
+
+    def _describe_failure(self, status):
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        error = next((line for line in reversed(lines) if "error:" in line), None)
+        return error or f"xlstm-{'train' if self.stage == 'train' else 'eval'} ended with status {status}, see {self.log}"
+
+    def _finish(self):
+        """Reads what was measured and marks the run as finished."""
+        records = self.records()
+        measures = {} if self.diverged else measures_of(self.experiment, records)
+        for name in self.experiment.evaluations if not self.diverged else ():
+            values = json.loads(self._evaluation_path(name).read_text(encoding="utf-8"))
+            values["ppl"] = values.pop("perplexity", None)
+            measures.update({f"{name}.{key}": value for key, value in values.items()
+                             if key in ("loss", "ppl", "bits_per_byte", "accuracy", "scaled_accuracy")})
+        if not self.diverged and self.experiment.measure not in measures:
+            self.failure = f"measured no {self.experiment.measure}, see {self.log}"
+            return
+        header = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        result = {"fingerprint": self.fingerprint, "diverged": self.diverged, "parameters": header["parameters"],
+                  "steps": max((r["step"] for r in records), default=0), "seconds": training_seconds(records),
+                  "device": header.get("device", ""), "measures": measures}
+        write_atomically(self.result_path, json.dumps(result, indent=1) + "\n")
+        self.result = result
+
+    def stop(self):
+        if self.process is not None:
+            self.process.terminate()  # the trainer saves
+            self.process.wait()
+
+
+class SweepFolder:
+    """<out>/<experiment>, owned by one sweep at a time."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def open(self, resume, fresh):
+        if self.path.exists() and any(p.name != "lock" for p in self.path.iterdir()) and not resume:
+            if not fresh:
+                raise SweepError(f"{self.path} is there already: --resume goes on with it, --fresh starts anew and keeps it "
+                                 "beside the new one")
+            number = 1
+            while self.path.with_name(f"{self.path.name}.old-{number}").exists():
+                number += 1
+            self.path.rename(self.path.with_name(f"{self.path.name}.old-{number}"))
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / "lock", "w", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SweepError(f"{self.path}: another reproduce.py is at work there") from error
+
+
+class Sweep:
+    def __init__(self, experiment, folder, programs, models=None):
+        self.experiment, self.folder, self.models = experiment, folder, models
+        self.runs = [Run(experiment, job, folder, programs) for job in experiment.jobs(models)]
+        self.stopped = False
+
+    def execute(self, jobs, progress):
+        """Runs everything that is not finished; returns False if it was asked to stop before."""
+        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        waiting, active = [run for run in self.runs if not run.done], []
+        try:
+            while (waiting or active) and not self.stopped:
+                while waiting and len(active) < jobs:
+                    active.append(waiting.pop(0))
+                    active[-1].start()
+                time.sleep(POLL_SECONDS)
+                for run in list(active):
+                    run.poll()
+                    if run.done:
+                        active.remove(run)
+                        progress.finished(run, self.runs)
+                progress.update(active, self.runs)
+        finally:
+            for run in active:
+                run.stop()
+            progress.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return not self.stopped
+
+    def _stop(self, *_):
+        self.stopped = True
