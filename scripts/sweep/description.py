@@ -12,7 +12,6 @@ Keys of a description:
   columns                further measures of the table
   paper                  {case: {model: value of `measure`}}
   claims                 [{text, paper, expect, case, asserted}], see claims.py
-  figure                 see figures.py
 Settings are merged in the order base, case, model, then learning rate and seed. mini.yaml: `base`, `models` and
 `cases: {name: null}` are merged into the full size, null takes something away; every other key replaces the full one.
 """
@@ -26,7 +25,7 @@ import yaml
 FIRST_SHUFFLE_SEED = 1234
 MERGED = ("base", "models", "cases")
 KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "evaluations", "reach",
-        "measure", "better", "columns", "paper", "claims", "figure"}
+        "measure", "better", "columns", "paper", "claims"}
 PART_KEYS = {"label", "config", "needs", "learning_rates"}
 
 
@@ -98,7 +97,6 @@ class Experiment:
         self.measure, self.better = content["measure"], content.get("better", "higher")
         self.columns = content.get("columns") or []
         self.paper, self.claims = content.get("paper") or {}, content.get("claims") or []
-        self.figure = content.get("figure") or {}
         self._check()
 
     def _check(self):
