@@ -1,0 +1,190 @@
+"""scripts/reproduce.py: sweeps with a stand-in for the trainer that takes milliseconds, and one real run."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "reproduce.py"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from sweep import claims, description  # noqa: E402
+
+# Ten steps; goes on from the steps its metrics tell. The accuracy is a function of model and learning rate.
+TRAINER = """#!{python}
+import json, pathlib, sys, time, yaml
+config = yaml.safe_load(open(sys.argv[1]))
+run = pathlib.Path(config["run"]["out_dir"]) / config["run"]["name"]
+run.mkdir(parents=True, exist_ok=True)
+with open(run / "starts", "a") as file:
+    file.write("x")
+if config["model"]["kind"] == "broken":
+    sys.exit("xlstm-train: error: the disk is full")
+(run / "run.json").write_text(json.dumps({{"parameters": 1234}}))
+metrics = run / "metrics.jsonl"
+done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+for step in range(done + 1, 11):
+    time.sleep({delay})
+    accuracy = config["model"]["skill"] * step / 10 - config["optim"]["learning_rate"]
+    with open(metrics, "a") as file:
+        file.write(json.dumps({{"step": step, "perf/step_ms": 1000, "val/accuracy": accuracy}}) + "\\n")
+if config["model"]["kind"] == "diverging":
+    sys.exit(5)
+"""
+EXPERIMENT = """
+title: Toy
+source: nowhere
+base: {train: {max_steps: 10}}
+models:
+  good: {label: Good, config: {model: {kind: a, skill: 1.0}}}
+  bad: {config: {model: {kind: a, skill: 0.5}}}
+  later: {needs: a larger machine}
+learning_rates: [0.1, 0.2]
+seeds: [0, 1]
+reach: {steps_to_half: {metric: accuracy, at_least: 0.45}}
+measure: accuracy
+columns: [steps_to_half]
+paper: {all: {good: 0.8}}
+claims:
+  - {text: good is better, expect: good.accuracy > bad.accuracy + 0.3, asserted: true}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    folder = tmp_path / "experiments" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text(EXPERIMENT)
+    set_trainer(tmp_path, 0)
+    return tmp_path
+
+
+def set_trainer(folder, delay):
+    program = folder / "bin" / "xlstm-train"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(TRAINER.format(python=sys.executable, delay=delay))
+    program.chmod(0o755)
+
+
+def edit(folder, old, new):
+    path = folder / "experiments" / "toy" / "experiment.yaml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def command(folder, *arguments, out="out"):
+    return [sys.executable, str(SCRIPT), *arguments, "--bin", str(folder / "bin"), "--out", str(folder / out),
+            "--experiments", str(folder / "experiments")]
+
+
+def reproduce(folder, *arguments, out="out"):
+    return subprocess.run(command(folder, *arguments, out=out), capture_output=True, text=True, timeout=120)
+
+
+def test_table_and_csv(toy):
+    done = reproduce(toy, "toy", "--check", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    table = (toy / "out" / "toy" / "table.md").read_text()
+    assert "| Good | 1,234 | 0.1 | 0.8 | 0.9 (0.9 to 0.9) | +0.1 | 6 | 40s |" in table
+    assert "| bad | 1,234 | 0.1 |  | 0.4 (0.4 to 0.4) |  | never | 40s |" in table
+    assert "not run: needs a larger machine" in table
+    rows = list(csv.DictReader(open(toy / "out" / "toy" / "results.csv")))
+    assert len(rows) == 8 and {row["status"] for row in rows} == {"done"}
+    assert [float(row["accuracy"]) for row in rows[:4]] == pytest.approx([0.9, 0.9, 0.8, 0.8])
+    assert "8/8" in done.stderr and "eta" in done.stderr
+
+
+def test_check_tells_a_claim_that_does_not_hold(toy):
+    edit(toy, "+ 0.3", "+ 0.6")
+    assert reproduce(toy, "toy").returncode == 0
+    done = reproduce(toy, "toy", "--check", "--resume")
+    assert done.returncode == 1 and "does not hold: good is better" in done.stderr
+    edit(toy, "asserted: true", "asserted: false")
+    assert reproduce(toy, "toy", "--check", "--resume").returncode == 0
+
+
+@pytest.mark.parametrize("how, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+def test_a_killed_sweep_goes_on_to_the_same_table(toy, how, status):
+    assert reproduce(toy, "toy", out="whole").returncode == 0
+    set_trainer(toy, 0.03)
+    process = subprocess.Popen(command(toy, "toy"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = toy / "out" / "toy" / "all" / "good" / "lr0.1_seed0.result.json"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.15)
+    process.send_signal(how)
+    assert process.wait() == status
+    set_trainer(toy, 0)
+    assert reproduce(toy, "toy").returncode == 2  # neither --resume nor --fresh
+    assert reproduce(toy, "toy", "--resume").returncode == 0
+    for name in ("table.md", "results.csv"):
+        assert (toy / "out" / "toy" / name).read_text() == (toy / "whole" / "toy" / name).read_text()
+    assert (first.parent / "lr0.1_seed0" / "starts").read_text() == "x"  # a finished run is not started again
+
+
+def test_only_and_seeds(toy):
+    done = reproduce(toy, "toy", "--only", "good", "--seeds", "1", "--check")
+    assert done.returncode == 0, done.stderr
+    table = (toy / "out" / "toy" / "table.md").read_text()
+    assert "left out by --only" in table and "not judged: no bad.accuracy" in table
+    assert len((toy / "out" / "toy" / "results.csv").read_text().splitlines()) == 3
+
+
+def test_failed_and_diverged_runs(toy):
+    edit(toy, "bad: {config: {model: {kind: a", "bad: {config: {model: {kind: diverging")
+    done = reproduce(toy, "toy", "--check")
+    assert done.returncode == 1 and "diverged" in (toy / "out" / "toy" / "table.md").read_text()
+    edit(toy, "kind: diverging", "kind: broken")
+    done = reproduce(toy, "toy", "--fresh")
+    assert done.returncode == 1 and "the disk is full" in done.stdout
+    assert (toy / "out" / "toy.old-1").exists()
+
+
+def test_errors_are_clear(toy):
+    for arguments, message in ((["nothing"], "there is no experiment nothing; there are: toy"),
+                               (["toy", "--only", "x"], "has no model x; it has good, bad, later")):
+        done = reproduce(toy, *arguments)
+        assert done.returncode == 2 and message in done.stderr
+    (toy / "bin" / "xlstm-train").unlink()
+    done = reproduce(toy, "toy")
+    assert done.returncode == 2 and "xlstm-train is not there; build it" in done.stderr
+
+
+def test_expressions():
+    lookup = {("a", "x"): 2.0, ("a", "ctx8.ppl"): 3.0}
+    value = lambda text: claims.evaluate(text, lambda *name: lookup[name])  # noqa: E731
+    assert value("a.ctx8.ppl / a.x") == 1.5 and value("1 < a.x <= 2 and not a.x > 2") and value("min(a.x, 1) == 1")
+    for text in ("__import__('os')", "a.x.real()", "[a.x]"):
+        with pytest.raises(claims.ClaimError):
+            value(text)
+
+
+@pytest.mark.skipif(not (ROOT / "build/bin/xlstm-train").exists(), reason="build/bin/xlstm-train is not built")
+def test_full_size_settings_are_taken_and_a_real_run(tmp_path):
+    full = description.load(ROOT / "scripts" / "reproduce", "formal_languages")
+    jobs = {job.model: job for job in full.jobs()}
+    for model in ("xlstm_1_1", "llama"):
+        config = tmp_path / f"{model}.yaml"
+        config.write_text(yaml.safe_dump(full.settings(jobs[model])))
+        dry = subprocess.run([ROOT / "build/bin/xlstm-train", config, "--dry-run"], capture_output=True, text=True)
+        assert dry.returncode == 0 and "100000 steps" in dry.stdout.replace(",", ""), dry.stderr
+    folder = tmp_path / "experiments" / "tiny"
+    folder.mkdir(parents=True)
+    mini = description.load(ROOT / "scripts" / "reproduce", "formal_languages", mini=True)
+    base = description.merge(mini.base, {"train": {"max_steps": 5, "global_batch_size": 4}, "optim": {"warmup_steps": 1},
+                                         "data": {"task": {"eval_samples": 8}}})
+    (folder / "experiment.yaml").write_text(yaml.safe_dump({
+        "title": "Tiny", "source": "test", "base": base, "cases": mini.cases, "learning_rates": [1e-3],
+        "models": {"lstm": mini.models["lstm"]}, "evaluations": {"short": {"seq_len": 20, "min_len": 10}},
+        "measure": "short.scaled_accuracy"}))
+    done = subprocess.run([sys.executable, SCRIPT, "tiny", "--experiments", folder.parent, "--out", tmp_path / "out"],
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "XLSTM_PYTHON": sys.executable})
+    assert done.returncode == 0, done.stderr
+    assert "| LSTM | 17,120 |" in done.stdout
