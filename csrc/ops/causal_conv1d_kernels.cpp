@@ -13,7 +13,7 @@ namespace {
 using at::Tensor;
 
 /// (B,T,C), (N,W-1,C) or, without T, (B,C).
-cuda::ConvView view_of(const Tensor& x) {
+cuda::ConvView conv_view_of(const Tensor& x) {
   return {kernel_data(x), x.stride(0), x.dim() == 3 ? x.stride(1) : 0, x.stride(-1)};
 }
 
@@ -46,14 +46,9 @@ struct Call {
     in.time = static_cast<int32_t>(sizes.time);
     in.num_sequences = static_cast<int32_t>(sizes.num_sequences);
     in.parameters = parameters_of(a.weight, a.bias, a.silu);
-    in.x = view_of(a.x);
-    if (a.state0) in.state0 = view_of(*a.state0);
-    if (a.reset) {
-      in.reset = static_cast<const bool*>(a.reset->const_data_ptr());
-      in.reset_batch = a.reset->stride(0);
-      in.reset_time = a.reset->stride(1);
-    }
-    if (a.cu_seqlens) in.cu_seqlens = static_cast<const int32_t*>(a.cu_seqlens->const_data_ptr());
+    in.x = conv_view_of(a.x);
+    if (a.state0) in.state0 = conv_view_of(*a.state0);
+    set_documents(in, a.reset, a.cu_seqlens);
   }
 
   CausalConv1dArguments a;
@@ -80,7 +75,7 @@ CausalConv1dOutputs causal_conv1d_kernels_forward(const CausalConv1dArguments& a
   const Tensor state =
       at::empty({sizes.num_sequences, sizes.width - 1, sizes.channels}, a.x.options());
   run_kernels("causal_conv1d", [&] {
-    cuda::causal_conv1d_forward({call.in, view_of(y), view_of(state)}, stream);
+    cuda::causal_conv1d_forward({call.in, conv_view_of(y), conv_view_of(state)}, stream);
   });
   return {y, state};
 }
@@ -105,10 +100,10 @@ CausalConv1dGradients causal_conv1d_kernels_backward(const CausalConv1dArguments
       at::empty({cuda::causal_conv1d_partials(call.in)}, a.x.options().dtype(at::kFloat));
   cuda::ConvBackwardParams p;
   p.in = call.in;
-  if (upstream) p.dy = view_of(*upstream);
-  if (last) p.dstate = view_of(*last);
-  p.dx = view_of(dx);
-  if (a.state0) p.dstate0 = view_of(dstate0);
+  if (upstream) p.dy = conv_view_of(*upstream);
+  if (last) p.dstate = conv_view_of(*last);
+  p.dx = conv_view_of(dx);
+  if (a.state0) p.dstate0 = conv_view_of(dstate0);
   p.dweight = dweight.mutable_data_ptr();
   if (a.bias) p.dbias = dbias.mutable_data_ptr();
   p.partials = static_cast<float*>(partials.mutable_data_ptr());
@@ -126,9 +121,9 @@ Tensor causal_conv1d_kernels_step(const Tensor& x, const Tensor& weight, const O
   p.dtype = kernel_dtype(x.scalar_type());
   p.batch = static_cast<int32_t>(x.size(0));
   p.parameters = parameters_of(own_weight, own_bias, silu);
-  p.x = view_of(x);
-  p.state = view_of(state);
-  p.y = view_of(y);
+  p.x = conv_view_of(x);
+  p.state = conv_view_of(state);
+  p.y = conv_view_of(y);
   run_kernels("causal_conv1d_step", [&] { cuda::causal_conv1d_step(p, stream); });
   return y;
 }

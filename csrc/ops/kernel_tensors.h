@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
 #include <stdexcept>
 
 #include "cuda/tensors.h"
@@ -29,6 +30,30 @@ inline at::Tensor kernel_parameter(const at::Tensor& x) {
 
 /// Kernels write through it only where the tensor is an output.
 inline void* kernel_data(const at::Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
+
+inline float* floats(const at::Tensor& x) { return static_cast<float*>(kernel_data(x)); }
+inline float* floats(const std::optional<at::Tensor>& x) { return x ? floats(*x) : nullptr; }
+
+inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& x) {
+  return x ? std::optional(x->contiguous()) : std::nullopt;
+}
+
+/// (B,T,NH,D) or, of a gate, (B,T,NH)
+inline cuda::View view_of(const at::Tensor& x) {
+  return {kernel_data(x), x.stride(0), x.stride(1), x.stride(2), x.dim() == 4 ? x.stride(3) : 1};
+}
+
+/// Where the kernels of a recurrence find the documents: reset (B,T) bool, cu_seqlens contiguous.
+template <class Inputs>
+void set_documents(Inputs& in, const std::optional<at::Tensor>& reset,
+                   const std::optional<at::Tensor>& cu_seqlens) {
+  if (reset) {
+    in.reset = static_cast<const bool*>(kernel_data(*reset));
+    in.reset_batch = reset->stride(0);
+    in.reset_time = reset->stride(1);
+  }
+  if (cu_seqlens) in.cu_seqlens = static_cast<const int32_t*>(kernel_data(*cu_seqlens));
+}
 
 /// Runs launches; a failed one becomes an error that names the operator.
 template <class F>

@@ -12,17 +12,6 @@ namespace {
 
 using at::Tensor;
 
-float* floats(const Tensor& x) { return static_cast<float*>(kernel_data(x)); }
-float* floats(const OptionalTensor& x) { return x ? floats(*x) : nullptr; }
-
-OptionalTensor contiguous(const OptionalTensor& x) {
-  return x ? OptionalTensor(x->contiguous()) : std::nullopt;
-}
-
-/// (B,T,NH,D) or, of a gate, (B,T,NH)
-cuda::View view_of(const Tensor& x) {
-  return {kernel_data(x), x.stride(0), x.stride(1), x.stride(2), x.dim() == 4 ? x.stride(3) : 1};
-}
 /// (B,NH,D) or, of a gate, (B,NH)
 cuda::View token_view_of(const Tensor& x) {
   return {kernel_data(x), x.stride(0), 0, x.stride(1), x.dim() == 3 ? x.stride(2) : 1};
@@ -77,12 +66,7 @@ struct Call {
     in.c0 = floats(a.c0);
     in.n0 = floats(a.n0);
     in.m0 = floats(a.m0);
-    if (a.reset) {
-      in.reset = static_cast<const bool*>(kernel_data(*a.reset));
-      in.reset_batch = a.reset->stride(0);
-      in.reset_time = a.reset->stride(1);
-    }
-    if (a.cu_seqlens) in.cu_seqlens = static_cast<const int32_t*>(kernel_data(*a.cu_seqlens));
+    set_documents(in, a.reset, a.cu_seqlens);
   }
 
   /// Scratch memory: given back to torch's allocator at the end of the call, in the order of the stream.

@@ -16,20 +16,10 @@ namespace {
 
 using at::Tensor;
 
-float* floats(const Tensor& x) { return static_cast<float*>(kernel_data(x)); }
-float* floats(const OptionalTensor& x) { return x ? floats(*x) : nullptr; }
-
-OptionalTensor contiguous(const OptionalTensor& x) {
-  return x ? OptionalTensor(x->contiguous()) : std::nullopt;
-}
 OptionalTensor contiguous_floats(const OptionalTensor& x) {
   return x ? OptionalTensor(x->to(at::kFloat).contiguous()) : std::nullopt;
 }
 
-/// (B,T,NH,DH)
-cuda::View view_of(const Tensor& x) {
-  return {kernel_data(x), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-}
 /// (B,T,4,NH,DH)
 cuda::GateView gate_view_of(const Tensor& x) {
   return {kernel_data(x), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
@@ -70,12 +60,7 @@ struct Call {
     in.y0 = floats(a.y0);
     in.c0 = floats(a.c0);
     in.n0 = floats(a.n0);
-    if (a.reset) {
-      in.reset = static_cast<const bool*>(kernel_data(*a.reset));
-      in.reset_batch = a.reset->stride(0);
-      in.reset_time = a.reset->stride(1);
-    }
-    if (a.cu_seqlens) in.cu_seqlens = static_cast<const int32_t*>(kernel_data(*a.cu_seqlens));
+    set_documents(in, a.reset, a.cu_seqlens);
   }
 
   bool lstm() const { return problem.cell == cuda::SlstmCell::kLstm; }

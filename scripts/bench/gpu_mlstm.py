@@ -5,12 +5,11 @@
 First every operator is compared with a float64 reference, and the bandwidth of a copy and the rate of an 8192^3 bfloat16
 product are measured; then forward, backward and both together, each package in the layout and with the chunk size that
 suits it best, from three or more input sets that take turns (more than the L2 cache holds). Gates follow N(-3,1) and
-N(3,1); --gates normal takes N(0,1) for both. "% of limit": the larger of FLOP / product rate and bytes / bandwidth, over
-the time; FLOP and bytes are what the chunkwise form needs at least (gpu_cases.work).
+N(3,1); --gates normal takes N(0,1) for both. --limit never cuts the standard suite. "% of limit": the larger of FLOP / product
+rate and bytes / bandwidth, over the time; FLOP and bytes are what the chunkwise form needs at least (gpu_cases.work).
 Writes gpu_mlstm.json and gpu_mlstm.png into FOLDER (default scripts/bench/results). Exit 1 where ours is wrong or fails.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 sys.path.append(str(ROOT))
 
+import command_line  # noqa: E402
 import peers  # noqa: E402
 from gpu_cases import (  # noqa: E402
     HEADS, NAMES, OURS, STANDARD, Case, cases, make_inputs, plot, reference, relative_error, set_count, step_sets, work,
@@ -299,26 +299,9 @@ def print_ratios(report):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--suites", default="standard,tokens,blocks,small,decode", help="comma list, default all")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default bfloat16, float32 on the CPU")
+    parser = command_line.parser(__doc__, "gpu_mlstm", "standard,tokens,blocks,small,decode")
     parser.add_argument("--gates", choices=["open", "normal"], default="open", help="N(-3,1) and N(3,1), or N(0,1)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time per measurement (at least 5 samples)")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="start no further case after so many seconds; the standard suite is always timed")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="time ours alone")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script out")
-    parser.add_argument("--library", help="libxlstm_ops.so; default: the one that `import libxlstm` finds")
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench" / "results")
-    parser.add_argument("--name", default="gpu_mlstm", help="name of the files written")
-    args = parser.parse_args(arguments)
-    args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16"))
-    args.suites = args.suites.split(",")
-    args.effort = Effort(warm_up=2, calls=2, samples=5, seconds=0.02) if args.tiny else Effort(seconds=args.seconds)
-    args.end = time.monotonic() + args.limit
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        parser.exit(2, "error: torch sees no GPU here (--device cpu --tiny tries the script out)\n")
-    return args
+    return command_line.parse(parser, arguments)
 
 
 def main(arguments=None):

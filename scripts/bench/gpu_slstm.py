@@ -9,7 +9,6 @@ steps follow each other, whatever the batch. FLOP are those of the recurrent pro
 Writes gpu_slstm.json and gpu_slstm.png into FOLDER (default scripts/bench/results). Exit 1 where ours is wrong or fails.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -23,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 sys.path.append(str(ROOT))
 
+import command_line  # noqa: E402
 import peers  # noqa: E402
 from gpu_cases import OURS, relative_error  # noqa: E402
 from gpu_slstm_cases import HEADS, SUITES, Case, cases, input_sets, make_inputs, plot, reference, work  # noqa: E402
@@ -196,30 +196,8 @@ def print_ratios(report):
             print(f"{Case(**row['case']).title():32} {peer:28} {numbers}")
 
 
-def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--suites", default=",".join((*SUITES, "decode")), help="comma list, default all")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default bfloat16, float32 on the CPU")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time per measurement (at least 5 samples)")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="start no further case after so many seconds")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="time ours alone")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script out")
-    parser.add_argument("--library", help="libxlstm_ops.so; default: the one that `import libxlstm` finds")
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench" / "results")
-    parser.add_argument("--name", default="gpu_slstm", help="name of the files written")
-    args = parser.parse_args(arguments)
-    args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16"))
-    args.suites = args.suites.split(",")
-    args.effort = Effort(warm_up=2, calls=2, samples=5, seconds=0.02) if args.tiny else Effort(seconds=args.seconds)
-    args.end = time.monotonic() + args.limit
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        parser.exit(2, "error: torch sees no GPU here (--device cpu --tiny tries the script out)\n")
-    return args
-
-
 def main(arguments=None):
-    args = parse(arguments)
+    args = command_line.parse(command_line.parser(__doc__, "gpu_slstm", ",".join((*SUITES, "decode"))), arguments)
     if args.library:
         torch.ops.load_library(args.library)
     else:
