@@ -94,7 +94,7 @@ std::pair<Tensor, Tensor> slstm_parameter_gradients(const Tensor& dwx, const Ten
   const Tensor sums =
       slstm_product(gates.transpose(1, 2), y).view({chunks, heads, 4, dh, dh}).sum(0);
   const Tensor dr = sums.transpose(0, 1).contiguous();
-  return {dr, dwx.sum({0, 1}, false, dr.scalar_type())};
+  return {dr, dwx.sum(at::IntArrayRef{0, 1}, false, dr.scalar_type())};
 }
 
 }  // namespace xlstm::ops
