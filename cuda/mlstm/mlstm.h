@@ -54,11 +54,12 @@ struct MlstmStep {
   float *c = nullptr, *n = nullptr, *m = nullptr;
 };
 
-/// The last tokens of a head whose state lags behind: c, n and m are of the time before them. Keys (B,NH,16,DQK) and values
-/// (B,NH,16,DV) of the problem's dtype, gates (B,NH,16,2) the logarithms of forget and input gate, count (B,NH) the
-/// tokens that are there, 0 to 15.
+/// The last tokens of a head whose state lags behind: c, n and m are of the time before them. Keys (B,NH,R,DQK) and values
+/// (B,NH,R,DV) of the problem's dtype, gates (B,NH,R,2) the logarithms of forget and input gate, count (B,NH) the
+/// tokens that are there, 0 to R - 1. All contiguous.
 struct MlstmRing {
-  static constexpr int kTokens = 16;
+  static constexpr int32_t kMaxTokens = 16;
+  int32_t tokens = kMaxTokens;  ///< R, from 1 on
   void *keys = nullptr, *values = nullptr;
   float* gates = nullptr;
   int32_t* count = nullptr;
@@ -79,7 +80,7 @@ void mlstm_backward(const MlstmProblem& problem, const DeviceLimits& device,
                     const MlstmBackward& call, void* workspace, Stream stream);
 /// The problem's time is 1; needs no workspace.
 void mlstm_step(const MlstmProblem& problem, const MlstmStep& call, Stream stream);
-/// The same numbers, but C is read alone and written every 16th time: the token joins the ring, which is folded into the
+/// The same numbers, but C is read alone and written every Rth time: the token joins the ring, which is folded into the
 /// state when it is full.
 void mlstm_step_lazy(const MlstmProblem& problem, const MlstmStep& call, const MlstmRing& ring,
                      Stream stream);

@@ -1,4 +1,4 @@
-// step_lazy: a decoding step that reads C and writes it every 16th token alone. The tokens since the last fold lie in a
+// step_lazy: a decoding step that reads C and writes it only where the ring is full. The tokens since the last fold lie in a
 // ring; with D_j the decay from token j to now and g that of the state,
 //
 //   h = (g C^T q + sum_j D_j (q k_j) v_j) / N,   N = max(|g n q + sum_j D_j (q k_j)|, exp(-m)) + eps,
@@ -12,7 +12,7 @@
 namespace xlstm::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32, kTokens = MlstmRing::kTokens;
+constexpr int kThreads = 256, kWarps = kThreads / 32, kTokens = MlstmRing::kMaxTokens;
 constexpr int kRows = 256;    // of q and the keys in shared memory at a time
 constexpr int kColumns = 64;  // of C, a block
 
@@ -42,7 +42,7 @@ class LazyBlock {
         item(head),
         kept(launch.ring.count[head]),
         used(kept + (launch.token ? 1 : 0)),
-        folds(!launch.token || used == kTokens) {
+        folds(!launch.token || used == launch.ring.tokens) {
     decays();
   }
 
@@ -80,7 +80,7 @@ class LazyBlock {
         *n = sum;
       }
     } else {
-      const int64_t slot = int64_t{item} * kTokens + kept;
+      const int64_t slot = slot_of(kept);
       for (int d = thread; d < p.dqk; d += kThreads)
         store_number(l.ring.keys, slot * p.dqk + d, p.dtype, key(kept, d));
       for (int d = thread; d < p.dv; d += kThreads)
@@ -91,7 +91,7 @@ class LazyBlock {
     if (folds) {
       p.call.m[item] = s.m;
     } else {
-      float* gates = l.ring.gates + (int64_t{item} * kTokens + kept) * 2;
+      float* gates = l.ring.gates + slot_of(kept) * 2;
       gates[0] = log_forget(kept);
       gates[1] = log_input(kept);
     }
@@ -99,20 +99,21 @@ class LazyBlock {
   }
 
  private:
+  DEVICE_FUNCTION int64_t slot_of(int j) const { return int64_t{item} * l.ring.tokens + j; }
   DEVICE_FUNCTION float key(int j, int d) const {
     if (j == kept) return StepRow(p.call.k, p, item, p.dtype)[d];
-    return load_number(l.ring.keys, (int64_t{item} * kTokens + j) * p.dqk + d, p.dtype);
+    return load_number(l.ring.keys, slot_of(j) * p.dqk + d, p.dtype);
   }
   DEVICE_FUNCTION float value(int j, int d) const {
     if (j == kept) return StepRow(p.call.v, p, item, p.dtype)[d];
-    return load_number(l.ring.values, (int64_t{item} * kTokens + j) * p.dv + d, p.dtype);
+    return load_number(l.ring.values, slot_of(j) * p.dv + d, p.dtype);
   }
   DEVICE_FUNCTION float log_forget(int j) const {
     if (j == kept) return log_sigmoid(StepRow(p.call.fgate, p, item, p.fgate_dtype)[0]);
-    return l.ring.gates[(int64_t{item} * kTokens + j) * 2];
+    return l.ring.gates[slot_of(j) * 2];
   }
   DEVICE_FUNCTION float log_input(int j) const {
-    if (j != kept) return l.ring.gates[(int64_t{item} * kTokens + j) * 2 + 1];
+    if (j != kept) return l.ring.gates[slot_of(j) * 2 + 1];
     const float i = StepRow(p.call.igate, p, item, p.igate_dtype)[0];
     return p.sigmoid_input_gate ? log_sigmoid(i) : i;
   }

@@ -26,6 +26,7 @@ struct Setting {
   Dtype dtype = Dtype::kFloat32, gate_dtype = Dtype::kFloat32;
   bool sigmoid = false, normalize = true, states = true;
   bool lazy = false;  ///< steps that leave the state behind, and a fold at the end
+  int32_t ring = MlstmRing::kMaxTokens;
   Order order = Order::kDense;
   int64_t shift = 0;  ///< floats by which C misses alignment
   double input = -1, forget = 3, spread = 1;
@@ -47,9 +48,9 @@ struct Decoding {
         c(s.items() * s.dqk * s.dv, s.shift),
         n(s.items() * s.dqk),
         m(s.items()),
-        keys(s.items(), MlstmRing::kTokens, 1, s.dqk, s.dtype),
-        values(s.items(), MlstmRing::kTokens, 1, s.dv, s.dtype),
-        gates(s.items() * MlstmRing::kTokens * 2),
+        keys(s.items(), s.ring, 1, s.dqk, s.dtype),
+        values(s.items(), s.ring, 1, s.dv, s.dtype),
+        gates(s.items() * s.ring * 2),
         count(static_cast<size_t>(s.items())) {
     std::mt19937 random(static_cast<unsigned>(100 * seed + s.dqk + s.dv));
     for (StridedTensor* x : {&q, &k, &v}) x->fill(random, 0, 1);
@@ -85,6 +86,7 @@ struct Decoding {
   }
   MlstmRing ring() {
     MlstmRing ring;
+    ring.tokens = s.ring;
     ring.keys = keys.view.data, ring.values = values.view.data;
     ring.gates = gates.data(), ring.count = count.data();
     return ring;
@@ -98,7 +100,7 @@ struct Decoding {
     if (s.lazy) {
       mlstm_step_lazy(problem(), call, ring(), nullptr);
       for (const int32_t tokens : count)
-        expect(tokens == (token + 1) % MlstmRing::kTokens, "tokens in the ring", token);
+        expect(tokens == (token + 1) % s.ring, "tokens in the ring", token);
     } else {
       mlstm_step(problem(), call, nullptr);
     }
@@ -209,7 +211,7 @@ void many_heads(uint64_t seed) {
   run({.batch = 32, .heads = 2, .dqk = 16, .dv = 320, .tokens = tokens}, seed);
 }
 
-/// Folds when the ring is full and at every other length.
+/// Folds when the ring is full and at every other length; shorter rings.
 void ring_lengths(uint64_t seed) {
   run_one({.heads = 1, .dqk = 33, .dv = 70, .tokens = 2, .lazy = true}, seed);
   for (const bool sigmoid : {false, true}) {
@@ -217,6 +219,15 @@ void ring_lengths(uint64_t seed) {
       run_one({.heads = 2, .dqk = 24, .dv = 20, .tokens = tokens, .sigmoid = sigmoid, .lazy = true},
               seed);
     }
+    for (const int32_t ring : {1, 2, 5, 11})
+      run_one({.heads = 2,
+               .dqk = 24,
+               .dv = 20,
+               .tokens = plain() ? 13 : 2,
+               .sigmoid = sigmoid,
+               .lazy = true,
+               .ring = ring},
+              seed);
   }
 }
 
