@@ -42,4 +42,44 @@ at::Tensor mlstm_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                       const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
                       at::Tensor& n, at::Tensor& m, const MlstmOptions& options = {});
 
+/// Up to R - 1 tokens of every head that its state does not hold yet: c, n and m are of the time before them. All on the
+/// device of c; what lies beyond count is unspecified.
+struct MlstmRing {
+  static constexpr int64_t kTokens =
+      16;  ///< R as the decoder has it, and the most that the CUDA kernels take
+  at::Tensor keys,
+      values;  ///< (B,NH,R,DQK) (B,NH,R,DV), R >= 1, in q's dtype (under autocast: in its dtype)
+  at::Tensor gates;  ///< (B,NH,R,2): logarithms of forget and input gate, in the dtype of c
+  at::Tensor count;  ///< (B,NH) int32, 0 to R - 1
+};
+
+/// An empty ring for k (B,NH,DQK) and v (B,NH,DV).
+MlstmRing empty_mlstm_ring(const at::Tensor& k, const at::Tensor& v,
+                           int64_t tokens = MlstmRing::kTokens);
+
+/// mlstm_step that reads C and writes it every Rth token alone: the token joins the ring, and a full ring is folded into
+/// c, n and m, which leaves it empty. With b_j the sum of log forget gates after token j of the ring, and b and m_0 those
+/// of the state,
+///   m = max(b + m_0, max_j (b_j + i_j))   w = exp(b + m_0 - m)   w_j = exp(b_j + i_j - m)
+///   h = (w C^T q + sum_j w_j (q . k_j) v_j) / (max(|w n . q + sum_j w_j (q . k_j)|, exp(-m)) + eps)   q as scaled
+///   fold: C <- w C + sum_j w_j k_j v_j^T   n <- w n + sum_j w_j k_j   m_0 <- m
+/// which is the chunkwise form of a chunk that began at the last fold: h and, after mlstm_fold, the states are those of
+/// mlstm_step up to rounding. Arguments, errors and options as of mlstm_step. Writes to c, n, m and the ring; reads no
+/// value back from a GPU, where count is not checked.
+at::Tensor mlstm_step_lazy(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
+                           at::Tensor& n, at::Tensor& m, MlstmRing& ring,
+                           const MlstmOptions& options = {});
+
+/// Brings c, n and m up to date and empties the ring; of the options only input_gate counts. No gradient.
+void mlstm_fold(at::Tensor& c, at::Tensor& n, at::Tensor& m, MlstmRing& ring,
+                const MlstmOptions& options = {});
+
+/// Whether mlstm_step_lazy on tokens as k (B,NH,DQK) and v (B,NH,DV) is to be preferred to mlstm_step: on CUDA, where the
+/// kernels take them and mlstm_lazy_moves_less.
+bool mlstm_step_lazy_pays(const at::Tensor& k, const at::Tensor& v);
+/// Whether reading C, writing and reading it once more every kTokens, and reading a ring of keys and values of so many
+/// bytes each moves less memory than reading and writing C at every token.
+bool mlstm_lazy_moves_less(int64_t dqk, int64_t dv, int64_t element_bytes);
+
 }  // namespace xlstm::ops

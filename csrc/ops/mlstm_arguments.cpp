@@ -11,8 +11,7 @@
 namespace xlstm::ops {
 namespace {
 
-constexpr std::string_view kOp = "mlstm_chunkwise", kStepOp = "mlstm_step",
-                           kBackwardOp = "mlstm_chunkwise_backward";
+constexpr std::string_view kOp = "mlstm_chunkwise", kBackwardOp = "mlstm_chunkwise_backward";
 
 void check_inputs(std::string_view op, const at::Tensor& q, const at::Tensor& k,
                   const at::Tensor& v, const at::Tensor& igate, const at::Tensor& fgate) {
@@ -33,6 +32,34 @@ void check_state(std::string_view op, std::string_view name, const at::Tensor& s
   check_shape(op, name, state, sizes, meaning);
   check_dtype(op, name, state, accumulate_type(q.scalar_type()));
   check_device(op, name, state, q.device());
+}
+
+/// c, n and m as a step writes them, `like` q in dtype and device.
+void check_step_states(std::string_view op, const at::Tensor& c, const at::Tensor& n,
+                       const at::Tensor& m, const MlstmSizes& sizes, const at::Tensor& like) {
+  check_state(op, "c", c, {sizes.batch, sizes.num_heads, sizes.dqk, sizes.dv}, "(B,NH,DQK,DV)",
+              like);
+  check_state(op, "n", n, {sizes.batch, sizes.num_heads, sizes.dqk}, "(B,NH,DQK)", like);
+  check_state(op, "m", m, {sizes.batch, sizes.num_heads}, "(B,NH)", like);
+}
+
+void check_ring(std::string_view op, const MlstmRing& ring, const MlstmSizes& sizes,
+                const at::Tensor& like) {
+  const int64_t batch = sizes.batch, heads = sizes.num_heads;
+  check_rank(op, "keys", ring.keys, 4);
+  const int64_t tokens = ring.keys.size(2);
+  TORCH_CHECK(tokens >= 1, op, ": keys: expected (B,NH,R,DQK) with R >= 1, got ",
+              ring.keys.sizes());
+  check_shape(op, "keys", ring.keys, {batch, heads, tokens, sizes.dqk}, "(B,NH,R,DQK)");
+  check_shape(op, "values", ring.values, {batch, heads, tokens, sizes.dv}, "(B,NH,R,DV)");
+  check_shape(op, "count", ring.count, {batch, heads}, "(B,NH)");
+  check_state(op, "gates", ring.gates, {batch, heads, tokens, 2}, "(B,NH,R,2)", like);
+  check_dtype(op, "keys", ring.keys, like.scalar_type());
+  check_dtype(op, "values", ring.values, like.scalar_type());
+  check_dtype(op, "count", ring.count, at::kInt);
+  for (const auto& [name, tensor] : {std::pair("keys", ring.keys), std::pair("values", ring.values),
+                                     std::pair("count", ring.count)})
+    check_device(op, name, tensor, like.device());
 }
 
 int64_t check_cu_seqlens(const at::Tensor& cu_seqlens, const at::Tensor& q) {
@@ -113,21 +140,34 @@ MlstmSizes check_mlstm_backward_arguments(const MlstmBackwardArguments& a) {
   return sizes;
 }
 
-MlstmSizes check_mlstm_step_arguments(const MlstmStepArguments& a) {
-  check_rank(kStepOp, "q", a.q, 3);
-  check_rank(kStepOp, "v", a.v, 3);
+MlstmSizes check_mlstm_step_arguments(const MlstmStepArguments& a, std::string_view op) {
+  check_rank(op, "q", a.q, 3);
+  check_rank(op, "v", a.v, 3);
   const MlstmSizes sizes{a.q.size(0), 1, a.q.size(1), a.q.size(2), a.v.size(2), a.q.size(0)};
-  TORCH_CHECK(sizes.dqk >= 1, kStepOp, ": q: expected (B,NH,DQK) with DQK >= 1, got ", a.q.sizes());
-  check_shape(kStepOp, "k", a.k, a.q.sizes(), "(B,NH,DQK)");
-  check_shape(kStepOp, "v", a.v, {sizes.batch, sizes.num_heads, sizes.dv}, "(B,NH,DV)");
+  TORCH_CHECK(sizes.dqk >= 1, op, ": q: expected (B,NH,DQK) with DQK >= 1, got ", a.q.sizes());
+  check_shape(op, "k", a.k, a.q.sizes(), "(B,NH,DQK)");
+  check_shape(op, "v", a.v, {sizes.batch, sizes.num_heads, sizes.dv}, "(B,NH,DV)");
   for (const auto& [name, gate] : {std::pair("igate", a.igate), std::pair("fgate", a.fgate)})
-    check_shape(kStepOp, name, gate, {sizes.batch, sizes.num_heads}, "(B,NH)");
-  check_inputs(kStepOp, a.q, a.k, a.v, a.igate, a.fgate);
-  is_sigmoid_input_gate(kStepOp, a.input_gate);
-  check_state(kStepOp, "c", a.c, {sizes.batch, sizes.num_heads, sizes.dqk, sizes.dv},
-              "(B,NH,DQK,DV)", a.q);
-  check_state(kStepOp, "n", a.n, {sizes.batch, sizes.num_heads, sizes.dqk}, "(B,NH,DQK)", a.q);
-  check_state(kStepOp, "m", a.m, {sizes.batch, sizes.num_heads}, "(B,NH)", a.q);
+    check_shape(op, name, gate, {sizes.batch, sizes.num_heads}, "(B,NH)");
+  check_inputs(op, a.q, a.k, a.v, a.igate, a.fgate);
+  is_sigmoid_input_gate(op, a.input_gate);
+  check_step_states(op, a.c, a.n, a.m, sizes, a.q);
+  return sizes;
+}
+
+MlstmSizes check_mlstm_lazy_arguments(const MlstmLazyArguments& a) {
+  const MlstmSizes sizes = check_mlstm_step_arguments(a, a.kName);
+  check_ring(a.kName, a.ring, sizes, a.q);
+  return sizes;
+}
+
+MlstmSizes check_mlstm_fold_arguments(const MlstmFoldArguments& a) {
+  check_rank(a.kName, "c", a.c, 4);
+  const MlstmSizes sizes{a.c.size(0), 1, a.c.size(1), a.c.size(2), a.c.size(3), a.c.size(0)};
+  check_floating(a.kName, "keys", a.ring.keys);
+  check_step_states(a.kName, a.c, a.n, a.m, sizes, a.ring.keys);
+  check_ring(a.kName, a.ring, sizes, a.ring.keys);
+  is_sigmoid_input_gate(a.kName, a.input_gate);
   return sizes;
 }
 

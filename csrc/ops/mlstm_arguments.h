@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "csrc/ops/mlstm.h"
+
 namespace xlstm::ops {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -31,12 +33,25 @@ struct MlstmBackwardArguments {
 };
 
 struct MlstmStepArguments {
+  static constexpr std::string_view kName = "mlstm_step";
   const at::Tensor &q, &k, &v, &igate, &fgate;
   at::Tensor &c, &n, &m;
   std::string_view input_gate;
   bool normalize;
   std::optional<double> scale;
   double eps;
+};
+
+struct MlstmLazyArguments : MlstmStepArguments {
+  static constexpr std::string_view kName = "mlstm_step_lazy";
+  MlstmRing& ring;
+};
+
+struct MlstmFoldArguments {
+  static constexpr std::string_view kName = "mlstm_fold";
+  at::Tensor &c, &n, &m;
+  MlstmRing& ring;
+  std::string_view input_gate;
 };
 
 /// h, c, n, m
@@ -56,7 +71,10 @@ struct MlstmSizes {
 MlstmSizes check_mlstm_arguments(const MlstmArguments& a);
 MlstmSizes check_mlstm_backward_arguments(const MlstmBackwardArguments& a);
 /// The same for one token: tensors without T, states that are written.
-MlstmSizes check_mlstm_step_arguments(const MlstmStepArguments& a);
+MlstmSizes check_mlstm_step_arguments(const MlstmStepArguments& a,
+                                      std::string_view op = MlstmStepArguments::kName);
+MlstmSizes check_mlstm_lazy_arguments(const MlstmLazyArguments& a);
+MlstmSizes check_mlstm_fold_arguments(const MlstmFoldArguments& a);
 
 /// True for "sigmoid", false for "exp"; anything else is an error.
 bool is_sigmoid_input_gate(std::string_view op, std::string_view input_gate);
@@ -117,6 +135,26 @@ at::Tensor mlstm_step_kernel(const at::Tensor& q, const at::Tensor& k, const at:
                              at::Tensor& n, at::Tensor& m, std::string_view input_gate,
                              bool normalize, std::optional<double> scale, double eps) {
   return kFunction({q, k, v, igate, fgate, c, n, m, input_gate, normalize, scale, eps});
+}
+
+/// kFunction takes MlstmLazyArguments.
+template <auto kFunction>
+at::Tensor mlstm_lazy_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
+                             at::Tensor& n, at::Tensor& m, at::Tensor& keys, at::Tensor& values,
+                             at::Tensor& gates, at::Tensor& count, std::string_view input_gate,
+                             bool normalize, std::optional<double> scale, double eps) {
+  MlstmRing ring{keys, values, gates, count};
+  return kFunction({{q, k, v, igate, fgate, c, n, m, input_gate, normalize, scale, eps}, ring});
+}
+
+/// kFunction takes MlstmFoldArguments.
+template <auto kFunction>
+void mlstm_fold_kernel(at::Tensor& c, at::Tensor& n, at::Tensor& m, const at::Tensor& keys,
+                       const at::Tensor& values, const at::Tensor& gates, at::Tensor& count,
+                       std::string_view input_gate) {
+  MlstmRing ring{keys, values, gates, count};
+  kFunction({c, n, m, ring, input_gate});
 }
 
 }  // namespace xlstm::ops

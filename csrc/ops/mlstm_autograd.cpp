@@ -3,6 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -56,6 +57,21 @@ at::Tensor step_op(const MlstmStepArguments& a) {
                              .typed<decltype(mlstm_step_kernel<step_op>)>();
   return op.call(a.q, a.k, a.v, a.igate, a.fgate, a.c, a.n, a.m, a.input_gate, a.normalize, a.scale,
                  a.eps);
+}
+
+at::Tensor lazy_op(const MlstmLazyArguments& a) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("xlstm::mlstm_step_lazy", "")
+                             .typed<decltype(mlstm_lazy_kernel<lazy_op>)>();
+  return op.call(a.q, a.k, a.v, a.igate, a.fgate, a.c, a.n, a.m, a.ring.keys, a.ring.values,
+                 a.ring.gates, a.ring.count, a.input_gate, a.normalize, a.scale, a.eps);
+}
+
+void fold_op(const MlstmFoldArguments& a) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("xlstm::mlstm_fold", "")
+                             .typed<decltype(mlstm_fold_kernel<fold_op>)>();
+  op.call(a.c, a.n, a.m, a.ring.keys, a.ring.values, a.ring.gates, a.ring.count, a.input_gate);
 }
 
 // ---- Autograd -----------------------------------------------------------------------------------------------------
@@ -135,33 +151,64 @@ MlstmOutputs chunkwise_autograd(const MlstmArguments& a) {
 }
 
 /// One token: h joins the graph, so that a backward pass through it is an error and not a silent zero.
-class MlstmStep : public torch::autograd::Function<MlstmStep> {
+template <class Arguments, auto kOp>
+class MlstmStep : public torch::autograd::Function<MlstmStep<Arguments, kOp>> {
  public:
   static at::Tensor forward(AutogradContext*, const at::Tensor&, const at::Tensor&,
                             const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                            const MlstmStepArguments& a) {
+                            const Arguments& a) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return step_op(a);
+    return kOp(a);
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "mlstm_step has no derivative: train with mlstm_chunkwise (T may be 1)");
+    TORCH_CHECK(false, Arguments::kName,
+                " has no derivative: train with mlstm_chunkwise (T may be 1)");
   }
 };
 
-at::Tensor step_autograd(const MlstmStepArguments& a) {
-  TORCH_CHECK(!recording(a.c, a.n, a.m),
-              "mlstm_step: c, n, m: expected states without gradient, which are written in place");
+template <class Arguments>
+void check_states_without_gradient(const Arguments& a) {
+  TORCH_CHECK(!recording(a.c, a.n, a.m), Arguments::kName,
+              ": c, n, m: expected states without gradient, which are written in place");
+}
+
+/// A graph that saved one of these sees that it was written.
+void mark_written(std::initializer_list<at::Tensor> tensors) {
+  for (const at::Tensor& tensor : tensors)
+    if (!tensor.is_inference()) torch::autograd::impl::bump_version(tensor);
+}
+
+template <class Arguments, auto kOp>
+at::Tensor step_below_autograd(const Arguments& a) {
+  check_states_without_gradient(a);
   at::Tensor h;
   if (recording(a.q, a.k, a.v, a.igate, a.fgate)) {
-    h = MlstmStep::apply(a.q, a.k, a.v, a.igate, a.fgate, a);
+    h = MlstmStep<Arguments, kOp>::apply(a.q, a.k, a.v, a.igate, a.fgate, a);
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;
-    h = step_op(a);
+    h = kOp(a);
   }
-  // A graph that saved a state sees that it was written.
-  for (const at::Tensor& state : {a.c, a.n, a.m})
-    if (!state.is_inference()) torch::autograd::impl::bump_version(state);
+  mark_written({a.c, a.n, a.m});
   return h;
+}
+
+at::Tensor step_autograd(const MlstmStepArguments& a) {
+  return step_below_autograd<MlstmStepArguments, step_op>(a);
+}
+
+at::Tensor lazy_autograd(const MlstmLazyArguments& a) {
+  const at::Tensor h = step_below_autograd<MlstmLazyArguments, lazy_op>(a);
+  mark_written({a.ring.keys, a.ring.values, a.ring.gates, a.ring.count});
+  return h;
+}
+
+void fold_autograd(const MlstmFoldArguments& a) {
+  check_states_without_gradient(a);
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    fold_op(a);
+  }
+  mark_written({a.c, a.n, a.m, a.ring.count});
 }
 
 // ---- Autocast: q, k, v in the autocast type; gates and states keep full precision ---------------------------------
@@ -198,18 +245,25 @@ struct Autocast {
     return forward_op(cast(a));
   }
 
-  static at::Tensor step(const MlstmStepArguments& a) {
+  /// f of the arguments of a step.
+  template <class F>
+  static at::Tensor cast_step(const MlstmStepArguments& a, const F& f) {
     c10::impl::ExcludeDispatchKeyGuard guard(key);
     const at::Tensor q = low(a.q), k = low(a.k), v = low(a.v), igate = full(a.igate),
                      fgate = full(a.fgate);
-    return step_op(
-        {q, k, v, igate, fgate, a.c, a.n, a.m, a.input_gate, a.normalize, a.scale, a.eps});
+    return f(MlstmStepArguments{q, k, v, igate, fgate, a.c, a.n, a.m, a.input_gate, a.normalize,
+                                a.scale, a.eps});
+  }
+  static at::Tensor step(const MlstmStepArguments& a) { return cast_step(a, step_op); }
+  static at::Tensor lazy(const MlstmLazyArguments& a) {
+    return cast_step(a, [&a](const MlstmStepArguments& step) { return lazy_op({step, a.ring}); });
   }
 
   static void register_in(torch::Library& m) {
     m.impl("mlstm_chunkwise", mlstm_kernel<chunkwise>);
     m.impl("mlstm_chunkwise_forward", mlstm_kernel<forward>);
     m.impl("mlstm_step", mlstm_step_kernel<step>);
+    m.impl("mlstm_step_lazy", mlstm_lazy_kernel<lazy>);
   }
 };
 
@@ -252,6 +306,10 @@ at::Tensor step_meta(const MlstmStepArguments& a) {
   return at::empty_symint(a.v.sym_sizes(), a.v.options());
 }
 
+at::Tensor lazy_meta(const MlstmLazyArguments& a) { return step_meta(a); }
+
+void fold_meta(const MlstmFoldArguments&) {}
+
 }  // namespace
 
 MlstmOutputs mlstm_chunkwise(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -270,11 +328,38 @@ at::Tensor mlstm_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                   options.scale, options.eps});
 }
 
+MlstmRing empty_mlstm_ring(const at::Tensor& k, const at::Tensor& v, int64_t tokens) {
+  check_rank("empty_mlstm_ring", "k", k, 3);
+  check_rank("empty_mlstm_ring", "v", v, 3);
+  const int64_t batch = k.size(0), heads = k.size(1);
+  const at::TensorOptions gates = k.options().dtype(accumulate_type(k.scalar_type()));
+  return {at::zeros({batch, heads, tokens, k.size(2)}, k.options()),
+          at::zeros({batch, heads, tokens, v.size(2)}, v.options()),
+          at::zeros({batch, heads, tokens, 2}, gates),
+          at::zeros({batch, heads}, k.options().dtype(at::kInt))};
+}
+
+at::Tensor mlstm_step_lazy(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
+                           at::Tensor& n, at::Tensor& m, MlstmRing& ring,
+                           const MlstmOptions& options) {
+  return lazy_op({{q, k, v, igate, fgate, c, n, m, options.input_gate, options.normalize,
+                   options.scale, options.eps},
+                  ring});
+}
+
+void mlstm_fold(at::Tensor& c, at::Tensor& n, at::Tensor& m, MlstmRing& ring,
+                const MlstmOptions& options) {
+  fold_op({c, n, m, ring, options.input_gate});
+}
+
 TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
   m.impl("mlstm_chunkwise", mlstm_kernel<chunkwise_autograd>);
   m.impl("mlstm_chunkwise_forward", mlstm_kernel<forward_autograd>);
   m.impl("mlstm_chunkwise_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("mlstm_step", mlstm_step_kernel<step_autograd>);
+  m.impl("mlstm_step_lazy", mlstm_lazy_kernel<lazy_autograd>);
+  m.impl("mlstm_fold", mlstm_fold_kernel<fold_autograd>);
 }
 
 TORCH_LIBRARY_IMPL(xlstm, AutocastCPU, m) {
@@ -290,6 +375,8 @@ TORCH_LIBRARY_IMPL(xlstm, Meta, m) {
   m.impl("mlstm_chunkwise_forward", mlstm_kernel<forward_meta>);
   m.impl("mlstm_chunkwise_backward", mlstm_backward_kernel<backward_meta>);
   m.impl("mlstm_step", mlstm_step_kernel<step_meta>);
+  m.impl("mlstm_step_lazy", mlstm_lazy_kernel<lazy_meta>);
+  m.impl("mlstm_fold", mlstm_fold_kernel<fold_meta>);
 }
 
 }  // namespace xlstm::ops

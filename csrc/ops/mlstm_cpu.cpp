@@ -1,10 +1,12 @@
 // The mLSTM operators on the CPU: arguments -> parameters of the kernels in csrc/ops/cpu.
 #include <ATen/Parallel.h>
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "csrc/ops/common.h"
+#include "csrc/ops/mlstm_generic.h"
 #include "csrc/ops/mlstm_plan.h"
 #include "csrc/ops/rows.h"
 
@@ -152,6 +154,27 @@ at::Tensor mlstm_step_cpu(const MlstmStepArguments& a) {
   return h.to(a.v.scalar_type());
 }
 
+void check_count(std::string_view op, const MlstmRing& ring) {
+  if (ring.count.numel() == 0) return;
+  const auto [least, most] = ring.count.aminmax();
+  const int64_t last = ring.keys.size(2) - 1;
+  TORCH_CHECK(least.item<int32_t>() >= 0 && most.item<int32_t>() <= last, op,
+              ": count: expected 0 to R - 1 = ", last, ", got ", least.item<int32_t>(), " to ",
+              most.item<int32_t>());
+}
+
+at::Tensor mlstm_step_lazy_cpu(const MlstmLazyArguments& a) {
+  check_mlstm_lazy_arguments(a);
+  check_count(a.kName, a.ring);
+  return mlstm_generic_step_lazy(a);
+}
+
+void mlstm_fold_cpu(const MlstmFoldArguments& a) {
+  check_mlstm_fold_arguments(a);
+  check_count(a.kName, a.ring);
+  mlstm_generic_fold(a);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(xlstm, CPU, m) {
@@ -159,6 +182,8 @@ TORCH_LIBRARY_IMPL(xlstm, CPU, m) {
   m.impl("mlstm_chunkwise_forward", mlstm_kernel<mlstm_chunkwise_forward_cpu>);
   m.impl("mlstm_chunkwise_backward", mlstm_backward_kernel<mlstm_chunkwise_backward_cpu>);
   m.impl("mlstm_step", mlstm_step_kernel<mlstm_step_cpu>);
+  m.impl("mlstm_step_lazy", mlstm_lazy_kernel<mlstm_step_lazy_cpu>);
+  m.impl("mlstm_fold", mlstm_fold_kernel<mlstm_fold_cpu>);
 }
 
 }  // namespace xlstm::ops

@@ -21,11 +21,11 @@ namespace {
 
 #ifdef XLSTM_CUDA
 
-/// Whether the kernels take a call; logs the answer.
-bool use_kernels(const MlstmSizes& sizes, const at::Tensor& q) {
+/// Whether the kernels take a call, with a ring of so many tokens; logs the answer.
+bool use_kernels(const MlstmSizes& sizes, const at::Tensor& q, int64_t ring_tokens = 1) {
   const cuda::DeviceLimits& limits = device_limits(q.device());
   std::string lack = cuda_kernels_lack(q.device());
-  if (lack.empty()) lack = mlstm_kernels_lack(sizes, q.scalar_type(), limits);
+  if (lack.empty()) lack = mlstm_kernels_lack(sizes, q.scalar_type(), limits, ring_tokens);
   if (lack.empty() && limits.hopper)
     log_once("mlstm: the kernels for sm_90a where they cover a problem");
   return takes_kernels("mlstm", lack);
@@ -125,13 +125,58 @@ at::Tensor mlstm_step_cuda(const MlstmStepArguments& a) {
   return mlstm_generic_step(a);
 }
 
+at::Tensor mlstm_step_lazy_cuda(const MlstmLazyArguments& a) {
+  const MlstmSizes sizes = check_mlstm_lazy_arguments(a);
+  const c10::DeviceGuard guard(a.q.device());
+  if (is_empty(sizes)) return at::empty(a.v.sizes(), a.v.options());
+#ifdef XLSTM_CUDA
+  if (use_kernels(sizes, a.q, a.ring.keys.size(2)))
+    return mlstm_kernels_step_lazy(a, sizes, current_device(a.q));
+#else
+  log_generic(a.q.device());
+#endif
+  return mlstm_generic_step_lazy(a);
+}
+
+void mlstm_fold_cuda(const MlstmFoldArguments& a) {
+  const MlstmSizes sizes = check_mlstm_fold_arguments(a);
+  const c10::DeviceGuard guard(a.c.device());
+  if (is_empty(sizes)) return;
+#ifdef XLSTM_CUDA
+  if (use_kernels(sizes, a.ring.keys, a.ring.keys.size(2)))
+    return mlstm_kernels_fold(a, sizes, current_device(a.c));
+#else
+  log_generic(a.c.device());
+#endif
+  mlstm_generic_fold(a);
+}
+
 }  // namespace
+
+bool mlstm_lazy_moves_less(int64_t dqk, int64_t dv, int64_t element_bytes) {
+  constexpr int64_t kTokens = MlstmRing::kTokens;
+  const int64_t state = 4 * dqk * dv, ring = kTokens * (dqk + dv) * element_bytes;
+  return state + 2 * state / kTokens + ring < 2 * state;
+}
+
+bool mlstm_step_lazy_pays([[maybe_unused]] const at::Tensor& k,
+                          [[maybe_unused]] const at::Tensor& v) {
+#ifdef XLSTM_CUDA
+  const MlstmSizes sizes{k.size(0), 1, k.size(1), k.size(2), v.size(2), k.size(0)};
+  return k.is_cuda() && use_kernels(sizes, k, MlstmRing::kTokens) &&
+         mlstm_lazy_moves_less(sizes.dqk, sizes.dv, k.element_size());
+#else
+  return false;
+#endif
+}
 
 TORCH_LIBRARY_IMPL(xlstm, CUDA, m) {
   m.impl("mlstm_chunkwise", mlstm_kernel<mlstm_chunkwise_cuda>);
   m.impl("mlstm_chunkwise_forward", mlstm_kernel<mlstm_chunkwise_forward_cuda>);
   m.impl("mlstm_chunkwise_backward", mlstm_backward_kernel<mlstm_chunkwise_backward_cuda>);
   m.impl("mlstm_step", mlstm_step_kernel<mlstm_step_cuda>);
+  m.impl("mlstm_step_lazy", mlstm_lazy_kernel<mlstm_step_lazy_cuda>);
+  m.impl("mlstm_fold", mlstm_fold_kernel<mlstm_fold_cuda>);
 }
 
 }  // namespace xlstm::ops

@@ -15,8 +15,6 @@
 #include <ATen/ops/cummax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/log_sigmoid.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
@@ -28,16 +26,13 @@
 #include "csrc/ops/cpu/mlstm_params.h"
 #include "csrc/ops/full_precision.h"
 #include "csrc/ops/mlstm_generic_chunks.h"
+#include "csrc/ops/mlstm_generic_gates.h"
 #include "csrc/ops/rows.h"
 
 namespace xlstm::ops {
 namespace {
 
 using at::Tensor;
-
-Tensor log_gate(const Tensor& x, bool sigmoid, double lowest) {
-  return (sigmoid ? at::log_sigmoid(x) : x).clamp_min(lowest);
-}
 
 /// Running sums along the last dimension, in log2 steps: at::cumsum on CUDA is not deterministic.
 Tensor running_sum(Tensor x) {
@@ -49,7 +44,6 @@ Tensor running_sum(Tensor x) {
 
 /// (a,b,...) -> (a*b,...)
 Tensor merged(const Tensor& x) { return x.flatten(0, 1); }
-Tensor column(const Tensor& x) { return x.unsqueeze(-1); }
 
 /// Whether each (t, s > t) pair of a chunk is masked.
 Tensor later_tokens(int64_t length, at::Device device) {
@@ -226,10 +220,6 @@ Tensor joined_states(const Problem& p, const OptionalTensor& c, const OptionalTe
   return all;
 }
 
-Tensor normaliser(const Tensor& product, const Tensor& floor, double eps) {
-  return at::maximum(product.abs(), floor) + eps;
-}
-
 /// G = dh / N and z, side by side: (NC,NH,L,DV + 1)
 Tensor output_gradients(const Problem& p, const MlstmBackwardArguments& a) {
   const int64_t width = p.sizes.dv;
@@ -362,34 +352,6 @@ MlstmGradients mlstm_generic_backward(const MlstmBackwardArguments& a) {
           p.chunks.scatter(dfgate, a.in.fgate.scalar_type()),
           a.in.c0 ? dinitial.narrow(-1, 0, sizes.dv).contiguous() : none,
           a.in.n0 ? dinitial.select(-1, sizes.dv).contiguous() : none};
-}
-
-Tensor mlstm_generic_step(const MlstmStepArguments& a) {
-  const MlstmSizes sizes = check_mlstm_step_arguments(a);
-  const FullPrecision precision;
-  const at::ScalarType type = accumulate_type(a.q.scalar_type());
-  const bool sigmoid = is_sigmoid_input_gate("mlstm_step", a.input_gate);
-  const Tensor log_forget = log_gate(a.fgate.to(at::kDouble), true, cpu::kMinLogForget),
-               log_input = log_gate(a.igate.to(at::kDouble), sigmoid, cpu::kMinLogInput);
-  const Tensor old = a.m.to(at::kDouble).clamp_min(cpu::kMinLogInput);
-  const Tensor carried = sigmoid ? log_forget : log_forget + old;
-  if (sigmoid) {
-    a.m.zero_();
-  } else {
-    a.m.copy_(at::maximum(carried, log_input));
-  }
-  const Tensor m = a.m.to(at::kDouble);
-  const Tensor forget = (carried - m).exp().to(type), input = (log_input - m).exp().to(type);
-  const Tensor q = a.q.to(type) * mlstm_scale(a.scale, sizes.dqk);
-  const Tensor added = a.k.to(type) * column(input);
-  a.c.mul_(column(column(forget))).addcmul_(column(added), a.v.to(type).unsqueeze(-2));
-  a.n.mul_(column(forget)).add_(added);
-  const Tensor h = at::matmul(q.unsqueeze(-2), a.c).squeeze(-2);
-  if (a.normalize) {
-    const Tensor floor = (-m).clamp_max(cpu::kMaxNegM).exp().to(type);
-    h.div_(column(normaliser((q * a.n).sum(-1), floor, a.eps)));
-  }
-  return h.to(a.v.scalar_type());
 }
 
 }  // namespace xlstm::ops

@@ -18,4 +18,8 @@ MlstmGradients mlstm_generic_backward(const MlstmBackwardArguments& a);
 /// As mlstm_step.
 at::Tensor mlstm_generic_step(const MlstmStepArguments& a);
 
+/// As mlstm_step_lazy and mlstm_fold; the CPU takes them too.
+at::Tensor mlstm_generic_step_lazy(const MlstmLazyArguments& a);
+void mlstm_generic_fold(const MlstmFoldArguments& a);
+
 }  // namespace xlstm::ops

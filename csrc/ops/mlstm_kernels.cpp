@@ -79,15 +79,81 @@ struct Call {
   cuda::MlstmInputs in;
 };
 
+/// A tensor that the kernels write: what is not contiguous they get as a copy, which is written back.
+struct Written {
+  explicit Written(const Tensor& tensor) : to(tensor), plain(tensor.contiguous()) {}
+  void write_back() const {
+    if (!plain.is_same(to)) to.copy_(plain);
+  }
+  const Tensor to, plain;
+};
+
+struct States {
+  void set(cuda::MlstmStep& step) const {
+    step.c = floats(c.plain);
+    step.n = floats(n.plain);
+    step.m = floats(m.plain);
+  }
+  void write_back() const {
+    for (const Written* x : {&c, &n, &m}) x->write_back();
+  }
+  const Written c, n, m;
+};
+
+/// One token and its states.
+struct StepCall {
+  StepCall(const MlstmStepArguments& a, const MlstmSizes& sizes)
+      : igate(kernel_gate(a.igate)),
+        fgate(kernel_gate(a.fgate)),
+        states{Written(a.c), Written(a.n), Written(a.m)},
+        h(at::empty(a.v.sizes(), a.v.options())),
+        problem(problem_of(sizes, a.q.scalar_type())) {
+    set_options(problem, a, igate, fgate);
+    step.q = token_view_of(a.q);
+    step.k = token_view_of(a.k);
+    step.v = token_view_of(a.v);
+    step.igate = token_view_of(igate);
+    step.fgate = token_view_of(fgate);
+    step.h = token_view_of(h);
+    states.set(step);
+  }
+
+  const Tensor igate, fgate;
+  const States states;
+  const Tensor h;
+  cuda::MlstmProblem problem;
+  cuda::MlstmStep step;
+};
+
+struct Ring {
+  explicit Ring(const MlstmRing& tensors)
+      : keys(tensors.keys), values(tensors.values), gates(tensors.gates), count(tensors.count) {
+    ring.tokens = static_cast<int32_t>(tensors.keys.size(2));
+    ring.keys = kernel_data(keys.plain);
+    ring.values = kernel_data(values.plain);
+    ring.gates = floats(gates.plain);
+    ring.count = static_cast<int32_t*>(kernel_data(count.plain));
+  }
+  void write_back() const {
+    for (const Written* x : {&keys, &values, &gates, &count}) x->write_back();
+  }
+
+  const Written keys, values, gates, count;
+  cuda::MlstmRing ring;
+};
+
 }  // namespace
 
 std::string mlstm_kernels_lack(const MlstmSizes& sizes, at::ScalarType dtype,
-                               const cuda::DeviceLimits& limits) {
+                               const cuda::DeviceLimits& limits, int64_t ring_tokens) {
   if (dtype == at::kDouble) return "no kernels for float64";
   if (sizes.dv == 0) return "no kernels for values of size 0";
   if (!cuda::mlstm_supported(problem_of(sizes, dtype), limits))
     return "no kernels for compute capability " + std::to_string(limits.compute_capability / 10) +
            "." + std::to_string(limits.compute_capability % 10) + " and these sizes";
+  if (ring_tokens > cuda::MlstmRing::kMaxTokens)
+    return "no kernels for rings of more than " + std::to_string(cuda::MlstmRing::kMaxTokens) +
+           " tokens";
   return "";
 }
 
@@ -145,26 +211,34 @@ MlstmGradients mlstm_kernels_backward(const MlstmBackwardArguments& a, const Mls
 
 Tensor mlstm_kernels_step(const MlstmStepArguments& a, const MlstmSizes& sizes,
                           const MlstmDevice& device) {
-  const Tensor igate = kernel_gate(a.igate), fgate = kernel_gate(a.fgate);
-  cuda::MlstmProblem problem = problem_of(sizes, a.q.scalar_type());
-  set_options(problem, a, igate, fgate);
-  const Tensor h = at::empty(a.v.sizes(), a.v.options());
-  const Tensor c = a.c.contiguous(), n = a.n.contiguous(), m = a.m.contiguous();
+  const StepCall call(a, sizes);
+  run_kernels("mlstm_step", [&] { cuda::mlstm_step(call.problem, call.step, device.stream); });
+  call.states.write_back();
+  return call.h;
+}
+
+Tensor mlstm_kernels_step_lazy(const MlstmLazyArguments& a, const MlstmSizes& sizes,
+                               const MlstmDevice& device) {
+  const StepCall call(a, sizes);
+  const Ring ring(a.ring);
+  run_kernels("mlstm_step_lazy",
+              [&] { cuda::mlstm_step_lazy(call.problem, call.step, ring.ring, device.stream); });
+  call.states.write_back();
+  ring.write_back();
+  return call.h;
+}
+
+void mlstm_kernels_fold(const MlstmFoldArguments& a, const MlstmSizes& sizes,
+                        const MlstmDevice& device) {
+  cuda::MlstmProblem problem = problem_of(sizes, a.ring.keys.scalar_type());
+  problem.sigmoid_input_gate = is_sigmoid_input_gate(a.kName, a.input_gate);
+  const States states{Written(a.c), Written(a.n), Written(a.m)};
+  const Ring ring(a.ring);
   cuda::MlstmStep step;
-  step.q = token_view_of(a.q);
-  step.k = token_view_of(a.k);
-  step.v = token_view_of(a.v);
-  step.igate = token_view_of(igate);
-  step.fgate = token_view_of(fgate);
-  step.h = token_view_of(h);
-  step.c = floats(c);
-  step.n = floats(n);
-  step.m = floats(m);
-  run_kernels("mlstm_step", [&] { cuda::mlstm_step(problem, step, device.stream); });
-  if (!c.is_same(a.c)) a.c.copy_(c);
-  if (!n.is_same(a.n)) a.n.copy_(n);
-  if (!m.is_same(a.m)) a.m.copy_(m);
-  return h;
+  states.set(step);
+  run_kernels("mlstm_fold", [&] { cuda::mlstm_fold(problem, step, ring.ring, device.stream); });
+  states.write_back();
+  ring.count.write_back();
 }
 
 }  // namespace xlstm::ops

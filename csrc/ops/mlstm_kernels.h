@@ -14,9 +14,10 @@ struct MlstmDevice {
   cuda::Stream stream = nullptr;
 };
 
-/// Why no kernel takes a call of these sizes and this dtype; empty: the kernels do. Time is 1 for the step.
+/// Why no kernel takes a call of these sizes and this dtype, with a ring of so many tokens; empty: the kernels do. Time is
+/// 1 for the steps.
 std::string mlstm_kernels_lack(const MlstmSizes& sizes, at::ScalarType dtype,
-                               const cuda::DeviceLimits& limits);
+                               const cuda::DeviceLimits& limits, int64_t ring_tokens = 1);
 
 /// product is undefined unless `with_product`.
 MlstmResults mlstm_kernels_forward(const MlstmArguments& a, const MlstmSizes& sizes,
@@ -25,5 +26,9 @@ MlstmGradients mlstm_kernels_backward(const MlstmBackwardArguments& a, const Mls
                                       const MlstmDevice& device);
 at::Tensor mlstm_kernels_step(const MlstmStepArguments& a, const MlstmSizes& sizes,
                               const MlstmDevice& device);
+at::Tensor mlstm_kernels_step_lazy(const MlstmLazyArguments& a, const MlstmSizes& sizes,
+                                   const MlstmDevice& device);
+void mlstm_kernels_fold(const MlstmFoldArguments& a, const MlstmSizes& sizes,
+                        const MlstmDevice& device);
 
 }  // namespace xlstm::ops

@@ -31,6 +31,14 @@ TORCH_LIBRARY(xlstm, m) {
       "*, str input_gate=\"exp\", bool normalize=True, float? scale=None, float eps=1e-6) -> "
       "Tensor h");
   m.def(
+      "mlstm_step_lazy(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, Tensor(a!) c, "
+      "Tensor(b!) n, Tensor(c!) m, Tensor(d!) keys, Tensor(e!) values, Tensor(f!) gates, "
+      "Tensor(g!) count, *, str input_gate=\"exp\", bool normalize=True, float? scale=None, float "
+      "eps=1e-6) -> Tensor h");
+  m.def(
+      "mlstm_fold(Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, Tensor keys, Tensor values, Tensor "
+      "gates, Tensor(d!) count, *, str input_gate=\"exp\") -> ()");
+  m.def(
       "slstm(Tensor wx, Tensor r, Tensor b, Tensor? y0=None, Tensor? c0=None, Tensor? n0=None, "
       "Tensor? m0=None, *, Tensor? reset=None, Tensor? cu_seqlens=None, str cell=\"slstm\", "
       "bool recompute=False, float recurrent_clip=0., bool recurrent_cut=False) "
