@@ -77,6 +77,46 @@ void store(const OptionalTensor& to, const Tensor& from) {
   if (to) to->copy_(from);
 }
 
+/// The tensors of one token.
+class StepTensors {
+ public:
+  StepTensors(const MlstmProblem& problem, const MlstmStep& call)
+      : p(problem),
+        q(token(call.q, p.dqk, p.dtype)),
+        k(token(call.k, p.dqk, p.dtype)),
+        v(token(call.v, p.dv, p.dtype)),
+        igate(token(call.igate, 1, p.igate_dtype).squeeze(-1)),
+        fgate(token(call.fgate, 1, p.fgate_dtype).squeeze(-1)),
+        out(token(call.h, p.dv, p.dtype)),
+        c(*state_of(p, call.c, {p.dqk, p.dv})),
+        n(*state_of(p, call.n, {p.dqk})),
+        m(*state_of(p, call.m, {})) {}
+  ops::MlstmStepArguments arguments() {
+    return {
+        q,           k,       v,    igate, fgate, c, n, m, p.sigmoid_input_gate ? "sigmoid" : "exp",
+        p.normalize, p.scale, p.eps};
+  }
+  void h(const Tensor& value) { out.copy_(value); }
+
+ private:
+  Tensor token(const View& view, int64_t width, Dtype dtype) const {
+    return tensor_of(p, view, width, dtype).select(1, 0);
+  }
+  const MlstmProblem& p;
+  Tensor q, k, v, igate, fgate, out, c, n, m;
+};
+
+ops::MlstmRing tensors_of(const MlstmProblem& p, const MlstmRing& ring) {
+  const auto of = [&p](void* data, std::vector<int64_t> inner, at::ScalarType type) {
+    std::vector<int64_t> sizes{p.batch, p.num_heads};
+    sizes.insert(sizes.end(), inner.begin(), inner.end());
+    return at::from_blob(data, sizes, type);
+  };
+  return {of(ring.keys, {ring.tokens, p.dqk}, type_of(p.dtype)),
+          of(ring.values, {ring.tokens, p.dv}, type_of(p.dtype)),
+          of(ring.gates, {ring.tokens, 2}, at::kFloat), of(ring.count, {}, at::kInt)};
+}
+
 }  // namespace
 
 bool mlstm_supported(const MlstmProblem& problem, const DeviceLimits& device) {
@@ -114,19 +154,23 @@ void mlstm_backward(const MlstmProblem& p, const DeviceLimits&, const MlstmBackw
 
 void mlstm_step(const MlstmProblem& p, const MlstmStep& call, Stream) {
   if (test::fail_launch) throw std::runtime_error("planted failure");
-  const auto token = [&p](const View& view, int64_t width, Dtype dtype) {
-    return tensor_of(p, view, width, dtype).select(1, 0);
-  };
-  const Tensor q = token(call.q, p.dqk, p.dtype), k = token(call.k, p.dqk, p.dtype),
-               v = token(call.v, p.dv, p.dtype);
-  const Tensor igate = token(call.igate, 1, p.igate_dtype).squeeze(-1),
-               fgate = token(call.fgate, 1, p.fgate_dtype).squeeze(-1);
+  StepTensors x(p, call);
+  x.h(ops::mlstm_generic_step(x.arguments()));
+}
+
+void mlstm_step_lazy(const MlstmProblem& p, const MlstmStep& call, const MlstmRing& ring, Stream) {
+  if (test::fail_launch) throw std::runtime_error("planted failure");
+  StepTensors x(p, call);
+  ops::MlstmRing tensors = tensors_of(p, ring);
+  x.h(ops::mlstm_generic_step_lazy({x.arguments(), tensors}));
+}
+
+void mlstm_fold(const MlstmProblem& p, const MlstmStep& call, const MlstmRing& ring, Stream) {
+  if (test::fail_launch) throw std::runtime_error("planted failure");
   Tensor c = *state_of(p, call.c, {p.dqk, p.dv}), n = *state_of(p, call.n, {p.dqk}),
          m = *state_of(p, call.m, {});
-  token(call.h, p.dv, p.dtype)
-      .copy_(ops::mlstm_generic_step({q, k, v, igate, fgate, c, n, m,
-                                      p.sigmoid_input_gate ? "sigmoid" : "exp", p.normalize,
-                                      p.scale, p.eps}));
+  ops::MlstmRing tensors = tensors_of(p, ring);
+  ops::mlstm_generic_fold({c, n, m, tensors, p.sigmoid_input_gate ? "sigmoid" : "exp"});
 }
 
 }  // namespace xlstm::cuda

@@ -1,7 +1,9 @@
 // From tensors to the real CUDA kernels and back, on the CPU: csrc/ops/*_kernels.cpp with the emulator behind them, against
 // the paths that take a call where no kernel does.
+#include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 
 #include <string>
@@ -156,6 +158,46 @@ TEST_CASE("mLSTM: the step kernels agree with the generic path", "[mlstm]") {
         xlstm::ops::mlstm_generic_step(arguments(c_generic, n_generic, m_generic));
     check_close({"h", "c", "n", "m"}, {h, c, n, m}, {expected, c_generic, n_generic, m_generic},
                 {1e-5, 1e-6, 1e-6, 1e-6});
+  }
+}
+
+TEST_CASE("mLSTM: the kernels of the lazy step and the fold agree with the generic step",
+          "[mlstm]") {
+  constexpr int64_t kTime = 40;
+  const Problem p({.batch = 2, .time = kTime, .heads = 2, .dqk = 24, .dv = 70});
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
+    for (const int64_t tokens : {1, 7, 16}) {
+      for (const bool sigmoid : {false, true}) {
+        INFO("ring of " << tokens << " sigmoid " << sigmoid << " " << c10::toString(type));
+        const auto floats = [](const Tensor& x) { return x.to(at::kFloat); };
+        Tensor c = floats(p.c0), n = floats(p.n0), m = floats(p.m0);
+        Tensor c_plain = c.clone(), n_plain = n.clone(), m_plain = m.clone();
+        const Tensor k0 = p.k.select(1, 0).to(type), v0 = p.v.select(1, 0).to(type);
+        auto ring = xlstm::ops::empty_mlstm_ring(k0, v0, tokens);
+        const std::string_view gate = sigmoid ? "sigmoid" : "exp";
+        const xlstm::ops::MlstmDevice device{{80, 4, 163 * 1024}};
+        std::vector<Tensor> hs, expected;
+        for (int64_t t = 0; t < kTime; ++t) {
+          const auto token = [t](const Tensor& x) { return x.select(1, t); };
+          const Tensor q = token(p.q).to(type), k = token(p.k).to(type), v = token(p.v).to(type),
+                       i = floats(token(p.igate)), f = floats(token(p.fgate)) + 2;
+          const bool normalize = tokens != 7;
+          const xlstm::ops::MlstmLazyArguments a{
+              {q, k, v, i, f, c, n, m, gate, normalize, {}, 1e-6}, ring};
+          hs.push_back(xlstm::ops::mlstm_kernels_step_lazy(
+              a, xlstm::ops::check_mlstm_lazy_arguments(a), device));
+          expected.push_back(xlstm::ops::mlstm_generic_step(
+              {q, k, v, i, f, c_plain, n_plain, m_plain, gate, normalize, {}, 1e-6}));
+        }
+        CHECK(at::equal(ring.count, at::full({2, 2}, kTime % tokens, at::kInt)));
+        const xlstm::ops::MlstmFoldArguments fold{c, n, m, ring, gate};
+        xlstm::ops::mlstm_kernels_fold(fold, xlstm::ops::check_mlstm_fold_arguments(fold), device);
+        CHECK(ring.count.sum().item<int64_t>() == 0);
+        check_close({"h", "c", "n", "m"}, {at::stack(hs), c, n, m},
+                    {at::stack(expected), c_plain, n_plain, m_plain},
+                    {type == at::kFloat ? 2e-5 : 5e-3, 2e-5, 2e-5, 2e-6});
+      }
+    }
   }
 }
 

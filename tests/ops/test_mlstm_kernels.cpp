@@ -147,11 +147,50 @@ TEST_CASE("mlstm_kernels: the step is in place, also on states that are not cont
   }
 }
 
+TEST_CASE("mlstm_kernels: the lazy step and the fold write states and rings of any strides") {
+  for (const Types& types : {Types{}, Types{at::kBFloat16, at::kDouble, at::kBFloat16}}) {
+    const Problem p({.batch = 3, .time = 4, .heads = 2, .dqk = 5, .dv = 7});
+    const MlstmArguments a = strided_arguments(p, types);
+    Tensor c = *a.c0, n = *a.n0, m = *a.m0;  // spread
+    Tensor c1 = c.clone(), n1 = n.clone(), m1 = m.clone();
+    auto ring1 = xlstm::ops::empty_mlstm_ring(a.k.select(1, 0), a.v.select(1, 0), 3);
+    auto ring = ring1;
+    for (Tensor* x : {&ring.keys, &ring.values, &ring.gates}) *x = spread(*x);
+    ring.count = ring.count.t().contiguous().t();
+    for (int64_t t = 0; t < 4; ++t) {
+      const auto token = [t](const Tensor& x) { return x.select(1, t); };
+      const Tensor q = token(a.q), k = token(a.k), v = token(a.v), i = token(a.igate),
+                   f = token(a.fgate);
+      const xlstm::ops::MlstmLazyArguments step{{q, k, v, i, f, c, n, m, "exp", true, 0.7, 1e-6},
+                                                ring};
+      const auto sizes = check_mlstm_lazy_arguments(step);
+      const Tensor h = xlstm::ops::mlstm_kernels_step_lazy(step, sizes, {});
+      const Tensor h1 = xlstm::ops::mlstm_generic_step_lazy(
+          {{q, k, v, i, f, c1, n1, m1, "exp", true, 0.7, 1e-6}, ring1});
+      CHECK(at::allclose(h.to(at::kFloat), h1.to(at::kFloat), 1e-6, 1e-6));
+      CHECK(at::equal(ring.count, at::full({3, 2}, (t + 1) % 3, at::kInt)));
+      CHECK(at::equal(ring.keys, ring1.keys));
+      CHECK(at::equal(ring.values, ring1.values));
+      CHECK(at::allclose(ring.gates, ring1.gates, 1e-6, 1e-6));
+    }
+    const xlstm::ops::MlstmFoldArguments fold{c, n, m, ring, "exp"};
+    xlstm::ops::mlstm_kernels_fold(fold, check_mlstm_fold_arguments(fold), {});
+    xlstm::ops::mlstm_generic_fold({c1, n1, m1, ring1, "exp"});
+    CHECK(ring.count.sum().item<int64_t>() == 0);
+    CHECK(at::allclose(c, c1, 1e-6, 1e-6));
+    CHECK(at::allclose(n, n1, 1e-6, 1e-6));
+    CHECK(at::allclose(m, m1, 1e-6, 1e-6));
+  }
+}
+
 TEST_CASE("mlstm_kernels: what no kernel takes, and errors of launches") {
   const xlstm::cuda::DeviceLimits ampere{80, 108, 163 * 1024}, turing{75, 40, 64 * 1024};
   const xlstm::ops::MlstmSizes sizes{1, 8, 2, 4, 4, 1};
   CHECK(xlstm::ops::mlstm_kernels_lack(sizes, at::kBFloat16, ampere).empty());
   CHECK(xlstm::ops::mlstm_kernels_lack(sizes, at::kDouble, ampere) == "no kernels for float64");
+  CHECK(xlstm::ops::mlstm_kernels_lack(sizes, at::kFloat, ampere, 16).empty());
+  CHECK(xlstm::ops::mlstm_kernels_lack(sizes, at::kFloat, ampere, 17) ==
+        "no kernels for rings of more than 16 tokens");
   CHECK(xlstm::ops::mlstm_kernels_lack(sizes, at::kFloat, turing).find("7.5") != std::string::npos);
   const Problem p({.batch = 1, .time = 8, .heads = 2, .dqk = 4, .dv = 4});
   const MlstmArguments a = strided_arguments(p, {});

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from test_mlstm_lazy import make_ring
 
 import libxlstm  # noqa: F401  registers the operators
 
@@ -15,6 +16,8 @@ chunkwise = torch.ops.xlstm.mlstm_chunkwise
 forward = torch.ops.xlstm.mlstm_chunkwise_forward
 backward = torch.ops.xlstm.mlstm_chunkwise_backward
 step = torch.ops.xlstm.mlstm_step
+lazy = torch.ops.xlstm.mlstm_step_lazy
+fold = torch.ops.xlstm.mlstm_fold
 KEYWORDS = {"reset": None, "cu_seqlens": None, "input_gate": "exp", "normalize": True, "scale": None, "eps": 1e-6}
 KEYWORDS["chunk_size"] = 0
 HEADS = [(16, 16), (24, 40), (64, 64), (64, 128), (128, 128), (128, 256), (256, 512), (384, 384)]
@@ -235,6 +238,24 @@ def test_step_repeated_equals_chunkwise(sizes, dtype):
         assert relative_error(x, y) <= min(TOLERANCE[dtype], 2e-5)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("sizes", [(16, 16), (33, 70), (128, 256), (384, 384)])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 20])  # 20: more than the kernels take
+@pytest.mark.parametrize("gate", [("exp", True), ("sigmoid", True), ("sigmoid", False)])
+def test_lazy_step_repeated_equals_chunkwise(sizes, dtype, tokens, gate):
+    inputs, state = make(2, 40, 3, *sizes, dtype, states=2)
+    options = {"input_gate": gate[0], "normalize": gate[1]}
+    exact = chunkwise(*[x.double().cpu() for x in inputs], *[x.double().cpu() for x in state], **options)
+    ring = make_ring(*inputs[1:3], tokens, fill=float("nan"))
+    with no_synchronisation():
+        h = [lazy(*[x[:, t] for x in inputs], *state, *ring, **options) for t in range(40)]
+        fold(*state, *ring, input_gate=gate[0])
+    assert relative_error(torch.stack(h, 1), exact[0]) <= TOLERANCE[dtype]
+    for x, y in zip(state, exact[1:]):
+        assert relative_error(x, y) <= min(TOLERANCE[dtype], 2e-5)
+    assert not ring[3].any()
+
+
 # ---- PyTorch -------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +268,11 @@ def test_opcheck(dtype):
     h, _, _, _, product = forward(*inputs, *states, **KEYWORDS)
     arguments = (torch.ones_like(h), None, None, *inputs, *states, h, product)
     torch.library.opcheck(backward.default, arguments, KEYWORDS)
-    torch.library.opcheck(step.default, (*(x[:, 0] for x in inputs), *states))
+    token = [x[:, 0] for x in inputs]
+    torch.library.opcheck(step.default, (*token, *states))
+    ring = make_ring(*inputs[1:3], 2)
+    torch.library.opcheck(lazy.default, (*token, *states, *ring))
+    torch.library.opcheck(fold.default, (*states, *ring))
 
 
 def test_autocast():
@@ -314,6 +339,25 @@ def test_cuda_graph_of_the_step(dtype):
         graph.replay()
         assert torch.equal(h, step(*[x[:, t] for x in inputs], *other))
     assert all(torch.equal(x, y) for x, y in zip(state, other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graph_of_the_lazy_step(dtype):
+    """One recording serves every fill of the ring: the count lies on the device."""
+    inputs, states = make(2, 40, 2, 64, 128, dtype, states=2)
+    token = [x[:, 0].clone() for x in inputs]
+    state, other = [[x.clone() for x in states] for _ in range(2)]
+    ring, same = (make_ring(*inputs[1:3], 16) for _ in range(2))
+    graph, h = capture(lambda: lazy(*token, *state, *ring))
+    for x, y in zip(state, states):
+        x.copy_(y)
+    ring[3].zero_()
+    for t in range(40):
+        for x, y in zip(token, inputs):
+            x.copy_(y[:, t])
+        graph.replay()
+        assert torch.equal(h, lazy(*[x[:, t] for x in inputs], *other, *same))
+    assert all(torch.equal(x, y) for x, y in zip([*state, ring[3]], [*other, same[3]]))
 
 
 def test_other_streams_and_devices():
