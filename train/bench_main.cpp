@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -32,6 +33,10 @@ using Json = nlohmann::ordered_json;
 const std::vector<OptionSpec> kOptions{
     {"--steps", "N", "training steps to time, after 5 that are not; 0: none (20)"},
     {"--tokens", "N", "decoding steps to time at batch 1, after 16 that are not; 0: none (64)"},
+    {"--lazy-fold", "WHEN",
+     "on, off, or auto: mLSTM states that are written every 16th token alone, where that moves "
+     "fewer "
+     "bytes on a GPU (auto)"},
     {"--json", "FILE", "also write the numbers there"},
     {"--help", "", "show this"}};
 
@@ -99,11 +104,19 @@ Json time_training(const config::Config& config, models::LanguageModel& model, i
           {"mfu", tokens * flops / peak},   {"peak_memory_gib", peak_memory_gib(device)}};
 }
 
-Json time_decoding(const config::Config& config, models::LanguageModel& model, int64_t tokens) {
+std::optional<bool> lazy_fold(const CommandLine& line) {
+  const std::string when = line.get("--lazy-fold", "auto");
+  if (when != "on" && when != "off" && when != "auto")
+    throw Error(ExitCode::kConfig, "--lazy-fold: expected on, off or auto, got " + when);
+  return when == "auto" ? std::nullopt : std::optional(when == "on");
+}
+
+Json time_decoding(const config::Config& config, models::LanguageModel& model, int64_t tokens,
+                   std::optional<bool> lazy_fold) {
   constexpr int64_t kWarmUp = 16;
   const at::NoGradGuard no_grad;
   const EvalModeGuard eval_mode(model);
-  Decoder decoder(model, {});
+  Decoder decoder(model, {}, lazy_fold);
   std::vector<double> seconds;
   for (int64_t i = 0; i < kWarmUp + tokens; ++i) {
     const double start = monotonic_seconds();
@@ -130,6 +143,7 @@ int body(int argc, char** argv) {
     throw Error(ExitCode::kConfig, "expected one configuration file; see xlstm-bench --help");
   const config::Config config = config::load_config(line.positional[0], line.overrides);
   const int64_t steps = line.get_int("--steps", 20, 0), tokens = line.get_int("--tokens", 64, 0);
+  const std::optional<bool> lazy = lazy_fold(line);
   if (config.run.num_threads > 0) at::set_num_threads(static_cast<int>(config.run.num_threads));
   const at::Device device = choose_device(config.run.device, "run.device");
   use_own_stream(device);
@@ -146,7 +160,7 @@ int body(int argc, char** argv) {
                  {"batch", config.train.global_batch_size},
                  {"seq_len", config.data.seq_len}};
   if (steps > 0) report["training"] = time_training(config, *model, steps);
-  if (tokens > 0) report["decoding"] = time_decoding(config, *model, tokens);
+  if (tokens > 0) report["decoding"] = time_decoding(config, *model, tokens, lazy);
   const std::string text = report.dump(1) + "\n";
   std::fputs(text.c_str(), stdout);
   if (line.has("--json")) {

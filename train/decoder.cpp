@@ -14,25 +14,30 @@ namespace {
 constexpr int64_t kTokensBeforeRecording = 8;  // short answers are not worth it
 
 bool same_sizes(const models::ModelState& a, const models::ModelState& b) {
-  for (size_t block = 0; block < a.size(); ++block)
+  for (size_t block = 0; block < a.size(); ++block) {
+    if (a[block].size() != b[block].size()) return false;
     for (size_t i = 0; i < a[block].size(); ++i)
       if (a[block][i].sizes() != b[block][i].sizes()) return false;
+  }
   return true;
 }
 
 }  // namespace
 
-Decoder::Decoder(models::LanguageModel& model, models::ModelState state)
+Decoder::Decoder(models::LanguageModel& model, models::ModelState state,
+                 std::optional<bool> lazy_fold)
     : model_(model),
       state_(std::move(state)),
+      lazy_fold_(lazy_fold),
       id_(at::empty({1, 1}, model.head_weight().options().dtype(at::kLong).requires_grad(false))),
       may_record_(id_.is_cuda() && StepGraph::available()) {}
 
 void Decoder::work() {
-  const nn::InPlaceStateGuard in_place;
+  const nn::InPlaceStateGuard in_place(lazy_fold_);
   auto [logits, next] = model_.forward(id_, state_);
   logits_ = logits.flatten().to(at::kDouble);
-  if (tokens_ == 0 || !same_sizes(state_, next)) {  // empty before, or one that grows (attention)
+  // Empty before, or with its first ring of tokens (mLSTM), or one that grows (attention).
+  if (tokens_ == 0 || !same_sizes(state_, next)) {
     may_record_ = may_record_ && tokens_ == 0;
     state_ = std::move(next);
     return;

@@ -2,6 +2,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "csrc/models/language_model.h"
@@ -14,8 +15,10 @@ namespace xlstm::train {
 /// mode and a model in eval mode.
 class Decoder {
  public:
-  /// `state`: after the tokens so far (empty: none), one sequence; its tensors are written to.
-  Decoder(models::LanguageModel& model, models::ModelState state);
+  /// `state`: after the tokens so far (empty: none), one sequence; its tensors are written to. `lazy_fold`: as
+  /// nn::InPlaceStateGuard takes it.
+  Decoder(models::LanguageModel& model, models::ModelState state,
+          std::optional<bool> lazy_fold = {});
   /// Takes a token and returns the logits of the next one.
   std::vector<double> next(int64_t token);
 
@@ -25,6 +28,7 @@ class Decoder {
 
   models::LanguageModel& model_;
   models::ModelState state_;
+  const std::optional<bool> lazy_fold_;
   at::Tensor id_, logits_;  ///< (1,1) int64 on the model's device, (V) float64 there
   StepGraph graph_;
   bool may_record_;

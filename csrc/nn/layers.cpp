@@ -156,14 +156,16 @@ bool is_decode_step(const at::Tensor& x, const std::optional<at::Tensor>& reset)
 }
 
 namespace {
-thread_local bool in_place_state = false;
+thread_local const InPlaceStateGuard* in_place_state = nullptr;
 }
 
-InPlaceStateGuard::InPlaceStateGuard() : before_(std::exchange(in_place_state, true)) {}
+InPlaceStateGuard::InPlaceStateGuard(std::optional<bool> lazy_fold)
+    : before_(std::exchange(in_place_state, this)), lazy_fold_(lazy_fold) {}
 InPlaceStateGuard::~InPlaceStateGuard() { in_place_state = before_; }
+const InPlaceStateGuard* InPlaceStateGuard::current() { return in_place_state; }
 
 at::Tensor writable_state(const at::Tensor& state) {
-  return in_place_state ? state : state.clone();
+  return in_place_state != nullptr ? state : state.clone();
 }
 
 void check_state(const State& state, size_t expected, const char* who) {

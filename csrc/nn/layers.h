@@ -125,16 +125,22 @@ at::Tensor apply_dropout(const at::Tensor& x, double p, bool training);
 /// True when one token is to be decoded and nothing needs a gradient: the step operators may be used.
 bool is_decode_step(const at::Tensor& x, const std::optional<at::Tensor>& reset);
 /// While one lives, decoding steps of this thread write the new state over the given one where they can, instead of
-/// into a copy: for a caller that owns its state and does not look back. What comes back may be the same tensors.
+/// into a copy: for a caller that owns its state and does not look back. What comes back may be the same tensors, and
+/// mLSTM cells may let their states lag behind a ring of tokens (mlstm_cell), where `lazy_fold` says so or, if it is
+/// absent, ops::mlstm_step_lazy_pays.
 class InPlaceStateGuard {
  public:
-  InPlaceStateGuard();
+  explicit InPlaceStateGuard(std::optional<bool> lazy_fold = {});
   ~InPlaceStateGuard();
   InPlaceStateGuard(const InPlaceStateGuard&) = delete;
   InPlaceStateGuard& operator=(const InPlaceStateGuard&) = delete;
+  /// The innermost one that lives on this thread, or null.
+  static const InPlaceStateGuard* current();
+  std::optional<bool> lazy_fold() const { return lazy_fold_; }
 
  private:
-  bool before_;
+  const InPlaceStateGuard* before_;
+  std::optional<bool> lazy_fold_;
 };
 /// What a decoding step may write to: the tensor itself under an InPlaceStateGuard, else a copy of it.
 at::Tensor writable_state(const at::Tensor& state);

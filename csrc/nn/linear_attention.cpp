@@ -57,7 +57,7 @@ LinearAttention::LinearAttention(const MixerOptions& options, at::Device device)
 
 Result LinearAttention::forward(const at::Tensor& x, const State& state,
                                 const std::optional<at::Tensor>& reset) {
-  check_state(state, 3, "linear attention");
+  check_mlstm_state(state, 0, "linear attention");
   const auto features = [&](const std::shared_ptr<Linear>& linear) {
     return at::elu(split_heads(linear->forward(x), options_.num_heads)) + 1;
   };
@@ -87,9 +87,9 @@ Retention::Retention(const MixerOptions& options, at::Device device) : options_(
 
 Result Retention::forward(const at::Tensor& x, const State& state,
                           const std::optional<at::Tensor>& reset) {
-  check_state(state, 4, "retention");
+  check_mlstm_state(state, 1, "retention");
   const int64_t heads = options_.num_heads;
-  const auto [place, count] = places(state_at(state, 3), x, reset);
+  const auto [place, count] = places(state.empty() ? at::Tensor() : state.back(), x, reset);
   const auto rotated = [&, &place = place](const std::shared_ptr<Linear>& linear) {
     const at::Tensor by_head = split_heads(linear->forward(x), heads).transpose(1, 2);
     return rotate(by_head, place, kRopeTheta).transpose(1, 2);
@@ -97,7 +97,7 @@ Result Retention::forward(const at::Tensor& x, const State& state,
   // logit(1 - 2^{-5-h}) = log(2^{5+h} - 1)
   const at::Tensor open = at::full({heads}, kOpen, gate_options(x));
   const at::Tensor forget = (at::exp2(at::arange(heads, open.options()) + 5) - 1).log();
-  const State cell = state.empty() ? State{} : State{state[0], state[1], state[2]};
+  const State cell = state.empty() ? State{} : State(state.begin(), state.end() - 1);
   auto [h, next] = mlstm_cell(rotated(q_), rotated(k_), split_heads(v_->forward(x), heads),
                               fixed_gate(open, x), fixed_gate(forget, x), cell, reset,
                               {"sigmoid", false, 0, options_.chunk_size, {}});

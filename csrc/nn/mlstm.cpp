@@ -9,13 +9,36 @@
 namespace xlstm::nn {
 namespace {
 
-constexpr int64_t kManyTokens =
-    32;  // from here on the gates are computed from the inputs of q, k and v
+constexpr int64_t kManyTokens = 32;   // from here on gates are computed from the inputs of q, k, v
+constexpr size_t kStates = 3;         // c, n, m
+constexpr size_t kLaggingStates = 7;  // and an ops::MlstmRing
+
+ops::MlstmRing ring_of(const State& cell) { return {cell[3], cell[4], cell[5], cell[6]}; }
+
+/// c, n and m up to date; the given state stays as it is.
+State folded(const State& cell, const ops::MlstmOptions& op) {
+  State next;
+  for (size_t i = 0; i < kStates; ++i) next.push_back(cell[i].clone());
+  ops::MlstmRing ring = ring_of(cell);
+  ring.count = ring.count.clone();
+  ops::mlstm_fold(next[0], next[1], next[2], ring, op);
+  return next;
+}
+
+/// h (B,NH,DV) of one token; writes to the state.
+at::Tensor step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                const at::Tensor& igate, const at::Tensor& fgate, State& cell,
+                const ops::MlstmOptions& op) {
+  if (cell.size() == kStates)
+    return ops::mlstm_step(q, k, v, igate, fgate, cell[0], cell[1], cell[2], op);
+  ops::MlstmRing ring = ring_of(cell);
+  return ops::mlstm_step_lazy(q, k, v, igate, fgate, cell[0], cell[1], cell[2], ring, op);
+}
 
 }  // namespace
 
 Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                  const at::Tensor& igate, const at::Tensor& fgate, const State& cnm,
+                  const at::Tensor& igate, const at::Tensor& fgate, const State& cell,
                   const std::optional<at::Tensor>& reset, const MlstmCellOptions& options) {
   ops::MlstmOptions op;
   op.input_gate = options.input_gate;
@@ -23,16 +46,39 @@ Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   op.eps = options.eps;
   op.chunk_size = options.chunk_size;
   op.scale = options.scale;
-  if (!cnm.empty() && is_decode_step(q, reset)) {
-    at::Tensor c = writable_state(cnm[0]), n = writable_state(cnm[1]), m = writable_state(cnm[2]);
-    at::Tensor h = ops::mlstm_step(q.select(1, 0), k.select(1, 0), v.select(1, 0),
-                                   igate.select(1, 0), fgate.select(1, 0), c, n, m, op);
-    return {h.unsqueeze(1), {c, n, m}};
+  const bool decodes = is_decode_step(q, reset);
+  const InPlaceStateGuard* guard = InPlaceStateGuard::current();
+  const bool lags = cell.size() == kLaggingStates;
+  if (lags && !(decodes && guard != nullptr))
+    return mlstm_cell(q, k, v, igate, fgate, folded(cell, op), reset, options);
+
+  at::Tensor h;
+  State next;
+  if (decodes && !cell.empty()) {
+    for (const at::Tensor& state : cell) next.push_back(writable_state(state));
+    h = step(q.select(1, 0), k.select(1, 0), v.select(1, 0), igate.select(1, 0), fgate.select(1, 0),
+             next, op)
+            .unsqueeze(1);
+  } else {
+    op.reset = reset;
+    next.resize(kStates);
+    std::tie(h, next[0], next[1], next[2]) =
+        ops::mlstm_chunkwise(q, k, v, igate, fgate, optional_state(cell, 0),
+                             optional_state(cell, 1), optional_state(cell, 2), op);
   }
-  op.reset = reset;
-  auto [h, c, n, m] = ops::mlstm_chunkwise(q, k, v, igate, fgate, optional_state(cnm, 0),
-                                           optional_state(cnm, 1), optional_state(cnm, 2), op);
-  return {h, {c, n, m}};
+  if (decodes && !lags && guard != nullptr) {
+    const at::Tensor key = k.select(1, 0), value = v.select(1, 0);
+    if (guard->lazy_fold().value_or(ops::mlstm_step_lazy_pays(key, value))) {
+      const ops::MlstmRing ring = ops::empty_mlstm_ring(key, value);
+      next.insert(next.end(), {ring.keys, ring.values, ring.gates, ring.count});
+    }
+  }
+  return {h, next};
+}
+
+void check_mlstm_state(const State& state, size_t others, const char* who) {
+  const bool lags = state.size() == kLaggingStates + others;
+  check_state(state, (lags ? kLaggingStates : kStates) + others, who);
 }
 
 MlstmLayer::MlstmLayer(const MlstmBlockOptions& options, at::Device device) : options_(options) {
@@ -100,7 +146,7 @@ std::pair<at::Tensor, at::Tensor> MlstmLayer::gates(const at::Tensor& a, const a
 
 Result MlstmLayer::forward(const at::Tensor& x, const State& state,
                            const std::optional<at::Tensor>& reset) {
-  check_state(state, 4, "mLSTM layer");
+  check_mlstm_state(state, 1, "mLSTM layer");
   const int64_t batch = x.size(0), length = x.size(1), heads = options_.num_heads;
   const auto halves = proj_up_->forward(x).chunk(2, -1);  // views: the operators take their strides
   const at::Tensor &inner = halves[0], &z = halves[1];
@@ -115,16 +161,17 @@ Result MlstmLayer::forward(const at::Tensor& x, const State& state,
   const auto [igate, fgate] = gates(a, inner, q, k, v);
 
   const std::vector<int64_t> by_head = {batch, length, heads, options_.inner_dim / heads};
-  const State cnm = state.empty() ? State{} : State{state[1], state[2], state[3]};
+  const State cell = state.empty() ? State{} : State(state.begin() + 1, state.end());
   auto [h, next] = mlstm_cell(
-      q.view(by_head), k.view(by_head), v.view(by_head), igate, fgate, cnm, reset,
+      q.view(by_head), k.view(by_head), v.view(by_head), igate, fgate, cell, reset,
       {options_.input_gate, options_.normalize, options_.mlstm_eps, options_.chunk_size});
   const at::Tensor gated =
       options_.fused
           ? ops::headwise_norm(h, out_norm_->weight, {}, a, skip_, z, options_.norm_eps)
           : stepwise_gated_norm(h, out_norm_->weight, a, skip_, z, options_.norm_eps, "silu");
   const at::Tensor y = apply_dropout(proj_down_->forward(gated), options_.dropout, is_training());
-  return {y, {window, next[0], next[1], next[2]}};
+  next.insert(next.begin(), window);
+  return {y, std::move(next)};
 }
 
 MlstmBlock::MlstmBlock(const MlstmBlockOptions& options, at::Device device) {

@@ -56,9 +56,11 @@ class MlstmBlock : public Block {
   std::shared_ptr<MlstmLayer> mlstm_;
 };
 
-/// The cell as every block uses it: the step operator where nothing needs a gradient, else the sequence operator.
-/// q,k (B,T,NH,DQK) v (B,T,NH,DV) igate,fgate (B,T,NH); c, n, m undefined for the empty state.
-/// Returns h (B,T,NH,DV) and {c, n, m}.
+/// The cell as every block uses it: a step operator where nothing needs a gradient, else the sequence operator.
+/// q,k (B,T,NH,DQK) v (B,T,NH,DV) igate,fgate (B,T,NH); `cell` empty for the empty state.
+/// Returns h (B,T,NH,DV) and {c, n, m}. Under an InPlaceStateGuard, whose owner keeps the state to itself, decoding steps
+/// may return {c, n, m, keys, values, gates, count} instead: a state that lags behind an ops::MlstmRing. Given to any
+/// other call, it is folded first.
 struct MlstmCellOptions {
   std::string input_gate = "exp";
   bool normalize = true;
@@ -67,7 +69,9 @@ struct MlstmCellOptions {
   std::optional<double> scale = {};  ///< applied to q; default DQK^-1/2
 };
 Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                  const at::Tensor& igate, const at::Tensor& fgate, const State& cnm,
+                  const at::Tensor& igate, const at::Tensor& fgate, const State& cell,
                   const std::optional<at::Tensor>& reset, const MlstmCellOptions& options);
+/// Throws c10::Error unless `state` is empty or holds a state of mlstm_cell and `others` more tensors.
+void check_mlstm_state(const State& state, size_t others, const char* who);
 
 }  // namespace xlstm::nn

@@ -39,7 +39,7 @@ XlstmLargeLayer::XlstmLargeLayer(const XlstmLargeBlockOptions& options, at::Devi
 
 Result XlstmLargeLayer::forward(const at::Tensor& x, const State& state,
                                 const std::optional<at::Tensor>& reset) {
-  check_state(state, 3, "xLSTM-large layer");
+  check_mlstm_state(state, 0, "xLSTM-large layer");
   const int64_t batch = x.size(0), length = x.size(1), heads = options_.num_heads;
   const std::vector<int64_t> qk_shape = {batch, length, heads, options_.qk_dim / heads};
   const std::vector<int64_t> v_shape = {batch, length, heads, options_.v_dim / heads};

@@ -55,6 +55,41 @@ TEST_CASE("decoding without gradients equals the parallel pass and leaves the gi
   }
 }
 
+TEST_CASE("states that lag behind a ring of tokens are folded for whoever does not decode") {
+  torch::manual_seed(7);
+  for (auto& [name, block] : all_blocks()) {
+    const bool has_mlstm = name.rfind("mlstm", 0) == 0 || name == "xlstm_large";
+    for (const bool lazy : {false, true}) {
+      INFO(name << ", lazy " << lazy);
+      const at::Tensor x = random_input(2, 45);
+      const auto [whole, whole_state] = block->forward(x, {}, {});
+      at::NoGradGuard no_grad;
+      State state;
+      std::vector<at::Tensor> parts;
+      for (int64_t t = 0; t < 41; ++t) {
+        const InPlaceStateGuard guard(lazy);
+        auto [y, next] = block->forward(x.narrow(1, t, 1), state, {});
+        parts.push_back(y);
+        state = std::move(next);
+      }
+      CHECK(state.size() == whole_state.size() + (lazy && has_mlstm ? 4 : 0));
+      State copy;
+      for (const auto& tensor : state) copy.push_back(tensor.clone());
+      // One more token in one step and three in one pass, on states as everybody knows them.
+      for (const int64_t length : {1, 3}) {
+        auto [y, next] = block->forward(x.narrow(1, length == 1 ? 41 : 42, length), state, {});
+        parts.push_back(y);
+        REQUIRE(next.size() == whole_state.size());
+        if (length == 1)
+          for (size_t i = 0; i < state.size(); ++i) REQUIRE(at::equal(state[i], copy[i]));
+        state = std::move(next);
+      }
+      CHECK(difference(at::cat(parts, 1), whole) < kTolerance);
+      CHECK(difference(state, whole_state) < kTolerance);
+    }
+  }
+}
+
 TEST_CASE("gradients reach the given state and everything before it") {
   torch::manual_seed(3);
   for (auto& [name, block] : all_blocks()) {

@@ -1,5 +1,6 @@
 // Sampling against plain loops over the definition; generation against a full forward pass per token.
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/randint.h>
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 
 #include "csrc/core/error.h"
 #include "tests/support/catch.h"
+#include "train/decoder.h"
 #include "train/generation.h"
 #include "train/text_stream.h"
 
@@ -48,13 +50,14 @@ std::map<int64_t, double> expected_probabilities(const std::vector<double>& logi
   return kept;
 }
 
-std::shared_ptr<models::LanguageModel> tiny_model() {
+std::shared_ptr<models::LanguageModel> tiny_model(const std::string& kind = "xlstm") {
   models::ModelOptions options;
+  options.kind = kind;
   options.vocab_size = 37;
   options.embedding_dim = 16;
   options.num_blocks = 2;
   options.num_heads = 2;
-  options.slstm_at = {1};
+  if (kind == "xlstm") options.slstm_at = {1};
   auto model = models::make_language_model(options);
   const at::NoGradGuard no_grad;
   for (auto& parameter : model->parameters())
@@ -161,6 +164,28 @@ TEST_CASE("generation with state equals a full forward pass per token") {
     }
     model->train();
     CHECK(got == want);
+  }
+}
+
+TEST_CASE("a decoder whose mLSTM states lag gives the logits of one parallel pass") {
+  for (const char* kind : {"xlstm", "xlstm_large", "retnet", "linear_attention"}) {
+    const auto model = tiny_model(kind);
+    model->eval();
+    const at::NoGradGuard no_grad;
+    const at::Tensor ids = at::randint(0, 37, {1, 45}, at::kLong);
+    const at::Tensor logits = model->forward(ids).first;
+    for (const bool lazy : {false, true}) {
+      for (const int64_t prompt : {0, 5}) {
+        INFO(kind << ", lazy " << lazy << ", prompt of " << prompt);
+        models::ModelState state;
+        if (prompt > 0) state = model->forward(ids.narrow(1, 0, prompt)).second;
+        Decoder decoder(*model, state, lazy);
+        for (int64_t t = prompt; t < 45; ++t) {
+          const auto next = at::tensor(decoder.next(ids[0][t].item<int64_t>()), at::kDouble);
+          REQUIRE((next - logits[0][t]).abs().max().item<double>() < 1e-9);
+        }
+      }
+    }
   }
 }
 
