@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT), str(ROOT / "scripts")]
+sys.path += [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 
 import gpu_ops_slstm  # noqa: E402
+from gpu_cases import ring_of  # noqa: E402
 from gpu_ops_slstm import relative_error  # noqa: E402
 
 NAMES = ("q", "k", "v", "igate", "fgate")
@@ -146,16 +147,22 @@ def compare(case, device, seed):
     return {name: relative_error(got[name], wanted[name]) for name in wanted}
 
 
-def compare_step(dtype, dqk, dv, sigmoid, device):
-    """Eight decoding steps against the chunkwise form in float64."""
-    case = Case(8, dqk, dv, dtype, states=True, sigmoid=sigmoid)
+def compare_step(dtype, dqk, dv, sigmoid, device, ring=0):
+    """Decoding steps against the chunkwise form in float64: eight, or with a ring of so many tokens 40 lazy ones and a
+    fold."""
+    case = Case(40 if ring else 8, dqk, dv, dtype, states=True, sigmoid=sigmoid)
     tensors, states, _ = make(case, seed=5)
     gate = {"input_gate": "sigmoid" if sigmoid else "exp"}
     wanted = torch.ops.xlstm.mlstm_chunkwise(*(x.double() for x in (*tensors, *states)), **gate)
     place = [x.to(device) for x in tensors]
-    c, n, m = (x.clone().to(device) for x in states)
-    h = torch.stack([torch.ops.xlstm.mlstm_step(*(x[:, t] for x in place), c, n, m, **gate) for t in range(case.time)], 1)
-    return {name: relative_error(a, b) for name, a, b in zip("hcnm", (h, c, n, m), wanted)}
+    state = [x.clone().to(device) for x in states]
+    if ring:
+        state += ring_of(place[1][:, 0], place[2][:, 0], ring)
+    step = torch.ops.xlstm.mlstm_step_lazy if ring else torch.ops.xlstm.mlstm_step
+    h = torch.stack([step(*(x[:, t] for x in place), *state, **gate) for t in range(case.time)], 1)
+    if ring:
+        torch.ops.xlstm.mlstm_fold(*state, **gate)
+    return {name: relative_error(a, b) for name, a, b in zip("hcnm", (h, *state[:3]), wanted)}
 
 
 def main(arguments=None):
@@ -193,8 +200,9 @@ def main(arguments=None):
     for dtype in LIMITS:
         for dqk, dv in sizes:
             for sigmoid in (False, True):
-                judge(f"step ({dqk},{dv}) {dtype} {'sigmoid' if sigmoid else 'exp'}", dtype,
-                      lambda d=dtype, a=dqk, x=dv, s=sigmoid: compare_step(d, a, x, s, args.device))
+                for ring in (0, 5, 16):
+                    judge(f"step ({dqk},{dv}) {dtype} {'sigmoid' if sigmoid else 'exp'} ring {ring}", dtype,
+                          lambda d=dtype, a=dqk, x=dv, s=sigmoid, r=ring: compare_step(d, a, x, s, args.device, r))
     for seed, case in enumerate(gpu_ops_slstm.cases(args.small)):
         judge(case.title(), case.dtype, lambda c=case, s=seed: gpu_ops_slstm.compare(c, args.device, s), gpu_ops_slstm.LIMITS)
         if case.decode:

@@ -112,6 +112,17 @@ def step_sets(batch, heads, dqk, dv, dtype, device):
              [draw(dqk, dv), draw(dqk), draw()]) for _ in range(set_count(size, device))]
 
 
+def ring_of(k, v, tokens=16, spread=False):
+    """A ring for k (B,NH,DQK) and v (B,NH,DV): empty, or `spread`: as many heads at every fill, so that every lazy step
+    folds its share of them."""
+    count = torch.zeros(k.shape[:2], dtype=torch.int32, device=k.device)
+    if spread:
+        count += (torch.arange(count.numel(), device=k.device) * tokens // count.numel()).view(count.shape).to(torch.int32)
+    wide = torch.promote_types(k.dtype, torch.float32)
+    slots = [k.new_zeros(*k.shape[:2], tokens, width) for width in (k.shape[-1], v.shape[-1])]
+    return [*slots, k.new_zeros(*k.shape[:2], tokens, 2, dtype=wide), count]
+
+
 # ---- figure --------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,8 @@ sys.path.append(str(ROOT))
 import command_line  # noqa: E402
 import peers  # noqa: E402
 from gpu_cases import (  # noqa: E402
-    HEADS, NAMES, OURS, STANDARD, Case, cases, make_inputs, plot, reference, relative_error, set_count, step_sets, work,
+    HEADS, NAMES, OURS, STANDARD, Case, cases, make_inputs, plot, reference, relative_error, ring_of, set_count, step_sets,
+    work,
 )
 from timing import Effort, clocks, gpu_machine, kernel_times, measure, rooflines  # noqa: E402
 
@@ -224,6 +225,25 @@ def describe(result):
 # ---- decoding ------------------------------------------------------------------------------------------------------
 
 
+LAZY = OURS + ", lazy"
+
+
+def step_functions(device, with_peers):
+    """name -> function(q, k, v, i, f, state, spare), {name of a peer: why it is not here}."""
+    others, absent = peers.mlstm_steps(device)
+    step, lazy = torch.ops.xlstm.mlstm_step, torch.ops.xlstm.mlstm_step_lazy
+    ours = {OURS: lambda q, k, v, i, f, state, spare: step(q, k, v, i, f, *state),
+            LAZY: lambda q, k, v, i, f, state, spare: lazy(q, k, v, i, f, *state)}
+    return ours | (dict(others) if with_peers else {}), absent
+
+
+def step_state(name, state, token, spread=True):
+    """c, n, m as the function of that name takes them, with a ring for the lazy one."""
+    if name == LAZY:
+        return [*state, *ring_of(token[1], token[2], spread=spread)]
+    return state if name.startswith(OURS) else [state[0], state[1], state[2][..., None]]
+
+
 def check_step(functions, dtype, device):
     """Our step and the peers' against float64, one token from a random state."""
     batch, heads, dqk, dv = 2, 2, 64, 64
@@ -238,11 +258,12 @@ def check_step(functions, dtype, device):
     wanted = (query[..., None] * new_c).sum(-2) / norm[..., None]
     errors = {}
     for name, function in functions.items():
-        state, spare = [c.clone(), n.clone(), m.clone()], [torch.empty_like(c), torch.empty_like(n), torch.empty_like(m)]
-        if not name.startswith(OURS):
-            state[2], spare[2] = state[2][..., None], spare[2][..., None]
+        state, spare = ([make(x) for x in (c, n, m)] for make in (torch.clone, torch.empty_like))
+        state, spare = (step_state(name, x, (q, k, v), spread=False) for x in (state, spare))
         h = function(q, k, v, i, f, state, spare)
         errors[name] = {"h": relative_error(h, wanted)}
+        if name == LAZY:
+            torch.ops.xlstm.mlstm_fold(*state)
         if name.startswith(OURS):
             errors[name] |= {"c": relative_error(state[0], new_c), "n": relative_error(state[1], new_n)}
         print(f"  {name:32} " + "  ".join(f"{part} {error:.1e}" for part, error in errors[name].items()))
@@ -250,11 +271,7 @@ def check_step(functions, dtype, device):
 
 
 def time_steps(args, limits, tiny):
-    run = torch.ops.xlstm.mlstm_step
-    functions = {OURS: lambda q, k, v, i, f, state, spare: run(q, k, v, i, f, *state)}
-    others, absent = peers.mlstm_steps(args.device)
-    if args.peers:
-        functions |= dict(others)
+    functions, absent = step_functions(args.device, args.peers)
     print("\ndecoding step against float64")
     report = {"absent": absent, "errors": check_step(functions, args.dtype, args.device), "cases": []}
     usual = LIMITS[args.dtype][0]
@@ -271,11 +288,12 @@ def time_steps(args, limits, tiny):
             size = 8 * batch * heads * dqk * dv
             row = {"batch": batch, "heads": heads, "dqk": dqk, "dv": dv, "times": {}}
             for name, function in functions.items():
-                last = (lambda x: x) if name.startswith(OURS) else (lambda x: [x[0], x[1], x[2][..., None]])
-                calls = [lambda t=t, s=last(s), o=last(spare): function(*t, s, o) for t, s in sets]
+                spares = step_state(name, spare, sets[0][0])
+                calls = [lambda t=t, s=step_state(name, s, t), o=spares: function(*t, s, o) for t, s in sets]
                 try:
                     result = measure(lambda: calls, args.device, args.effort)
-                    result["gb_per_s"] = size / result["median_ms"] / 1e6
+                    moved = size * (1 / 2 + 1 / 16 if name == LAZY else 1)  # read once, written and read at a fold
+                    result["gb_per_s"] = moved / result["median_ms"] / 1e6
                     result["share_of_limit"] = result["gb_per_s"] / limits["copy"]["gb_per_s"]
                     shown = f"{1e3 * result['median_ms']:9.1f} us  {100 * result['share_of_limit']:.0f} % of limit"
                 except Exception as error:

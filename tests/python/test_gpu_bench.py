@@ -59,6 +59,16 @@ def test_every_time_is_one_that_was_measured(tiny):
     steps = tiny[1]["steps"]
     assert steps["bad"] == [] and len(steps["cases"]) == 2
     assert all(r["median_ms"] > 0 for row in steps["cases"] for r in row["times"].values())
+    assert all({"libxlstm", "libxlstm, lazy"} <= set(row["times"]) for row in steps["cases"])
+    assert set(steps["errors"]["libxlstm, lazy"]) == {"h", "c", "n"}
+
+
+def test_rings_at_every_fill(bench):
+    """A timed lazy step folds its share of the heads, however many there are."""
+    for heads, counts in ((32, [2] * 16), (8, [1, 0] * 8)):
+        *_, count = bench.ring_of(torch.zeros(1, heads, 3), torch.zeros(1, heads, 5), spread=True)
+        assert torch.bincount(count.flatten(), minlength=16).tolist() == counts
+    assert not bench.ring_of(torch.zeros(1, 8, 3), torch.zeros(1, 8, 5))[3].any()
 
 
 def test_nothing_is_timed_where_ours_is_wrong(bench, tmp_path, monkeypatch):
