@@ -124,6 +124,10 @@ std::vector<Field> model_fields() {
                   "kind xlstm_large: width of values / embedding_dim"),
       XLSTM_FIELD(model.gate_soft_cap, at_least(0),
                   "kind xlstm_large: soft cap of the gates' pre-activations; 0: none"),
+      XLSTM_FIELD(
+          model.mlstm.up_projection, one_of({"pre", "post"}),
+          "pre: the block widens in front of the cell; post: q, k, v, o at embedding_dim by "
+          "full matrices, and a feed-forward layer behind"),
       XLSTM_FIELD(model.mlstm.proj_factor, above_up_to(0, 1000),
                   "width of the up-projection / embedding_dim"),
       XLSTM_FIELD(model.mlstm.round_proj_up_to_multiple_of, integers(1, kMaxSize),
@@ -135,10 +139,23 @@ std::vector<Field> model_fields() {
       XLSTM_FIELD(model.mlstm.input_gate, one_of({"exp", "sigmoid"}),
                   "activation of the input gate"),
       XLSTM_FIELD(model.mlstm.normalize, any(), "divide by the normaliser state"),
+      XLSTM_FIELD(model.mlstm.igate, one_of({"input", "bias", "fixed"}),
+                  "input gate before its activation: input: W x + b; bias: b, learned; fixed: b as "
+                  "it starts"),
+      XLSTM_FIELD(model.mlstm.igate_bias_init, one_of({"normal", "zeros"}),
+                  "its b: normal: N(0, 0.1^2); zeros (the one that fixed takes)"),
+      XLSTM_FIELD(model.mlstm.fgate, one_of({"input", "bias", "fixed"}),
+                  "forget gate before its sigmoid, as igate"),
+      XLSTM_FIELD(
+          model.mlstm.fgate_bias_init, one_of({"linspace", "open"}),
+          "its b: linspace: 3 to 6 over the heads; open: nothing is forgotten (fixed only)"),
       XLSTM_FIELD(model.slstm.conv1d_kernel_size, zero_or_integers(2, 8),
                   "window of the causal convolution; 0: no convolution"),
       XLSTM_FIELD(model.slstm.cell, one_of({"slstm", "slstm_expf", "lstm"}),
                   "slstm; slstm_expf: exponential forget gate; lstm: the classic cell"),
+      XLSTM_FIELD(
+          model.slstm.gate_proj, one_of({"headwise", "dense"}),
+          "matrices from the input to the four gates: headwise: block-diagonal; dense: full"),
       XLSTM_FIELD(model.slstm.bias_init,
                   one_of({"powerlaw_blockdependent", "small_init", "zeros", "standard"}),
                   "initialisation of the forget gate's bias"),
@@ -156,8 +173,10 @@ std::vector<Field> model_fields() {
                   "width of the feed-forward layer / embedding_dim"),
       XLSTM_FIELD(model.feed_forward.round_up_to_multiple_of, integers(1, kMaxSize),
                   "that width is rounded up to this"),
-      XLSTM_FIELD(model.feed_forward.act_fn, one_of({"gelu", "silu", "relu"}),
-                  "kind xlstm: activation (the others have a fixed one)"),
+      XLSTM_FIELD(model.feed_forward.act_fn, one_of({"gelu", "silu", "relu", "relu2"}),
+                  "kind xlstm: activation (the others have a fixed one); relu2: ReLU squared"),
+      XLSTM_FIELD(model.feed_forward.gated, any(),
+                  "kind xlstm: act(gate) * up in front of the last matrix; false: act(up)"),
   };
 }
 
@@ -287,7 +306,9 @@ const std::vector<Section>& sections() {
       {"model", "what the model looks like"},
       {"model.mlstm", "mLSTM blocks of kind xlstm"},
       {"model.slstm", "sLSTM blocks of kind xlstm"},
-      {"model.feed_forward", "feed-forward layer of sLSTM blocks and of the 7B block"},
+      {"model.feed_forward",
+       "feed-forward layer of sLSTM blocks, of post-up-projection mLSTM blocks and of the 7B "
+       "block"},
       {"data", "text, prepared token files, or a synthetic task"},
       {"data.task", "synthetic task"},
       {"train", "length and batches"},

@@ -79,12 +79,31 @@ void require_divisible(const Config& config, const std::string& name, const std:
               ", expected a multiple of " + divisor_name + " " + to_string(divisor));
 }
 
+void validate_gates(const Config& config) {
+  const auto& mlstm = config.model.mlstm;
+  require(mlstm.igate != "fixed" || mlstm.igate_bias_init == "zeros", config,
+          "model.mlstm.igate_bias_init",
+          "is " + mlstm.igate_bias_init + ", expected zeros for model.mlstm.igate fixed");
+  require(
+      mlstm.fgate == "fixed" || mlstm.fgate_bias_init == "linspace", config,
+      "model.mlstm.fgate_bias_init",
+      "is " + mlstm.fgate_bias_init + ", expected linspace for model.mlstm.fgate " + mlstm.fgate);
+}
+
 void validate_xlstm(const Config& config) {
   const auto& model = config.model;
   require_defaults(config, {"model.qk_dim_factor", "model.v_dim_factor", "model.gate_soft_cap"},
                    "xlstm_large");
   validate_slstm_at(config);
+  validate_gates(config);
   if (static_cast<int64_t>(model.slstm_at.size()) == model.num_blocks) return;
+  if (model.mlstm.up_projection == "post") {
+    for (const char* name : {"model.mlstm.proj_factor", "model.mlstm.round_proj_up_to_multiple_of",
+                             "model.mlstm.qkv_proj_blocksize"})
+      require(is_default(config, name), config, name,
+              "applies to model.mlstm.up_projection pre only; remove it");
+    return;
+  }
   const auto multiple = static_cast<double>(model.mlstm.round_proj_up_to_multiple_of);
   const double width = model.mlstm.proj_factor * static_cast<double>(model.embedding_dim);
   const double inner = std::ceil(width / multiple) * multiple;
@@ -97,7 +116,7 @@ void validate_xlstm(const Config& config) {
 void validate_xlstm_large(const Config& config) {
   const auto& model = config.model;
   std::vector<std::string> foreign = settings_below({"model.mlstm", "model.slstm"});
-  foreign.insert(foreign.end(), {"model.slstm_at", "model.bias"});
+  foreign.insert(foreign.end(), {"model.slstm_at", "model.bias", "model.feed_forward.gated"});
   require_defaults(config, foreign, "xlstm");
   const auto& act_fn = model.feed_forward.act_fn;
   require(is_default(config, "model.feed_forward.act_fn") || act_fn == "silu", config,
@@ -119,7 +138,8 @@ bool has_feed_forward(const std::string& kind) {
 void validate_baseline(const Config& config) {
   const std::string& kind = config.model.kind;
   std::vector<std::string> foreign = settings_below({"model.mlstm", "model.slstm"});
-  foreign.insert(foreign.end(), {"model.slstm_at", "model.bias", "model.feed_forward.act_fn"});
+  foreign.insert(foreign.end(), {"model.slstm_at", "model.bias", "model.feed_forward.act_fn",
+                                 "model.feed_forward.gated"});
   require_defaults(config, foreign, "xlstm");
   require_defaults(config, {"model.qk_dim_factor", "model.v_dim_factor", "model.gate_soft_cap"},
                    "xlstm_large");

@@ -35,16 +35,22 @@ struct ModelOptions {
   std::vector<int64_t> slstm_at;  ///< 0-based positions of sLSTM blocks; all others are mLSTM
   bool bias = false;  ///< biases of all up- and down-projections and of the mLSTM's q, k and v
   struct Mlstm {
+    std::string up_projection = "pre";  ///< "pre": within the block; "post": a feed-forward behind
     double proj_factor = 2.0;
     int64_t round_proj_up_to_multiple_of = 64;
     int64_t conv1d_kernel_size = 4;  ///< 0: no convolution
     int64_t qkv_proj_blocksize = 4;
     std::string input_gate = "exp";  ///< "exp" | "sigmoid"
     bool normalize = true;
+    /// What a gate's pre-activation is: "input": W x + b; "bias": b, learned; "fixed": b as it starts
+    std::string igate = "input", fgate = "input";
+    std::string igate_bias_init = "normal";    ///< N(0, 0.1^2) | "zeros"
+    std::string fgate_bias_init = "linspace";  ///< 3 to 6 over the heads | "open": f = 1
   } mlstm;
   struct Slstm {
     int64_t conv1d_kernel_size = 4;                     ///< 0: no convolution
     std::string cell = "slstm";                         ///< "slstm" | "slstm_expf" | "lstm"
+    std::string gate_proj = "headwise";                 ///< W of the four gates; | "dense"
     std::string bias_init = "powerlaw_blockdependent";  ///< | "small_init" | "zeros" | "standard"
     std::string recurrent_weight_init = "zeros";        ///< | "standard"
     bool recompute =
@@ -56,7 +62,8 @@ struct ModelOptions {
   struct FeedForward {
     double proj_factor = 1.3;  ///< sLSTM block; rounded up to a multiple (7B: 2.667, SwiGLU)
     int64_t round_up_to_multiple_of = 64;
-    std::string act_fn = "gelu";  ///< "gelu" (erf) | "silu" | "relu"
+    std::string act_fn = "gelu";  ///< "gelu" (erf) | "silu" | "relu" | "relu2" (ReLU squared)
+    bool gated = true;            ///< down(act(gate) * up) or down(act(up))
   } feed_forward;
 
   // kind "xlstm_large"

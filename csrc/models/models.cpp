@@ -4,7 +4,7 @@
 #include "csrc/models/baselines.h"
 #include "csrc/models/language_model.h"
 #include "csrc/nn/checkpoint.h"
-#include "csrc/nn/mlstm.h"
+#include "csrc/nn/mlstm_post.h"
 #include "csrc/nn/slstm.h"
 #include "csrc/nn/transformer.h"
 #include "csrc/nn/xlstm_large.h"
@@ -43,6 +43,29 @@ std::string kind_names() {
   return names;
 }
 
+/// The gates' own names are checked here, so that the message says which gate.
+void check_gates(const ModelOptions& o) {
+  const auto one_of = [](const std::string& value, std::initializer_list<const char*> names,
+                         const char* option) {
+    std::string expected;
+    for (const char* name : names) expected += std::string(expected.empty() ? "" : ", ") + name;
+    TORCH_CHECK(std::find(names.begin(), names.end(), value) != names.end(), "model.mlstm.", option,
+                ": expected one of ", expected, ", got \"", value, "\"");
+  };
+  one_of(o.mlstm.up_projection, {"pre", "post"}, "up_projection");
+  one_of(o.mlstm.igate, {"input", "bias", "fixed"}, "igate");
+  one_of(o.mlstm.fgate, {"input", "bias", "fixed"}, "fgate");
+  one_of(o.mlstm.igate_bias_init, {"normal", "zeros"}, "igate_bias_init");
+  one_of(o.mlstm.fgate_bias_init, {"linspace", "open"}, "fgate_bias_init");
+  TORCH_CHECK(o.mlstm.igate != "fixed" || o.mlstm.igate_bias_init == "zeros",
+              "model.mlstm.igate_bias_init: expected zeros for a fixed input gate, got \"",
+              o.mlstm.igate_bias_init, "\"");
+  TORCH_CHECK(
+      o.mlstm.fgate == "fixed" || o.mlstm.fgate_bias_init == "linspace",
+      "model.mlstm.fgate_bias_init: expected linspace for a forget gate that learns, got \"",
+      o.mlstm.fgate_bias_init, "\"");
+}
+
 void check_options(const ModelOptions& o) {
   const auto positive = [](int64_t value, const char* name) {
     TORCH_CHECK(value > 0, "model.", name, ": expected a positive number, got ", value);
@@ -64,6 +87,7 @@ void check_options(const ModelOptions& o) {
   positive(o.feed_forward.round_up_to_multiple_of, "feed_forward.round_up_to_multiple_of");
   kernel_size(o.mlstm.conv1d_kernel_size, "mlstm");
   kernel_size(o.slstm.conv1d_kernel_size, "slstm");
+  check_gates(o);
   TORCH_CHECK(o.dropout >= 0 && o.dropout < 1, "model.dropout: expected 0 <= p < 1, got ",
               o.dropout);
   TORCH_CHECK(o.kind == "xlstm" || (!o.bias && o.slstm_at.empty()), "model.kind \"", o.kind,
@@ -87,11 +111,25 @@ nn::MlstmBlockOptions mlstm_options(const ModelOptions& o) {
   block.dropout = o.dropout;
   block.input_gate = o.mlstm.input_gate;
   block.normalize = o.mlstm.normalize;
+  block.igate = {o.mlstm.igate, o.mlstm.igate_bias_init};
+  block.fgate = {o.mlstm.fgate, o.mlstm.fgate_bias_init};
   block.mlstm_eps = o.mlstm_eps;
   block.chunk_size = o.chunk_size;
   block.fused = o.fused;
   block.num_blocks = o.num_blocks;
   return block;
+}
+
+nn::FeedForwardOptions feed_forward_options(const ModelOptions& o) {
+  nn::FeedForwardOptions feed_forward;
+  feed_forward.dim = o.embedding_dim;
+  feed_forward.hidden_dim = rounded_up(o.feed_forward.proj_factor, o.embedding_dim,
+                                       o.feed_forward.round_up_to_multiple_of);
+  feed_forward.num_blocks = o.num_blocks;
+  feed_forward.act_fn = o.feed_forward.act_fn;
+  feed_forward.bias = o.bias;
+  feed_forward.gated = o.feed_forward.gated;
+  return feed_forward;
 }
 
 nn::SlstmBlockOptions slstm_options(const ModelOptions& o, int64_t block_index) {
@@ -100,6 +138,7 @@ nn::SlstmBlockOptions slstm_options(const ModelOptions& o, int64_t block_index) 
   block.num_heads = o.num_heads;
   block.conv_kernel_size = o.slstm.conv1d_kernel_size;
   block.cell = o.slstm.cell;
+  block.gate_proj = o.slstm.gate_proj;
   block.bias_init = o.slstm.bias_init;
   block.recurrent_weight_init = o.slstm.recurrent_weight_init;
   block.recompute = o.slstm.recompute;
@@ -110,12 +149,7 @@ nn::SlstmBlockOptions slstm_options(const ModelOptions& o, int64_t block_index) 
   block.dropout = o.dropout;
   block.block_index = block_index;
   block.num_blocks = o.num_blocks;
-  block.feed_forward.dim = o.embedding_dim;
-  block.feed_forward.hidden_dim = rounded_up(o.feed_forward.proj_factor, o.embedding_dim,
-                                             o.feed_forward.round_up_to_multiple_of);
-  block.feed_forward.num_blocks = o.num_blocks;
-  block.feed_forward.act_fn = o.feed_forward.act_fn;
-  block.feed_forward.bias = o.bias;
+  block.feed_forward = feed_forward_options(o);
   return block;
 }
 
@@ -148,6 +182,8 @@ std::shared_ptr<nn::Block> make_block(const ModelOptions& o, int64_t index,
     return std::make_shared<nn::XlstmLargeBlock>(large_options(o), device);
   const bool slstm = std::find(o.slstm_at.begin(), o.slstm_at.end(), index) != o.slstm_at.end();
   if (slstm) return std::make_shared<nn::SlstmBlock>(slstm_options(o, index), device);
+  if (o.mlstm.up_projection == "post")
+    return std::make_shared<nn::PostMlstmBlock>(mlstm_options(o), feed_forward_options(o), device);
   return std::make_shared<nn::MlstmBlock>(mlstm_options(o), device);
 }
 

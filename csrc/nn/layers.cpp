@@ -56,8 +56,9 @@ BlockLinear::BlockLinear(int64_t features, int64_t num_blocks, bool with_bias, a
 }
 
 at::Tensor BlockLinear::forward(const at::Tensor& x) const {
-  return ops::block_linear(x, weight,
-                           bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+  const auto given = bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
+  if (weight.size(0) == 1) return at::linear(x, weight.select(0, 0), given);
+  return ops::block_linear(x, weight, given);
 }
 
 Norm::Norm(int64_t features, double eps_, std::string kind_, at::Device device, bool with_bias)
@@ -94,10 +95,10 @@ std::pair<at::Tensor, at::Tensor> CausalConv1d::forward(
 }
 
 FeedForward::FeedForward(const FeedForwardOptions& options, at::Device device)
-    : act_fn_(options.act_fn) {
-  proj_up_ = register_module(
-      "proj_up",
-      std::make_shared<Linear>(options.dim, 2 * options.hidden_dim, options.bias, device));
+    : act_fn_(options.act_fn), gated_(options.gated) {
+  const int64_t up = options.gated ? 2 * options.hidden_dim : options.hidden_dim;
+  proj_up_ =
+      register_module("proj_up", std::make_shared<Linear>(options.dim, up, options.bias, device));
   proj_down_ = register_module(
       "proj_down", std::make_shared<Linear>(options.hidden_dim, options.dim, options.bias, device));
   small_init_(proj_up_->weight, options.dim);
@@ -105,6 +106,7 @@ FeedForward::FeedForward(const FeedForwardOptions& options, at::Device device)
 }
 
 at::Tensor FeedForward::forward(const at::Tensor& x) const {
+  if (!gated_) return proj_down_->forward(activation(proj_up_->forward(x), act_fn_));
   // One split rather than two slices: its backward is a single concatenation.
   const auto parts = proj_up_->forward(x).chunk(2, -1);
   return proj_down_->forward(activation(parts[0], act_fn_) * parts[1]);
@@ -126,17 +128,10 @@ at::Tensor PlainFeedForward::forward(const at::Tensor& x) const {
 at::Tensor activation(const at::Tensor& x, const std::string& act_fn) {
   if (act_fn == "gelu") return at::gelu(x);
   if (act_fn == "silu") return at::silu(x);
-  TORCH_CHECK(act_fn == "relu", "act_fn: expected \"gelu\", \"silu\" or \"relu\", got \"", act_fn,
-              "\"");
+  if (act_fn == "relu2") return at::relu(x).square();
+  TORCH_CHECK(act_fn == "relu",
+              "act_fn: expected \"gelu\", \"silu\", \"relu\" or \"relu2\", got \"", act_fn, "\"");
   return at::relu(x);
-}
-
-std::pair<at::Tensor, at::Tensor> gate_pair(const at::Tensor& x, const Linear& igate,
-                                            const Linear& fgate) {
-  const auto gates =
-      at::linear(x, at::cat({igate.weight, fgate.weight}), at::cat({igate.bias, fgate.bias}))
-          .chunk(2, -1);
-  return {gates[0], gates[1]};
 }
 
 at::Tensor stepwise_gated_norm(const at::Tensor& h, const at::Tensor& weight,

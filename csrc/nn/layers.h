@@ -42,7 +42,8 @@ class Linear : public torch::nn::Module {
   at::Tensor weight, bias;  ///< bias undefined when absent
 };
 
-/// Block-diagonal linear map; weight (num_blocks, out, in) of each block, square blocks. Starts at zero.
+/// Block-diagonal linear map; weight (num_blocks, out, in) of each block, square blocks: one block is a full matrix.
+/// Starts at zero.
 class BlockLinear : public torch::nn::Module {
  public:
   BlockLinear(int64_t features, int64_t num_blocks, bool with_bias, at::Device device);
@@ -78,18 +79,20 @@ struct FeedForwardOptions {
   int64_t dim = 0;
   int64_t hidden_dim = 0;
   int64_t num_blocks = 1;       ///< of the whole model, for the initialisation
-  std::string act_fn = "gelu";  ///< "gelu" (erf) | "silu" | "relu"
+  std::string act_fn = "gelu";  ///< "gelu" (erf) | "silu" | "relu" | "relu2" (ReLU squared)
   bool bias = false;
+  bool gated = true;
 };
 
-/// Gated MLP down(act(gate) * up): proj_up.weight holds the gate's rows first.
+/// Gated MLP down(act(gate) * up): proj_up.weight holds the gate's rows first. Without gate down(act(up)).
 class FeedForward : public torch::nn::Module {
  public:
   FeedForward(const FeedForwardOptions& options, at::Device device);
   at::Tensor forward(const at::Tensor& x) const;
 
  private:
-  std::string act_fn_;
+  const std::string act_fn_;
+  const bool gated_;
   std::shared_ptr<Linear> proj_up_, proj_down_;
 };
 
@@ -110,11 +113,18 @@ class PlainFeedForward : public torch::nn::Module {
   std::shared_ptr<Linear> proj_up_, proj_down_;
 };
 
-/// act(x) for "gelu" | "silu" | "relu". Throws c10::Error for another name.
+/// act(x) for "gelu" | "silu" | "relu" | "relu2". Throws c10::Error for another name.
 at::Tensor activation(const at::Tensor& x, const std::string& act_fn);
-/// Input and forget gate pre-activations by one product: x (...,I) -> two (...,NH) views of one tensor.
-std::pair<at::Tensor, at::Tensor> gate_pair(const at::Tensor& x, const Linear& igate,
-                                            const Linear& fgate);
+/// Input and forget gate pre-activations by one product: x (...,I) -> two (...,NH) views of one tensor. `Gate` has a
+/// weight (NH,I) and a bias (NH).
+template <class Gate>
+std::pair<at::Tensor, at::Tensor> gate_pair(const at::Tensor& x, const Gate& igate,
+                                            const Gate& fgate) {
+  const auto gates =
+      at::linear(x, at::cat({igate.weight, fgate.weight}), at::cat({igate.bias, fgate.bias}))
+          .chunk(2, -1);
+  return {gates[0], gates[1]};
+}
 /// What ops::headwise_norm does in one pass, in steps: (headnorm(h) * weight + skip_weight * skip) * act(gate), without the
 /// skip where `skip` is undefined. act "silu" | "sigmoid"; layer norm.
 at::Tensor stepwise_gated_norm(const at::Tensor& h, const at::Tensor& weight,

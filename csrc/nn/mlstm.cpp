@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kManyTokens = 32;   // from here on gates are computed from the inputs of q, k, v
 constexpr size_t kStates = 3;         // c, n, m
 constexpr size_t kLaggingStates = 7;  // and an ops::MlstmRing
+constexpr double kOpen = 100;         // pre-activation of a sigmoid gate that is 1 in float64 too
 
 ops::MlstmRing ring_of(const State& cell) { return {cell[3], cell[4], cell[5], cell[6]}; }
 
@@ -36,6 +37,45 @@ at::Tensor step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 }
 
 }  // namespace
+
+HeadGate::HeadGate(int64_t in_features, int64_t num_heads, const HeadGateOptions& options,
+                   at::Device device)
+    : options_(options), num_heads_(num_heads) {
+  const auto parameters = at::TensorOptions().dtype(at::kFloat).device(device);
+  TORCH_CHECK(options.source == "input" || options.source == "bias" || options.source == "fixed",
+              "gate: source: expected \"input\", \"bias\" or \"fixed\", got \"", options.source,
+              "\"");
+  TORCH_CHECK(options.source != "fixed" || options.bias_init != "normal",
+              "gate: bias_init: \"normal\" is drawn, which a fixed gate would have to remember");
+  if (options.source == "input")
+    weight = register_parameter("weight", at::zeros({num_heads, in_features}, parameters));
+  if (options.source != "fixed")
+    bias = register_parameter("bias", at::zeros({num_heads}, parameters));
+}
+
+void HeadGate::init() {
+  const std::string& how = options_.bias_init;
+  TORCH_CHECK(how == "normal" || how == "zeros" || how == "linspace" || how == "open",
+              "gate: bias_init: expected \"normal\", \"zeros\", \"linspace\" or \"open\", got \"",
+              how, "\"");
+  if (!bias.defined() || bias.is_meta()) return;
+  const at::NoGradGuard no_grad;
+  if (how == "normal") bias.normal_(0, 0.1);
+  if (how == "linspace") linspace_init_(bias, 3, 6);
+  if (how == "open") bias.fill_(kOpen);
+}
+
+at::Tensor HeadGate::forward(const at::Tensor& x) const {
+  if (reads_input()) return at::linear(x, weight, bias);
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto options = at::TensorOptions().dtype(type).device(x.device());
+  at::Tensor row = bias;
+  if (!row.defined() && options_.bias_init == "linspace")
+    row = at::linspace(3, 6, num_heads_, options);
+  if (!row.defined())
+    row = at::full({num_heads_}, options_.bias_init == "open" ? kOpen : 0, options);
+  return row.expand({x.size(0), x.size(1), num_heads_});
+}
 
 Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const at::Tensor& igate, const at::Tensor& fgate, const State& cell,
@@ -101,8 +141,10 @@ MlstmLayer::MlstmLayer(const MlstmBlockOptions& options, at::Device device) : op
       register_module("k_proj", std::make_shared<BlockLinear>(inner, blocks, options.bias, device));
   v_proj_ =
       register_module("v_proj", std::make_shared<BlockLinear>(inner, blocks, options.bias, device));
-  igate_ = register_module("igate", std::make_shared<Linear>(3 * inner, heads, true, device));
-  fgate_ = register_module("fgate", std::make_shared<Linear>(3 * inner, heads, true, device));
+  igate_ =
+      register_module("igate", std::make_shared<HeadGate>(3 * inner, heads, options.igate, device));
+  fgate_ =
+      register_module("fgate", std::make_shared<HeadGate>(3 * inner, heads, options.fgate, device));
   out_norm_ =
       register_module("out_norm", std::make_shared<Norm>(inner, options.norm_eps, "layer", device));
   skip_ = register_parameter(
@@ -113,16 +155,19 @@ MlstmLayer::MlstmLayer(const MlstmBlockOptions& options, at::Device device) : op
   small_init_(proj_up_->weight, options.dim);
   for (auto& proj : {q_proj_, k_proj_, v_proj_}) small_init_(proj->weight, options.dim);
   wang_init_(proj_down_->weight, options.dim, options.num_blocks);
-  linspace_init_(fgate_->bias, 3, 6);
-  at::NoGradGuard no_grad;
-  if (!device.is_meta()) igate_->bias.normal_(0, 0.1);
+  for (auto& gate : {fgate_, igate_}) gate->init();
 }
 
 std::pair<at::Tensor, at::Tensor> MlstmLayer::gates(const at::Tensor& a, const at::Tensor& x,
                                                     const at::Tensor& q, const at::Tensor& k,
                                                     const at::Tensor& v) const {
-  // A few tokens: as written. Under autocast too: the pre-activations are then rounded once.
+  if (!igate_->reads_input() || !fgate_->reads_input()) {
+    const bool reads = igate_->reads_input() || fgate_->reads_input();
+    const at::Tensor qkv = reads ? at::cat({q, k, v}, -1) : x;
+    return {igate_->forward(qkv), fgate_->forward(qkv)};
+  }
   const int64_t tokens = x.size(0) * x.size(1);
+  // A few tokens: as written. Under autocast too: the pre-activations are then rounded once.
   if (!options_.fused || tokens < kManyTokens ||
       at::autocast::is_autocast_enabled(x.device().type())) {
     return gate_pair(at::cat({q, k, v}, -1), *igate_, *fgate_);

@@ -3,6 +3,30 @@
 
 namespace xlstm::nn {
 
+/// How a gate of the mLSTM comes about (the ablations of arXiv 2405.04517, table 2).
+struct HeadGateOptions {
+  std::string source = "input";  ///< "input": W x + b; "bias": b, learned; "fixed": b as it starts
+  /// "normal": N(0, 0.1^2); "zeros"; "linspace": 3 to 6 over the heads; "open": so high that a sigmoid of it is 1
+  std::string bias_init = "zeros";
+};
+
+/// Pre-activations of a gate with one number per head. weight (NH,I) and bias (NH) are parameters where the source needs
+/// them, otherwise undefined. They start at zero: the owner calls init() when it is the bias' turn to be drawn.
+class HeadGate : public torch::nn::Module {
+ public:
+  HeadGate(int64_t in_features, int64_t num_heads, const HeadGateOptions& options,
+           at::Device device);
+  void init();
+  bool reads_input() const { return weight.defined(); }
+  /// x (B,T,I) -> (B,T,NH). Where the gate does not read its input, only sizes, type and device of x count.
+  at::Tensor forward(const at::Tensor& x) const;
+  at::Tensor weight, bias;
+
+ private:
+  const HeadGateOptions options_;
+  const int64_t num_heads_;
+};
+
 struct MlstmBlockOptions {
   int64_t dim = 0;  ///< model width D
   int64_t inner_dim =
@@ -15,6 +39,7 @@ struct MlstmBlockOptions {
   double dropout = 0;
   std::string input_gate = "exp";
   bool normalize = true;
+  HeadGateOptions igate{"input", "normal"}, fgate{"input", "linspace"};
   double mlstm_eps = 1e-6;
   int64_t chunk_size = 0;
   bool fused = true;       ///< several steps in one operator where there is one
@@ -37,7 +62,8 @@ class MlstmLayer : public torch::nn::Module {
                                           const at::Tensor& v) const;
 
   const MlstmBlockOptions options_;
-  std::shared_ptr<Linear> proj_up_, igate_, fgate_, proj_down_;
+  std::shared_ptr<Linear> proj_up_, proj_down_;
+  std::shared_ptr<HeadGate> igate_, fgate_;
   std::shared_ptr<CausalConv1d> conv_;  ///< null without convolution
   std::shared_ptr<BlockLinear> q_proj_, k_proj_, v_proj_;
   std::shared_ptr<Norm> out_norm_;

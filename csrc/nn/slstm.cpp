@@ -31,17 +31,21 @@ SlstmLayer::SlstmLayer(const SlstmBlockOptions& options, at::Device device) : op
     conv_ = register_module("conv", std::make_shared<CausalConv1d>(dim, options.conv_kernel_size,
                                                                    options.fused, device));
   }
-  igate_ = register_module("igate", std::make_shared<BlockLinear>(dim, heads, false, device));
-  fgate_ = register_module("fgate", std::make_shared<BlockLinear>(dim, heads, false, device));
-  zgate_ = register_module("zgate", std::make_shared<BlockLinear>(dim, heads, false, device));
-  ogate_ = register_module("ogate", std::make_shared<BlockLinear>(dim, heads, false, device));
+  TORCH_CHECK(options.gate_proj == "headwise" || options.gate_proj == "dense",
+              "slstm.gate_proj: expected \"headwise\" or \"dense\", got \"", options.gate_proj,
+              "\"");
+  const auto gate = [&](const char* name) {
+    const int64_t blocks = options.gate_proj == "dense" ? 1 : heads;
+    return register_module(name, std::make_shared<BlockLinear>(dim, blocks, false, device));
+  };
+  igate_ = gate("igate"), fgate_ = gate("fgate"), zgate_ = gate("zgate"), ogate_ = gate("ogate");
   const auto float_options = at::TensorOptions().dtype(at::kFloat).device(device);
   recurrent_ =
       register_parameter("recurrent", at::zeros({4, heads, head_dim, head_dim}, float_options));
   bias_ = register_parameter("bias", at::zeros({4, heads, head_dim}, float_options));
   out_norm_ =
       register_module("out_norm", std::make_shared<Norm>(dim, options.norm_eps, "layer", device));
-  for (auto& gate : {igate_, fgate_, zgate_, ogate_}) small_init_(gate->weight, dim);
+  for (auto& each : {igate_, fgate_, zgate_, ogate_}) small_init_(each->weight, dim);
   init_cell_parameters();
 }
 

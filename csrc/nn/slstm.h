@@ -8,6 +8,7 @@ struct SlstmBlockOptions {
   int64_t num_heads = 4;
   int64_t conv_kernel_size = 4;  ///< 0: no convolution and no SiLU in front of the i and f gates
   std::string cell = "slstm";    ///< "slstm" | "slstm_expf" | "lstm"
+  std::string gate_proj = "headwise";  ///< W of the gates: block-diagonal | "dense"
   std::string bias_init = "powerlaw_blockdependent";
   std::string recurrent_weight_init = "zeros";
   bool recompute = false;      ///< compute the gates again in the backward pass
@@ -21,7 +22,7 @@ struct SlstmBlockOptions {
   FeedForwardOptions feed_forward;
 };
 
-/// sLSTM with block-diagonal gates (arXiv 2405.04517, figure 10): i, f from SiLU(conv(x)), z, o from x;
+/// sLSTM with block-diagonal (or dense) gates (arXiv 2405.04517, figure 10): i, f from SiLU(conv(x)), z, o from x;
 /// y = headnorm(slstm(i, f, z, o)). `recurrent` (4,NH,DH_out,DH_in) and `bias` (4,NH,DH) in gate order i, f, z, o.
 /// State: conv window (B,W-1,D) ((B,0,D) without convolution), y, c, n, m.
 class SlstmLayer : public torch::nn::Module {

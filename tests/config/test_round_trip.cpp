@@ -93,6 +93,7 @@ class RandomConfig {
       for (const char* name :
            {"model.dropout", "model.norm_eps", "model.bias", "model.slstm.cell",
             "model.slstm.bias_init", "model.feed_forward.act_fn", "model.mlstm.input_gate",
+            "model.slstm.gate_proj", "model.feed_forward.gated", "model.mlstm.fgate",
             "model.slstm.recompute", "model.slstm.recurrent_clip", "model.slstm.recurrent_cut",
             "model.slstm.conv1d_kernel_size", "model.vocab_size", "model.mlstm_eps"}) {
         const Field& field = *find_field(name);

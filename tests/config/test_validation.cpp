@@ -47,10 +47,35 @@ TEST_CASE("model sizes that do not fit together") {
   CHECK(parse_message("model: {slstm_at: [3, 0, 1, 2], mlstm: {qkv_proj_blocksize: 7}}") == "");
 }
 
+TEST_CASE("gates and the place of the up-projection") {
+  for (const std::string setting :
+       {"igate: bias", "igate: fixed, igate_bias_init: zeros", "fgate: bias",
+        "fgate: fixed, fgate_bias_init: open", "igate_bias_init: zeros", "up_projection: post"})
+    CHECK(parse_message("model: {mlstm: {" + setting + "}}") == "");
+  const std::vector<Case> cases = {
+      {"model: {mlstm: {igate: fixed}}",
+       "model.mlstm.igate_bias_init (default): is normal, expected zeros for model.mlstm.igate "
+       "fixed"},
+      {"model: {mlstm: {fgate: bias, fgate_bias_init: open}}",
+       "f.yaml:1: model.mlstm.fgate_bias_init: is open, expected linspace for model.mlstm.fgate "
+       "bias"},
+      {"model: {mlstm: {up_projection: post, proj_factor: 3}}",
+       "f.yaml:1: model.mlstm.proj_factor: applies to model.mlstm.up_projection pre only; remove "
+       "it"},
+  };
+  for (const Case& each : cases) CHECK(parse_message(each.yaml) == each.message);
+  // A width that pre would refuse: 256 does not come in blocks of 7.
+  CHECK(parse_message("model: {mlstm: {qkv_proj_blocksize: 7}}") != "");
+}
+
 TEST_CASE("settings of the other kind of model are refused unless they say what holds anyway") {
-  const std::vector<std::string> of_xlstm = {"slstm_at: [1]", "bias: true",
-                                             "mlstm: {proj_factor: 3}", "mlstm: {normalize: false}",
-                                             "slstm: {cell: lstm}"};
+  const std::vector<std::string> of_xlstm = {"slstm_at: [1]",
+                                             "bias: true",
+                                             "mlstm: {proj_factor: 3}",
+                                             "mlstm: {normalize: false}",
+                                             "slstm: {cell: lstm}",
+                                             "mlstm: {fgate: bias}",
+                                             "feed_forward: {gated: false}"};
   for (const std::string& setting : of_xlstm) {
     INFO(setting);
     CHECK(parse_message("model: {" + setting + "}") == "");

@@ -33,6 +33,16 @@ ModelOptions large_options() {
   return options;
 }
 
+/// Post-up-projection, gates that do not read the input, dense gates of the sLSTM, a feed-forward without gate.
+ModelOptions ablated_options() {
+  ModelOptions options = small_options();
+  options.mlstm.up_projection = "post";
+  options.mlstm.igate = "bias", options.mlstm.fgate = "fixed";
+  options.slstm.gate_proj = "dense";
+  options.feed_forward.gated = false, options.feed_forward.act_fn = "relu2";
+  return options;
+}
+
 std::shared_ptr<LanguageModel> make(const ModelOptions& options) {
   auto model = make_language_model(options);
   at::NoGradGuard no_grad;
@@ -62,7 +72,8 @@ std::vector<Case> all_models() {
   std::vector<Case> models = {{"xlstm", make(small_options())},
                               {"xlstm, tied head, soft cap, no out norm", make(tied)},
                               {"xlstm_large", make(large_options())},
-                              {"xlstm, activation checkpointing", make(checkpointed)}};
+                              {"xlstm, activation checkpointing", make(checkpointed)},
+                              {"xlstm, ablations", make(ablated_options())}};
   for (const char* kind :
        {"lstm", "lstm_residual", "lstm_block", "llama", "gpt", "mamba", "rwkv4", "rwkv5", "rwkv6",
         "linear_attention", "retnet", "gla", "hgrn", "hgrn2"}) {

@@ -60,6 +60,72 @@ TEST_CASE("parameter counts of xLSTM[1:0] and xLSTM[7:1] are the paper's") {
   }
 }
 
+void check_millions(const ModelOptions& options, double millions) {
+  CHECK(static_cast<double>(count_parameters(options)) / 1e6 ==
+        Approx(millions).margin(0.0501).epsilon(0));
+}
+
+ModelOptions ablation_options() { return paper_options({"350M", 1024, 48, 0, 0, {}}); }
+
+TEST_CASE("parameter counts of the ablation from LSTM to xLSTM are the paper's (table 2, top)") {
+  // The LSTMs of its first rows: test_baseline_sizes.cpp.
+  ModelOptions exponential = ablation_options();
+  exponential.num_blocks = 24;
+  for (int64_t i = 0; i < 24; ++i) exponential.slstm_at.push_back(i);
+  exponential.slstm.gate_proj = "dense";
+  exponential.feed_forward.proj_factor = 2.6;
+  check_millions(exponential, 427.3);
+  // Exponential gating alone adds nothing.
+  const int64_t with = count_parameters(exponential);
+  exponential.slstm.cell = "lstm";
+  CHECK(count_parameters(exponential) == with);
+
+  ModelOptions matrix = ablation_options();
+  matrix.slstm_at = {3, 5, 7, 40, 42, 44};
+  check_millions(matrix, 408.4);
+}
+
+TEST_CASE("the ablation of the gates takes away what they would have learned (table 2, bottom)") {
+  constexpr int64_t kBlocks = 48, kHeads = 4, kWeights = 3 * 2 * 1024 * kHeads;
+  struct Row {
+    const char *fgate, *fgate_bias, *igate, *igate_bias;
+    int64_t learned;  ///< numbers of both gates in one block
+  };
+  const std::vector<Row> rows = {
+      {"fixed", "open", "fixed", "zeros", 0},
+      {"fixed", "linspace", "fixed", "zeros", 0},
+      {"input", "linspace", "fixed", "zeros", kWeights + kHeads},
+      {"fixed", "linspace", "input", "normal", kWeights + kHeads},
+      {"bias", "linspace", "fixed", "zeros", kHeads},
+      {"bias", "linspace", "bias", "normal", 2 * kHeads},
+      {"input", "linspace", "bias", "normal", kWeights + 2 * kHeads},
+      {"input", "linspace", "input", "normal", 2 * kWeights + 2 * kHeads},
+  };
+  const int64_t without = formula(1024, kBlocks, 0) - kBlocks * rows.back().learned;
+  for (const Row& row : rows) {
+    INFO(row.fgate << " " << row.igate);
+    ModelOptions options = ablation_options();
+    options.mlstm.fgate = row.fgate, options.mlstm.fgate_bias_init = row.fgate_bias;
+    options.mlstm.igate = row.igate, options.mlstm.igate_bias_init = row.igate_bias;
+    CHECK(count_parameters(options) == without + kBlocks * row.learned);
+  }
+}
+
+TEST_CASE("parameter counts of the ablation of the mLSTM block are the paper's (table 8)") {
+  check_millions(ablation_options(), 409.3);
+  ModelOptions no_convolution = ablation_options();
+  no_convolution.mlstm.conv1d_kernel_size = 0;
+  check_millions(no_convolution, 408.8);
+  // The paper tells the feed-forward (ReLU squared, no gate) and 24 blocks; full matrices for q, k, v, o, gates from the
+  // input, no convolution and a width of 4 give its count.
+  ModelOptions post = ablation_options();
+  post.num_blocks = 24;
+  post.mlstm.up_projection = "post", post.mlstm.conv1d_kernel_size = 0;
+  post.feed_forward.proj_factor = 4, post.feed_forward.gated = false;
+  post.feed_forward.act_fn = "relu2";
+  check_millions(post, 430.4);
+}
+
 TEST_CASE("the 7B configuration has the released model's 6,865,424,896 parameters") {
   ModelOptions options;
   options.kind = "xlstm_large";
@@ -172,6 +238,18 @@ TEST_CASE("options that do not fit are refused by name") {
                 [](ModelOptions& o) { o.mlstm.qkv_proj_blocksize = 5; });
   check_refused("mlstm.conv1d_kernel_size: expected",
                 [](ModelOptions& o) { o.mlstm.conv1d_kernel_size = 9; });
+  check_refused("mlstm.up_projection: expected",
+                [](ModelOptions& o) { o.mlstm.up_projection = "none"; });
+  check_refused("mlstm.igate: expected", [](ModelOptions& o) { o.mlstm.igate = "exp"; });
+  check_refused("mlstm.fgate: expected", [](ModelOptions& o) { o.mlstm.fgate = "none"; });
+  check_refused("mlstm.igate_bias_init: expected zeros for a fixed",
+                [](ModelOptions& o) { o.mlstm.igate = "fixed"; });
+  check_refused("mlstm.fgate_bias_init: expected linspace",
+                [](ModelOptions& o) { o.mlstm.fgate_bias_init = "open"; });
+  check_refused("slstm.gate_proj: expected", [](ModelOptions& o) {
+    o.slstm_at = {0};
+    o.slstm.gate_proj = "full";
+  });
   check_refused("xlstm_large\": expected bias false", [](ModelOptions& o) {
     o.kind = "xlstm_large";
     o.bias = true;

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "csrc/nn/mlstm.h"
+#include "csrc/nn/mlstm_post.h"
 #include "csrc/nn/slstm.h"
 #include "csrc/nn/xlstm_large.h"
 
@@ -69,6 +69,21 @@ NamedBlock named_block(const std::string& name, const Options& options) {
   return {name, block};
 }
 
+inline FeedForwardOptions squared_relu_options() {
+  FeedForwardOptions options;
+  options.dim = kDim;
+  options.hidden_dim = 20;
+  options.act_fn = "relu2";
+  options.gated = false;
+  return options;
+}
+
+/// With the options of both halves in one.
+struct PostBlock : PostMlstmBlock {
+  PostBlock(const MlstmBlockOptions& options, at::Device device)
+      : PostMlstmBlock(options, squared_relu_options(), device) {}
+};
+
 /// One block of every kind that the options can make differ.
 inline std::vector<NamedBlock> all_blocks() {
   std::vector<NamedBlock> blocks = {named_block<MlstmBlock>("mlstm", mlstm_options()),
@@ -86,6 +101,17 @@ inline std::vector<NamedBlock> all_blocks() {
     slstm.feed_forward.act_fn = "silu";
     blocks.push_back(named_block<SlstmBlock>(std::string(cell) + ", no convolution", slstm));
   }
+  auto dense = slstm_options();
+  dense.gate_proj = "dense";
+  dense.feed_forward = squared_relu_options();
+  blocks.push_back(named_block<SlstmBlock>("slstm, dense gates, plain feed-forward", dense));
+  auto gates = mlstm_options();
+  gates.igate = {"fixed", "zeros"}, gates.fgate = {"bias", "linspace"};
+  blocks.push_back(named_block<MlstmBlock>("mlstm, fixed input gate, forget bias", gates));
+  blocks.push_back(named_block<PostBlock>("mlstm, post-up-projection", mlstm_options()));
+  gates.igate = {"input", "normal"}, gates.fgate = {"fixed", "open"};
+  gates.conv_kernel_size = 0;
+  blocks.push_back(named_block<PostBlock>("mlstm, post-up-projection, nothing forgotten", gates));
   return blocks;
 }
 

@@ -55,13 +55,37 @@ TEST_CASE("mLSTM block") {
   CHECK(deviation(conv) == Approx(0.5 / std::sqrt(3.0)).epsilon(0.1));
 }
 
+TEST_CASE("gates of the mLSTM start as table 2 of arXiv 2405.04517 has them") {
+  torch::manual_seed(16);
+  const auto made = [](const HeadGateOptions& options) {
+    HeadGate gate(3, 1000, options, at::kCPU);
+    gate.init();
+    return gate;
+  };
+  const auto x = at::randn({2, 5, 3});
+  const auto row = [&](const HeadGateOptions& options) { return made(options).forward(x)[1][2]; };
+  for (const char* source : {"bias", "fixed"}) {
+    CHECK(at::allclose(row({source, "linspace"}), at::linspace(3, 6, 1000)));
+    CHECK(row({source, "zeros"}).abs().max().item<double>() == 0);
+    CHECK(at::equal(at::sigmoid(row({source, "open"}).to(at::kDouble)),
+                    at::ones({1000}, at::kDouble)));
+  }
+  CHECK(deviation(made({"bias", "normal"}).bias) == Approx(0.1).epsilon(0.12));
+  CHECK(made({"input", "linspace"}).parameters().size() == 2);
+  CHECK(made({"bias", "linspace"}).parameters().size() == 1);
+  CHECK(made({"fixed", "linspace"}).parameters().empty());
+  CHECK(contains(message_of([&] { made({"fixed", "normal"}); }), "bias_init"));
+  CHECK(contains(message_of([&] { made({"none", "zeros"}); }), "source: expected"));
+  CHECK(contains(message_of([&] { made({"bias", "ones"}); }), "bias_init: expected"));
+}
+
 TEST_CASE("sLSTM block") {
   torch::manual_seed(14);
   SlstmBlockOptions options;
   options.dim = kWide;
   options.num_blocks = kNumBlocks;
   options.block_index = 3;
-  options.feed_forward = {kWide, 256, kNumBlocks, "gelu", false};
+  options.feed_forward = {kWide, 256, kNumBlocks, "gelu", false, true};
   const double small = std::sqrt(2.0 / (5.0 * kWide));
   SECTION("defaults") {
     const SlstmBlock block(options, at::kCPU);

@@ -62,6 +62,15 @@ at::Tensor biased(const at::Tensor& y, const Parameters& p, const std::string& n
 
 at::Tensor heads(const at::Tensor& x, int64_t count) { return x.view({x.size(0), count, -1}); }
 
+/// W x + b, b alone, or the numbers that a gate without parameters has.
+at::Tensor gate_of(const at::Tensor& x, const Parameters& p, const std::string& name,
+                   const std::vector<double>& fixed) {
+  const auto weight = p.find(name + ".weight"), bias = p.find(name + ".bias");
+  if (weight != p.end()) return x.mm(weight->second.t()) + bias->second;
+  const at::Tensor row = bias != p.end() ? bias->second : at::tensor(fixed, x.options());
+  return row.expand({x.size(0), row.size(0)});
+}
+
 at::Tensor mlstm_oracle(const at::Tensor& u, Parameters p, const MlstmBlockOptions& o) {
   PlainMlstm cell;
   std::vector<at::Tensor> outputs;
@@ -79,8 +88,8 @@ at::Tensor mlstm_oracle(const at::Tensor& u, Parameters p, const MlstmBlockOptio
     const at::Tensor q = project(a, "mlstm.q_proj"), k = project(a, "mlstm.k_proj");
     const at::Tensor v = project(inner.back().contiguous(), "mlstm.v_proj");
     const at::Tensor qkv = at::cat({q, k, v}, 1);
-    const at::Tensor i = qkv.mm(p["mlstm.igate.weight"].t()) + p["mlstm.igate.bias"];
-    const at::Tensor f = qkv.mm(p["mlstm.fgate.weight"].t()) + p["mlstm.fgate.bias"];
+    const at::Tensor i = gate_of(qkv, p, "mlstm.igate", {0, 0, 0});
+    const at::Tensor f = gate_of(qkv, p, "mlstm.fgate", {3, 4.5, 6});
     const int64_t nh = o.num_heads;
     const at::Tensor h =
         cell.step(heads(q, nh), heads(k, nh), heads(v, nh), i, f).reshape({u.size(0), -1});
@@ -88,6 +97,44 @@ at::Tensor mlstm_oracle(const at::Tensor& u, Parameters p, const MlstmBlockOptio
     const at::Tensor gated = (normed_h + p["mlstm.skip"] * a) * at::silu(z);
     outputs.push_back(u.select(1, t) +
                       biased(gated.mm(p["mlstm.proj_down.weight"].t()), p, "mlstm.proj_down"));
+  }
+  return at::stack(outputs, 1);
+}
+
+/// x + down(act(up(norm(x)))), gated by its first half or not.
+at::Tensor feed_forward(const at::Tensor& x, const Parameters& p, const FeedForwardOptions& o,
+                        double eps) {
+  const at::Tensor normed = group_norm(x, 1, eps) * p.at("ffn_norm.weight");
+  const at::Tensor up = normed.mm(p.at("ffn.proj_up.weight").t());
+  const at::Tensor g = up.narrow(1, 0, o.hidden_dim);
+  const at::Tensor act =
+      o.act_fn == "relu2" ? g * g * (g > 0) : 0.5 * g * (1 + at::erf(g / std::sqrt(2.0)));
+  const at::Tensor hidden = o.gated ? act * up.narrow(1, o.hidden_dim, o.hidden_dim) : act;
+  return x + hidden.mm(p.at("ffn.proj_down.weight").t());
+}
+
+at::Tensor post_mlstm_oracle(const at::Tensor& u, Parameters p, const MlstmBlockOptions& o) {
+  PlainMlstm cell;
+  std::vector<at::Tensor> outputs, history;
+  const int64_t nh = o.num_heads;
+  for (int64_t t = 0; t < u.size(1); ++t) {
+    const at::Tensor x = group_norm(u.select(1, t), 1, o.norm_eps) * p["norm.weight"];
+    history.push_back(x);
+    const at::Tensor a =
+        o.conv_kernel_size == 0
+            ? x
+            : conv_at(at::stack(history, 1), t, p["mlstm.conv.weight"], p["mlstm.conv.bias"]);
+    const auto project = [&](const at::Tensor& in, const std::string& name) {
+      return in.mm(p["mlstm." + name + ".weight"].t());
+    };
+    const at::Tensor h =
+        cell.step(heads(project(a, "q_proj"), nh), heads(project(a, "k_proj"), nh),
+                  heads(project(x, "v_proj"), nh), gate_of(x, p, "mlstm.igate", {0, 0, 0}),
+                  gate_of(x, p, "mlstm.fgate", {1e3, 1e3, 1e3}));
+    const at::Tensor normed =
+        group_norm(h.reshape({u.size(0), -1}), nh, o.norm_eps) * p["mlstm.out_norm.weight"];
+    const at::Tensor y = project(normed * at::sigmoid(project(x, "ogate")), "proj_down");
+    outputs.push_back(feed_forward(u.select(1, t) + y, p, squared_relu_options(), o.norm_eps));
   }
   return at::stack(outputs, 1);
 }
@@ -114,13 +161,7 @@ at::Tensor slstm_oracle(const at::Tensor& u, Parameters p, const SlstmBlockOptio
     y = at::sigmoid(gate[3]) * c / n;
     const at::Tensor mixed =
         u.select(1, t) + group_norm(y, nh, o.norm_eps) * p["slstm.out_norm.weight"];
-    const at::Tensor up =
-        (group_norm(mixed, 1, o.norm_eps) * p["ffn_norm.weight"]).mm(p["ffn.proj_up.weight"].t());
-    const int64_t hidden = o.feed_forward.hidden_dim;
-    const at::Tensor g = up.narrow(1, 0, hidden);
-    const at::Tensor gelu = 0.5 * g * (1 + at::erf(g / std::sqrt(2.0)));
-    outputs.push_back(mixed +
-                      (gelu * up.narrow(1, hidden, hidden)).mm(p["ffn.proj_down.weight"].t()));
+    outputs.push_back(feed_forward(mixed, p, o.feed_forward, o.norm_eps));
   }
   return at::stack(outputs, 1);
 }
@@ -173,7 +214,31 @@ TEST_CASE("blocks equal the papers' equations") {
     options.bias = true;
     compare<MlstmBlock>(options, mlstm_oracle);
   }
+  SECTION("mLSTM whose gates do not read the input") {
+    auto options = mlstm_options();
+    for (const char* source : {"input", "bias", "fixed"}) {
+      options.igate = {"bias", "normal"}, options.fgate = {source, "linspace"};
+      compare<MlstmBlock>(options, mlstm_oracle);
+      options.igate = {"fixed", "zeros"};
+      compare<MlstmBlock>(options, mlstm_oracle);
+    }
+    options.igate = {"input", "normal"}, options.fgate = {"fixed", "linspace"};
+    compare<MlstmBlock>(options, mlstm_oracle);
+  }
+  SECTION("mLSTM with post-up-projection") {
+    auto options = mlstm_options();
+    compare<PostBlock>(options, post_mlstm_oracle);
+    options.conv_kernel_size = 0;
+    options.igate = {"fixed", "zeros"}, options.fgate = {"fixed", "open"};
+    compare<PostBlock>(options, post_mlstm_oracle);
+  }
   SECTION("sLSTM") { compare<SlstmBlock>(slstm_options(), slstm_oracle); }
+  SECTION("sLSTM with dense gates and a feed-forward without gate") {
+    auto options = slstm_options();
+    options.gate_proj = "dense";
+    options.feed_forward = squared_relu_options();
+    compare<SlstmBlock>(options, slstm_oracle);
+  }
   SECTION("7B") { compare<XlstmLargeBlock>(large_options(), large_oracle); }
 }
 

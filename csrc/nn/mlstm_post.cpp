@@ -1,0 +1,83 @@
+#include "csrc/nn/mlstm_post.h"
+
+#include "csrc/ops/norm.h"
+
+namespace xlstm::nn {
+
+PostMlstmLayer::PostMlstmLayer(const MlstmBlockOptions& options, at::Device device)
+    : options_(options) {
+  const int64_t dim = options.dim, heads = options.num_heads;
+  TORCH_CHECK(dim % heads == 0, "num_heads: expected a divisor of embedding_dim ", dim, ", got ",
+              heads);
+  const auto linear = [&](const char* name, bool bias) {
+    return register_module(name, std::make_shared<Linear>(dim, dim, bias, device));
+  };
+  const auto gate = [&](const char* name, const HeadGateOptions& gate_options) {
+    return register_module(name, std::make_shared<HeadGate>(dim, heads, gate_options, device));
+  };
+  if (options.conv_kernel_size > 0) {
+    conv_ = register_module("conv", std::make_shared<CausalConv1d>(dim, options.conv_kernel_size,
+                                                                   options.fused, device));
+  }
+  q_proj_ = linear("q_proj", options.bias), k_proj_ = linear("k_proj", options.bias);
+  v_proj_ = linear("v_proj", options.bias), ogate_ = linear("ogate", false);
+  igate_ = gate("igate", options.igate), fgate_ = gate("fgate", options.fgate);
+  out_norm_ =
+      register_module("out_norm", std::make_shared<Norm>(dim, options.norm_eps, "layer", device));
+  proj_down_ = linear("proj_down", options.bias);
+  for (auto& proj : {q_proj_, k_proj_, v_proj_, ogate_}) small_init_(proj->weight, dim);
+  wang_init_(proj_down_->weight, dim, options.num_blocks);
+  for (auto& each : {fgate_, igate_}) each->init();
+}
+
+Result PostMlstmLayer::forward(const at::Tensor& x, const State& state,
+                               const std::optional<at::Tensor>& reset) {
+  check_mlstm_state(state, 1, "mLSTM layer");
+  const int64_t heads = options_.num_heads;
+  at::Tensor a = x, window = state_at(state, 0);
+  if (conv_) {
+    std::tie(a, window) = conv_->forward(x, window, reset);
+  } else {
+    window = at::zeros({x.size(0), 0, options_.dim}, x.options());
+  }
+  const auto by_head = [&](const at::Tensor& t) {
+    return t.unflatten(-1, {heads, options_.dim / heads});
+  };
+  const bool both = igate_->reads_input() && fgate_->reads_input();
+  const auto [igate, fgate] =
+      both ? gate_pair(x, *igate_, *fgate_) : std::pair(igate_->forward(x), fgate_->forward(x));
+  const State cell = state.empty() ? State{} : State(state.begin() + 1, state.end());
+  auto [h, next] = mlstm_cell(
+      by_head(q_proj_->forward(a)), by_head(k_proj_->forward(a)), by_head(v_proj_->forward(x)),
+      igate, fgate, cell, reset,
+      {options_.input_gate, options_.normalize, options_.mlstm_eps, options_.chunk_size});
+  const at::Tensor o = ogate_->forward(x), &weight = out_norm_->weight;
+  const at::Tensor gated =
+      options_.fused
+          ? ops::headwise_norm(h, weight, {}, {}, {}, o, options_.norm_eps, "layer", "sigmoid")
+          : stepwise_gated_norm(h, weight, {}, {}, o, options_.norm_eps, "sigmoid");
+  const at::Tensor y = apply_dropout(proj_down_->forward(gated), options_.dropout, is_training());
+  next.insert(next.begin(), window);
+  return {y, std::move(next)};
+}
+
+PostMlstmBlock::PostMlstmBlock(const MlstmBlockOptions& options,
+                               const FeedForwardOptions& feed_forward, at::Device device) {
+  const auto norm = [&](const char* name) {
+    return register_module(name,
+                           std::make_shared<Norm>(options.dim, options.norm_eps, "layer", device));
+  };
+  norm_ = norm("norm");
+  mlstm_ = register_module("mlstm", std::make_shared<PostMlstmLayer>(options, device));
+  ffn_norm_ = norm("ffn_norm");
+  ffn_ = register_module("ffn", std::make_shared<FeedForward>(feed_forward, device));
+}
+
+Result PostMlstmBlock::forward(const at::Tensor& x, const State& state,
+                               const std::optional<at::Tensor>& reset) {
+  auto [y, next] = mlstm_->forward(norm_->forward(x), state, reset);
+  const at::Tensor mixed = x + y;
+  return {mixed + ffn_->forward(ffn_norm_->forward(mixed)), std::move(next)};
+}
+
+}  // namespace xlstm::nn
