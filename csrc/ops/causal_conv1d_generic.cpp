@@ -210,7 +210,8 @@ CausalConv1dGradients causal_conv1d_generic_backward(const CausalConv1dArguments
       if (a.bias) dbias = d.sum(at::IntArrayRef{0, 1});
       const Tensor zero = at::zeros({1}, options);
       for (int64_t j = 0; j < sizes.width; ++j) {
-        dweight.select(1, sizes.width - 1 - j).copy_((d * sight.input(j)).sum(at::IntArrayRef{0, 1}));
+        dweight.select(1, sizes.width - 1 - j)
+            .copy_((d * sight.input(j)).sum(at::IntArrayRef{0, 1}));
         if (j >= sizes.time) continue;
         const Tensor seen = sight.sees_token(j).unsqueeze(2);
         const Tensor part = at::where(seen, d * sight.tap(j), zero).slice(1, j);
