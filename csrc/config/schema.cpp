@@ -86,7 +86,7 @@ std::vector<Field> model_fields() {
           model.kind,
           one_of({"xlstm", "xlstm_large", "lstm", "lstm_residual", "lstm_block", "llama", "gpt",
                   "mamba", "rwkv4", "rwkv5", "rwkv6", "linear_attention", "retnet", "gla", "hgrn",
-                  "hgrn2"}),
+                  "hgrn2", "h3", "hyena"}),
           "xlstm: blocks of arXiv 2405.04517; xlstm_large: the 7B block of arXiv 2503.13427; the "
           "others: what they are compared with"),
       XLSTM_FIELD(model.vocab_size, integers(1, kMaxSize), "token ids are 0 .. vocab_size-1"),
@@ -114,6 +114,12 @@ std::vector<Field> model_fields() {
       XLSTM_FIELD(model.mlstm_eps, at_least(0), "epsilon of the mLSTM normaliser"),
       XLSTM_FIELD(model.max_positions, integers(1, kMaxSize),
                   "kind gpt: learned positions, the longest sequence"),
+      XLSTM_FIELD(model.state_size, integers(2, 65536),
+                  "kind h3: states of each SSM, an even number (embedding_dim^2 / num_heads "
+                  "sequences go through them)"),
+      XLSTM_FIELD(model.filter_length, integers(1, kMaxSize),
+                  "kind hyena: the filter's unit of time in tokens, as long as what it is trained "
+                  "on; longer sequences work"),
       XLSTM_FIELD(model.slstm_at, integers(0, 9999),
                   "kind xlstm: 0-based positions of the sLSTM blocks"),
       XLSTM_FIELD(model.bias, any(),

@@ -130,7 +130,8 @@ void validate_xlstm_large(const Config& config) {
 
 bool has_feed_forward(const std::string& kind) {
   constexpr std::string_view kKinds[] = {"lstm_block", "llama", "gpt",  "linear_attention",
-                                         "retnet",     "gla",   "hgrn", "hgrn2"};
+                                         "retnet",     "gla",   "hgrn", "hgrn2",
+                                         "h3",         "hyena"};
   return std::find(std::begin(kKinds), std::end(kKinds), kind) != std::end(kKinds);
 }
 
@@ -265,6 +266,10 @@ void validate_model(const Config& config) {
   require(model.input_features == 0 || !model.tie_weights, config, "model.tie_weights",
           "expected false with model.input_features: there is no embedding");
   if (model.kind != "gpt") require_defaults(config, {"model.max_positions"}, "gpt");
+  if (model.kind != "h3") require_defaults(config, {"model.state_size"}, "h3");
+  if (model.kind != "hyena") require_defaults(config, {"model.filter_length"}, "hyena");
+  require(model.state_size % 2 == 0, config, "model.state_size",
+          "is " + to_string(model.state_size) + ", expected an even number");
   if (model.kind == "xlstm") {
     validate_xlstm(config);
   } else if (model.kind == "xlstm_large") {

@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "csrc/nn/h3.h"
+#include "csrc/nn/hyena.h"
 #include "csrc/nn/linear_attention.h"
 #include "csrc/nn/lstm.h"
 #include "csrc/nn/mamba.h"
@@ -64,6 +66,8 @@ std::shared_ptr<nn::Mixer> make_mixer(const ModelOptions& o, const nn::MixerOpti
   if (o.kind == "gla") return std::make_shared<nn::GatedLinearAttention>(mixer, device);
   if (o.kind == "hgrn") return std::make_shared<nn::Hgrn>(mixer, bounds, device);
   if (o.kind == "hgrn2") return std::make_shared<nn::Hgrn2>(mixer, bounds, device);
+  if (o.kind == "h3") return std::make_shared<nn::H3>(mixer, o.state_size, device);
+  if (o.kind == "hyena") return std::make_shared<nn::Hyena>(mixer, o.filter_length, device);
   return nullptr;
 }
 

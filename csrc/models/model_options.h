@@ -9,7 +9,7 @@ namespace xlstm::models {
 struct ModelOptions {
   /// "xlstm": blocks of arXiv 2405.04517; "xlstm_large": the 7B block of arXiv 2503.13427. What they are compared with:
   /// "lstm" (stacked), "lstm_residual", "lstm_block", "llama", "gpt", "mamba", "rwkv4", "rwkv5", "rwkv6",
-  /// "linear_attention", "retnet", "gla", "hgrn", "hgrn2"
+  /// "linear_attention", "retnet", "gla", "hgrn", "hgrn2", "h3", "hyena"
   std::string kind = "xlstm";
   int64_t vocab_size = 256;
   int64_t input_features =
@@ -30,6 +30,14 @@ struct ModelOptions {
 
   // kind "gpt"
   int64_t max_positions = 2048;  ///< learned positions; longer sequences are an error
+
+  // kind "h3"
+  int64_t state_size =
+      64;  ///< taps of the shift SSM; the diagonal one has half as many complex states
+
+  // kind "hyena"
+  int64_t filter_length =
+      2048;  ///< tokens over which the filter's slowest wave turns once; no limit
 
   // kind "xlstm"
   std::vector<int64_t> slstm_at;  ///< 0-based positions of sLSTM blocks; all others are mLSTM

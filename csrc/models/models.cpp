@@ -22,13 +22,14 @@ const std::vector<std::string> kKinds = {
     "xlstm",  "xlstm_large", "lstm",  "lstm_residual", "lstm_block",
     "llama",  "gpt",         "mamba", "rwkv4",         "linear_attention",
     "retnet", "gla",         "hgrn",  "hgrn2",         "rwkv5",
-    "rwkv6"};
+    "rwkv6",  "h3",          "hyena"};
 
 bool is_rwkv(const std::string& kind) { return kind.rfind("rwkv", 0) == 0; }
 /// Models whose norms are RMSNorms.
 bool has_rms_norms(const std::string& kind) {
   constexpr const char* kKindsWithRms[] = {"xlstm_large", "llama", "mamba", "linear_attention",
-                                           "retnet",      "gla",   "hgrn",  "hgrn2"};
+                                           "retnet",      "gla",   "hgrn",  "hgrn2",
+                                           "h3",          "hyena"};
   return std::find(std::begin(kKindsWithRms), std::end(kKindsWithRms), kind) !=
          std::end(kKindsWithRms);
 }
