@@ -109,12 +109,18 @@ TEST_CASE("models of the comparison: heads of an even width, feed-forwards where
             "f.yaml:1: model.num_heads: leaves heads of width 3, expected an even one");
     CHECK(parse_message("model: {kind: " + kind + ", embedding_dim: 16, num_heads: 4}") == "");
   }
-  for (const std::string kind : {"linear_attention", "retnet", "gla", "hgrn", "hgrn2"})
+  for (const std::string kind :
+       {"linear_attention", "retnet", "gla", "hgrn", "hgrn2", "h3", "hyena"})
     CHECK(parse_message("model: {kind: " + kind + ", feed_forward: {proj_factor: 2}}") == "");
   for (const std::string kind : {"rwkv5", "rwkv6"})
     refused("model: {kind: " + kind + ", feed_forward: {proj_factor: 2}}",
             "model.feed_forward.proj_factor: applies to model.kind xlstm, xlstm_large");
   refused("model: {kind: rwkv7}", "model.kind");
+  refused("model: {kind: h3, state_size: 7}", "f.yaml:1: model.state_size: is 7, expected an even");
+  refused("model: {kind: hyena, state_size: 8}", "applies to model.kind h3 only");
+  refused("model: {kind: h3, filter_length: 8}", "applies to model.kind hyena only");
+  CHECK(parse_message("model: {kind: h3, state_size: 8}") == "");
+  CHECK(parse_message("model: {kind: hyena, filter_length: 8}") == "");
 }
 
 TEST_CASE("what a training run needs") {

@@ -81,6 +81,30 @@ TEST_CASE(
   CHECK(count_parameters(linear) == llama);
 }
 
+TEST_CASE("parameter counts of H3 and Hyena are the paper's, in whole millions") {
+  const auto whole = [](const ModelOptions& options) {
+    return std::llround(static_cast<double>(count_parameters(options)) / 1e6);
+  };
+  // The paper does not tell how wide their feed-forwards are: these widths give its counts. Heads of one channel are H3's
+  // own default.
+  ModelOptions h3 = options_of("h3", 1024, 24, 1024);
+  h3.feed_forward.proj_factor = 89.0 / 32, h3.feed_forward.round_up_to_multiple_of = 32;
+  CHECK(whole(h3) == 420);
+  ModelOptions hyena = options_of("hyena", 1024, 24);
+  hyena.feed_forward.proj_factor = 97.0 / 32, hyena.feed_forward.round_up_to_multiple_of = 32;
+  CHECK(whole(hyena) == 435);
+
+  // In parts: four projections, two norms, SwiGLU, and what is their own; D = 1024, N = 64.
+  const int64_t d = 1024, outside = 2 * kVocabulary * d + d, norms = 2 * d;
+  const int64_t shift = 64 * d + d, diagonal = d + d + 2 * 32 * d + 2 * 64 * d;
+  CHECK(count_parameters(h3) ==
+        outside + 24 * (4 * d * d + norms + 3 * 2848 * d + shift + diagonal));
+  const int64_t short_filter = 3 * d * 3 + 3 * d;
+  const int64_t filter = (33 * 64 + 64) + 2 * (64 * 64 + 64) + 64 * d + 64;
+  CHECK(count_parameters(hyena) ==
+        outside + 24 * (4 * d * d + norms + 3 * 3104 * d + short_filter + filter + d));
+}
+
 TEST_CASE("parameter counts of the ablation's LSTMs are the paper's") {
   check_millions(options_of("lstm", 1536, 24), 607.8);
   check_millions(options_of("lstm_residual", 1024, 48), 506.1);

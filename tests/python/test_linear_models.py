@@ -1,4 +1,5 @@
-"""Linear attention, RetNet, GLA, HGRN, HGRN2 against their equations token by token; RWKV-5 and RWKV-6 against the rwkv package."""
+"""Linear attention, RetNet, GLA, HGRN, HGRN2, H3, Hyena against their equations token by token; RWKV-5 and RWKV-6 against
+the rwkv package."""
 
 import os
 
@@ -98,6 +99,41 @@ def hgrn2(w, x, bound):
     return w.linear("out", rms(h.flatten(2), w["out_norm.weight"]))
 
 
+def h3(w, x, bound):
+    q, k, v = (w.linear(name, x) for name in "qkv")
+    taps, length = w["shift.taps"], x.shape[1]
+    k = w["shift.skip"] * k + torch.stack([sum(taps[:, j] * k[:, t - j] for j in range(min(t + 1, taps.shape[1])))
+                                           for t in range(length)], 1)
+    kv = by_head(k)[..., :, None] * by_head(v)[..., None, :]  # (B,T,NH,DH,DH)
+    step = w["diagonal.log_step"].exp()[:, None]
+    a = step / 2 * torch.complex(-w["diagonal.log_decay"].exp(), w["diagonal.frequency"])
+    b, c = (torch.view_as_complex(w[f"diagonal.{name}"]) for name in ("input", "output"))
+    a, b = ((1 + a) / (1 - a))[:, None, None], (step * b / (1 - a))[:, None, None]
+    state, rows = 0, []
+    for t in range(length):
+        state = a * state + b * kv[:, t, ..., None]
+        out = 2 * (c[:, None, None] * state).sum(-1).real + w["diagonal.skip"][:, None, None] * kv[:, t]
+        rows.append(torch.einsum("bhij,bhi->bhj", out, by_head(q)[:, t]).flatten(1))
+    return w.linear("out", torch.stack(rows, 1))
+
+
+def hyena(w, x, bound):
+    length, inner = x.shape[1], w.linear("in", x)
+    short = F.conv1d(F.pad(inner.transpose(1, 2), (2, 0)), w["conv_weight"][:, None], w["conv_bias"], groups=3 * DIM)
+    x1, x2, v = short.transpose(1, 2).chunk(3, -1)
+    time = torch.arange(length, dtype=torch.float64)[:, None] / 2048
+    angle = 2 * torch.pi * time * torch.linspace(1e-4, 15, 16, dtype=torch.float64)
+    row = torch.cat([time, angle.cos(), -angle.sin()], 1)
+    for name in ("features", "inner0", "inner1"):
+        row = torch.sin(w["filter.frequency"] * (w.linear(f"filter.{name}", row) + w[f"filter.{name}.bias"]))
+    full = -torch.tensor(0.01, dtype=torch.float64).log().item()
+    delta = torch.linspace(full / 1.5, full / 0.3, DIM, dtype=torch.float64)
+    kernel = w.linear("filter.channels", row) * torch.exp(-delta * time)
+    z = x2 * v
+    y = torch.stack([sum(kernel[t - s] * z[:, s] for s in range(t + 1)) for t in range(length)], 1)
+    return w.linear("out", x1 * (y + w["skip"] * z))
+
+
 def reference(ours, mixer, ids):
     w = Weights(ours)
     share = torch.zeros(BLOCKS, DIM, dtype=torch.float64)
@@ -123,7 +159,7 @@ def check_logits(ours, ids, expected):
         torch.testing.assert_close(torch.cat(rows, 1).double(), expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("mixer", [linear_attention, retnet, gla, hgrn, hgrn2])
+@pytest.mark.parametrize("mixer", [linear_attention, retnet, gla, hgrn, hgrn2, h3, hyena])
 def test_linear_attention_models_are_their_equations(mixer):
     ours = model(mixer.__name__, ", feed_forward: {proj_factor: 2.0}")
     ids = torch.randint(VOCABULARY, (2, 37))
