@@ -1,6 +1,7 @@
 #include "csrc/nn/long_convolution.h"
 
 #include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
 
 #include <algorithm>
 #include <map>
