@@ -82,8 +82,8 @@ Result Hyena::forward(const at::Tensor& x, const State& state,
     const auto parts = mixed.to(type).chunk(3, -1);
     const at::Tensor now = parts[1] * parts[2];
     z = past > 0 ? at::cat({state[1].to(type), now}, 1) : now;
-    const bool remembered = past > 0 && is_decode_step(x, reset);
-    filter = remembered ? at::cat({state[2].to(type), filter_->forward(past, 1)})
+    const bool remembered = past > 0 && (length == 0 || is_decode_step(x, reset));
+    filter = remembered ? at::cat({state[2].to(type), filter_->forward(past, length)})
                         : filter_->forward(0, past + length);
     if (length == 1) {
       if (reset) z = at::cat({z.narrow(1, 0, past).masked_fill(reset->unsqueeze(-1), 0), now}, 1);
