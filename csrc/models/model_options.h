@@ -51,7 +51,8 @@ struct ModelOptions {
     std::string input_gate = "exp";  ///< "exp" | "sigmoid"
     bool normalize = true;
     /// What a gate's pre-activation is: "input": W x + b; "bias": b, learned; "fixed": b as it starts
-    std::string igate = "input", fgate = "input";
+    std::string igate = "input";
+    std::string fgate = "input";
     std::string igate_bias_init = "normal";    ///< N(0, 0.1^2) | "zeros"
     std::string fgate_bias_init = "linspace";  ///< 3 to 6 over the heads | "open": f = 1
   } mlstm;
