@@ -36,6 +36,12 @@ DEVICE_FUNCTION void store_number(void* data, int64_t index, Dtype dtype, float 
         dtype == Dtype::kBFloat16 ? prim::float_to_bf16(value) : prim::float_to_f16(value);
   }
 }
+/// The nearest number of the type.
+DEVICE_FUNCTION float rounded(float x, Dtype dtype) {
+  if (dtype == Dtype::kFloat32) return x;
+  return dtype == Dtype::kBFloat16 ? prim::bf16_to_float(prim::float_to_bf16(x))
+                                   : prim::f16_to_float(prim::float_to_f16(x));
+}
 
 /// Sum over the warp, the same in all lanes.
 DEVICE_FUNCTION float warp_sum(float x) {

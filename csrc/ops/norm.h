@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string_view>
+#include <tuple>
 
 namespace xlstm::ops {
 
@@ -19,5 +20,15 @@ at::Tensor headwise_norm(const at::Tensor& x, const std::optional<at::Tensor>& w
                          const std::optional<at::Tensor>& gate = {}, double eps = 1e-5,
                          std::string_view kind = "layer",
                          std::string_view gate_activation = "silu");
+
+/// The next addition to a residual stream and the norm that reads it, one pass over memory:
+///   sum = x + branch, y = norm(sum) * weight + bias
+/// x, branch (...,D) of one shape; the norm over D as above. sum and y in the type that x and branch promote to; y is the
+/// norm of the sum as it is rounded. Backward adds the gradient of sum in the norm's pass.
+std::tuple<at::Tensor, at::Tensor> residual_norm(const at::Tensor& x, const at::Tensor& branch,
+                                                 const std::optional<at::Tensor>& weight = {},
+                                                 const std::optional<at::Tensor>& bias = {},
+                                                 double eps = 1e-5,
+                                                 std::string_view kind = "layer");
 
 }  // namespace xlstm::ops

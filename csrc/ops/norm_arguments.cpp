@@ -1,18 +1,19 @@
 #include "csrc/ops/norm_arguments.h"
 
+#include <ATen/ops/empty.h>
+
 #include "csrc/ops/common.h"
 
 namespace xlstm::ops {
 namespace {
 
-constexpr std::string_view kOp = "headwise_norm";
-
-void check_channels(const OptionalTensor& tensor, const at::Tensor& x, std::string_view name) {
+void check_channels(const HeadwiseNormArguments& a, const OptionalTensor& tensor,
+                    std::string_view name) {
   if (!tensor) return;
-  const int64_t channels = x.size(-2) * x.size(-1);
-  TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == channels, kOp, ": ", name,
+  const int64_t channels = a.x.size(-2) * a.x.size(-1);
+  TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == channels, a.op, ": ", name,
               ": expected shape (NH*DH) = (", channels, "), got ", tensor->sizes());
-  check_device(kOp, name, *tensor, x.device());
+  check_device(a.op, name, *tensor, a.x.device());
 }
 
 }  // namespace
@@ -23,29 +24,45 @@ at::DimVector headwise_norm_sizes(const at::Tensor& x) {
   return sizes;
 }
 
-void check_headwise_rows(const at::Tensor& tensor, const at::Tensor& x, std::string_view name) {
-  const at::DimVector expected = headwise_norm_sizes(x);
-  TORCH_CHECK(tensor.sizes() == at::IntArrayRef(expected), kOp, ": ", name,
+void check_headwise_rows(const HeadwiseNormArguments& a, const at::Tensor& tensor,
+                         std::string_view name) {
+  const at::DimVector expected = headwise_norm_sizes(a.x);
+  TORCH_CHECK(tensor.sizes() == at::IntArrayRef(expected), a.op, ": ", name,
               ": expected shape (...,NH*DH) = ", at::IntArrayRef(expected), ", got ",
               tensor.sizes());
-  check_device(kOp, name, tensor, x.device());
+  check_device(a.op, name, tensor, a.x.device());
 }
 
 void check_headwise_norm(const HeadwiseNormArguments& a) {
-  TORCH_CHECK(a.x.dim() >= 2, kOp, ": x: expected (...,NH,DH), got shape ", a.x.sizes());
-  check_floating(kOp, "x", a.x);
-  TORCH_CHECK(a.kind == "layer" || a.kind == "rms", kOp,
+  TORCH_CHECK(a.x.dim() >= 2, a.op, ": x: expected (...,NH,DH), got shape ", a.x.sizes());
+  check_floating(a.op, "x", a.x);
+  TORCH_CHECK(a.kind == "layer" || a.kind == "rms", a.op,
               ": kind: expected \"layer\" or \"rms\", got \"", a.kind, "\"");
-  TORCH_CHECK(a.gate_activation == "silu" || a.gate_activation == "sigmoid", kOp,
+  TORCH_CHECK(a.gate_activation == "silu" || a.gate_activation == "sigmoid", a.op,
               ": gate_activation: expected \"silu\" or \"sigmoid\", got \"", a.gate_activation,
               "\"");
-  TORCH_CHECK(a.skip.has_value() == a.skip_weight.has_value(), kOp,
+  TORCH_CHECK(a.skip.has_value() == a.skip_weight.has_value(), a.op,
               ": skip and skip_weight come together, got only ", a.skip ? "skip" : "skip_weight");
-  check_channels(a.weight, a.x, "weight");
-  check_channels(a.bias, a.x, "bias");
-  check_channels(a.skip_weight, a.x, "skip_weight");
-  if (a.skip) check_headwise_rows(*a.skip, a.x, "skip");
-  if (a.gate) check_headwise_rows(*a.gate, a.x, "gate");
+  check_channels(a, a.weight, "weight");
+  check_channels(a, a.bias, "bias");
+  check_channels(a, a.skip_weight, "skip_weight");
+  if (a.skip) check_headwise_rows(a, *a.skip, "skip");
+  if (a.gate) check_headwise_rows(a, *a.gate, "gate");
+}
+
+at::Tensor empty_residual_sum(const at::Tensor& x, const at::Tensor& branch) {
+  constexpr std::string_view kOp = "residual_norm";
+  TORCH_CHECK(x.dim() >= 1, kOp, ": x: expected (...,D), got shape ", x.sizes());
+  check_floating(kOp, "x", x);
+  check_floating(kOp, "branch", branch);
+  check_shape(kOp, "branch", branch, x.sizes(), "x's shape");
+  check_device(kOp, "branch", branch, x.device());
+  return at::empty(x.sizes(),
+                   x.options().dtype(c10::promoteTypes(x.scalar_type(), branch.scalar_type())));
+}
+
+ResidualNormGradients residual_gradients(const at::Tensor& sum, const HeadwiseNormGradients& g) {
+  return {std::get<0>(g).view(sum.sizes()), std::get<1>(g), std::get<2>(g)};
 }
 
 }  // namespace xlstm::ops

@@ -102,6 +102,79 @@ Gradients headwise_norm_backward_meta(const at::Tensor&, const at::Tensor& x,
           contiguous_like(gate, x)};
 }
 
+using SumAndNorm = std::tuple<at::Tensor, at::Tensor>;
+using SumGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+SumGradients residual_norm_backward(const OptionalTensor& dsum, const at::Tensor& dy,
+                                    const at::Tensor& sum, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, double eps, std::string_view kind) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("xlstm::residual_norm_backward", "")
+                             .typed<decltype(residual_norm_backward)>();
+  return op.call(dsum, dy, sum, weight, bias, eps, kind);
+}
+
+class ResidualNorm : public torch::autograd::Function<ResidualNorm> {
+ public:
+  static variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
+                               const at::Tensor& branch, const OptionalTensor& weight,
+                               const OptionalTensor& bias, double eps, const std::string& kind) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->set_materialize_grads(false);  // the last sum of a stack has none
+    auto [sum, y] = residual_norm(x, branch, weight, bias, eps, kind);
+    ctx->save_for_backward({sum, or_undefined(weight), or_undefined(bias)});
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["kind"] = kind;
+    ctx->saved_data["x_type"] = x.scalar_type();
+    ctx->saved_data["branch_type"] = branch.scalar_type();
+    return {sum, y};
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const BelowAutogradUnlessRecording guard;
+    variable_list wanted(6);
+    at::Tensor dx = grads[0];
+    if (grads[1].defined()) {
+      auto [all, dweight, dbias] = residual_norm_backward(
+          or_absent(grads[0]), grads[1], saved[0], or_absent(saved[1]), or_absent(saved[2]),
+          ctx->saved_data["eps"].toDouble(), ctx->saved_data["kind"].toStringRef());
+      dx = all;
+      if (saved[1].defined()) wanted[2] = dweight;
+      if (saved[2].defined()) wanted[3] = dbias;
+    }
+    if (!dx.defined()) return wanted;
+    wanted[0] = dx.to(ctx->saved_data["x_type"].toScalarType());
+    wanted[1] = dx.to(ctx->saved_data["branch_type"].toScalarType());
+    return wanted;
+  }
+};
+
+SumAndNorm residual_norm_autograd(const at::Tensor& x, const at::Tensor& branch,
+                                  const OptionalTensor& weight, const OptionalTensor& bias,
+                                  double eps, std::string_view kind) {
+  if (recording(x, branch, weight, bias)) {
+    const variable_list result =
+        ResidualNorm::apply(x, branch, weight, bias, eps, std::string(kind));
+    return {result[0], result[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return residual_norm(x, branch, weight, bias, eps, kind);
+}
+
+SumAndNorm residual_norm_meta(const at::Tensor& x, const at::Tensor& branch, const OptionalTensor&,
+                              const OptionalTensor&, double, std::string_view) {
+  const auto options = x.options().dtype(c10::promoteTypes(x.scalar_type(), branch.scalar_type()));
+  return {at::empty_symint(x.sym_sizes(), options), at::empty_symint(x.sym_sizes(), options)};
+}
+
+SumGradients residual_norm_backward_meta(const OptionalTensor&, const at::Tensor&,
+                                         const at::Tensor& sum, const OptionalTensor& weight,
+                                         const OptionalTensor& bias, double, std::string_view) {
+  return {at::empty_symint(sum.sym_sizes(), sum.options()), contiguous_like(weight, sum),
+          contiguous_like(bias, sum)};
+}
+
 }  // namespace
 
 at::Tensor headwise_norm(const at::Tensor& x, const OptionalTensor& weight,
@@ -114,14 +187,28 @@ at::Tensor headwise_norm(const at::Tensor& x, const OptionalTensor& weight,
   return op.call(x, weight, bias, skip, skip_weight, gate, eps, kind, gate_activation);
 }
 
+std::tuple<at::Tensor, at::Tensor> residual_norm(const at::Tensor& x, const at::Tensor& branch,
+                                                 const OptionalTensor& weight,
+                                                 const OptionalTensor& bias, double eps,
+                                                 std::string_view kind) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("xlstm::residual_norm", "")
+                             .typed<decltype(residual_norm)>();
+  return op.call(x, branch, weight, bias, eps, kind);
+}
+
 TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
   m.impl("headwise_norm", headwise_norm_autograd);
   m.impl("headwise_norm_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("residual_norm", residual_norm_autograd);
+  m.impl("residual_norm_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(xlstm, Meta, m) {
   m.impl("headwise_norm", headwise_norm_meta);
   m.impl("headwise_norm_backward", headwise_norm_backward_meta);
+  m.impl("residual_norm", residual_norm_meta);
+  m.impl("residual_norm_backward", residual_norm_backward_meta);
 }
 
 }  // namespace xlstm::ops

@@ -91,4 +91,18 @@ HeadwiseNormGradients headwise_norm_generic_backward(const Tensor& dy,
       rounded(dx * r.rstd, a.x.sizes(), type, type), dweight, dbias, dskip, dskip_weight, dgate};
 }
 
+ResidualNormResult residual_norm_generic(const Tensor& x, const Tensor& branch,
+                                         const OptionalTensor& weight, const OptionalTensor& bias,
+                                         double eps, std::string_view kind) {
+  const Tensor sum = x + branch;
+  return {sum, headwise_norm_generic(SumNorm(sum, weight, bias, eps, kind).arguments())};
+}
+
+ResidualNormGradients residual_norm_generic_backward(const OptionalTensor& dsum, const Tensor& dy,
+                                                     const Tensor& sum,
+                                                     const HeadwiseNormArguments& a) {
+  auto [dx, dweight, dbias] = residual_gradients(sum, headwise_norm_generic_backward(dy, a));
+  return {dsum ? dx + dsum->to(dx.scalar_type()) : dx, dweight, dbias};
+}
+
 }  // namespace xlstm::ops

@@ -62,17 +62,30 @@ std::string headwise_norm_kernels_lack(const Tensor& x) {
 Tensor headwise_norm_kernels_forward(const HeadwiseNormArguments& a, cuda::Stream stream) {
   const Call call(a);
   const Tensor y = at::empty(headwise_norm_sizes(a.x), a.x.options());
-  run_kernels("headwise_norm", [&] {
+  run_kernels(a.op.data(), [&] {
     cuda::headwise_norm_forward({call.in, y.mutable_data_ptr()}, stream);
   });
   return y;
 }
 
+Tensor residual_norm_kernels_forward(const Tensor& x, const Tensor& branch,
+                                     const HeadwiseNormArguments& a, cuda::Stream stream) {
+  const Call call(a);
+  const Tensor y = at::empty(headwise_norm_sizes(a.x), a.x.options());
+  cuda::HeadwiseNormForward p{call.in, y.mutable_data_ptr()};
+  Tensor terms[2] = {x, branch};
+  for (int i = 0; i < 2; ++i)
+    p.terms[i] = {row_view(terms[i]), kernel_dtype(terms[i].scalar_type())};
+  run_kernels(a.op.data(), [&] { cuda::headwise_norm_forward(p, stream); });
+  return y;
+}
+
 HeadwiseNormGradients headwise_norm_kernels_backward(const Tensor& dy,
                                                      const HeadwiseNormArguments& a,
-                                                     cuda::Stream stream) {
+                                                     cuda::Stream stream,
+                                                     const OptionalTensor& dsum) {
   const Call call(a);
-  Tensor upstream = dy.to(a.x.scalar_type());
+  Tensor upstream = dy.to(a.x.scalar_type()), past;
   const auto like = [&a](const OptionalTensor& input, at::ScalarType type) {
     return at::empty(input ? input->sizes() : at::IntArrayRef{0}, a.x.options().dtype(type));
   };
@@ -90,13 +103,14 @@ HeadwiseNormGradients headwise_norm_kernels_backward(const Tensor& dy,
   cuda::HeadwiseNormBackward p;
   p.in = call.in;
   p.dy = row_view(upstream);
+  if (dsum) past = dsum->to(a.x.scalar_type()), p.dsum = row_view(past);
   p.dx = dx.mutable_data_ptr();
   if (a.skip) p.dskip = dskip.mutable_data_ptr(), p.dskip_weight = dskip_weight.mutable_data_ptr();
   if (a.gate) p.dgate = dgate.mutable_data_ptr();
   if (a.weight) p.dweight = dweight.mutable_data_ptr();
   if (a.bias) p.dbias = dbias.mutable_data_ptr();
   p.partials = static_cast<float*>(partials.mutable_data_ptr());
-  run_kernels("headwise_norm_backward", [&] { cuda::headwise_norm_backward(p, stream); });
+  run_kernels(a.op.data(), [&] { cuda::headwise_norm_backward(p, stream); });
   const auto as_given = [](const OptionalTensor& input, const Tensor& grad) {
     return input ? grad.to(input->scalar_type()) : grad;
   };

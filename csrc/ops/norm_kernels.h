@@ -1,5 +1,5 @@
 #pragma once
-// headwise_norm on the kernels of cuda/norm: tensors -> rows, scratch memory from torch's allocator, no synchronisation.
+// headwise_norm and residual_norm on the kernels of cuda/norm: tensors -> rows, scratch memory from torch's allocator, no synchronisation.
 // Arguments are checked already; the tensors' device is the current one.
 #include <string>
 
@@ -14,6 +14,10 @@ std::string headwise_norm_kernels_lack(const at::Tensor& x);
 at::Tensor headwise_norm_kernels_forward(const HeadwiseNormArguments& a, cuda::Stream stream);
 HeadwiseNormGradients headwise_norm_kernels_backward(const at::Tensor& dy,
                                                      const HeadwiseNormArguments& a,
-                                                     cuda::Stream stream);
+                                                     cuda::Stream stream,
+                                                     const OptionalTensor& dsum = {});
+/// sum: empty_residual_sum's; becomes x + branch. a: of the sum.
+at::Tensor residual_norm_kernels_forward(const at::Tensor& x, const at::Tensor& branch,
+                                         const HeadwiseNormArguments& a, cuda::Stream stream);
 
 }  // namespace xlstm::ops

@@ -80,6 +80,13 @@ TORCH_LIBRARY(xlstm, m) {
       "Tensor? gate, *, float eps, str kind, str gate_activation) -> (Tensor dx, Tensor dweight, "
       "Tensor dbias, "
       "Tensor dskip, Tensor dskip_weight, Tensor dgate)");
+  m.def(
+      "residual_norm(Tensor x, Tensor branch, Tensor? weight=None, Tensor? bias=None, *, float "
+      "eps=1e-5, str kind=\"layer\") -> (Tensor sum, Tensor y)");
+  // dsum: what reaches the sum past the norm. dx is the gradient of x and of branch, in sum's dtype.
+  m.def(
+      "residual_norm_backward(Tensor? dsum, Tensor dy, Tensor sum, Tensor? weight, Tensor? bias, "
+      "*, float eps, str kind) -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("block_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(
       "block_linear_backward(Tensor dy, Tensor x, Tensor weight, *, bool has_bias) "

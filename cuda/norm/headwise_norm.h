@@ -1,5 +1,6 @@
 #pragma once
 // Head-wise norm with skip and gate, y = (norm(x) * weight + bias + skip_weight * skip) * act(gate), and its gradients.
+// x may be a sum that the same pass makes: of a residual stream and what a branch adds to it.
 // Statistics and sums in float32. No allocation, no synchronisation.
 #include "cuda/rows.h"
 
@@ -24,14 +25,21 @@ struct HeadwiseNormInputs {
   NormParameter weight, bias, skip_weight;
 };
 
+struct NormTerm {
+  RowView rows;  ///< heads packed
+  Dtype dtype = Dtype::kFloat32;
+};
+
 struct HeadwiseNormForward {
   HeadwiseNormInputs in;
-  void* y = nullptr;  ///< packed
+  void* y = nullptr;       ///< packed
+  NormTerm terms[2] = {};  ///< where present, in.x becomes their sum: packed, in.dtype
 };
 
 struct HeadwiseNormBackward {
   HeadwiseNormInputs in;
   RowView dy;
+  RowView dsum;  ///< further gradient of x, heads packed; data null where absent
   void *dx = nullptr, *dskip = nullptr, *dgate = nullptr;  ///< packed; of what is present
   void *dweight = nullptr, *dbias = nullptr,
        *dskip_weight = nullptr;  ///< in their parameters' types; of what is present

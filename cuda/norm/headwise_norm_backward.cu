@@ -1,5 +1,5 @@
 // With x^ = norm(x), d = dy * act(gate) and g = d * weight: dx = rstd * (g - mean(g) - x^ * mean(g * x^)), the middle term
-// for layer norm only. The parameters' gradients are sums over rows: a block leaves those of its strip.
+// for layer norm only, and what comes to x past the norm is added. The parameters' gradients are sums over rows: a block leaves those of its strip.
 #include "cuda/column_sums.h"
 #include "cuda/norm/headwise_norm.cuh"
 
@@ -11,7 +11,8 @@ enum { kWeight, kBias, kSkipWeight, kParameters };
 struct BackwardLaunch {
   NormLaunch norm;
   HeadwiseNormBackward call;
-  bool dy_vector = false, dx_vector = false, dskip_vector = false, dgate_vector = false;
+  bool dy_vector = false, dsum_vector = false, dx_vector = false, dskip_vector = false,
+       dgate_vector = false;
 };
 
 template <int kThreads, bool kWide>
@@ -71,6 +72,12 @@ class BackwardBlock : public NormBlock<kThreads, kWide> {
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) d[i] = (d[i] - mean_g - normed[i] * mean_gx) * rstd;
+      if (call.dsum.data != nullptr) {
+        float past[8];
+        this->load_row(call.dsum, b.dsum_vector, row, piece, past);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) d[i] += past[i];
+      }
       store(call.dx, b.dx_vector, row, piece, d);
     }
   }
@@ -228,6 +235,7 @@ void headwise_norm_backward(const HeadwiseNormBackward& call, Stream stream) {
     return norm_vector(data, call.in.dim, call.in.dtype);
   };
   l.dy_vector = norm_vector(call.dy, call.in.dim, call.in.dtype);
+  l.dsum_vector = norm_vector(call.dsum, call.in.dim, call.in.dtype);
   l.dx_vector = vector(call.dx);
   l.dskip_vector = vector(call.dskip), l.dgate_vector = vector(call.dgate);
   const int64_t strips = norm_strips(l.norm);

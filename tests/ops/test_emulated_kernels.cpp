@@ -301,3 +301,40 @@ TEST_CASE("headwise_norm: no tokens give gradients of zero", "[norm]") {
   for (OptionalTensor* x : {&p.skip, &p.gate}) *x = (*x)->slice(1, 0, 0);
   check_norm(p, "layer", "silu", 0);
 }
+
+TEST_CASE("residual_norm: the kernels agree with the generic path", "[norm]") {
+  struct Types {
+    at::ScalarType x, branch;
+    double limit;
+  };
+  for (const Types& types : {Types{at::kFloat, at::kFloat, 2e-6},
+                             {at::kFloat, at::kBFloat16, 2e-6},
+                             {at::kBFloat16, at::kBFloat16, 1e-2},
+                             {at::kHalf, at::kHalf, 2e-3}}) {
+    for (const char* kind : {"layer", "rms"}) {
+      for (const int64_t time : {0, 7}) {
+        INFO(c10::toString(types.x) << " " << c10::toString(types.branch) << " " << kind << time);
+        at::manual_seed(3);
+        const Tensor x = at::randn({time, 2, 48}, types.x).transpose(0, 1);
+        const Tensor branch = at::randn({2, time, 96}, types.branch).slice(2, 48);
+        const OptionalTensor weight = at::randn({48}), bias = at::randn({48});
+        const Tensor got = xlstm::ops::empty_residual_sum(x, branch);
+        const xlstm::ops::SumNorm norm(got, weight, bias, 1e-5, kind);
+        xlstm::ops::check_headwise_norm(norm.arguments());
+        const Tensor y =
+            xlstm::ops::residual_norm_kernels_forward(x, branch, norm.arguments(), nullptr);
+        const auto wanted = xlstm::ops::residual_norm_generic(x, branch, weight, bias, 1e-5, kind);
+        check_close({"sum", "y"}, {got, y}, list(wanted), {0, types.limit});
+        const Tensor dy = at::randn_like(y);
+        for (const OptionalTensor& dsum : {OptionalTensor(), OptionalTensor(at::randn_like(y))}) {
+          const auto gradients =
+              xlstm::ops::headwise_norm_kernels_backward(dy, norm.arguments(), nullptr, dsum);
+          check_close(
+              {"dx", "dweight", "dbias"}, list(xlstm::ops::residual_gradients(got, gradients)),
+              list(xlstm::ops::residual_norm_generic_backward(dsum, dy, got, norm.arguments())),
+              std::vector<double>(3, types.limit));
+        }
+      }
+    }
+  }
+}

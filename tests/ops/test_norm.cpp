@@ -1,4 +1,4 @@
-// headwise_norm against plain loops: every combination of optional arguments, both norms and gates,
+// headwise_norm and residual_norm against plain loops: every combination of optional arguments, both norms and gates,
 // odd sizes.
 #include "csrc/ops/norm.h"
 #include "tests/ops/differences.h"
@@ -71,6 +71,29 @@ void check_case(const Case& c) {
       op, [&](const auto& in) { return reference(c, in); }, inputs);
 }
 
+/// sum and norm of it, behind each other.
+void check_sum_case(const Case& c) {
+  const auto random = [](at::IntArrayRef sizes) { return at::randn(sizes, at::kDouble); };
+  std::vector<at::Tensor> inputs{random({c.rows, c.dim}), random({c.rows, c.dim})};
+  if (c.weight) inputs.push_back(random({c.dim}));
+  if (c.bias) inputs.push_back(random({c.dim}));
+  const auto op = [&c](const std::vector<at::Tensor>& in) {
+    using Optional = std::optional<at::Tensor>;
+    const Optional weight = c.weight ? Optional(in[2]) : std::nullopt;
+    const Optional bias = c.bias ? Optional(in.back()) : std::nullopt;
+    const auto [sum, y] = xlstm::ops::residual_norm(in[0], in[1], weight, bias, 0.01, c.kind);
+    return at::cat({sum.flatten(), y.flatten()});
+  };
+  const auto loops = [&c](const std::vector<Values>& in) {
+    std::vector<Values> of_sum(in.begin() + 1, in.end());
+    for (size_t i = 0; i < in[0].size(); ++i) of_sum[0][i] += in[0][i];
+    Values result = of_sum[0];
+    for (const long double y : reference(c, of_sum)) result.push_back(y);
+    return result;
+  };
+  xlstm::test::check(op, loops, inputs);
+}
+
 }  // namespace
 
 TEST_CASE("headwise_norm: values and gradients equal plain loops", "[norm]") {
@@ -85,4 +108,14 @@ TEST_CASE("headwise_norm: sizes around the vector length and the row blocks", "[
     check_case({2, 2, dim, true, true, true, true, "layer", "silu"});
   check_case({35, 1, 3, true, true, true, true, "rms", "sigmoid"});
   check_case({0, 2, 3, true, true, true, true, "layer", "silu"});
+}
+
+TEST_CASE("residual_norm: values and gradients equal plain loops", "[norm]") {
+  for (int present = 0; present < 4; ++present)
+    for (const char* kind : {"layer", "rms"})
+      for (const int64_t dim : {1, 7, 8, 33, 70})
+        check_sum_case(
+            {3, 1, dim, bool(present & 1), bool(present & 2), false, false, kind, "silu"});
+  check_sum_case({35, 1, 3, true, true, false, false, "rms", "silu"});
+  check_sum_case({0, 1, 3, true, true, false, false, "layer", "silu"});
 }

@@ -1,4 +1,4 @@
-// The ATen paths of causal_conv1d, headwise_norm and gated_scan, which CUDA tensors take without kernels, on the CPU: equal
+// The ATen paths of causal_conv1d, headwise_norm, residual_norm and gated_scan, which CUDA tensors take without kernels, on the CPU: equal
 // to the CPU operators, which test_causal_conv1d.cpp, test_norm.cpp and test_gated_ops.py compare with plain loops.
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/tensor.h>
@@ -173,6 +173,40 @@ TEST_CASE("headwise_norm in ATen calls equals the CPU operator", "[pointwise_gen
           CAPTURE(i);
           check_equal(got[i], exact[i], tolerance);
         }
+      }
+    }
+  }
+}
+
+TEST_CASE("residual_norm in ATen calls equals the CPU operator", "[pointwise_generic]") {
+  for (const at::ScalarType dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    const double tolerance = dtype == at::kDouble ? 1e-11 : dtype == at::kFloat ? 1e-4 : 5e-2;
+    for (const bool parameters : {false, true}) {
+      for (const char* kind : {"layer", "rms"}) {
+        CAPTURE(parameters, kind);
+        std::vector<at::Tensor> leaves{random({2, 3, 14}, dtype), random({2, 3, 14}, dtype)};
+        OptionalTensor weight, bias;
+        if (parameters) {
+          weight = random({14}, dtype), bias = random({14}, dtype);
+          leaves.push_back(*weight), leaves.push_back(*bias);
+        }
+        const at::Tensor dsum = random({2, 3, 14}, dtype), dy = random({2, 3, 14}, dtype);
+        const auto [sum, y] =
+            xlstm::ops::residual_norm_generic(leaves[0], leaves[1], weight, bias, 1e-3, kind);
+        const xlstm::ops::SumNorm norm(sum, weight, bias, 1e-3, kind);
+        const auto [dx, dweight, dbias] =
+            xlstm::ops::residual_norm_generic_backward(dsum, dy, sum, norm.arguments());
+        for (at::Tensor& leaf : leaves) leaf.requires_grad_();
+        const auto [wanted_sum, wanted] =
+            xlstm::ops::residual_norm(leaves[0], leaves[1], weight, bias, 1e-3, kind);
+        check_equal(sum, wanted_sum.detach(), tolerance);
+        check_equal(y, wanted.detach(), tolerance);
+        const auto exact = gradients({wanted_sum, wanted}, leaves, {dsum, dy});
+        check_equal(dx, exact[0], tolerance);
+        check_equal(dx, exact[1], tolerance);
+        if (!parameters) continue;
+        check_equal(dweight, exact[2], tolerance);
+        check_equal(dbias, exact[3], tolerance);
       }
     }
   }

@@ -12,7 +12,7 @@ import libxlstm
 
 OPERATORS = [
     "mlstm_chunkwise", "mlstm_step", "mlstm_step_lazy", "mlstm_fold", "slstm", "causal_conv1d", "causal_conv1d_step",
-    "headwise_norm", "block_linear", "linear_cross_entropy",
+    "headwise_norm", "residual_norm", "block_linear", "linear_cross_entropy",
 ]  # fmt: skip
 BUILD = Path(torch.ops.loaded_libraries.__iter__().__next__()).parent
 

@@ -1,4 +1,4 @@
-"""causal_conv1d and headwise_norm on a GPU, against the same operators in float64 on the CPU. Skipped without one."""
+"""causal_conv1d, headwise_norm and residual_norm on a GPU, against the same operators in float64 on the CPU. Skipped without one."""
 
 import pytest
 import torch
@@ -90,6 +90,14 @@ def test_norm_equals_float64(kind, dtype):
             width = heads * dim
             inputs = [randn(2, 5, heads, dim), randn(width), randn(width, seed=1), randn(2, 5, width), randn(width, seed=2)]
             check(run, [*inputs, randn(2, 5, width, seed=3)], [(2, 5, width)], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_residual_norm_equals_float64(kind, dtype):
+    for dim in (64, 33, 2100, 4200):
+        inputs = [randn(2, 5, dim), randn(2, 5, dim, seed=1), randn(dim), randn(dim, seed=1)]
+        check(lambda *a: ops.residual_norm(*a, kind=kind), inputs, [(2, 5, dim)] * 2, dtype)
 
 
 def test_repeats_are_equal_to_the_bit_and_nothing_waits():

@@ -1,4 +1,4 @@
-"""The operators around the cells: causal_conv1d, headwise_norm, block_linear, linear_cross_entropy."""
+"""The operators around the cells: causal_conv1d, headwise_norm, residual_norm, block_linear, linear_cross_entropy."""
 
 import os
 import subprocess
@@ -262,6 +262,62 @@ def test_norm_mixed_dtypes():
         assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
 
 
+# ---------------------------------------------------------------- residual_norm
+
+
+def residual_by_aten(x, branch, w=None, b=None, kind="layer"):
+    total = x + branch
+    return torch.stack([total, norm_by_aten(total[..., None, :], w, b, kind=kind)])
+
+
+def residual_ours(*inputs, kind="layer"):
+    return torch.stack(ops.residual_norm(*inputs, kind=kind))
+
+
+def residual_inputs(rows=(3, 5), dim=21):
+    return [randn(*rows, dim) * 2 + 1, randn(*rows, dim, seed=1), randn(dim), randn(dim, seed=2)]
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("parameters", [0, 1, 2])
+@pytest.mark.parametrize("sizes", [((3, 5), 21), ((70,), 130), ((), 7), ((2,), 1), ((0, 4), 16)])
+def test_residual_norm_equals_aten(kind, parameters, sizes):
+    inputs = residual_inputs(*sizes)[: 2 + parameters]
+    ours = run_with_grads(lambda *a: residual_ours(*a, kind=kind), inputs)
+    aten = run_with_grads(lambda *a: residual_by_aten(*a, kind=kind), inputs)
+    for got, want in zip(ours, aten, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_residual_norm_with_one_result_used(used):
+    inputs = residual_inputs()
+    ours, aten = (run_with_grads(lambda *a: f(*a)[used], inputs[: 2 + 2 * used])  # noqa: B023
+                  for f in (ops.residual_norm, residual_by_aten))  # fmt: skip
+    for got, want in zip(ours, aten, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_residual_norm_gradcheck_on_views(kind):
+    x, branch, w, b = randn(3, 2, 6, grad=True), randn(2, 5, 12, grad=True), randn(6, grad=True), randn(6, grad=True)
+    f = lambda x, y, w, b: residual_ours(x.transpose(0, 1), y[:, 1:4, ::2], w, b, kind=kind)  # noqa: E731
+    assert torch.autograd.gradcheck(f, (x, branch, w, b))
+
+
+@pytest.mark.parametrize("types", [(torch.bfloat16,) * 2, (torch.float32, torch.bfloat16), (torch.float16,) * 2])
+def test_residual_norm_is_the_norm_of_the_rounded_sum(types):
+    """Under autocast a branch comes in bfloat16 to a stream in float32."""
+    x, branch, w, b = (t.float() for t in residual_inputs((40,), 96))
+    leaves = [t.requires_grad_() for t in (x.to(types[0]), branch.to(types[1]), w, b)]
+    total, y = ops.residual_norm(*leaves)
+    assert total.dtype == y.dtype == torch.promote_types(*types)
+    assert torch.equal(total, leaves[0] + leaves[1])
+    assert torch.equal(y, ops.headwise_norm(total[:, None], w, b))
+    for leaf, grad in zip(leaves, torch.autograd.grad([total, y], leaves, [torch.ones_like(y)] * 2)):
+        assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
+
+
 # ---------------------------------------------------------------- block_linear
 
 
@@ -378,6 +434,9 @@ def low_precision_cases():
     yield "conv", lambda *a: ops.causal_conv1d(*a, silu=True)[0], lambda *a: conv_by_aten(*a, silu=True)[0], conv
     yield "layer", norm_ours("layer", "silu"), norm_by_aten, norm_inputs()
     yield "rms", norm_ours("rms", "sigmoid"), lambda *a: norm_by_aten(*a, kind="rms", act="sigmoid"), norm_inputs()
+    for kind in ("layer", "rms"):
+        ours, aten = (lambda *a, f=f, kind=kind: f(*a, kind=kind) for f in (residual_ours, residual_by_aten))
+        yield f"residual {kind}", ours, aten, residual_inputs((90,), 64)
     for shape in [(16, 4, 4), (5, 3, 7), (2, 48, 64)]:
         block = [randn(100, shape[0] * shape[2]), randn(*shape), randn(shape[0] * shape[1])]
         yield f"block{shape}", ops.block_linear, block_by_aten, block
@@ -397,6 +456,8 @@ OPCHECK_CASES = {
         (r(1, 5, 6), r(6, 3)), dict(cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32))),
     "headwise_norm": lambda r: ((r(2, 5, 2, 3), r(6), r(6), r(2, 5, 6), r(6), r(2, 5, 12)[..., 6:]), {}),
     "headwise_norm rms": lambda r: ((r(2, 5, 6),), dict(kind="rms")),
+    "residual_norm": lambda r: ((r(2, 5, 6), r(2, 5, 12)[..., 6:], r(6), r(6)), {}),
+    "residual_norm rms": lambda r: ((r(5, 6), r(5, 6)), dict(kind="rms")),
     "block_linear": lambda r: ((r(2, 5, 12), r(3, 2, 4), r(6)), {}),
     "block_linear large": lambda r: ((r(5, 36), r(2, 17, 18)), {}),
     "linear_cross_entropy": lambda r: ((r(2, 5, 3), r(7, 3), torch.arange(10).view(2, 5) % 7), dict(soft_cap=2.0)),
@@ -420,6 +481,9 @@ def test_opcheck_backward_and_step():
     norm = dict(eps=1e-5, kind="layer", gate_activation="silu")
     check(ops.headwise_norm_backward.default, (r(5, 6), r(5, 2, 3), r(6), None, r(5, 6), r(6), r(5, 6)), norm)
     check(ops.headwise_norm_backward.default, (r(5, 6), r(5, 2, 3), None, None, None, None, None), norm)
+    norm = dict(eps=1e-5, kind="rms")
+    check(ops.residual_norm_backward.default, (r(5, 6), r(5, 6), r(5, 6), r(6), r(6)), norm)
+    check(ops.residual_norm_backward.default, (None, r(5, 6), r(5, 6), None, None), norm)
     check(ops.block_linear_backward.default, (r(5, 6), r(5, 12), r(3, 2, 4)), dict(has_bias=True))
     entropy = dict(ignore_index=-100, soft_cap=0.0)
     args = (r(5, 3), r(7, 3), torch.arange(5))
@@ -447,6 +511,7 @@ def test_repeats_and_thread_counts_agree_bitwise():
     cases = [
         (lambda *a: ops.causal_conv1d(*a, silu=True)[0], conv),
         (ops.headwise_norm, norm_inputs((900,))),
+        (residual_ours, residual_inputs((900,))),
         (ops.block_linear, block),
     ]
     threads = torch.get_num_threads()
@@ -518,6 +583,10 @@ ERRORS = [
     (lambda: ops.headwise_norm(x3, kind="batch"), 'kind: expected "layer" or "rms", got "batch"'),
     (lambda: ops.headwise_norm(x3, gate_activation="tanh"), "gate_activation: expected"),
     (lambda: ops.headwise_norm(torch.zeros(3)), r"expected \(...,NH,DH\)"),
+    (lambda: ops.residual_norm(x3, x3[0]), r"branch: expected x's shape = \[2, 3, 4\], got \[3, 4\]"),
+    (lambda: ops.residual_norm(x3, x3.int()), "residual_norm: branch: expected float32, .* got Int"),
+    (lambda: ops.residual_norm(x3, x3, torch.zeros(5)), r"residual_norm: weight: expected shape .* = \(4\), got \[5\]"),
+    (lambda: ops.residual_norm(x3, x3, kind="batch"), 'residual_norm: kind: expected "layer" or "rms", got "batch"'),
     (lambda: ops.block_linear(x3, torch.zeros(2, 3, 3)), r"NB\*I = 6 .* got shape \[2, 3, 4\]"),
     (lambda: ops.block_linear(x3, torch.zeros(2, 3, 2).double()), "weight: expected x's dtype Float, got Double"),
     (lambda: ops.block_linear(x3, torch.zeros(2, 3, 2), torch.zeros(5)), r"bias: expected shape \(NB\*O\) = \(6\)"),

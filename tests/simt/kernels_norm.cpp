@@ -1,4 +1,4 @@
-// Head-wise norm: values and all gradients against the definition in float64.
+// Head-wise norm, of given rows and of sums that it makes: values and all gradients against the definition in float64.
 #include <algorithm>
 #include <cmath>
 #include <random>
@@ -17,6 +17,7 @@ using xlstm::cuda::HeadwiseNormBackward;
 using xlstm::cuda::HeadwiseNormForward;
 using xlstm::cuda::HeadwiseNormInputs;
 using xlstm::cuda::NormParameter;
+using xlstm::cuda::NormTerm;
 using xlstm::cuda::RowView;
 
 constexpr double kEps = 1e-3;
@@ -30,6 +31,8 @@ struct Setting {
   Order order = Order::kDense;  ///< of x: kAligned, kUnaligned are (B,NH,T,DH) with gaps
   bool gaps = false;            ///< between the rows of skip, gate and dy
   double mean = 0;              ///< of x
+  bool sum = false;             ///< x is the sum of two terms, and has a further gradient
+  Dtype terms[2] = {Dtype::kFloat32, Dtype::kFloat32};
 
   int64_t rows() const { return batch * time; }
   int64_t channels() const { return heads * dim; }
@@ -55,16 +58,25 @@ class Problem {
         skip_weight(parameter()),
         dweight(parameter()),
         dbias(parameter()),
-        dskip_weight(parameter()) {
+        dskip_weight(parameter()),
+        terms{{s.batch, s.time, 1, s.channels(), s.terms[0], row_order(s)},
+              {s.batch, s.time, 1, s.channels(), s.terms[1], row_order(s)}},
+        dsum(rows(row_order(s))) {
     std::mt19937 random(static_cast<unsigned>(seed * 1000 + s.dim * 10 + s.rows()));
-    x.fill(random, s.mean, 1);
-    for (StridedTensor* tensor : {&skip, &gate, &dy, &bias, &skip_weight})
+    if (!s.sum) x.fill(random, s.mean, 1);
+    for (StridedTensor* tensor :
+         {&skip, &gate, &dy, &bias, &skip_weight, &terms[0], &terms[1], &dsum})
       tensor->fill(random, 0.25, 1);
     weight.fill(random, 1, 0.5);
   }
 
   void forward() {
-    headwise_norm_forward(HeadwiseNormForward{inputs(), y.view.data}, nullptr);
+    HeadwiseNormForward call{inputs(), y.view.data};
+    if (s.sum) {
+      for (int i = 0; i < 2; ++i) call.terms[i] = {view(terms[i]), s.terms[i]};
+    }
+    headwise_norm_forward(call, nullptr);
+    if (s.sum) check_sum();
     Numbers wanted;
     each_row([&](int64_t b, int64_t t) {
       for (int64_t h = 0; h < s.heads; ++h) {
@@ -82,6 +94,7 @@ class Problem {
     HeadwiseNormBackward call;
     call.in = inputs();
     call.dy = view(dy), call.dx = dx.view.data;
+    if (s.sum) call.dsum = view(dsum);
     if (s.gate) call.dgate = dgate.view.data;
     if (s.weight) call.dweight = dweight.view.data;
     if (s.bias) call.dbias = dbias.view.data;
@@ -122,6 +135,16 @@ class Problem {
     if (s.skip) in.skip = view(skip), in.skip_weight = {skip_weight.view.data, s.parameters};
     if (s.gate) in.gate = view(gate);
     return in;
+  }
+
+  /// What the norm then is taken of.
+  void check_sum() const {
+    Numbers wanted;
+    each_row([&](int64_t b, int64_t t) {
+      for (int64_t c = 0; c < s.channels(); ++c)
+        wanted.push_back(terms[0].get(b, t, 0, c) + terms[1].get(b, t, 0, c));
+    });
+    compare("sum", x.all(), wanted, tolerance());
   }
 
   template <class F>
@@ -179,7 +202,8 @@ class Problem {
           mean_gx += g.back() * x_hat / static_cast<double>(s.dim);
         }
         for (size_t i = 0; i < g.size(); ++i)
-          wanted_dx.push_back(rstd * (g[i] - mean_g - normed[i] * mean_gx));
+          wanted_dx.push_back(rstd * (g[i] - mean_g - normed[i] * mean_gx) +
+                              (s.sum ? dsum.get(b, t, 0, h * s.dim + static_cast<int64_t>(i)) : 0));
       }
     });
     compare("dx", dx.all(), wanted_dx, tolerance());
@@ -194,6 +218,7 @@ class Problem {
   const Setting& s;
   StridedTensor x, skip, gate, dy, y, dx, dskip, dgate;
   StridedTensor weight, bias, skip_weight, dweight, dbias, dskip_weight;
+  StridedTensor terms[2], dsum;
 };
 
 void run(const Setting& s, uint64_t seed) {
@@ -208,7 +233,8 @@ void run(const Setting& s, uint64_t seed) {
                    std::to_string(s.dim) + " dtype " + std::to_string(static_cast<int>(s.dtype)) +
                    " weight " + std::to_string(s.weight) + " bias " + std::to_string(s.bias) +
                    " skip " + std::to_string(s.skip) + " gate " + std::to_string(s.gate) + " rms " +
-                   std::to_string(s.rms) + " order " + std::to_string(static_cast<int>(s.order)));
+                   std::to_string(s.rms) + " order " + std::to_string(static_cast<int>(s.order)) +
+                   " sum " + std::to_string(s.sum));
   }
 }
 
@@ -276,6 +302,35 @@ void dtypes_and_strides(uint64_t seed) {
   }
 }
 
+/// Narrow, several warps and wide rows; every type of sum and terms; dense and with gaps.
+void sums(uint64_t seed) {
+  constexpr Dtype kF32 = Dtype::kFloat32, kBf16 = Dtype::kBFloat16, kF16 = Dtype::kFloat16;
+  const Dtype types[][3] = {{kF32, kF32, kF32},
+                            {kF32, kF32, kBf16},
+                            {kBf16, kBf16, kBf16},
+                            {kF16, kF16, kF16},
+                            {kF32, kF16, kF32}};
+  for (const auto& [dtype, first, second] : types) {
+    for (const int64_t dim : {13, 64, 520, 2051, 4104, 4099}) {
+      if (!plain() && dim != 13 && dim != 4104) continue;
+      run({.time = 3,
+           .heads = 1,
+           .dim = dim,
+           .dtype = dtype,
+           .bias = dim % 2 == 0,
+           .skip = false,
+           .gate = false,
+           .rms = dim % 2 != 0,
+           .gaps = dim == 13 || dim == 520,
+           .sum = true,
+           .terms = {first, second}},
+          seed);
+    }
+  }
+  run({.batch = 2, .heads = 3, .dim = 24, .sum = true}, seed);
+  run({.time = 0, .sum = true}, seed);
+}
+
 void no_rows(uint64_t seed) {
   run({.time = 0}, seed);
   run({.time = 0, .heads = 1, .dim = 5000}, seed);
@@ -323,6 +378,7 @@ List<Case> norm_cases() {
       {"norm: mean far from zero", offsets},
       {"norm: combinations", combinations},
       {"norm: many rows", many_rows},
+      {"norm: sums with a further gradient", sums},
   };
   const bool is_slow = simt::build_kind() == simt::Build::kThread;
   return {cases, is_slow ? 1 : sizeof(cases) / sizeof(cases[0])};

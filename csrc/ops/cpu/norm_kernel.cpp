@@ -62,6 +62,19 @@ inline Head<T> head_of(const HeadwiseNormParams& p, int64_t r, int64_t h) {
           channel(p.skip_weight)};
 }
 
+// A row of x becomes the sum of its terms; the norm then finds it in the first-level cache.
+template <class T>
+inline void add_terms(const HeadwiseNormParams& p, int64_t r) {
+  constexpr int64_t kSize = kLanes<Acc<T>>;
+  const int64_t channels = p.heads * p.dim;
+  const T *a = p.terms[0].row<T>(r), *b = p.terms[1].row<T>(r);
+  T* const sum = static_cast<T*>(p.sum) + r * channels;
+  for (int64_t i = 0; i < channels; i += kSize) {
+    const int64_t n = smaller(kSize, channels - i);
+    store(sum + i, load(a + i, n) + load(b + i, n), n);
+  }
+}
+
 // norm(x) * weight + bias + skip_weight * skip, of normalised x.
 template <class T>
 inline Vec<Acc<T>> before_gate(const Head<T>& head, Vec<Acc<T>> v, int64_t i, int64_t n) {
@@ -98,6 +111,7 @@ template <class T>
 struct HeadGrads {
   T *x, *skip, *gate;
   Acc<T>*weight, *bias, *skip_weight;
+  const T* past;  // what is added to x's; null where absent
 };
 
 template <class A>
@@ -145,7 +159,9 @@ inline void backward_head(const HeadwiseNormParams& p, const Head<T>& head, cons
   for (int64_t i = 0; i < p.dim; i += kSize) {
     const int64_t n = smaller(kSize, p.dim - i);
     const Vec<A> normed = (load(head.x + i, n) - mean_vector) * rstd_vector;
-    store(grads.x + i, (load(g_row + i, n) - mean_g - normed * mean_gx) * rstd_vector, n);
+    Vec<A> dx = (load(g_row + i, n) - mean_g - normed * mean_gx) * rstd_vector;
+    if (grads.past) dx = dx + load(grads.past + i, n);
+    store(grads.x + i, dx, n);
   }
 }
 
@@ -154,10 +170,12 @@ void forward(const HeadwiseNormParams& p) {
   const int64_t channels = p.heads * p.dim;
   at::parallel_for(0, p.rows, larger(1, 16384 / larger(1, channels)),
                    [&](int64_t begin, int64_t end) {
-                     for (int64_t r = begin; r < end; ++r)
+                     for (int64_t r = begin; r < end; ++r) {
+                       if (p.sum) add_terms<T>(p, r);
                        for (int64_t h = 0; h < p.heads; ++h)
                          forward_head<T>(p, head_of<T>(p, r, h),
                                          static_cast<T*>(p.y) + r * channels + h * p.dim);
+                     }
                    });
 }
 
@@ -172,8 +190,13 @@ void backward_block(const HeadwiseNormParams& p, int64_t block, Acc<T>* g_row) {
     for (int64_t h = 0; h < p.heads; ++h) {
       const int64_t c = h * p.dim, at = r * channels + c;
       const auto grad = [at](void* data) { return data ? static_cast<T*>(data) + at : nullptr; };
-      const HeadGrads<T> grads{grad(p.dx), grad(p.dskip),       grad(p.dgate),
-                               sums + c,   sums + channels + c, sums + 2 * channels + c};
+      const HeadGrads<T> grads{grad(p.dx),
+                               grad(p.dskip),
+                               grad(p.dgate),
+                               sums + c,
+                               sums + channels + c,
+                               sums + 2 * channels + c,
+                               p.dsum.data ? p.dsum.row<T>(r) + c : nullptr};
       backward_head<T>(p, head_of<T>(p, r, h), p.dy.row<T>(r) + c, grads, g_row);
     }
   }

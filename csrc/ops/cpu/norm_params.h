@@ -4,7 +4,7 @@
 
 namespace xlstm::cpu {
 
-/// headwise_norm and its backward on `rows` rows of heads * dim channels. "Acc" is the dtype of
+/// headwise_norm or residual_norm and its backward on `rows` rows of heads * dim channels. "Acc" is the dtype of
 /// accumulation.
 struct HeadwiseNormParams {
   Dtype dtype = Dtype::kFloat;
@@ -17,9 +17,12 @@ struct HeadwiseNormParams {
   const void* weight = nullptr;  // Acc, heads * dim; null where absent, as the next two
   const void* bias = nullptr;
   const void* skip_weight = nullptr;
-  void* y = nullptr;  // rows packed, forward only
+  void* y = nullptr;    // rows packed, forward only
+  Rows terms[2];        // forward only: where present, x is their sum, which is written to `sum`
+  void* sum = nullptr;  // x's memory, packed
 
   Rows dy;             // from here on backward only
+  Rows dsum;           // further gradient of x; data null where absent
   void* dx = nullptr;  // packed, dtype of x; dskip and dgate null where skip and gate are absent
   void* dskip = nullptr;
   void* dgate = nullptr;
