@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <limits>
+#include <vector>
 
 #include "csrc/ops/kernel_tensors.h"
 #include "csrc/ops/rows.h"
@@ -48,6 +49,19 @@ struct Call {
   }
 };
 
+/// terms: what a.x is to become the sum of, or none.
+Tensor run_forward(const HeadwiseNormArguments& a, std::vector<Tensor> terms, cuda::Stream stream) {
+  const Call call(a);
+  const Tensor y = at::empty(headwise_norm_sizes(a.x), a.x.options());
+  cuda::HeadwiseNormForward p;
+  p.in = call.in;
+  p.y = y.mutable_data_ptr();
+  for (size_t i = 0; i < terms.size(); ++i)
+    p.terms[i] = {row_view(terms[i]), kernel_dtype(terms[i].scalar_type())};
+  run_kernels(a.op.data(), [&] { cuda::headwise_norm_forward(p, stream); });
+  return y;
+}
+
 }  // namespace
 
 std::string headwise_norm_kernels_lack(const Tensor& x) {
@@ -60,24 +74,12 @@ std::string headwise_norm_kernels_lack(const Tensor& x) {
 }
 
 Tensor headwise_norm_kernels_forward(const HeadwiseNormArguments& a, cuda::Stream stream) {
-  const Call call(a);
-  const Tensor y = at::empty(headwise_norm_sizes(a.x), a.x.options());
-  run_kernels(a.op.data(), [&] {
-    cuda::headwise_norm_forward({call.in, y.mutable_data_ptr()}, stream);
-  });
-  return y;
+  return run_forward(a, {}, stream);
 }
 
 Tensor residual_norm_kernels_forward(const Tensor& x, const Tensor& branch,
                                      const HeadwiseNormArguments& a, cuda::Stream stream) {
-  const Call call(a);
-  const Tensor y = at::empty(headwise_norm_sizes(a.x), a.x.options());
-  cuda::HeadwiseNormForward p{call.in, y.mutable_data_ptr()};
-  Tensor terms[2] = {x, branch};
-  for (int i = 0; i < 2; ++i)
-    p.terms[i] = {row_view(terms[i]), kernel_dtype(terms[i].scalar_type())};
-  run_kernels(a.op.data(), [&] { cuda::headwise_norm_forward(p, stream); });
-  return y;
+  return run_forward(a, {x, branch}, stream);
 }
 
 HeadwiseNormGradients headwise_norm_kernels_backward(const Tensor& dy,

@@ -1,4 +1,4 @@
-"""causal_conv1d, headwise_norm and residual_norm on a GPU, against the same operators in float64 on the CPU. Skipped without one."""
+"""causal_conv1d and the norms on a GPU, against the same operators in float64 on the CPU. Skipped without one."""
 
 import pytest
 import torch

@@ -497,9 +497,9 @@ def test_opcheck_backward_and_step():
 @pytest.mark.parametrize("name", OPCHECK_CASES)
 def test_second_derivative_is_a_clear_error(name):
     args, keywords = OPCHECK_CASES[name](lambda *s: torch.randn(*s, requires_grad=True))
-    out = getattr(ops, name.split()[0])(*args, **keywords)
-    out = out[0] if isinstance(out, tuple) else out
-    (first,) = torch.autograd.grad(out.square().sum(), args[0], create_graph=True)
+    outputs = getattr(ops, name.split()[0])(*args, **keywords)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    (first,) = torch.autograd.grad(sum(out.square().sum() for out in outputs), args[0], create_graph=True)
     with pytest.raises(RuntimeError, match=f"{name.split()[0]}_backward is not implemented"):
         first.square().sum().backward()
 
