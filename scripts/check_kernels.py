@@ -98,12 +98,12 @@ def sweep_sm90_products(use, contraction, columns):
 
 
 def slstm_products(channels):
-    """One more than the k16 steps with weights in registers: forward two A tiles per group of units, by two tiles of
-    sequences; backward one A tile. Two planes per number take three products. See slstm_resident in slstm_params.h."""
-    def count(cell, *rest):
+    """One more than the k16 steps with weights in registers: forward two A tiles per group of units, backward one.
+    Two planes per number take three products. See slstm_resident in slstm_params.h."""
+    def count(cell_or_states, *rest):
         groups, planes = [1, *map(int, rest)][-2:]
         resident = 16 // groups // planes - (groups - 1) if channels == 1 else (28 if groups == 1 else 20) // planes
-        products = (resident + 1) * (4 * groups if channels == 1 else 2) * (1 if planes == 1 else 3)
+        products = (resident + 1) * (2 * groups if channels == 1 else 1) * (1 if planes == 1 else 3)
         return "HMMA", products, products
     return count
 
@@ -146,6 +146,7 @@ BUDGETS = [
            products=slstm_products(4)),
     budget(r"slstm_pointwise_\w+", 256, 64, 16, blocks=4),
     budget(r"slstm_clear", 256, 32, 16, blocks=8),
+    budget(r"slstm_slopes", 256, 80, 16, blocks=3),
     budget(r"mlstm_step_lazy_columns", 256, 128, 32, blocks=2, must=VECTOR),
     budget(r"mlstm_step_lazy_ring", 256, 64, 32, blocks=4),
     budget(r"causal_conv1d_rows", 128, 64, 32, blocks=4, must={"LDGSTS", "STG.128"}),

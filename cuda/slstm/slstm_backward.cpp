@@ -1,4 +1,4 @@
-// The backward pass: one launch, or with kGrid one per set of groups that are resident together.
+// The backward pass: the slopes of all steps, then one launch, or with kGrid one per set of groups that are resident together.
 #include <stdexcept>
 
 #include "cuda/slstm/slstm_launch.h"
@@ -6,11 +6,13 @@
 namespace xlstm::cuda {
 namespace {
 
-/// Of the blocks of one launch; launches follow each other.
-float* take_replay_memory(const SlstmMap& map, SlstmCell cell, Workspace& workspace) {
-  const int64_t blocks = int64_t{map.groups_per_launch} * map.blocks;
-  return workspace.take<float>(blocks * kSlstmCheckpointTokens * slstm_kept_states(cell) *
-                               map.kernel.groups * 4 * kSlstmThreads);
+SlstmSlopesView take_slopes_memory(const SlstmProblem& p, const SlstmMap& map,
+                                   Workspace& workspace) {
+  const int64_t count = p.batch * p.time * p.num_heads * p.dh;
+  SlstmSlopesView slopes;
+  slopes.wide = workspace.take<u32>(4 * count);
+  slopes.narrow = workspace.take<u32>(2 * map.kernel.planes * count);
+  return slopes;
 }
 
 }  // namespace
@@ -19,7 +21,7 @@ size_t slstm_backward_workspace(const SlstmProblem& problem, const DeviceLimits&
   Workspace count(nullptr);
   const SlstmMap map = plan_slstm(problem, device, Direction::kBackward);
   take_grid_memory(map, count);
-  take_replay_memory(map, problem.cell, count);
+  take_slopes_memory(problem, map, count);
   return count.used();
 }
 
@@ -33,17 +35,16 @@ void slstm_backward(const SlstmProblem& problem, const DeviceLimits& device,
   p.call = call;
   Workspace memory(workspace);
   p.shape.grid = take_grid_memory(map, memory);
-  p.replay = take_replay_memory(map, problem.cell, memory);
+  p.slopes = take_slopes_memory(problem, map, memory);
+  launch_slstm_slopes(problem, p, stream);
   if (p.shape.grid.arrivals != nullptr)
     launch_slstm_clear(p.shape.grid.arrivals, map.groups, stream);
   for (int32_t first = 0; first < map.groups; first += map.groups_per_launch) {
     p.shape.division.first_group = first;
-    if (problem.cell == SlstmCell::kSlstm) {
-      launch_slstm_backward<SlstmCell::kSlstm>(map, p, stream);
-    } else if (problem.cell == SlstmCell::kSlstmExpf) {
-      launch_slstm_backward<SlstmCell::kSlstmExpf>(map, p, stream);
+    if (slstm_kept_states(problem.cell) == 3) {
+      launch_slstm_backward<3>(map, p, stream);
     } else {
-      launch_slstm_backward<SlstmCell::kLstm>(map, p, stream);
+      launch_slstm_backward<1>(map, p, stream);
     }
   }
 }

@@ -2,29 +2,26 @@
 // The persistent backward kernel, from the last step to the first. What is passed on are the gradients of all four gates;
 // a block's warps share the product that gives its own units' dy_{t-1}: 16 units and a part of the columns of R^T each.
 // Then a warp has 8 units as in the forward kernel (16 where it has all the columns), a thread one of each 8 for its
-// sequences 2 (lane % 4) + {0, 1, 8, 9}.
-//
-// The states before every step come from the checkpoints: where the tokens of the next one begin, its steps are replayed
-// forward and their states left in global memory, each thread for itself.
+// sequences 2 (lane % 4) + {0, 1}. What a step multiplies with comes from memory (slstm_slopes.cuh), one step ahead.
 #include "cuda/slstm/slstm_exchange.cuh"
-#include "cuda/slstm/slstm_gates.cuh"
+#include "cuda/slstm/slstm_slopes.cuh"
 
 namespace xlstm::cuda {
 
-template <class Cell, class Exchange, int kGroups, int kPlanes>
+/// kStates: slstm_kept_states of the cell.
+template <int kStates, class Exchange, int kGroups, int kPlanes>
 class SlstmBackwardBlock {
  public:
   static DEVICE_FUNCTION constexpr SlstmKernelShape kernel() {
     return {kGroups, kPlanes, 4, Exchange::kBuffers};
   }
   static constexpr int kResident = slstm_resident({kGroups, kPlanes, 4, Exchange::kBuffers});
-  static constexpr int kTokens = static_cast<int>(kSlstmCheckpointTokens);
 
   DEVICE_FUNCTION SlstmBackwardBlock(const SlstmBackwardParams& params, unsigned char* shared)
       : p(params),
         s(params.shape),
         d(params.shape.division),
-        rows(*reinterpret_cast<SlstmRow (*)[16]>(shared)),
+        rows(*reinterpret_cast<SlstmRow (*)[kSlstmRows]>(shared)),
         layout(slstm_shared(kernel(), d)),
         partials(reinterpret_cast<float*>(shared + layout.partials)),
         lane(static_cast<int>(prim::thread_idx().x % 32)),
@@ -56,13 +53,11 @@ class SlstmBackwardBlock {
     // The last product is dy0.
     const int publications = p.call.recurrent_cut ? 0 : p.call.dy0 == nullptr ? steps - 1 : steps;
     exchange.begin(publications);
-    start();
-    // Before the last step there is nothing but its loads: one place for these keeps the code small.
-    for (int t = steps; t >= 0; --t) {
+    start(steps - 1);
+    for (int t = steps - 1; t >= 0; --t) {
       const int k = steps - 1 - t;
-      if (t < steps) step(t, k < publications ? k : -1);
-      if (t > 0) prefetch(t - 1, t == steps || t % kTokens == 0);
-      if (t < steps && k < publications) {
+      if (active) step(t, k < publications ? k : -1);
+      if (k < publications) {
         multiply(exchange.wait(k, true));
         carry();
       }
@@ -117,129 +112,76 @@ class SlstmBackwardBlock {
     prim::sync_warp();
   }
 
-  DEVICE_FUNCTION void start() {
+  /// `last`: the first step of the kernel.
+  DEVICE_FUNCTION void start(int last) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 2; ++j) {
+      const SlstmRow& row = rows[slstm_row_of(j)];
+      const int unit = column + lane / 4;
+      length[j] = row.length;
+      const int64_t token = int64_t{row.batch} * s.time + row.begin + last;
+      slopes_at[j] = (token * s.num_heads + head) * s.dh + unit;
+      dy_at[j] = slstm_offset(p.call.dy, row, last, head, unit);
+      dwx_at[j] = slstm_offset(p.call.dwx, row, last, head, unit);
       cut[j] = true;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) carried[g][j] = 0, gradient[g][j] = {0, 0};
     }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) prefetch(g, last);
+    to_next_loads();
   }
   /// The gradients of a sequence's final state.
   DEVICE_FUNCTION void enter_last(int g, int j, int64_t at) {
     carried[g][j] = p.call.dy_last == nullptr ? 0.0F : p.call.dy_last[at];
     gradient[g][j].dc = p.call.dc == nullptr ? 0.0F : p.call.dc[at];
-    if (Cell::kStates == 3) gradient[g][j].dn = p.call.dn == nullptr ? 0.0F : p.call.dn[at];
+    if (kStates == 3) gradient[g][j].dn = p.call.dn == nullptr ? 0.0F : p.call.dn[at];
   }
 
-  // States before the steps --------------------------------------------------------------------------------------------
-
-  DEVICE_FUNCTION float* replayed(int t, int g, int j) const {
-    const int64_t token = int64_t{prim::block_idx().x} * kTokens + t % kTokens;
-    return p.replay + ((token * Cell::kStates * kGroups + g) * 4 + j) * kSlstmThreads +
-           prim::thread_idx().x;
-  }
-  static constexpr int kNextState = 4 * kGroups * kSlstmThreads;  ///< from c to n to m
-
-  DEVICE_FUNCTION CellGates gates_of(const u32 (&bits)[4][4], int j) const {
-    CellGates gates;
+  /// Starts the loads of step t.
+  DEVICE_FUNCTION void prefetch(int g, int t) {
+    if (t < 0) return;
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate)
-      gates.g[gate] = number_of<kPlanes>(bits[gate][j], s.gates_dtype == Dtype::kFloat32);
-    return gates;
-  }
-  DEVICE_FUNCTION void load_gates(u32 (&bits)[4][4], int g, int j, const SlstmRow& row, int t) {
-    const int64_t at = slstm_offset(p.call.gates, row, t, head, unit_of(g));
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate)
-      bits[gate][j] = load_bits(p.call.gates.data, at + gate * p.call.gates.gate,
-                                s.gates_dtype == Dtype::kFloat32);
-  }
-
-  /// From the checkpoint before token t up to t.
-  DEVICE_FUNCTION void replay(int t) {
-    const int begin = t - t % kTokens;
-#pragma unroll 1
-    for (int g = 0; g < kGroups; ++g) {
-      CellState state[4];
-      u32 bits[4][4];  // [gate][sequence]
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const SlstmRow row = rows[slstm_row_of(j)];
-        if (begin >= row.length || !owns(g)) continue;
-        const float* from =
-            p.call.checkpoints + slstm_checkpoint(s, row, begin, head, unit_of(g), Cell::kStates);
-        state[j] = empty_state();
-        state[j].c = from[0];
-        if (Cell::kStates == 3) state[j].n = from[s.dh], state[j].m = from[2 * s.dh];
-        load_gates(bits, g, j, row, begin);
-      }
-#pragma unroll 1
-      for (int at = begin; at <= t; ++at) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const SlstmRow row = rows[slstm_row_of(j)];
-          if (at >= row.length || !owns(g)) continue;
-          float* to = replayed(at, g, j);
-          if (slstm_reset(s, row, at)) state[j] = empty_state();
-          to[0] = state[j].c;
-          if (Cell::kStates == 3) to[kNextState] = state[j].n, to[2 * kNextState] = state[j].m;
-          const CellGates gates = gates_of(bits, j);
-          if (at + 1 < row.length && at < t) load_gates(bits, g, j, row, at + 1);
-          state[j] = Cell::step(gates, state[j]).after;
-        }
-      }
+    for (int j = 0; j < 2; ++j) {
+      if (t >= length[j] || !owns(g)) continue;
+      next[g][j] = load_slopes<kPlanes>(p.slopes, slopes_at[j] + g * kSlstmGroupUnits);
+      if (p.call.dy.data != nullptr)
+        next_dy[g][j] = load_bits(p.call.dy.data,
+                                  dy_at[j] + g * kSlstmGroupUnits * p.call.dy.inner, wide());
     }
   }
-
-  /// Starts the loads of step t; `replays`: of its checkpoint's steps first.
-  DEVICE_FUNCTION void prefetch(int t, bool replays) {
-    if (!active) return;
-    if (replays) replay(t);
+  DEVICE_FUNCTION void to_next_loads() {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const SlstmRow row = rows[slstm_row_of(j)];
-      next_reset[j] = t < row.length && slstm_reset(s, row, t);
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        next_dy[g][j] = 0;
-        if (t >= row.length || !owns(g)) continue;
-        load_gates(next[g], g, j, row, t);
-        const float* from = replayed(t, g, j);
-        before[g][j] = empty_state();
-        before[g][j].c = from[0];
-        if (Cell::kStates == 3)
-          before[g][j].n = from[kNextState], before[g][j].m = from[2 * kNextState];
-        if (p.call.dy.data == nullptr) continue;
-        next_dy[g][j] =
-            load_bits(p.call.dy.data, slstm_offset(p.call.dy, row, t, head, unit_of(g)), wide());
-      }
-    }
+    for (int j = 0; j < 2; ++j)
+      slopes_at[j] -= int64_t{s.num_heads} * s.dh, dy_at[j] -= p.call.dy.time;
   }
 
   // One step -----------------------------------------------------------------------------------------------------------
 
   /// The cell backwards: dwx_t, gradients of the state before it, and publication k (-1: none).
   DEVICE_FUNCTION void step(int t, int k) {
-    if (!active) return;
     if (k >= 0) exchange.open(k);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      float out[4][4];
+      CellSlopes slopes[2];
+      float dy[2], out[4][2];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 2; ++j) {
+        slopes[j] = unpack_slopes<kStates, kPlanes>(next[g][j]);
+        dy[j] = p.call.dy.data == nullptr ? 0.0F : number_of<kPlanes>(next_dy[g][j], wide());
+      }
+      prefetch(g, t - 1);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) out[gate][j] = 0;
-        const SlstmRow row = rows[slstm_row_of(j)];
-        cut[j] = t >= row.length || next_reset[j];
-        if (t >= row.length || !owns(g)) continue;
-        if (t + 1 == row.length) enter_last(g, j, state_at(row, g));
-        const float dy = carried[g][j] + number_of<kPlanes>(next_dy[g][j], wide());
-        const CellStep forward = Cell::step(gates_of(next[g], j), before[g][j]);
-        const CellGates gates = Cell::gradients(forward, before[g][j], dy, gradient[g][j]);
+        if (t >= length[j] || !owns(g)) continue;
+        if (t + 1 == length[j]) enter_last(g, j, state_at(rows[slstm_row_of(j)], g));
+        cut[j] = is_cut(slopes[j]);
+        const CellGates gates = cell_gradients(slopes[j], carried[g][j] + dy[j], gradient[g][j]);
         carried[g][j] = 0;
-        if (next_reset[j]) gradient[g][j] = {0, 0};
-        const int64_t at = slstm_offset(p.call.dwx, row, t, head, unit_of(g));
+        if (cut[j]) gradient[g][j] = {0, 0};
+        const int64_t at = dwx_at[j] + g * kSlstmGroupUnits * p.call.dwx.unit;
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
           out[gate][j] = gates.g[gate];
@@ -249,45 +191,39 @@ class SlstmBackwardBlock {
       }
       if (k < 0) continue;
       const int base = column + g * kSlstmGroupUnits;
-      slstm_rows_of<kPlanes, 4>(
-          out, d.tiles, [&](int channel, int plane, int row, const u32(&words)[4]) {
-            exchange.put(k, (plane * 4 + channel) * 8 * d.tiles + row, base, words);
+      slstm_rows_of<kPlanes, Exchange::kWords>(
+          out, [&](int gate, int plane, int row, int unit, const u32(&words)[Exchange::kWords]) {
+            exchange.put(k, plane * kSlstmRows + row, gate * d.padded + base + unit, words);
           });
     }
     if (k >= 0) exchange.done(k);
+    to_next_loads();
+#pragma unroll
+    for (int j = 0; j < 2; ++j) dwx_at[j] -= p.call.dwx.time;
   }
 
-  DEVICE_FUNCTION void multiply_step(int chain, const u32 (&fragment)[kPlanes][4],
-                                     const bf16* buffer, int gate, int from) {
-    u32 b[kPlanes][4];
-    slstm_columns(b, buffer, d, 4, gate, from);
-    slstm_multiply(sums[chain][0], fragment, b, 0);
-    if (d.tiles == 2) slstm_multiply(sums[chain][1], fragment, b, 2);
-  }
   DEVICE_FUNCTION void multiply(const bf16* buffer) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) sums[i / 8][i / 4 % 2][i % 4] = 0;
-    int gate = 16 * first_step / d.padded, from = 16 * first_step % d.padded;
-    const auto advance = [&] {
-      from += 16;
-      if (from == d.padded) from = 0, ++gate;
-    };
+    for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0;
+    const int pitch = slstm_pitch(kernel(), d);
+    buffer += 16 * first_step;
+    u32 b[kPlanes][4];
 #pragma unroll
     for (int i = 0; i < kResident; ++i) {
       if (i < my_steps) {
-        multiply_step(i % 2, resident[i], buffer, gate, from);
-        advance();
+        if (i % 2 == 0) slstm_columns(b, buffer, pitch, 16 * i);
+        slstm_multiply(sums[i % 2], resident[i], b, i % 2 * 2);
       }
     }
 #pragma unroll 1
     for (int i = kResident; i < my_steps; ++i) {
       u32 fragment[kPlanes][4];
       load_fragment(fragment, weights, i - kResident);
-      multiply_step(0, fragment, buffer, gate, from);
-      advance();
+      slstm_columns(b, buffer, pitch, 16 * i);
+      slstm_multiply(sums[0], fragment, b, 0);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sums[0][i / 4][i % 4] += sums[1][i / 4][i % 4];
+    for (int i = 0; i < 4; ++i) sums[0][i] += sums[1][i];
   }
 
   /// The product becomes what y_{t-1} gets through the recurrence.
@@ -296,21 +232,21 @@ class SlstmBackwardBlock {
 #pragma unroll
       for (int g = 0; g < 2; ++g)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) set_carried(g, j, sums[0][j / 2][2 * g + j % 2]);
+        for (int j = 0; j < 2; ++j) set_carried(g, j, sums[0][2 * g + j]);
     } else {
-      float* own = partials + warp * 8 * 32 + lane;
+      float* own = partials + warp * 4 * 32 + lane;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) own[i * 32] = sums[0][i / 4][i % 4];
+      for (int i = 0; i < 4; ++i) own[i * 32] = sums[0][i];
       prim::sync_block();
       if (!active) return;
-      const float* parts = partials + warp / 2 * splits * 8 * 32 + lane;
-      float total[4] = {0, 0, 0, 0};
+      const float* parts = partials + warp / 2 * splits * 4 * 32 + lane;
+      float total[2] = {0, 0};
 #pragma unroll 1
-      for (int split = 0; split < splits; ++split, parts += 8 * 32)
+      for (int split = 0; split < splits; ++split, parts += 4 * 32)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) total[j] += parts[(j / 2 * 4 + 2 * (warp % 2) + j % 2) * 32];
+        for (int j = 0; j < 2; ++j) total[j] += parts[(2 * (warp % 2) + j) * 32];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) set_carried(0, j, total[j]);
+      for (int j = 0; j < 2; ++j) set_carried(0, j, total[j]);
     }
   }
   DEVICE_FUNCTION void set_carried(int g, int j, float value) {
@@ -323,21 +259,21 @@ class SlstmBackwardBlock {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 2; ++j) {
         const SlstmRow row = rows[slstm_row_of(j)];
         if (row.sequence < 0 || !owns(g)) continue;
         const int64_t at = state_at(row, g);
         if (row.length == 0) enter_last(g, j, at);  // final and initial states are the same
         if (p.call.dy0 != nullptr) p.call.dy0[at] = carried[g][j];
         if (p.call.dc0 != nullptr) p.call.dc0[at] = gradient[g][j].dc;
-        if (Cell::kStates == 3 && p.call.dn0 != nullptr) p.call.dn0[at] = gradient[g][j].dn;
+        if (kStates == 3 && p.call.dn0 != nullptr) p.call.dn0[at] = gradient[g][j].dn;
       }
   }
 
   const SlstmBackwardParams& p;
   const SlstmShape& s;
   const SlstmDivision& d;
-  SlstmRow (&rows)[16];
+  SlstmRow (&rows)[kSlstmRows];
   const SlstmShared layout;
   float* const partials;
   const int lane, warp, group, rank, head, splits;
@@ -349,36 +285,36 @@ class SlstmBackwardBlock {
   bool active;       ///< has units
 
   u32 resident[kResident][kPlanes][4];
-  float sums[2][2][4];  ///< [chain][tile][accumulator]
-  float carried[kGroups][4];
-  CellGradient gradient[kGroups][4];
-  CellState before[kGroups][4];
-  u32 next[kGroups][4][4], next_dy[kGroups][4];  ///< [group][gate][sequence]
-  bool next_reset[4], cut[4];
+  float sums[2][4];  ///< [chain][accumulator]
+  float carried[kGroups][2];
+  CellGradient gradient[kGroups][2];
+  PackedSlopes<kPlanes> next[kGroups][2];
+  u32 next_dy[kGroups][2];
+  bool cut[2];
+  int length[2];
+  int64_t slopes_at[2], dy_at[2], dwx_at[2];  ///< of the first group's unit; loads are one token ahead
 };
 
-template <SlstmCell kCell, class Exchange, int kGroups, int kPlanes>
+template <int kStates, class Exchange, int kGroups, int kPlanes>
 DEVICE_FUNCTION void slstm_backward_steps(const SlstmBackwardParams& p) {
-  SlstmBackwardBlock<CellPolicy<kCell, kPlanes == 1>, Exchange, kGroups, kPlanes>(
-      p, prim::dynamic_shared())
-      .run();
+  SlstmBackwardBlock<kStates, Exchange, kGroups, kPlanes>(p, prim::dynamic_shared()).run();
 }
 
-template <SlstmCell kCell, int kGroups, int kPlanes>
+template <int kStates, int kGroups, int kPlanes>
 KERNEL_FUNCTION(kSlstmThreads, 1)
 slstm_backward_block(const GRID_CONSTANT SlstmBackwardParams p) {
-  slstm_backward_steps<kCell, BlockExchange, kGroups, kPlanes>(p);
+  slstm_backward_steps<kStates, BlockExchange, kGroups, kPlanes>(p);
 }
-template <SlstmCell kCell, int kPlanes>
+template <int kStates, int kPlanes>
 KERNEL_FUNCTION(kSlstmThreads, 1)
 slstm_backward_grid(const GRID_CONSTANT SlstmBackwardParams p) {
-  slstm_backward_steps<kCell, GridExchange, 1, kPlanes>(p);
+  slstm_backward_steps<kStates, GridExchange, 1, kPlanes>(p);
 }
-template <SlstmCell kCell, int kPlanes>
+template <int kStates, int kPlanes>
 KERNEL_FUNCTION(kSlstmThreads, 1)
 slstm_backward_sm90(const GRID_CONSTANT SlstmBackwardParams p) {
 #if PRIM_HAS_SM90A
-  slstm_backward_steps<kCell, ClusterExchange, 1, kPlanes>(p);
+  slstm_backward_steps<kStates, ClusterExchange, 1, kPlanes>(p);
 #endif
 }
 

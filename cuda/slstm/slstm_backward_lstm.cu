@@ -1,4 +1,4 @@
 #include "cuda/slstm/slstm_backward_launch.cuh"
 
-template void xlstm::cuda::launch_slstm_backward<xlstm::cuda::SlstmCell::kLstm>(
-    const SlstmMap&, const SlstmBackwardParams&, Stream);
+template void xlstm::cuda::launch_slstm_backward<1>(const SlstmMap&, const SlstmBackwardParams&,
+                                                    Stream);

@@ -1,4 +1,5 @@
+// Both cells of the sLSTM: what tells them apart is in the slopes.
 #include "cuda/slstm/slstm_backward_launch.cuh"
 
-template void xlstm::cuda::launch_slstm_backward<xlstm::cuda::SlstmCell::kSlstm>(
-    const SlstmMap&, const SlstmBackwardParams&, Stream);
+template void xlstm::cuda::launch_slstm_backward<3>(const SlstmMap&, const SlstmBackwardParams&,
+                                                    Stream);

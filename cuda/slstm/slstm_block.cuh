@@ -19,21 +19,20 @@ DEVICE_FUNCTION SlstmRow slstm_row(const SlstmShape& p, int32_t sequence) {
   return {0, begin, p.in.cu_seqlens[sequence + 1] - begin, sequence};
 }
 /// The sequences of a block's tile into `rows`, which the caller publishes by a barrier. `group`: of this launch.
-DEVICE_FUNCTION void slstm_read_rows(const SlstmShape& p, int group, SlstmRow (&rows)[16]) {
+DEVICE_FUNCTION void slstm_read_rows(const SlstmShape& p, int group, SlstmRow (&rows)[kSlstmRows]) {
   const SlstmDivision& d = p.division;
   const int thread = static_cast<int>(prim::thread_idx().x);
-  const int first = (group + d.first_group) % d.sequence_tiles * 8 * d.tiles;
-  if (thread < 16)
-    rows[thread] = slstm_row(p, thread < 8 * d.tiles ? first + thread : p.num_sequences);
+  const int first = (group + d.first_group) % d.sequence_tiles * kSlstmRows;
+  if (thread < kSlstmRows) rows[thread] = slstm_row(p, first + thread);
 }
-DEVICE_FUNCTION int slstm_longest(const SlstmRow (&rows)[16]) {
+DEVICE_FUNCTION int slstm_longest(const SlstmRow (&rows)[kSlstmRows]) {
   int longest = 0;
-  for (int i = 0; i < 16; ++i) longest = rows[i].length > longest ? rows[i].length : longest;
+  for (int i = 0; i < kSlstmRows; ++i) longest = rows[i].length > longest ? rows[i].length : longest;
   return longest;
 }
 /// Row of the tile of a thread's sequence j.
 DEVICE_FUNCTION int slstm_row_of(int j) {
-  return 8 * (j / 2) + 2 * static_cast<int>(prim::thread_idx().x % 4) + j % 2;
+  return 2 * static_cast<int>(prim::thread_idx().x % 4) + j;
 }
 /// The first of the sequence's checkpoints.
 DEVICE_FUNCTION int64_t slstm_first_slot(const SlstmShape& p, const SlstmRow& row) {
@@ -89,7 +88,7 @@ DEVICE_FUNCTION void slstm_split(float low, float high, u32 (&planes)[kPlanes]) 
                                   high - prim::float_of(planes[0] & 0xffff0000U));
 }
 
-/// d += a b for the B tile at b[.][first], b[.][first + 1]; small terms first.
+/// d += a b for the B fragment at b[.][first], b[.][first + 1]; small terms first.
 template <int kPlanes>
 DEVICE_FUNCTION void slstm_multiply(float (&d)[4], const u32 (&a)[kPlanes][4],
                                     const u32 (&b)[kPlanes][4], int first) {
@@ -100,17 +99,14 @@ DEVICE_FUNCTION void slstm_multiply(float (&d)[4], const u32 (&a)[kPlanes][4],
   prim::mma_bf16(d, a[0], b[0][first], b[0][first + 1]);
 }
 
-/// Columns of up to 16 sequences (B fragments of one k16 step) from a buffer of the exchange, numbers of `channel` from
-/// column k0 on: tile 0 in b[.][0..1], tile 1 in b[.][2..3].
+/// Columns of 8 sequences for two k16 steps (B fragments: b[.][0..1] and b[.][2..3]) from column k of a buffer of the
+/// exchange.
 template <int kPlanes>
-DEVICE_FUNCTION void slstm_columns(u32 (&b)[kPlanes][4], const bf16* buffer, const SlstmDivision& d,
-                                   int channels, int channel, int k0) {
+DEVICE_FUNCTION void slstm_columns(u32 (&b)[kPlanes][4], const bf16* buffer, int pitch, int k) {
   const int l = static_cast<int>(prim::thread_idx().x % 32);
-  const int row = l % 8 + (d.tiles == 2 ? 8 * (l / 16) : 0), rows = 8 * d.tiles;
 #pragma unroll
   for (int p = 0; p < kPlanes; ++p)
-    prim::ldmatrix_x4(b[p], buffer + ((p * channels + channel) * rows + row) * slstm_pitch(d) + k0 +
-                                8 * (l / 8 % 2));
+    prim::ldmatrix_x4(b[p], buffer + (p * kSlstmRows + l % 8) * pitch + 8 * (l / 8) + k);
 }
 
 /// Fragments in shared memory: [fragment][plane][lane] pieces of 16 bytes.
@@ -148,34 +144,34 @@ DEVICE_FUNCTION void transpose_quad(u32 (&w)[4]) {
 }
 
 /// What the threads of a warp hold of its 8 units becomes rows of the exchange. values[channel][sequence of a thread]: unit
-/// lane / 4, sequences 2 (lane % 4) + {0, 1, 8, 9}. Calls put(channel, plane, row, words) for 8 neighbouring numbers each.
-template <int kPlanes, int kChannels, class Put>
-DEVICE_FUNCTION void slstm_rows_of(const float (&values)[kChannels][4], int tiles, const Put& put) {
-  constexpr int kPieces = kChannels * 2 * kPlanes;
+/// lane / 4, sequences 2 (lane % 4) + {0, 1}. Calls put(channel, plane, row, unit, words) for 2 kWords neighbouring units.
+template <int kPlanes, int kWords, int kChannels, class Put>
+DEVICE_FUNCTION void slstm_rows_of(const float (&values)[kChannels][2], const Put& put) {
+  constexpr int kPieces = kChannels * kPlanes;
   const int lane = static_cast<int>(prim::thread_idx().x % 32);
-  u32 words[kPieces < 4 ? 4 : kPieces];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = 0;
+  u32 words[kPieces < 4 ? 4 : kPieces] = {};
 #pragma unroll
   for (int channel = 0; channel < kChannels; ++channel) {
+    u32 planes[kPlanes];
+    slstm_split(values[channel][0], values[channel][1], planes);
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      u32 planes[kPlanes];
-      slstm_split(values[channel][2 * tile], values[channel][2 * tile + 1], planes);
-#pragma unroll
-      for (int p = 0; p < kPlanes; ++p)
-        words[(channel * 2 + tile) * kPlanes + p] = prim::movmatrix_trans(planes[p]);
-    }
+    for (int p = 0; p < kPlanes; ++p)
+      words[channel * kPlanes + p] = prim::movmatrix_trans(planes[p]);
   }
+  if constexpr (kWords == 1) {
 #pragma unroll
-  for (int first = 0; first < kPieces; first += 4) {
-    u32 w[4];
+    for (int piece = 0; piece < kPieces; ++piece)
+      put(piece / kPlanes, piece % kPlanes, lane / 4, 2 * (lane % 4), {words[piece]});
+  } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = words[first + i];
-    transpose_quad(w);
-    const int piece = first + lane % 4, tile = piece / kPlanes % 2;
-    if (piece < kPieces && tile < tiles)
-      put(piece / (2 * kPlanes), piece % kPlanes, 8 * tile + lane / 4, w);
+    for (int first = 0; first < kPieces; first += 4) {
+      u32 w[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[i] = words[first + i];
+      transpose_quad(w);
+      const int piece = first + lane % 4;
+      if (piece < kPieces) put(piece / kPlanes, piece % kPlanes, lane / 4, 0, w);
+    }
   }
 }
 

@@ -4,7 +4,7 @@
 // A policy:
 //   begin(publications)        all threads, before anything else
 //   open(k)                    the whole warp, before its put()s: what it has read is read
-//   put(k, row, column, words) 8 neighbouring numbers; a row is one (plane, channel, sequence)
+//   put(k, row, column, words) 2 kWords neighbouring numbers; a row is one (plane, sequence)
 //   done(k)                    the whole warp, after its put()s
 //   wait(k, reads) -> buffer   all warps; readable until the warp's next put. Warps without units read nothing; where no
 //                              barrier of the block keeps them in step, they must not watch one that others pass
@@ -37,7 +37,7 @@ DEVICE_FUNCTION SlstmExchangeSpace slstm_space(const SlstmKernelShape& kernel, c
   e.numbers = slstm_buffer_numbers(kernel, d);
   e.rank = rank, e.blocks = d.blocks;
   e.warps = d.padded / (kSlstmGroupUnits * kernel.groups);
-  e.rows = kernel.planes * kernel.channels * 8 * d.tiles, e.columns = d.padded;
+  e.rows = kernel.planes * kSlstmRows, e.columns = kernel.channels * d.padded;
   e.arrivals = nullptr, e.memory = nullptr;
   if (s.grid.arrivals != nullptr) {
     const int64_t place = d.first_group + group;
@@ -50,14 +50,14 @@ DEVICE_FUNCTION SlstmExchangeSpace slstm_space(const SlstmKernelShape& kernel, c
 /// Within one block.
 class BlockExchange {
  public:
-  static constexpr int kBuffers = 2;
+  static constexpr int kBuffers = 2, kWords = 1;
 
   DEVICE_FUNCTION explicit BlockExchange(const SlstmExchangeSpace& space) : s(space) {}
   DEVICE_FUNCTION void begin(int) {}
   DEVICE_FUNCTION void open(int) {}
-  DEVICE_FUNCTION void put(int k, int row, int column, const u32 (&words)[4]) {
-    *reinterpret_cast<Bytes16*>(s.buffers + (k & 1) * s.numbers + row * (s.columns + 8) +
-                                column) = {{words[0], words[1], words[2], words[3]}};
+  DEVICE_FUNCTION void put(int k, int row, int column, const u32 (&words)[kWords]) {
+    *reinterpret_cast<u32*>(s.buffers + (k & 1) * s.numbers + row * (s.columns + 8) + column) =
+        words[0];
   }
   DEVICE_FUNCTION void done(int) {}
   DEVICE_FUNCTION const bf16* wait(int k, bool) {
@@ -76,7 +76,7 @@ class BlockExchange {
 /// barriers.
 class ClusterExchange {
  public:
-  static constexpr int kBuffers = 2;
+  static constexpr int kBuffers = 2, kWords = 4;
 
   DEVICE_FUNCTION explicit ClusterExchange(const SlstmExchangeSpace& space) : s(space) {}
   DEVICE_FUNCTION void begin(int count) {
@@ -122,7 +122,7 @@ class ClusterExchange {
 /// Through global memory, between blocks that are resident together. A counter per group only rises.
 class GridExchange {
  public:
-  static constexpr int kBuffers = 1;
+  static constexpr int kBuffers = 1, kWords = 4;
 
   DEVICE_FUNCTION explicit GridExchange(const SlstmExchangeSpace& space) : s(space) {}
   DEVICE_FUNCTION void begin(int) {}

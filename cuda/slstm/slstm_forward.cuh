@@ -1,7 +1,7 @@
 #pragma once
 // The persistent forward kernel. A warp owns groups of 8 units. The rows of its two A tiles per group are ordered so that a
-// thread's accumulators are the four gates of one unit (lane / 4) for its sequences 2 (lane % 4) + {0, 1, 8, 9}: what
-// follows the product needs no other thread.
+// thread's accumulators are the four gates of one unit (lane / 4) for its sequences 2 (lane % 4) + {0, 1}: what follows the
+// product needs no other thread.
 #include "cuda/slstm/slstm_exchange.cuh"
 #include "cuda/slstm/slstm_gates.cuh"
 
@@ -19,7 +19,7 @@ class SlstmForwardBlock {
       : p(params),
         s(params.shape),
         d(params.shape.division),
-        rows(*reinterpret_cast<SlstmRow (*)[16]>(shared)),
+        rows(*reinterpret_cast<SlstmRow (*)[kSlstmRows]>(shared)),
         layout(slstm_shared(kernel(), d)),
         bias(reinterpret_cast<float*>(shared + layout.bias)),
         partials(reinterpret_cast<float*>(shared + layout.partials)),
@@ -52,7 +52,7 @@ class SlstmForwardBlock {
       if (t + 1 < steps) prefetch(t + 1);
       multiply(exchange.wait(t, active));
       if (kGroups == 1 && d.splits > 1) add_partials();
-      finish(t, steps);
+      if (active && split == 0) finish(t, steps);
     }
     exchange.end();
   }
@@ -121,13 +121,21 @@ class SlstmForwardBlock {
   /// States, biases, publication 0, pre-activations of token 0.
   DEVICE_FUNCTION void start(int steps) {
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      float y[1][4];
+    for (int j = 0; j < 2; ++j) {
+      const SlstmRow& row = rows[slstm_row_of(j)];
+      length[j] = row.length;
+      wx_at[j] = slstm_offset(p.call.wx, row, 0, head, column + lane / 4);
+      y_at[j] = slstm_offset(p.call.y, row, 0, head, column + lane / 4);
+      gates_at[j] = slstm_offset(p.call.gates, row, 0, head, column + lane / 4);
+    }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+    for (int g = 0; g < kGroups; ++g) {
+      float y[1][2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
         state[g][j] = empty_state();
         y[0][j] = 0;
-        const SlstmRow row = rows[slstm_row_of(j)];
+        const SlstmRow& row = rows[slstm_row_of(j)];
         if (row.sequence < 0 || !owns(g)) continue;
         const int64_t at = (int64_t{row.sequence} * s.num_heads + head) * s.dh + unit_of(g);
         if (s.in.y0 != nullptr) {
@@ -138,7 +146,7 @@ class SlstmForwardBlock {
         if (row.length == 0) {
           write_last(g, j, at, y[0][j]);
         } else {
-          enter(g, j, row, 0, slstm_reset(s, row, 0), y[0][j]);
+          enter(g, j, 0, slstm_reset(s, row, 0), y[0][j]);
         }
       }
       if (active && split == 0 && steps > 0) publish(g, 0, y);
@@ -148,44 +156,43 @@ class SlstmForwardBlock {
   }
 
   /// A state as it enters token t.
-  DEVICE_FUNCTION void enter(int g, int j, const SlstmRow& row, int t, bool reset, float& y) {
+  DEVICE_FUNCTION void enter(int g, int j, int t, bool reset, float& y) {
     if (reset) state[g][j] = empty_state(), y = 0;
     if (p.call.checkpoints == nullptr || t % static_cast<int>(kSlstmCheckpointTokens) != 0) return;
-    float* to = p.call.checkpoints + slstm_checkpoint(s, row, t, head, unit_of(g), Cell::kStates);
+    float* to = p.call.checkpoints + slstm_checkpoint(s, rows[slstm_row_of(j)], t, head, unit_of(g),
+                                                      Cell::kStates);
     to[0] = state[g][j].c;
     if (Cell::kStates == 3) to[s.dh] = state[g][j].n, to[2 * s.dh] = state[g][j].m;
   }
 
-  DEVICE_FUNCTION void publish(int g, int k, const float (&y)[1][4]) {
+  DEVICE_FUNCTION void publish(int g, int k, const float (&y)[1][2]) {
     const int base = column + g * kSlstmGroupUnits;
-    slstm_rows_of<kPlanes, 1>(y, d.tiles, [&](int, int plane, int row, const u32(&words)[4]) {
-      exchange.put(k, plane * 8 * d.tiles + row, base, words);
-    });
+    slstm_rows_of<kPlanes, Exchange::kWords>(
+        y, [&](int, int plane, int row, int unit, const u32(&words)[Exchange::kWords]) {
+          exchange.put(k, plane * kSlstmRows + row, base + unit, words);
+        });
   }
 
-  /// Starts the loads of what token t adds to the product, and of whether the token is a reset.
+  /// Starts the loads of what token t adds to the product, and of whether the token is a reset; the next one after it is
+  /// token t + 1.
   DEVICE_FUNCTION void prefetch(int t) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const SlstmRow row = rows[slstm_row_of(j)];
-      next_reset[j] = false;
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g)
-#pragma unroll
-        for (int gate = 0; gate < 4; ++gate) next[g][gate][j] = 0;
-      if (t >= row.length) continue;
-      next_reset[j] = slstm_reset(s, row, t);
+    for (int j = 0; j < 2; ++j) {
+      const bool within = t < length[j];
+      next_reset[j] = within && slstm_reset(s, rows[slstm_row_of(j)], t);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        if (!owns(g)) continue;
-        const int64_t at = slstm_offset(p.call.wx, row, t, head, unit_of(g));
+        const bool loads = within && owns(g);
+        const int64_t at = wx_at[j] + g * kSlstmGroupUnits * p.call.wx.unit;
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate)
-          next[g][gate][j] = load_bits(p.call.wx.data, at + gate * p.call.wx.gate, wide());
+          next[g][gate][j] =
+              loads ? load_bits(p.call.wx.data, at + gate * p.call.wx.gate, wide()) : 0;
       }
+      wx_at[j] += p.call.wx.time;
     }
   }
-  DEVICE_FUNCTION static int part_of(int gate, int j) { return 2 * (gate % 2) + j % 2; }
+  DEVICE_FUNCTION static int part_of(int gate, int j) { return 2 * (gate % 2) + j; }
   DEVICE_FUNCTION void start_sums() {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -195,42 +202,38 @@ class SlstmForwardBlock {
       for (int gate = 0; gate < 4; ++gate) {
         const float start = adds ? b[gate] : 0.0F;
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          sums[g][gate / 2][j / 2][part_of(gate, j)] =
+        for (int j = 0; j < 2; ++j)
+          sums[g][gate / 2][part_of(gate, j)] =
               start + number_of<kPlanes>(next[g][gate][j], wide());
       }
     }
   }
 
-  DEVICE_FUNCTION void multiply_step(int g, int m, const u32 (&fragment)[kPlanes][4],
-                                     const u32 (&b)[kPlanes][4]) {
-    slstm_multiply(sums[g][m][0], fragment, b, 0);
-    if (d.tiles == 2) slstm_multiply(sums[g][m][1], fragment, b, 2);
-  }
   DEVICE_FUNCTION void multiply(const bf16* y) {
     if (!active) return;
+    const int pitch = slstm_pitch(kernel(), d);
+    y += 16 * first_step;
+    u32 b[kPlanes][4];
 #pragma unroll
     for (int i = 0; i < kResident; ++i) {
       if (i < my_steps) {
-        u32 b[kPlanes][4];
-        slstm_columns(b, y, d, 1, 0, 16 * (first_step + i));
+        if (i % 2 == 0) slstm_columns(b, y, pitch, 16 * i);
 #pragma unroll
         for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-          for (int m = 0; m < 2; ++m) multiply_step(g, m, resident[i][g][m], b);
+          for (int m = 0; m < 2; ++m) slstm_multiply(sums[g][m], resident[i][g][m], b, i % 2 * 2);
       }
     }
 #pragma unroll 1
     for (int i = kResident; i < my_steps; ++i) {
-      u32 b[kPlanes][4];
-      slstm_columns(b, y, d, 1, 0, 16 * (first_step + i));
+      slstm_columns(b, y, pitch, 16 * i);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           u32 fragment[kPlanes][4];
           load_fragment(fragment, weights, ((i - kResident) * kGroups + g) * 2 + m);
-          multiply_step(g, m, fragment, b);
+          slstm_multiply(sums[g][m], fragment, b, 0);
         }
       }
     }
@@ -238,56 +241,55 @@ class SlstmForwardBlock {
 
   /// Adds the sums of the other warps of the same units, in their order.
   DEVICE_FUNCTION void add_partials() {
-    float* own = partials + warp * 16 * 32 + lane;
+    float* own = partials + warp * 8 * 32 + lane;
     if (active && split > 0) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) own[i * 32] = sums[0][i / 8][i / 4 % 2][i % 4];
+      for (int i = 0; i < 8; ++i) own[i * 32] = sums[0][i / 4][i % 4];
     }
     prim::sync_block();
     if (!active || split > 0) return;
 #pragma unroll 1
     for (int other = 1; other < d.splits; ++other) {
-      own += 16 * 32;
+      own += 8 * 32;
 #pragma unroll
-      for (int i = 0; i < 16; ++i) sums[0][i / 8][i / 4 % 2][i % 4] += own[i * 32];
+      for (int i = 0; i < 8; ++i) sums[0][i / 4][i % 4] += own[i * 32];
     }
   }
 
   /// The cell, its results, and publication t + 1.
   DEVICE_FUNCTION void finish(int t, int steps) {
-    if (!active || split > 0) return;
     if (t + 1 < steps) exchange.open(t + 1);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      float y[1][4];
+      float y[1][2];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 2; ++j) {
         y[0][j] = 0;
-        const SlstmRow row = rows[slstm_row_of(j)];
-        if (t >= row.length || unit_of(g) >= s.dh) continue;
+        if (t >= length[j] || unit_of(g) >= s.dh) continue;
         CellGates gates;
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate)
-          gates.g[gate] = sums[g][gate / 2][j / 2][part_of(gate, j)];
-        if (p.call.gates.data != nullptr) write_gates(g, row, t, gates);
+        for (int gate = 0; gate < 4; ++gate) gates.g[gate] = sums[g][gate / 2][part_of(gate, j)];
+        if (p.call.gates.data != nullptr) write_gates(g, j, gates);
         const CellStep step = Cell::step(gates, state[g][j]);
         state[g][j] = step.after;
         y[0][j] = step.o * step.hidden;
-        store_rounded<kPlanes>(p.call.y.data, slstm_offset(p.call.y, row, t, head, unit_of(g)),
+        store_rounded<kPlanes>(p.call.y.data, y_at[j] + g * kSlstmGroupUnits * p.call.y.inner,
                                wide(), y[0][j]);
-        if (t + 1 < row.length) {
-          enter(g, j, row, t + 1, next_reset[j], y[0][j]);
+        if (t + 1 < length[j]) {
+          enter(g, j, t + 1, next_reset[j], y[0][j]);
         } else {
-          write_last(g, j, (int64_t{row.sequence} * s.num_heads + head) * s.dh + unit_of(g),
-                     y[0][j]);
+          const int sequence = rows[slstm_row_of(j)].sequence;
+          write_last(g, j, (int64_t{sequence} * s.num_heads + head) * s.dh + unit_of(g), y[0][j]);
         }
       }
       if (t + 1 < steps) publish(g, t + 1, y);
     }
     if (t + 1 < steps) exchange.done(t + 1);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) y_at[j] += p.call.y.time, gates_at[j] += p.call.gates.time;
   }
-  DEVICE_FUNCTION void write_gates(int g, const SlstmRow& row, int t, const CellGates& gates) {
-    const int64_t at = slstm_offset(p.call.gates, row, t, head, unit_of(g));
+  DEVICE_FUNCTION void write_gates(int g, int j, const CellGates& gates) {
+    const int64_t at = gates_at[j] + g * kSlstmGroupUnits * p.call.gates.unit;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate)
       store_rounded<kPlanes>(p.call.gates.data, at + gate * p.call.gates.gate,
@@ -302,7 +304,7 @@ class SlstmForwardBlock {
   const SlstmForwardParams& p;
   const SlstmShape& s;
   const SlstmDivision& d;
-  SlstmRow (&rows)[16];
+  SlstmRow (&rows)[kSlstmRows];
   const SlstmShared layout;
   float *const bias, *const partials;  ///< bias: [unit of the block][gate]
   const int lane, warp, group, rank, head, split;
@@ -313,10 +315,12 @@ class SlstmForwardBlock {
   bool active;  ///< has units
 
   u32 resident[kResident][kGroups][2][kPlanes][4];
-  float sums[kGroups][2][2][4];  ///< [group][gates 2 m, 2 m + 1][tile][accumulator]
-  CellState state[kGroups][4];
-  u32 next[kGroups][4][4];  ///< [group][gate][sequence]
-  bool next_reset[4];
+  float sums[kGroups][2][4];  ///< [group][gates 2 m, 2 m + 1][accumulator]
+  CellState state[kGroups][2];
+  u32 next[kGroups][4][2];  ///< [group][gate][sequence]
+  bool next_reset[2];
+  int length[2];
+  int64_t wx_at[2], y_at[2], gates_at[2];  ///< of the first group's unit, at the next token
 };
 
 template <SlstmCell kCell, class Exchange, int kGroups, int kPlanes>

@@ -49,6 +49,33 @@ struct CellGradient {
   float dc, dn;
 };
 
+/// All of a step's derivatives that depend on no gradient. m is constant.
+struct CellSlopes {
+  float f_c, f_n;   ///< of the forget gate's pre-activation, from dc and dn
+  float forget;     ///< of the state before, from that after
+  float hidden;     ///< dn gets minus this times what dc gets; the LSTM: 0
+  float y;          ///< of c, from y
+  float i, z;       ///< of the input gate's pre-activation: i (dc z + dn)
+  float o;          ///< of the output gate's, from y
+  float candidate;  ///< of z's, from dc
+};
+
+/// Gradients of the pre-activations from that of y; `d` is of the state after the step and becomes that of the state
+/// before it.
+DEVICE_FUNCTION CellGates cell_gradients(const CellSlopes& s, float dy, CellGradient& d) {
+  const float dc = dy * s.y;
+  d.dc += dc;
+  d.dn -= dc * s.hidden;
+  CellGates out;
+  out.g[0] = s.i * (d.dc * s.z + d.dn);
+  out.g[1] = d.dc * s.f_c + d.dn * s.f_n;
+  out.g[2] = d.dc * s.candidate;
+  out.g[3] = dy * s.o;
+  d.dc *= s.forget;
+  d.dn *= s.forget;
+  return out;
+}
+
 /// sLSTM. One of the stabilised gates is always 1: with d = log f + m - i the other is e^-|d|.
 template <bool kFast, bool kExponentialForget>
 struct SlstmPolicy {
@@ -83,21 +110,10 @@ struct SlstmPolicy {
     return r;
   }
 
-  /// Gradients of the pre-activations from that of y; `d` is of the state after the step and becomes that of the state
-  /// before it. m is constant.
-  static DEVICE_FUNCTION CellGates gradients(const CellStep& r, const CellState& before, float dy,
-                                             CellGradient& d) {
-    const float dh = dy * r.o, scaled = dh * r.inverse_n;
-    d.dc += scaled;
-    d.dn -= scaled * r.hidden;
-    CellGates out;
-    out.g[0] = r.i * (d.dc * r.z + d.dn);
-    out.g[1] = r.f * r.slope * (d.dc * before.c + d.dn * before.n);
-    out.g[2] = d.dc * r.i * (1.0F - r.z * r.z);
-    out.g[3] = dh * r.hidden * (1.0F - r.o);
-    d.dc *= r.f;
-    d.dn *= r.f;
-    return out;
+  static DEVICE_FUNCTION CellSlopes slopes(const CellStep& r, const CellState& before) {
+    const float f = r.f * r.slope;
+    return {f * before.c,        f * before.n,           r.f, r.hidden, r.o * r.inverse_n, r.i, r.z,
+            r.o * r.hidden * (1.0F - r.o), r.i * (1.0F - r.z * r.z)};
   }
 };
 
@@ -118,17 +134,12 @@ struct LstmPolicy {
     r.inverse_n = 1;
     return r;
   }
-  static DEVICE_FUNCTION CellGates gradients(const CellStep& r, const CellState& before, float dy,
-                                             CellGradient& d) {
-    const float dh = dy * r.o;
-    d.dc += dh * (1.0F - r.hidden * r.hidden);
-    CellGates out;
-    out.g[0] = d.dc * r.z * r.i * (1.0F - r.i);
-    out.g[1] = d.dc * before.c * r.f * r.slope;
-    out.g[2] = d.dc * r.i * (1.0F - r.z * r.z);
-    out.g[3] = dh * r.hidden * (1.0F - r.o);
-    d.dc *= r.f;
-    return out;
+  static DEVICE_FUNCTION CellSlopes slopes(const CellStep& r, const CellState& before) {
+    return {before.c * r.f * r.slope, 0,
+            r.f,                      0,
+            r.o * (1.0F - r.hidden * r.hidden), r.i * (1.0F - r.i),
+            r.z,                      r.o * r.hidden * (1.0F - r.o),
+            r.i * (1.0F - r.z * r.z)};
   }
 };
 

@@ -14,6 +14,8 @@ using prim::u32;
 constexpr int kSlstmThreads = 256, kSlstmWarps = 8;
 /// Units whose gates fill the rows of two products (m16n8k16); the units of a warp at a time.
 constexpr int kSlstmGroupUnits = 8;
+/// Sequences of a block: the columns of such a product.
+constexpr int kSlstmRows = 8;
 
 /// How the units and sequences of a head are divided.
 struct SlstmDivision {
@@ -21,15 +23,14 @@ struct SlstmDivision {
   int32_t units = 64;          ///< of a block: 128, or 64 / splits
   int32_t blocks = 1;          ///< of a group
   int32_t splits = 1;          ///< forward: warps that share the columns of R of the same units
-  int32_t tiles = 1;           ///< of 8 sequences: 1 or 2
-  int32_t sequence_tiles = 1;  ///< groups per head
+  int32_t sequence_tiles = 1;  ///< of 8 sequences: groups per head
   int32_t first_group = 0;     ///< of this launch
 };
 
 /// What kGrid passes through global memory.
 struct SlstmGridMemory {
   u32* arrivals = nullptr;   ///< [group], 0 at launch
-  bf16* exchange = nullptr;  ///< [group][2][planes][channels][8 tiles][padded]
+  bf16* exchange = nullptr;  ///< [group][2][planes][8][channels][padded]
 };
 
 struct SlstmShape {
@@ -46,11 +47,16 @@ struct SlstmForwardParams {
   SlstmForward call;
 };
 
+/// What the steps backward multiply with, of (B,T,NH,DH); slstm_slopes.cuh packs it.
+struct SlstmSlopesView {
+  u32* wide = nullptr;    ///< four numbers each
+  u32* narrow = nullptr;  ///< two words each, with two planes four
+};
+
 struct SlstmBackwardParams {
   SlstmShape shape;
   SlstmBackward call;
-  float* replay =
-      nullptr;  ///< [block][16 steps][states][8 or 16 numbers of a thread][threads]: states within a checkpoint's tokens
+  SlstmSlopesView slopes;
 };
 
 /// Step by step: one thread per unit and sequence.
@@ -95,10 +101,12 @@ struct SlstmShared {
       total;  ///< offsets in bytes; the table of sequences comes first
 };
 /// Numbers of a row of the exchange: 16 bytes of padding keep ldmatrix from meeting a bank twice.
-PRIM_FUNCTION constexpr int slstm_pitch(const SlstmDivision& d) { return d.padded + 8; }
+PRIM_FUNCTION constexpr int slstm_pitch(const SlstmKernelShape& k, const SlstmDivision& d) {
+  return k.channels * d.padded + 8;
+}
 PRIM_FUNCTION constexpr u32 slstm_buffer_numbers(const SlstmKernelShape& k,
                                                  const SlstmDivision& d) {
-  return static_cast<u32>(k.planes * k.channels * 8 * d.tiles * slstm_pitch(d));
+  return static_cast<u32>(k.planes * kSlstmRows * slstm_pitch(k, d));
 }
 PRIM_FUNCTION constexpr SlstmShared slstm_shared(const SlstmKernelShape& k,
                                                  const SlstmDivision& d) {
@@ -108,12 +116,13 @@ PRIM_FUNCTION constexpr SlstmShared slstm_shared(const SlstmKernelShape& k,
   const u32 fragments = static_cast<u32>((forward ? 2 * k.groups : 1) * k.planes);
   const bool shared_sums = forward ? d.splits > 1 : k.groups == 1;
   SlstmShared s{};
-  s.barriers = 16 * 16;
+  s.barriers = kSlstmRows * 16;
   s.bias = s.barriers + 128;
   s.partials = s.bias + (forward ? static_cast<u32>(d.units) * 16 : 0);
-  s.weights = s.partials + (shared_sums ? (forward ? 16U : 8U) * kSlstmThreads * 4 : 0);
+  s.weights = s.partials + (shared_sums ? (forward ? 8U : 4U) * kSlstmThreads * 4 : 0);
   s.exchange = s.weights + beyond * fragments * 512 * kSlstmWarps;
-  s.total = s.exchange + static_cast<u32>(k.buffers) * slstm_buffer_numbers(k, d) * 2;
+  // Two steps are read at a time, of an odd number of them one too many.
+  s.total = s.exchange + static_cast<u32>(k.buffers) * slstm_buffer_numbers(k, d) * 2 + 32;
   return s;
 }
 

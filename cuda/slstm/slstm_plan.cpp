@@ -20,17 +20,16 @@ int64_t step_cost(const SlstmMap& map) {
   return exchange + steps.all + std::max(0, steps.all - steps.resident);
 }
 
-/// With `units` per block and `tiles` of 8 sequences; exchange kAuto where this does not fit.
+/// With `units` per block; exchange kAuto where this does not fit.
 SlstmMap divide(const SlstmProblem& p, const DeviceLimits& device, Direction direction,
-                SlstmExchange exchange, int32_t units, int32_t tiles) {
+                SlstmExchange exchange, int32_t units) {
   SlstmMap map;
   SlstmDivision& d = map.division;
   d.padded = static_cast<int32_t>(ceil_div(p.dh, 16) * 16);
   d.units = units;
   d.blocks = map.blocks = static_cast<int32_t>(ceil_div(d.padded, units));
   d.splits = map.splits = units < 64 ? 64 / units : 1;
-  d.tiles = tiles;
-  d.sequence_tiles = static_cast<int32_t>(ceil_div(p.num_sequences, 8 * tiles));
+  d.sequence_tiles = static_cast<int32_t>(ceil_div(p.num_sequences, kSlstmRows));
   map.kernel.groups = units == kLargestBlock ? 2 : 1;
   map.kernel.planes = p.dtype == Dtype::kBFloat16 ? 1 : 2;
   map.kernel.channels = direction == Direction::kForward ? 1 : 4;
@@ -59,14 +58,11 @@ SlstmMap plan_slstm(const SlstmProblem& p, const DeviceLimits& device, Direction
   SlstmMap best;
   int64_t lowest = std::numeric_limits<int64_t>::max();
   const auto consider = [&](SlstmExchange exchange, int32_t units) {
-    for (const int32_t tiles : {2, 1}) {
-      if (tiles == 2 && p.num_sequences <= 8) continue;
-      const SlstmMap map = divide(p, device, direction, exchange, units, tiles);
-      if (map.exchange == SlstmExchange::kAuto) continue;
-      const int64_t waves = ceil_div(int64_t{map.groups} * map.blocks, device.num_multiprocessors);
-      const int64_t cost = waves * step_cost(map);
-      if (cost < lowest) best = map, lowest = cost;
-    }
+    const SlstmMap map = divide(p, device, direction, exchange, units);
+    if (map.exchange == SlstmExchange::kAuto) return;
+    const int64_t waves = ceil_div(int64_t{map.groups} * map.blocks, device.num_multiprocessors);
+    const int64_t cost = waves * step_cost(map);
+    if (cost < lowest) best = map, lowest = cost;
   };
   if (offered(p, device, SlstmExchange::kBlock))
     consider(SlstmExchange::kBlock, p.dh <= 64 ? 64 : 128);
@@ -91,8 +87,8 @@ bool slstm_supported(const SlstmProblem& p, const DeviceLimits& device, bool gra
 SlstmGridMemory take_grid_memory(const SlstmMap& map, Workspace& workspace) {
   SlstmGridMemory memory;
   if (map.exchange != SlstmExchange::kGrid) return memory;
-  const int64_t numbers = int64_t{2} * map.kernel.planes * map.kernel.channels * 8 *
-                          map.division.tiles * map.division.padded;
+  const int64_t numbers =
+      int64_t{2} * map.kernel.planes * map.kernel.channels * kSlstmRows * map.division.padded;
   memory.arrivals = workspace.take<u32>(map.groups);
   memory.exchange = workspace.take<bf16>(map.groups * numbers);
   return memory;

@@ -123,7 +123,8 @@ class PointwiseBackward {
         dy += load_number(p.call.dy.data, slstm_offset(p.call.dy, at.row, t, at.head, at.unit),
                           s.dtype);
       const CellState before = state_before(t);
-      const CellGates out = Cell::gradients(Cell::step(gates(t), before), before, dy, d);
+      const CellSlopes slopes = Cell::slopes(Cell::step(gates(t), before), before);
+      const CellGates out = cell_gradients(slopes, dy, d);
       write(t, out);
       if (slstm_reset(s, at.row, t)) d = {0, 0};
     } else if (t > 0) {

@@ -30,7 +30,7 @@ std::vector<float> run_forward(std::uint64_t seed, unsigned cluster, int splits)
   for (u32 i = 0; i < r.size(); ++i) r[i] = small_value(i) / 16;
   for (u32 i = 0; i < wx.size(); ++i) wx[i].bits = prim::float_to_bf16(small_value(3 * i + 1) / 8);
   xlstm::cuda::SlstmForwardParams p;
-  p.shape.division = {kUnits, kUnits / blocks, blocks, splits, 1, 1, 0};
+  p.shape.division = {kUnits, kUnits / blocks, blocks, splits, 1, 0};
   p.shape.num_sequences = p.shape.num_heads = 1, p.shape.time = kTime, p.shape.dh = kUnits;
   p.shape.dtype = Dtype::kBFloat16;
   p.shape.r_dtype = p.shape.gates_dtype = p.b_dtype = Dtype::kFloat32;

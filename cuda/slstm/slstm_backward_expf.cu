@@ -1,4 +1,0 @@
-#include "cuda/slstm/slstm_backward_launch.cuh"
-
-template void xlstm::cuda::launch_slstm_backward<xlstm::cuda::SlstmCell::kSlstmExpf>(
-    const SlstmMap&, const SlstmBackwardParams&, Stream);
