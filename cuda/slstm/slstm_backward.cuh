@@ -12,10 +12,10 @@ namespace xlstm::cuda {
 template <int kStates, class Exchange, int kGroups, int kPlanes>
 class SlstmBackwardBlock {
  public:
-  static DEVICE_FUNCTION constexpr SlstmKernelShape kernel() {
-    return {kGroups, kPlanes, 4, Exchange::kBuffers};
+  static PRIM_FUNCTION constexpr SlstmKernelShape kernel() {
+    return {kGroups, kPlanes, 4, Exchange::kBuffers, Exchange::kWithinBlock && kGroups == 1};
   }
-  static constexpr int kResident = slstm_resident({kGroups, kPlanes, 4, Exchange::kBuffers});
+  static constexpr int kResident = slstm_resident(kernel());
 
   DEVICE_FUNCTION SlstmBackwardBlock(const SlstmBackwardParams& params, unsigned char* shared)
       : p(params),
@@ -121,8 +121,8 @@ class SlstmBackwardBlock {
       length[j] = row.length;
       const int64_t token = int64_t{row.batch} * s.time + row.begin + last;
       slopes_at[j] = (token * s.num_heads + head) * s.dh + unit;
-      dy_at[j] = slstm_offset(p.call.dy, row, last, head, unit);
-      dwx_at[j] = slstm_offset(p.call.dwx, row, last, head, unit);
+      dy_at[j] = byte_of(p.call.dy.data, slstm_offset(p.call.dy, row, last, head, unit), wide());
+      dwx_at[j] = byte_of(p.call.dwx.data, slstm_offset(p.call.dwx, row, last, head, unit), wide());
       cut[j] = true;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) carried[g][j] = 0, gradient[g][j] = {0, 0};
@@ -146,14 +146,13 @@ class SlstmBackwardBlock {
       if (t >= length[j] || !owns(g)) continue;
       next[g][j] = load_slopes<kPlanes>(p.slopes, slopes_at[j] + g * kSlstmGroupUnits);
       if (p.call.dy.data != nullptr)
-        next_dy[g][j] = load_bits(p.call.dy.data,
-                                  dy_at[j] + g * kSlstmGroupUnits * p.call.dy.inner, wide());
+        next_dy[g][j] = load_bits(dy_at[j], g * kSlstmGroupUnits * p.call.dy.inner, wide());
     }
   }
   DEVICE_FUNCTION void to_next_loads() {
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      slopes_at[j] -= int64_t{s.num_heads} * s.dh, dy_at[j] -= p.call.dy.time;
+      slopes_at[j] -= int64_t{s.num_heads} * s.dh, dy_at[j] -= p.call.dy.time << size_shift(wide());
   }
 
   // One step -----------------------------------------------------------------------------------------------------------
@@ -181,12 +180,12 @@ class SlstmBackwardBlock {
         const CellGates gates = cell_gradients(slopes[j], carried[g][j] + dy[j], gradient[g][j]);
         carried[g][j] = 0;
         if (cut[j]) gradient[g][j] = {0, 0};
-        const int64_t at = dwx_at[j] + g * kSlstmGroupUnits * p.call.dwx.unit;
+        const int shift = size_shift(wide());
+        unsigned char* at = dwx_at[j] + (g * kSlstmGroupUnits * p.call.dwx.unit << shift);
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) {
+        for (int gate = 0; gate < 4; ++gate, at += p.call.dwx.gate << shift) {
           out[gate][j] = gates.g[gate];
-          store_rounded<kPlanes>(p.call.dwx.data, at + gate * p.call.dwx.gate, wide(),
-                                 gates.g[gate]);
+          store_rounded<kPlanes>(at, 0, wide(), gates.g[gate]);
         }
       }
       if (k < 0) continue;
@@ -199,28 +198,26 @@ class SlstmBackwardBlock {
     if (k >= 0) exchange.done(k);
     to_next_loads();
 #pragma unroll
-    for (int j = 0; j < 2; ++j) dwx_at[j] -= p.call.dwx.time;
+    for (int j = 0; j < 2; ++j) dwx_at[j] -= p.call.dwx.time << size_shift(wide());
   }
 
   DEVICE_FUNCTION void multiply(const bf16* buffer) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0;
     const int pitch = slstm_pitch(kernel(), d);
-    buffer += 16 * first_step;
-    u32 b[kPlanes][4];
-#pragma unroll
-    for (int i = 0; i < kResident; ++i) {
-      if (i < my_steps) {
-        if (i % 2 == 0) slstm_columns(b, buffer, pitch, 16 * i);
-        slstm_multiply(sums[i % 2], resident[i], b, i % 2 * 2);
-      }
-    }
+    const bf16* from = slstm_columns_of(buffer, pitch, 16 * first_step);
+    slstm_for_steps<kPlanes, kResident>(from, pitch, my_steps,
+                                        [&](int i, const u32(&b)[kPlanes][4], int first) {
+                                          slstm_multiply(sums[i % 2], resident[i], b, first);
+                                        });
+    if (!kernel().small) {
 #pragma unroll 1
-    for (int i = kResident; i < my_steps; ++i) {
-      u32 fragment[kPlanes][4];
-      load_fragment(fragment, weights, i - kResident);
-      slstm_columns(b, buffer, pitch, 16 * i);
-      slstm_multiply(sums[0], fragment, b, 0);
+      for (int i = kResident; i < my_steps; ++i) {
+        u32 fragment[kPlanes][4], b[kPlanes][4];
+        load_fragment(fragment, weights, i - kResident);
+        slstm_columns(b, from + 16 * i, pitch);
+        slstm_multiply(sums[0], fragment, b, 0);
+      }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[0][i] += sums[1][i];
@@ -292,7 +289,8 @@ class SlstmBackwardBlock {
   u32 next_dy[kGroups][2];
   bool cut[2];
   int length[2];
-  int64_t slopes_at[2], dy_at[2], dwx_at[2];  ///< of the first group's unit; loads are one token ahead
+  int64_t slopes_at[2];  ///< of the first group's unit, as the others; loads are one token ahead
+  unsigned char *dy_at[2], *dwx_at[2];
 };
 
 template <int kStates, class Exchange, int kGroups, int kPlanes>

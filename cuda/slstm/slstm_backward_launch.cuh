@@ -14,9 +14,11 @@ void launch_slstm_backward_planes(const SlstmMap& map, const SlstmBackwardParams
   } else if (map.exchange == SlstmExchange::kGrid) {
     prim::launch("slstm_backward_grid", slstm_backward_grid<kStates, kPlanes>, shape, p, stream);
   } else if (map.kernel.groups == 2) {
-    prim::launch("slstm_backward_block", slstm_backward_block<kStates, 2, kPlanes>, shape, p, stream);
+    prim::launch("slstm_backward_block", slstm_backward_block<kStates, 2, kPlanes>, shape, p,
+                 stream);
   } else {
-    prim::launch("slstm_backward_block", slstm_backward_block<kStates, 1, kPlanes>, shape, p, stream);
+    prim::launch("slstm_backward_block", slstm_backward_block<kStates, 1, kPlanes>, shape, p,
+                 stream);
   }
 }
 

@@ -27,7 +27,8 @@ DEVICE_FUNCTION void slstm_read_rows(const SlstmShape& p, int group, SlstmRow (&
 }
 DEVICE_FUNCTION int slstm_longest(const SlstmRow (&rows)[kSlstmRows]) {
   int longest = 0;
-  for (int i = 0; i < kSlstmRows; ++i) longest = rows[i].length > longest ? rows[i].length : longest;
+  for (int i = 0; i < kSlstmRows; ++i)
+    longest = rows[i].length > longest ? rows[i].length : longest;
   return longest;
 }
 /// Row of the tile of a thread's sequence j.
@@ -59,10 +60,17 @@ DEVICE_FUNCTION int64_t slstm_offset(const View& x, const SlstmRow& row, int t, 
   return row.batch * x.batch + (row.begin + t) * x.time + head * x.head + unit * x.inner;
 }
 
+/// Bytes of a number, as a shift.
+DEVICE_FUNCTION int size_shift(bool wide) { return wide ? 2 : 1; }
+
 /// Numbers of a problem are float32 (wide) or else bfloat16 where one plane holds them, float16 where two do.
 /// The bits of a number, and the number later, so that nothing waits for the load.
 DEVICE_FUNCTION u32 load_bits(const void* data, int64_t index, bool wide) {
   return wide ? static_cast<const u32*>(data)[index] : static_cast<const u16*>(data)[index];
+}
+/// Where a number stands, and the distance of two, in bytes.
+DEVICE_FUNCTION unsigned char* byte_of(void* data, int64_t index, bool wide) {
+  return static_cast<unsigned char*>(data) + (index << size_shift(wide));
 }
 template <int kPlanes>
 DEVICE_FUNCTION float number_of(u32 bits, bool wide) {
@@ -99,14 +107,36 @@ DEVICE_FUNCTION void slstm_multiply(float (&d)[4], const u32 (&a)[kPlanes][4],
   prim::mma_bf16(d, a[0], b[0][first], b[0][first + 1]);
 }
 
-/// Columns of 8 sequences for two k16 steps (B fragments: b[.][0..1] and b[.][2..3]) from column k of a buffer of the
-/// exchange.
+/// Columns of 8 sequences for two k16 steps (B fragments: b[.][0..1] and b[.][2..3]); `from`: slstm_columns_of.
 template <int kPlanes>
-DEVICE_FUNCTION void slstm_columns(u32 (&b)[kPlanes][4], const bf16* buffer, int pitch, int k) {
-  const int l = static_cast<int>(prim::thread_idx().x % 32);
+DEVICE_FUNCTION void slstm_columns(u32 (&b)[kPlanes][4], const bf16* from, int pitch) {
 #pragma unroll
-  for (int p = 0; p < kPlanes; ++p)
-    prim::ldmatrix_x4(b[p], buffer + (p * kSlstmRows + l % 8) * pitch + 8 * (l / 8) + k);
+  for (int p = 0; p < kPlanes; ++p) prim::ldmatrix_x4(b[p], from + p * kSlstmRows * pitch);
+}
+/// A thread's place in a buffer of the exchange for the step that begins with column k.
+DEVICE_FUNCTION const bf16* slstm_columns_of(const bf16* buffer, int pitch, int k) {
+  const int l = static_cast<int>(prim::thread_idx().x % 32);
+  return buffer + l % 8 * pitch + 8 * (l / 8) + k;
+}
+/// Calls multiply(i, b, first) for steps 0 .. count - 1, at most kSteps of them: their B fragments are b[.][first] and
+/// b[.][first + 1]. Loads go ahead of products.
+template <int kPlanes, int kSteps, class Multiply>
+DEVICE_FUNCTION void slstm_for_steps(const bf16* from, int pitch, int count,
+                                     const Multiply& multiply) {
+  constexpr int kPairs = 4 / kPlanes;
+#pragma unroll
+  for (int first = 0; first < kSteps; first += 2 * kPairs) {
+    if (first >= count) break;
+    u32 b[kPairs][kPlanes][4];
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int i = first + 2 * pair;
+      if (i < kSteps && i < count) slstm_columns(b[pair], from + 16 * i, pitch);
+    }
+#pragma unroll
+    for (int i = first; i < first + 2 * kPairs; ++i)
+      if (i < kSteps && i < count) multiply(i, b[(i - first) / 2], i % 2 * 2);
+  }
 }
 
 /// Fragments in shared memory: [fragment][plane][lane] pieces of 16 bytes.

@@ -51,6 +51,7 @@ DEVICE_FUNCTION SlstmExchangeSpace slstm_space(const SlstmKernelShape& kernel, c
 class BlockExchange {
  public:
   static constexpr int kBuffers = 2, kWords = 1;
+  static constexpr bool kWithinBlock = true;
 
   DEVICE_FUNCTION explicit BlockExchange(const SlstmExchangeSpace& space) : s(space) {}
   DEVICE_FUNCTION void begin(int) {}
@@ -77,6 +78,7 @@ class BlockExchange {
 class ClusterExchange {
  public:
   static constexpr int kBuffers = 2, kWords = 4;
+  static constexpr bool kWithinBlock = false;
 
   DEVICE_FUNCTION explicit ClusterExchange(const SlstmExchangeSpace& space) : s(space) {}
   DEVICE_FUNCTION void begin(int count) {
@@ -123,6 +125,7 @@ class ClusterExchange {
 class GridExchange {
  public:
   static constexpr int kBuffers = 1, kWords = 4;
+  static constexpr bool kWithinBlock = false;
 
   DEVICE_FUNCTION explicit GridExchange(const SlstmExchangeSpace& space) : s(space) {}
   DEVICE_FUNCTION void begin(int) {}

@@ -10,10 +10,10 @@ namespace xlstm::cuda {
 template <class Cell, class Exchange, int kGroups, int kPlanes>
 class SlstmForwardBlock {
  public:
-  static DEVICE_FUNCTION constexpr SlstmKernelShape kernel() {
-    return {kGroups, kPlanes, 1, Exchange::kBuffers};
+  static PRIM_FUNCTION constexpr SlstmKernelShape kernel() {
+    return {kGroups, kPlanes, 1, Exchange::kBuffers, Exchange::kWithinBlock && kGroups == 1};
   }
-  static constexpr int kResident = slstm_resident({kGroups, kPlanes, 1, Exchange::kBuffers});
+  static constexpr int kResident = slstm_resident(kernel());
 
   DEVICE_FUNCTION SlstmForwardBlock(const SlstmForwardParams& params, unsigned char* shared)
       : p(params),
@@ -21,7 +21,6 @@ class SlstmForwardBlock {
         d(params.shape.division),
         rows(*reinterpret_cast<SlstmRow (*)[kSlstmRows]>(shared)),
         layout(slstm_shared(kernel(), d)),
-        bias(reinterpret_cast<float*>(shared + layout.bias)),
         partials(reinterpret_cast<float*>(shared + layout.partials)),
         lane(static_cast<int>(prim::thread_idx().x % 32)),
         warp(static_cast<int>(prim::thread_idx().x / 32)),
@@ -58,21 +57,16 @@ class SlstmForwardBlock {
   }
 
  private:
-  /// The sequences and biases of this block; the longest sequence's tokens.
+  /// The sequences of this block; the longest sequence's tokens.
   DEVICE_FUNCTION int read_rows() {
-    const int thread = static_cast<int>(prim::thread_idx().x);
     slstm_read_rows(s, group, rows);
-    for (int i = thread; i < 4 * d.units; i += kSlstmThreads) {
-      const int unit = rank * d.units + i / 4;
-      const int64_t at = (int64_t{i % 4} * s.num_heads + head) * s.dh + unit;
-      bias[i] = unit < s.dh ? load_number(p.call.b, at, p.b_dtype) : 0.0F;
-    }
     prim::sync_block();
     return slstm_longest(rows);
   }
 
   /// The type of wx and y.
   DEVICE_FUNCTION bool wide() const { return kPlanes == 2 && s.dtype == Dtype::kFloat32; }
+  DEVICE_FUNCTION bool wide_gates() const { return s.gates_dtype == Dtype::kFloat32; }
   DEVICE_FUNCTION int unit_of(int g) const { return column + g * kSlstmGroupUnits + lane / 4; }
   DEVICE_FUNCTION bool owns(int g) const { return active && split == 0 && unit_of(g) < s.dh; }
 
@@ -124,12 +118,19 @@ class SlstmForwardBlock {
     for (int j = 0; j < 2; ++j) {
       const SlstmRow& row = rows[slstm_row_of(j)];
       length[j] = row.length;
-      wx_at[j] = slstm_offset(p.call.wx, row, 0, head, column + lane / 4);
-      y_at[j] = slstm_offset(p.call.y, row, 0, head, column + lane / 4);
-      gates_at[j] = slstm_offset(p.call.gates, row, 0, head, column + lane / 4);
+      const int unit = column + lane / 4;
+      wx_at[j] = byte_of(p.call.wx.data, slstm_offset(p.call.wx, row, 0, head, unit), wide());
+      y_at[j] = byte_of(p.call.y.data, slstm_offset(p.call.y, row, 0, head, unit), wide());
+      gates_at[j] =
+          byte_of(p.call.gates.data, slstm_offset(p.call.gates, row, 0, head, unit), wide_gates());
     }
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) {
+        const int64_t at = (int64_t{gate} * s.num_heads + head) * s.dh + unit_of(g);
+        bias[g][gate] = owns(g) ? load_number(p.call.b, at, p.b_dtype) : 0.0F;
+      }
       float y[1][2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -159,8 +160,8 @@ class SlstmForwardBlock {
   DEVICE_FUNCTION void enter(int g, int j, int t, bool reset, float& y) {
     if (reset) state[g][j] = empty_state(), y = 0;
     if (p.call.checkpoints == nullptr || t % static_cast<int>(kSlstmCheckpointTokens) != 0) return;
-    float* to = p.call.checkpoints + slstm_checkpoint(s, rows[slstm_row_of(j)], t, head, unit_of(g),
-                                                      Cell::kStates);
+    float* to = p.call.checkpoints +
+                slstm_checkpoint(s, rows[slstm_row_of(j)], t, head, unit_of(g), Cell::kStates);
     to[0] = state[g][j].c;
     if (Cell::kStates == 3) to[s.dh] = state[g][j].n, to[2 * s.dh] = state[g][j].m;
   }
@@ -183,50 +184,43 @@ class SlstmForwardBlock {
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         const bool loads = within && owns(g);
-        const int64_t at = wx_at[j] + g * kSlstmGroupUnits * p.call.wx.unit;
+        const unsigned char* at =
+            wx_at[j] + (g * kSlstmGroupUnits * p.call.wx.unit << size_shift(wide()));
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate)
-          next[g][gate][j] =
-              loads ? load_bits(p.call.wx.data, at + gate * p.call.wx.gate, wide()) : 0;
+        for (int gate = 0; gate < 4; ++gate, at += p.call.wx.gate << size_shift(wide()))
+          next[g][gate][j] = loads ? load_bits(at, 0, wide()) : 0;
       }
-      wx_at[j] += p.call.wx.time;
+      wx_at[j] += p.call.wx.time << size_shift(wide());
     }
   }
   DEVICE_FUNCTION static int part_of(int gate, int j) { return 2 * (gate % 2) + j; }
   DEVICE_FUNCTION void start_sums() {
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const bool adds = active && split == 0;
-      const float* b = bias + 4 * (adds ? unit_of(g) - rank * d.units : 0);
+    for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
-        const float start = adds ? b[gate] : 0.0F;
+      for (int gate = 0; gate < 4; ++gate)
 #pragma unroll
         for (int j = 0; j < 2; ++j)
           sums[g][gate / 2][part_of(gate, j)] =
-              start + number_of<kPlanes>(next[g][gate][j], wide());
-      }
-    }
+              bias[g][gate] + number_of<kPlanes>(next[g][gate][j], wide());
   }
 
   DEVICE_FUNCTION void multiply(const bf16* y) {
     if (!active) return;
     const int pitch = slstm_pitch(kernel(), d);
-    y += 16 * first_step;
-    u32 b[kPlanes][4];
+    const bf16* from = slstm_columns_of(y, pitch, 16 * first_step);
+    slstm_for_steps<kPlanes, kResident>(
+        from, pitch, my_steps, [&](int i, const u32(&b)[kPlanes][4], int first) {
 #pragma unroll
-    for (int i = 0; i < kResident; ++i) {
-      if (i < my_steps) {
-        if (i % 2 == 0) slstm_columns(b, y, pitch, 16 * i);
+          for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g)
-#pragma unroll
-          for (int m = 0; m < 2; ++m) slstm_multiply(sums[g][m], resident[i][g][m], b, i % 2 * 2);
-      }
-    }
+            for (int m = 0; m < 2; ++m) slstm_multiply(sums[g][m], resident[i][g][m], b, first);
+        });
+    if (kernel().small) return;
 #pragma unroll 1
     for (int i = kResident; i < my_steps; ++i) {
-      slstm_columns(b, y, pitch, 16 * i);
+      u32 b[kPlanes][4];
+      slstm_columns(b, from + 16 * i, pitch);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
@@ -273,8 +267,7 @@ class SlstmForwardBlock {
         const CellStep step = Cell::step(gates, state[g][j]);
         state[g][j] = step.after;
         y[0][j] = step.o * step.hidden;
-        store_rounded<kPlanes>(p.call.y.data, y_at[j] + g * kSlstmGroupUnits * p.call.y.inner,
-                               wide(), y[0][j]);
+        store_rounded<kPlanes>(y_at[j], g * kSlstmGroupUnits * p.call.y.inner, wide(), y[0][j]);
         if (t + 1 < length[j]) {
           enter(g, j, t + 1, next_reset[j], y[0][j]);
         } else {
@@ -286,14 +279,17 @@ class SlstmForwardBlock {
     }
     if (t + 1 < steps) exchange.done(t + 1);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) y_at[j] += p.call.y.time, gates_at[j] += p.call.gates.time;
+    for (int j = 0; j < 2; ++j) {
+      y_at[j] += p.call.y.time << size_shift(wide());
+      gates_at[j] += p.call.gates.time << size_shift(wide_gates());
+    }
   }
   DEVICE_FUNCTION void write_gates(int g, int j, const CellGates& gates) {
-    const int64_t at = gates_at[j] + g * kSlstmGroupUnits * p.call.gates.unit;
+    const int shift = size_shift(wide_gates());
+    unsigned char* at = gates_at[j] + (g * kSlstmGroupUnits * p.call.gates.unit << shift);
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate)
-      store_rounded<kPlanes>(p.call.gates.data, at + gate * p.call.gates.gate,
-                             s.gates_dtype == Dtype::kFloat32, gates.g[gate]);
+    for (int gate = 0; gate < 4; ++gate, at += p.call.gates.gate << shift)
+      store_rounded<kPlanes>(at, 0, wide_gates(), gates.g[gate]);
   }
   DEVICE_FUNCTION void write_last(int g, int j, int64_t at, float y) {
     p.call.y_last[at] = y;
@@ -306,7 +302,7 @@ class SlstmForwardBlock {
   const SlstmDivision& d;
   SlstmRow (&rows)[kSlstmRows];
   const SlstmShared layout;
-  float *const bias, *const partials;  ///< bias: [unit of the block][gate]
+  float* const partials;
   const int lane, warp, group, rank, head, split;
   Exchange exchange;
   Bytes16* weights;
@@ -317,10 +313,12 @@ class SlstmForwardBlock {
   u32 resident[kResident][kGroups][2][kPlanes][4];
   float sums[kGroups][2][4];  ///< [group][gates 2 m, 2 m + 1][accumulator]
   CellState state[kGroups][2];
+  float bias[kGroups][4];
   u32 next[kGroups][4][2];  ///< [group][gate][sequence]
   bool next_reset[2];
   int length[2];
-  int64_t wx_at[2], y_at[2], gates_at[2];  ///< of the first group's unit, at the next token
+  const unsigned char* wx_at[2];  ///< of the first group's unit, at the next token
+  unsigned char *y_at[2], *gates_at[2];
 };
 
 template <SlstmCell kCell, class Exchange, int kGroups, int kPlanes>

@@ -112,8 +112,15 @@ struct SlstmPolicy {
 
   static DEVICE_FUNCTION CellSlopes slopes(const CellStep& r, const CellState& before) {
     const float f = r.f * r.slope;
-    return {f * before.c,        f * before.n,           r.f, r.hidden, r.o * r.inverse_n, r.i, r.z,
-            r.o * r.hidden * (1.0F - r.o), r.i * (1.0F - r.z * r.z)};
+    return {f * before.c,
+            f * before.n,
+            r.f,
+            r.hidden,
+            r.o * r.inverse_n,
+            r.i,
+            r.z,
+            r.o * r.hidden * (1.0F - r.o),
+            r.i * (1.0F - r.z * r.z)};
   }
 };
 
@@ -135,10 +142,14 @@ struct LstmPolicy {
     return r;
   }
   static DEVICE_FUNCTION CellSlopes slopes(const CellStep& r, const CellState& before) {
-    return {before.c * r.f * r.slope, 0,
-            r.f,                      0,
-            r.o * (1.0F - r.hidden * r.hidden), r.i * (1.0F - r.i),
-            r.z,                      r.o * r.hidden * (1.0F - r.o),
+    return {before.c * r.f * r.slope,
+            0,
+            r.f,
+            0,
+            r.o * (1.0F - r.hidden * r.hidden),
+            r.i * (1.0F - r.i),
+            r.z,
+            r.o * r.hidden * (1.0F - r.o),
             r.i * (1.0F - r.z * r.z)};
   }
 };

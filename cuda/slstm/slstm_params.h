@@ -78,6 +78,7 @@ struct SlstmKernelShape {
   int channels =
       1;            ///< numbers per unit and sequence that are passed on: 1 (y), backward 4 (gates)
   int buffers = 2;  ///< of the exchange in shared memory: 1 for kGrid
+  bool small = false;  ///< a head of up to 64 units in one block
 };
 
 /// k16 steps of a warp, of them with weights in registers; those of the others lie in shared memory.
@@ -87,6 +88,7 @@ struct SlstmSteps {
 /// 128 registers per thread, less where the rest of the kernel needs them. Forward a step takes two A fragments per unit
 /// group; backward one fragment of 16 units, whose columns the warps of a block share.
 PRIM_FUNCTION constexpr int slstm_resident(const SlstmKernelShape& k) {
+  if (k.small) return k.channels == 1 ? 4 : 8;  // all there are
   return k.channels == 1 ? 16 / k.groups / k.planes - (k.groups - 1)
                          : (k.groups == 1 ? 28 : 20) / k.planes;
 }
@@ -97,7 +99,7 @@ PRIM_FUNCTION constexpr SlstmSteps slstm_steps(const SlstmKernelShape& k, const 
 }
 
 struct SlstmShared {
-  u32 barriers, bias, partials, weights, exchange,
+  u32 barriers, partials, weights, exchange,
       total;  ///< offsets in bytes; the table of sequences comes first
 };
 /// Numbers of a row of the exchange: 16 bytes of padding keep ldmatrix from meeting a bank twice.
@@ -117,8 +119,7 @@ PRIM_FUNCTION constexpr SlstmShared slstm_shared(const SlstmKernelShape& k,
   const bool shared_sums = forward ? d.splits > 1 : k.groups == 1;
   SlstmShared s{};
   s.barriers = kSlstmRows * 16;
-  s.bias = s.barriers + 128;
-  s.partials = s.bias + (forward ? static_cast<u32>(d.units) * 16 : 0);
+  s.partials = s.barriers + 128;
   s.weights = s.partials + (shared_sums ? (forward ? 8U : 4U) * kSlstmThreads * 4 : 0);
   s.exchange = s.weights + beyond * fragments * 512 * kSlstmWarps;
   // Two steps are read at a time, of an odd number of them one too many.

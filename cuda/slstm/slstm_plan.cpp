@@ -11,13 +11,16 @@ constexpr int64_t kLargestBlock = 128, kLargestCluster = 8, kLargestHead = 1024;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// About how long a step takes, in products of a warp: those of its weights, twice where they come from shared memory,
-/// and the exchange.
+/// what follows them, and the exchange.
 int64_t step_cost(const SlstmMap& map) {
+  constexpr int64_t kCell = 8;
   const SlstmSteps steps = slstm_steps(map.kernel, map.division);
   const int64_t exchange = map.exchange == SlstmExchange::kBlock     ? 4
                            : map.exchange == SlstmExchange::kCluster ? 8
-                                                                     : 24;
-  return exchange + steps.all + std::max(0, steps.all - steps.resident);
+                                                                     : 48;
+  const int64_t products = map.kernel.channels == 1 ? map.kernel.groups : 1;
+  return exchange + kCell * map.kernel.groups + products * steps.all +
+         std::max(0, steps.all - steps.resident);
 }
 
 /// With `units` per block; exchange kAuto where this does not fit.
@@ -34,6 +37,7 @@ SlstmMap divide(const SlstmProblem& p, const DeviceLimits& device, Direction dir
   map.kernel.planes = p.dtype == Dtype::kBFloat16 ? 1 : 2;
   map.kernel.channels = direction == Direction::kForward ? 1 : 4;
   map.kernel.buffers = exchange == SlstmExchange::kGrid ? 1 : 2;
+  map.kernel.small = exchange == SlstmExchange::kBlock && map.kernel.groups == 1;
   map.groups = static_cast<int32_t>(p.num_heads * d.sequence_tiles);
   map.groups_per_launch = exchange == SlstmExchange::kGrid
                               ? std::min(device.num_multiprocessors / d.blocks, map.groups)

@@ -43,9 +43,9 @@ DEVICE_FUNCTION void store_slopes(const SlstmSlopesView& slopes, int64_t at, con
                                   bool cut) {
   using Narrow = typename SlstmNarrow<kPlanes>::Type;
   const float second = kStates == 3 ? s.f_n : s.candidate;
-  reinterpret_cast<Bytes16*>(slopes.wide)[at] = {
-      {prim::bits_of(s.f_c), prim::bits_of(second), prim::bits_of(cut ? -1.0F : s.forget),
-       prim::bits_of(s.hidden)}};
+  reinterpret_cast<Bytes16*>(slopes.wide)[at] = {{prim::bits_of(s.f_c), prim::bits_of(second),
+                                                  prim::bits_of(cut ? -1.0F : s.forget),
+                                                  prim::bits_of(s.hidden)}};
   Narrow narrow;
   if constexpr (kPlanes == 1) {
     narrow.words[0] = prim::pack_bf16x2(s.y, s.i);

@@ -123,8 +123,8 @@ void plans(uint64_t) {
             expect(d.padded >= dh && d.padded < dh + 16 && d.padded % 16 == 0, "padded", dh);
             expect(d.units * d.blocks >= d.padded && d.units * (d.blocks - 1) < d.padded, "units",
                    dh);
-            expect(map.groups == 4 * d.sequence_tiles && 8 * d.sequence_tiles >= batch,
-                   "groups", dh);
+            expect(map.groups == 4 * d.sequence_tiles && 8 * d.sequence_tiles >= batch, "groups",
+                   dh);
             expect(map.exchange != SlstmExchange::kGrid ||
                        map.groups_per_launch * map.blocks <= device.num_multiprocessors,
                    "blocks of a launch are resident together", dh);
