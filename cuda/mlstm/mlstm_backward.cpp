@@ -1,4 +1,4 @@
-// The backward pass as a sequence of launches: gates again, prep (G and z), [states that enter the segments,] dv, dq and
+// The backward pass as a sequence of launches: gates again (twice where dv has chunks of its own), prep (G and z), [states that enter the segments,] dv, dq and
 // dk by the fused sweep or by the state and out kernels, gate gradients last.
 #include <algorithm>
 #include <initializer_list>
@@ -11,8 +11,8 @@ namespace xlstm::cuda {
 namespace {
 
 struct BackwardMemory {
-  GateRecord* records;
-  float *gamma, *z;
+  GateRecord *records, *dv_records;
+  float *gamma, *dv_gamma, *z;
   void* g;  // (B,T,NH,DV), bfloat16 or float32
   float *dots_r, *dots_c;
   float *dc0, *dn0;      // where the gate gradients need them and the caller does not
@@ -21,13 +21,15 @@ struct BackwardMemory {
   StateMemory states;  // C first, then dC in its place
   Anchors anchors;
   BackwardMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace)
-      : records(workspace.take<GateRecord>(plan.positions())),
-        gamma(workspace.take<float>(plan.positions() / plan.chunks.length)),
-        z(workspace.take<float>(plan.positions())),
+      : records(workspace.take<GateRecord>(positions_of(plan.chunks))),
+        dv_records(workspace.take<GateRecord>(positions_of(plan.dv_chunks))),
+        gamma(workspace.take<float>(positions_of(plan.chunks) / plan.chunks.length)),
+        dv_gamma(workspace.take<float>(positions_of(plan.dv_chunks) / plan.dv_chunks.length)),
+        z(workspace.take<float>(positions_of(plan.chunks))),
         g(workspace.take<uint16_t>(problem.batch * problem.time * problem.num_heads * problem.dv *
                                    plan.planes)),
-        dots_r(workspace.take<float>(plan.positions() * plan.dot_tiles)),
-        dots_c(workspace.take<float>(plan.positions() * plan.dot_tiles)),
+        dots_r(workspace.take<float>(positions_of(plan.chunks) * plan.dot_tiles)),
+        dots_c(workspace.take<float>(positions_of(plan.chunks) * plan.dot_tiles)),
         dc0(workspace.take<float>(plan.items() * problem.dqk * problem.dv)),
         dn0(workspace.take<float>(plan.items() * problem.dqk)),
         end_c(workspace.take<float>(plan.items() * problem.dqk * problem.dv)),
@@ -62,8 +64,12 @@ struct Backward {
   }
 
   void prepare() const {
-    launch_gates(gates_params(plan, problem, call.in, memory.records, memory.gamma, nullptr),
+    launch_gates(gates_params(plan.chunks, problem, call.in, memory.records, memory.gamma, nullptr),
                  stream);
+    if (plan.sm90_dv)
+      launch_gates(gates_params(plan.dv_chunks, problem, call.in, memory.dv_records,
+                                memory.dv_gamma, nullptr),
+                   stream);
     PrepParams p;
     p.chunks = plan.chunks;
     p.h = value_like(call.h);
@@ -108,6 +114,11 @@ struct Backward {
     p.gamma = memory.gamma;
     p.dqk = static_cast<int32_t>(problem.dqk);
     p.dv = static_cast<int32_t>(problem.dv);
+    if (use == Use::kDv && plan.sm90_dv) {
+      p.chunks = plan.dv_chunks;
+      p.records = memory.dv_records;
+      p.gamma = memory.dv_gamma;
+    }
     if (use != Use::kDv) {
       p.z = memory.z;
       p.dot = use == Use::kDq ? q : k;
@@ -117,9 +128,12 @@ struct Backward {
     return p;
   }
 
+  /// Whether the plan has the sweep for sm_90a in that use.
+  bool sm90(Use use) const { return plan.sm90 || (plan.sm90_dv && use == Use::kDv); }
   bool sm90_takes() const {
-    return sweep_sm90_takes(sweep(Use::kDv)) && sweep_sm90_takes(sweep(Use::kDq)) &&
-           sweep_sm90_takes(sweep(Use::kDk));
+    for (const Use use : {Use::kDv, Use::kDq, Use::kDk})
+      if (sm90(use) && !sweep_sm90_takes(sweep(use))) return false;
+    return true;
   }
 
   void run_fused() const {
@@ -134,7 +148,7 @@ struct Backward {
       if (use == Use::kDq) p.end_c = end_c(), p.end_n = end_n();
       if (use == Use::kDv) p.end_c = dc0();
       if (use == Use::kDk) p.end_n = dn0();
-      (plan.sm90 ? launch_sweep_sm90 : launch_sweep)(use, p, device, stream);
+      (sm90(use) ? launch_sweep_sm90 : launch_sweep)(use, p, device, stream);
     }
   }
 
@@ -216,11 +230,11 @@ size_t mlstm_backward_workspace(const MlstmProblem& problem, const DeviceLimits&
 void mlstm_backward(const MlstmProblem& problem, const DeviceLimits& device,
                     const MlstmBackward& call, void* workspace, Stream stream) {
   MlstmPlan plan = plan_mlstm(problem, device, Direction::kBackward);
-  plan.chunks.cu_seqlens = call.in.cu_seqlens;
+  plan.chunks.cu_seqlens = plan.dv_chunks.cu_seqlens = call.in.cu_seqlens;
   Workspace pieces(workspace);
   const BackwardMemory memory(plan, problem, pieces);
   const Backward backward{problem, device, call, plan, memory, stream};
-  if (plan.sm90 && !backward.sm90_takes())
+  if (!backward.sm90_takes())
     return mlstm_backward(problem, without_hopper(device), call, workspace, stream);
   backward.prepare();
   if (plan.fused) {

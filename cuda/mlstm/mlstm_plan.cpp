@@ -53,6 +53,19 @@ int tile_columns(const MlstmProblem& problem, const DeviceLimits& device, const 
                     : out_tile_columns(problem.dtype, device);
 }
 
+Chunks cut(const MlstmProblem& problem, int64_t length) {
+  Chunks chunks;
+  chunks.num_sequences = static_cast<int32_t>(problem.num_sequences);
+  chunks.time = static_cast<int32_t>(problem.time);
+  chunks.num_heads = static_cast<int32_t>(problem.num_heads);
+  chunks.length = static_cast<int32_t>(length);
+  // One row may hold packed sequences, each with a partial chunk at its end (sequence_at).
+  chunks.slots = static_cast<int32_t>(problem.batch == 1
+                                          ? problem.time / length + problem.num_sequences
+                                          : problem.num_sequences * ceil_div(problem.time, length));
+  return chunks;
+}
+
 int registers_at_anchor(const MlstmProblem& problem, const DeviceLimits& device,
                         const MlstmPlan& plan) {
   const int dqk = static_cast<int>(problem.dqk), dv = static_cast<int>(problem.dv);
@@ -86,27 +99,28 @@ MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Di
   };
   plan.fused = fused_by(sweep_covers);
   plan.sm90 = device.hopper && fused_by(sweep_sm90_covers);
-  // Heads too large for that sweep: the state and out kernels for sm_90a, not the sweep for sm_80.
-  if (device.hopper && !plan.sm90 && problem.dtype == Dtype::kBFloat16) plan.fused = false;
+  // Heads too large for that sweep take the state and out kernels for sm_90a, not the sweep for sm_80: an H100 needs half
+  // the time at (256, 512). But where DV alone is too large, dv can have that sweep and the other two, all on the chip, beat
+  // kernels that move states.
+  const bool only_dv = device.hopper && !plan.sm90 && direction == Direction::kBackward &&
+                       plan.fused && sweep_sm90_covers(dqk, problem.dtype, device);
+  if (device.hopper && !plan.sm90 && !only_dv && problem.dtype == Dtype::kBFloat16)
+    plan.fused = false;
   const int64_t length = chunk_length(problem, plan);
   const auto columns = [&](int contraction, int width) {
     return ceil_div(width, tile_columns(problem, device, plan, contraction, width));
   };
   if (direction == Direction::kBackward) plan.dot_tiles = static_cast<int32_t>(columns(dv, dqk));
   Chunks& chunks = plan.chunks;
-  chunks.num_sequences = static_cast<int32_t>(problem.num_sequences);
-  chunks.time = static_cast<int32_t>(problem.time);
-  chunks.num_heads = static_cast<int32_t>(problem.num_heads);
-  chunks.length = static_cast<int32_t>(length);
-  // One row may hold packed sequences, each with a partial chunk at its end (sequence_at).
-  chunks.slots = static_cast<int32_t>(problem.batch == 1
-                                          ? problem.time / length + problem.num_sequences
-                                          : problem.num_sequences * ceil_div(problem.time, length));
+  chunks = cut(problem, length);
   const int64_t tiles = plan.fused
                             ? columns(dqk, dv)
                             : ceil_div(problem.dqk, 2 * kTile) * ceil_div(problem.dv, 2 * kTile);
   chunks.segments =
       static_cast<int32_t>(segment_count(problem, device, length, plan.items() * tiles));
+  // Segments begin at chunks: with several of them the states that enter one are not those of other chunks.
+  plan.sm90_dv = only_dv && chunks.segments == 1;
+  if (plan.sm90_dv) plan.dv_chunks = cut(problem, kSweepSm90Length);
   chunks.anchor = static_cast<int32_t>(std::max<int64_t>(1, anchor_tokens(problem) / length));
   if (direction == Direction::kBackward && problem.time > anchor_tokens(problem)) {
     plan.anchor_count = chunks.slots / chunks.anchor + 1;
@@ -152,10 +166,14 @@ Operand operand_of(const View& view, int64_t width, Dtype dtype) {
           dtype,     vector};
 }
 
-GatesParams gates_params(const MlstmPlan& plan, const MlstmProblem& problem, const MlstmInputs& in,
+int64_t positions_of(const Chunks& chunks) {
+  return int64_t{chunks.num_heads} * chunks.slots * chunks.length;
+}
+
+GatesParams gates_params(const Chunks& chunks, const MlstmProblem& problem, const MlstmInputs& in,
                          GateRecord* records, float* gamma, float* m) {
   GatesParams p;
-  p.chunks = plan.chunks;
+  p.chunks = chunks;
   p.igate = in.igate;
   p.fgate = in.fgate;
   p.igate_dtype = problem.igate_dtype;

@@ -7,14 +7,16 @@ namespace xlstm::cuda {
 
 struct MlstmPlan {
   Chunks chunks;
-  bool fused = true;      ///< sweep kernels; else state and out kernels, with the states in memory
-  bool sm90 = false;      ///< fused by the sweep kernels for sm_90a
+  bool fused = true;  ///< sweep kernels; else state and out kernels, with the states in memory
+  bool sm90 = false;  ///< fused by the sweep kernels for sm_90a
+  /// Backward: dv by the sweep for sm_90a, in chunks of its own (dv_chunks), dq and dk by the sweeps for sm_80.
+  bool sm90_dv = false;
+  Chunks dv_chunks;
   int32_t planes = 1;     ///< bfloat16 planes per number
   int32_t dot_tiles = 1;  ///< column tiles of DQK: partial row dots per token
   int32_t anchor_tiles = 1, anchor_count = 0,
           anchor_numbers = 0;  ///< see Anchors; no anchors for short sequences
   int64_t items() const { return int64_t{chunks.num_sequences} * chunks.num_heads; }
-  int64_t positions() const { return int64_t{chunks.num_heads} * chunks.slots * chunks.length; }
 };
 
 /// With DeviceLimits::hopper the plan may turn out to be one for operands that the call does not have: the kernels for sm_90a
@@ -40,7 +42,10 @@ Anchors take_anchors(const MlstmPlan& plan, Workspace& workspace);
 
 Operand operand_of(const View& view, int64_t width, Dtype dtype);
 
-GatesParams gates_params(const MlstmPlan& plan, const MlstmProblem& problem, const MlstmInputs& in,
+/// Tokens of all chunks of all heads, the last one of a sequence counted in full.
+int64_t positions_of(const Chunks& chunks);
+
+GatesParams gates_params(const Chunks& chunks, const MlstmProblem& problem, const MlstmInputs& in,
                          GateRecord* records, float* gamma, float* m);
 
 /// The states that enter the segments: C forward or dC in reverse. Fills `memory` where there are several; afterwards

@@ -55,13 +55,32 @@ void others(uint64_t seed) {
     run(s, seed);
   };
   planned({.time = 150, .dqk = 64, .dv = 256, .states = true}, Direction::kForward, true);
-  planned({.time = 150, .dqk = 64, .dv = 256, .states = true}, Direction::kBackward, false);
   planned({.time = 150, .dqk = 64, .dv = 64, .dtype = Dtype::kFloat32}, Direction::kForward, false);
   planned({.time = 70, .dqk = 256, .dv = 64}, Direction::kForward, false);
   // Rows that are not aligned, or not of whole 16-byte pieces: planned, and planned again.
   planned({.batch = 2, .time = 150, .dqk = 20, .dv = 40}, Direction::kForward, true);
   planned({.batch = 2, .time = 150, .dqk = 24, .dv = 40, .strided = true}, Direction::kBackward,
           true);
+}
+
+/// Values of more columns than the sweep contracts over: backward, dv alone is its.
+void dv_alone(uint64_t seed) {
+  const auto run_mixed = [&](Setting s, bool mixed = true) {
+    if (s.device.compute_capability != 90) s.device = kHopper;
+    const Call call(s, seed);
+    const auto plan = plan_mlstm(call.problem, s.device, Direction::kBackward);
+    expect(!plan.sm90 && plan.fused && plan.sm90_dv == mixed, "plan");
+    run(s, seed);
+  };
+  run_mixed({.time = 150, .dqk = 64, .dv = 256, .states = true});
+  if (thread_build()) return;
+  run_mixed({.batch = 2, .time = 200, .heads = 2, .dqk = 24, .dv = 136, .resets = true});
+  run_mixed({.time = 700, .dqk = 128, .dv = 192, .sigmoid = true, .states = true});
+  run_mixed(
+      {.time = 300, .dqk = 48, .dv = 144, .states = true, .packed = {0, 0, 1, 128, 200, 300}});
+  // Operands that the copy engine cannot read; several segments.
+  run_mixed({.time = 150, .dqk = 20, .dv = 136, .strided = true});
+  run_mixed({.time = 700, .dqk = 32, .dv = 136, .states = true, .device = kManyHopper}, false);
 }
 
 void extremes(uint64_t seed) {
@@ -88,10 +107,11 @@ List<Case> mlstm_sm90_cases() {
   static const Case cases[] = {
       {"mlstm, sm90: shapes", passes::shapes},
       {"mlstm, sm90: long sequences", passes::long_sequences},
+      {"mlstm, sm90: dv alone", passes::dv_alone},
       {"mlstm, sm90: other kernels", passes::others},
       {"mlstm, sm90: extreme gates", passes::extremes},
   };
-  return {cases, simt::build_kind() == simt::Build::kThread ? size_t{2} : size_t{4}};
+  return {cases, simt::build_kind() == simt::Build::kThread ? size_t{3} : size_t{5}};
 }
 
 }  // namespace simt_test
