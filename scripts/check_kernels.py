@@ -129,6 +129,7 @@ BUDGETS = [
     budget(r"mlstm_state", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 64, "2": 96})),
     budget(r"mlstm_out", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 96, "2": 144})),
     budget(r"mlstm_gates", 256, 64, 16, blocks=4, must={"STG.128"}),
+    budget(r"mlstm_gate_ends", 256, 64, 16, blocks=4),
     budget(r"mlstm_gate_gradients", 512, 64, 16, blocks=2),
     budget(r"mlstm_anchors", 256, 64, 16, blocks=4),
     budget(r"mlstm_prep", 256, 64, 32, blocks=4, must=VECTOR),

@@ -11,6 +11,7 @@ namespace xlstm::cuda {
 namespace {
 
 struct BackwardMemory {
+  GateRun* ends;  // of either chunks: those of dv are not shorter
   GateRecord *records, *dv_records;
   float *gamma, *dv_gamma, *z;
   void* g;  // (B,T,NH,DV), bfloat16 or float32
@@ -21,7 +22,8 @@ struct BackwardMemory {
   StateMemory states;  // C first, then dC in its place
   Anchors anchors;
   BackwardMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace)
-      : records(workspace.take<GateRecord>(positions_of(plan.chunks))),
+      : ends(workspace.take<GateRun>(positions_of(plan.chunks) / plan.chunks.length)),
+        records(workspace.take<GateRecord>(positions_of(plan.chunks))),
         dv_records(workspace.take<GateRecord>(positions_of(plan.dv_chunks))),
         gamma(workspace.take<float>(positions_of(plan.chunks) / plan.chunks.length)),
         dv_gamma(workspace.take<float>(positions_of(plan.dv_chunks) / plan.dv_chunks.length)),
@@ -64,10 +66,11 @@ struct Backward {
   }
 
   void prepare() const {
-    launch_gates(gates_params(plan.chunks, problem, call.in, memory.records, memory.gamma, nullptr),
+    launch_gates(gates_params(plan.chunks, problem, call.in, memory.ends, memory.records,
+                              memory.gamma, nullptr),
                  stream);
     if (plan.sm90_dv)
-      launch_gates(gates_params(plan.dv_chunks, problem, call.in, memory.dv_records,
+      launch_gates(gates_params(plan.dv_chunks, problem, call.in, memory.ends, memory.dv_records,
                                 memory.dv_gamma, nullptr),
                    stream);
     PrepParams p;

@@ -10,12 +10,14 @@ namespace xlstm::cuda {
 namespace {
 
 struct ForwardMemory {
+  GateRun* ends;
   GateRecord* records;
   float* gamma;
   SegmentMemory segments;
   StateMemory states;
   ForwardMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace)
-      : records(workspace.take<GateRecord>(positions_of(plan.chunks))),
+      : ends(workspace.take<GateRun>(positions_of(plan.chunks) / plan.chunks.length)),
+        records(workspace.take<GateRecord>(positions_of(plan.chunks))),
         gamma(workspace.take<float>(positions_of(plan.chunks) / plan.chunks.length)),
         segments(plan, problem, workspace),
         states(plan, problem, workspace) {}
@@ -77,7 +79,8 @@ void mlstm_forward(const MlstmProblem& problem, const DeviceLimits& device,
   SweepParams h = h_params(plan, problem, call, memory);
   if (plan.sm90 && !sweep_sm90_takes(h))
     return mlstm_forward(problem, without_hopper(device), call, workspace, stream);
-  launch_gates(gates_params(plan.chunks, problem, call.in, memory.records, memory.gamma, call.m),
+  launch_gates(gates_params(plan.chunks, problem, call.in, memory.ends, memory.records,
+                            memory.gamma, call.m),
                stream);
   const SegmentStarts starts = segment_starts(plan, state, memory.segments, device, stream);
   if (plan.fused) {

@@ -1,5 +1,8 @@
-// gates: everything about a chunk that depends on its gates alone, see mlstm_params.h. One block per (sequence, head), a
-// warp per chunk.
+// gates: everything about a chunk that depends on its gates alone, see mlstm_params.h. Two launches, a warp per chunk in both:
+// what every chunk comes to, then the stabiliser that enters it, from the chunks before it, and its records.
+#include <stdexcept>
+#include <string>
+
 #include "cuda/mlstm/mlstm_gates.cuh"
 #include "cuda/mlstm/mlstm_launch.h"
 #include "cuda/prim/launch.h"
@@ -7,13 +10,9 @@
 namespace xlstm::cuda {
 namespace {
 
-/// What the tokens of a chunk up to one of them come to.
-struct GateRun {
-  double b;     ///< since the chunk's start or the last reset
-  double peak;  ///< of alpha since then, and of 0 if there was a reset
-  int last;     ///< 1 + position of the last reset; 0: none
-};
+constexpr int kThreads = 256;
 constexpr double kNoPeak = -1e300;
+constexpr GateRun kNothing{0, kNoPeak, 0};
 
 /// First `a`, then `b`.
 DEVICE_FUNCTION GateRun then(const GateRun& a, const GateRun& b) {
@@ -30,43 +29,66 @@ DEVICE_FUNCTION GateRun run_of(const GateRun& x, u32 lane) {
           static_cast<int>(prim::shfl(static_cast<u32>(x.last), lane))};
 }
 
-class GatesBlock {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+/// The runs of all lanes up to each of them.
+DEVICE_FUNCTION GateRun scan(GateRun own, int lane) {
+#pragma unroll
+  for (u32 delta = 1; delta < 32; delta *= 2) {
+    const GateRun before = run_up(own, delta);
+    if (lane >= static_cast<int>(delta)) own = then(before, own);
+  }
+  return own;
+}
 
+/// A chunk of 32 kTokens tokens, so many side by side in every lane.
+template <int kTokens>
+class GatesWarp {
  public:
-  struct Shared {
-    GateRun ends[kWarps];
-    double m;  ///< before the next chunk
-  };
-
-  DEVICE_FUNCTION GatesBlock(const GatesParams& params, Shared& shared)
-      : p(params),
-        s(shared),
-        lane(static_cast<int>(prim::thread_idx().x) % 32),
-        warp(static_cast<int>(prim::thread_idx().x) / 32) {
-    const int item = static_cast<int>(prim::block_idx().x);
-    sequence = item / p.chunks.num_heads;
-    head = item % p.chunks.num_heads;
-    range = sequence_at(p.chunks, sequence);
+  DEVICE_FUNCTION explicit GatesWarp(const GatesParams& params)
+      : p(params), lane(static_cast<int>(prim::thread_idx().x) % 32) {
+    const int64_t warp = (int64_t{prim::block_idx().x} * kThreads + prim::thread_idx().x) / 32;
+    head = static_cast<int>(warp / p.chunks.slots);
+    slot = static_cast<int>(warp % p.chunks.slots);
+    used = head < p.chunks.num_heads;
+    if (!used) return;
+    const SlotRange at = slot_at(p.chunks, slot);
+    used = at.used;
+    range = at.sequence;
+    chunk = at.chunk;
+    owner = int64_t{at.index} * p.chunks.num_heads + head;
+    const int left = range.length - chunk * p.chunks.length;
+    tokens = left < p.chunks.length ? left : p.chunks.length;
   }
 
-  DEVICE_FUNCTION void run() {
-    const int64_t owner = int64_t{sequence} * p.chunks.num_heads + head;
-    double m = p.m0 == nullptr || p.sigmoid_input_gate ? 0.0 : at_least(p.m0[owner], kMinLogInput);
-    for (int first = 0; first < range.num_chunks; first += kWarps) {
-      const int chunk = first + warp;
-      const bool used = chunk < range.num_chunks;
-      GateRun end{0, kNoPeak, 0};
-      if (used) end = summarize(chunk);
-      if (lane == 0) s.ends[warp] = end;
-      prim::sync_block();
-      // Every warp walks over the chunks before its own.
-      for (int i = 0; i < warp; ++i) m = m_after(m, s.ends[i]);
-      if (used) write(chunk, m, end);
-      for (int i = warp; i < kWarps; ++i) m = m_after(m, s.ends[i]);
-      prim::sync_block();
+  /// The first launch.
+  DEVICE_FUNCTION void summarize() {
+    if (!used) return;
+    load();
+    const GateRun end = run_of(scan(own_run(), lane), 31);
+    if (lane == 0) p.ends[int64_t{head} * p.chunks.slots + slot] = end;
+  }
+
+  /// The second launch: records and gamma, and m where the sequence ends.
+  DEVICE_FUNCTION void write() {
+    if (!used) return;
+    load();
+    const double start =
+        p.m0 == nullptr || p.sigmoid_input_gate ? 0.0 : at_least(p.m0[owner], kMinLogInput);
+    const double m = chunk == 0 ? start : m_after(start, chunks_before());
+    const GateRun scanned = scan(own_run(), lane), end = run_of(scanned, 31);
+    GateRun run = run_up(scanned, 1);
+    if (lane == 0) run = kNothing;
+    const int64_t at = int64_t{head} * p.chunks.slots + slot;
+    const double end_peak = peak_of(end, m);
+    if (lane == 0) p.gamma[at] = end.last > 0 ? 0.0F : exp2_of((m - end_peak) * kLog2e);
+    if (lane == 0 && p.m != nullptr && chunk == range.num_chunks - 1)
+      p.m[owner] = static_cast<float>(m_after(m, end));
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int position = lane * kTokens + i;
+      run = then(run, token_run(i));
+      p.records[at * p.chunks.length + position] =
+          position < tokens ? record_of(run, log_input(i), m, end, end_peak) : beyond_the_end();
     }
-    if (p.m != nullptr && warp == 0 && lane == 0) p.m[owner] = static_cast<float>(m);
   }
 
  private:
@@ -75,70 +97,63 @@ class GatesBlock {
     return end.b + (end.last > 0 ? end.peak : max_nan(m, end.peak));
   }
 
-  /// log i of the token at `position` of a chunk, and a run of that token alone.
-  DEVICE_FUNCTION GateRun token(int chunk, int position, double& log_input) const {
-    const int64_t t = range.begin + int64_t{chunk} * p.chunks.length + position;
-    const int64_t i_at = range.batch * p.igate.batch + t * p.igate.time + head * p.igate.head;
-    const int64_t f_at = range.batch * p.fgate.batch + t * p.fgate.time + head * p.fgate.head;
-    const float i = load_number(p.igate.data, i_at, p.igate_dtype);
-    const float f = load_number(p.fgate.data, f_at, p.fgate_dtype);
-    log_input = at_least(p.sigmoid_input_gate ? log_sigmoid(i) : i, kMinLogInput);
-    const double b = at_least(log_sigmoid(f), kMinLogForget);
-    const bool is_reset =
-        p.reset != nullptr && p.reset[range.batch * p.reset_batch + t * p.reset_time];
-    const double alpha = log_input - b;
+  /// This lane's gates; all loads are on their way before the first is used.
+  DEVICE_FUNCTION void load() {
+    resets = 0;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int position = lane * kTokens + i;
+      input[i] = forget[i] = 0;
+      if (position >= tokens) continue;
+      const int64_t t = range.begin + int64_t{chunk} * p.chunks.length + position;
+      input[i] = load_number(p.igate.data,
+                             range.batch * p.igate.batch + t * p.igate.time + head * p.igate.head,
+                             p.igate_dtype);
+      forget[i] = load_number(p.fgate.data,
+                              range.batch * p.fgate.batch + t * p.fgate.time + head * p.fgate.head,
+                              p.fgate_dtype);
+      if (p.reset != nullptr && p.reset[range.batch * p.reset_batch + t * p.reset_time])
+        resets |= 1U << i;
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (p.sigmoid_input_gate) input[i] = log_sigmoid(input[i]);
+      forget[i] = log_sigmoid(forget[i]);
+    }
+  }
+  DEVICE_FUNCTION double log_input(int i) const { return at_least(input[i], kMinLogInput); }
+
+  /// A run of one token alone.
+  DEVICE_FUNCTION GateRun token_run(int i) const {
+    const int position = lane * kTokens + i;
+    if (position >= tokens) return kNothing;
+    const double b = at_least(forget[i], kMinLogForget), alpha = log_input(i) - b;
+    const bool is_reset = (resets >> i & 1U) != 0;
     return {b, is_reset ? max_nan(alpha, 0) : alpha, is_reset ? position + 1 : 0};
   }
-
-  DEVICE_FUNCTION int tokens_of(int chunk) const {
-    const int left = range.length - chunk * p.chunks.length;
-    return left < p.chunks.length ? left : p.chunks.length;
-  }
-
-  /// 32 tokens from `position`: this lane's run from the chunk's start; `run`, the run before, becomes the run after.
-  DEVICE_FUNCTION GateRun scan(int chunk, int position, GateRun& run, double& log_input) const {
-    GateRun own{0, kNoPeak, 0};
-    log_input = kMinLogInput;
-    if (position + lane < tokens_of(chunk)) own = token(chunk, position + lane, log_input);
+  DEVICE_FUNCTION GateRun own_run() const {
+    GateRun run = token_run(0);
 #pragma unroll
-    for (u32 delta = 1; delta < 32; delta *= 2) {
-      const GateRun before = run_up(own, delta);
-      if (lane >= static_cast<int>(delta)) own = then(before, own);
-    }
-    own = then(run, own);
-    run = run_of(own, 31);
-    return own;
+    for (int i = 1; i < kTokens; ++i) run = then(run, token_run(i));
+    return run;
   }
 
-  DEVICE_FUNCTION GateRun summarize(int chunk) const {
-    GateRun run{0, kNoPeak, 0};
-    for (int position = 0; position < tokens_of(chunk); position += 32) {
-      double log_input;
-      scan(chunk, position, run, log_input);
-    }
-    return run;
+  /// The sequence's chunks before this one; every lane combines a part of them.
+  DEVICE_FUNCTION GateRun chunks_before() const {
+    GateRun run = kNothing;
+    if (p.sigmoid_input_gate) return run;
+    const GateRun* const ends = p.ends + int64_t{head} * p.chunks.slots + range.first_slot;
+    const int first = static_cast<int>(int64_t{chunk} * lane / 32),
+              last = static_cast<int>(int64_t{chunk} * (lane + 1) / 32);
+#pragma unroll 4
+    for (int i = first; i < last; ++i) run = then(run, ends[i]);
+    return run_of(scan(run, lane), 31);
   }
 
   /// The peak that a run means: with the sigmoid gate every m is 0.
   DEVICE_FUNCTION double peak_of(const GateRun& run, double m) const {
     if (p.sigmoid_input_gate) return -run.b;
     return run.last > 0 ? run.peak : max_nan(m, run.peak);
-  }
-
-  /// Records and gamma of a chunk that the stabiliser enters as `m`.
-  DEVICE_FUNCTION void write(int chunk, double m, const GateRun& end) const {
-    const int64_t slot = int64_t{head} * p.chunks.slots + range.first_slot + chunk;
-    const double end_peak = peak_of(end, m);
-    if (lane == 0) p.gamma[slot] = end.last > 0 ? 0.0F : exp2_of((m - end_peak) * kLog2e);
-    GateRun run{0, kNoPeak, 0};
-    const int tokens = tokens_of(chunk);
-    for (int position = 0; position < p.chunks.length; position += 32) {
-      double log_input;
-      const GateRun own = scan(chunk, position, run, log_input);
-      const GateRecord record =
-          position + lane < tokens ? record_of(own, log_input, m, end, end_peak) : beyond_the_end();
-      p.records[slot * p.chunks.length + position + lane] = record;
-    }
   }
 
   DEVICE_FUNCTION GateRecord record_of(const GateRun& own, double log_input, double m,
@@ -167,23 +182,60 @@ class GatesBlock {
   }
 
   const GatesParams& p;
-  Shared& s;
-  const int lane, warp;
-  int sequence, head;
-  SequenceRange range;
+  const int lane;
+  int head, slot, chunk = 0, tokens = 0;
+  int64_t owner = 0;
+  bool used;
+  SequenceRange range{};
+  float input[kTokens], forget[kTokens];  ///< their logarithms
+  u32 resets = 0;
 };
 
-KERNEL_FUNCTION(256)
+/// A sequence without tokens has no chunk that could hand its m on.
+DEVICE_FUNCTION void pass_empty_sequences(const GatesParams& p) {
+  const int64_t owner = int64_t{prim::block_idx().x} * kThreads + prim::thread_idx().x;
+  if (p.m == nullptr || owner >= int64_t{p.chunks.num_sequences} * p.chunks.num_heads) return;
+  if (sequence_at(p.chunks, static_cast<int>(owner / p.chunks.num_heads)).num_chunks > 0) return;
+  const bool has_m = p.m0 != nullptr && !p.sigmoid_input_gate;
+  p.m[owner] = has_m ? static_cast<float>(at_least(p.m0[owner], kMinLogInput)) : 0.0F;
+}
+
+template <int kTokens>
+KERNEL_FUNCTION(kThreads, 4)
+mlstm_gate_ends(const GRID_CONSTANT GatesParams p) {
+  pass_empty_sequences(p);
+  GatesWarp<kTokens>(p).summarize();
+}
+
+template <int kTokens>
+KERNEL_FUNCTION(kThreads, 4)
 mlstm_gates(const GRID_CONSTANT GatesParams p) {
-  GatesBlock(p, *reinterpret_cast<GatesBlock::Shared*>(prim::dynamic_shared())).run();
+  GatesWarp<kTokens>(p).write();
+}
+
+template <int kTokens>
+void launch_chunks(const GatesParams& params, Stream stream) {
+  // At least as many threads as sequences and heads: every sequence has a slot.
+  const int64_t warps = int64_t{params.chunks.slots} * params.chunks.num_heads;
+  const u32 blocks = static_cast<u32>((32 * warps + kThreads - 1) / kThreads);
+  prim::launch("mlstm_gate_ends", mlstm_gate_ends<kTokens>, {blocks, kThreads}, params, stream);
+  prim::launch("mlstm_gates", mlstm_gates<kTokens>, {blocks, kThreads}, params, stream);
 }
 
 }  // namespace
 
 void launch_gates(const GatesParams& params, Stream stream) {
-  const u32 blocks = static_cast<u32>(params.chunks.num_sequences * params.chunks.num_heads);
-  prim::launch("mlstm_gates", mlstm_gates, {blocks, 256, sizeof(GatesBlock::Shared)}, params,
-               stream);
+  switch (params.chunks.length) {
+    case 64:
+      return launch_chunks<2>(params, stream);
+    case 128:
+      return launch_chunks<4>(params, stream);
+    case 256:
+      return launch_chunks<8>(params, stream);
+    default:
+      throw std::runtime_error("mlstm_gates: chunks of 64, 128 or 256 tokens, not " +
+                               std::to_string(params.chunks.length));
+  }
 }
 
 }  // namespace xlstm::cuda

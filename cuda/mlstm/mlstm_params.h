@@ -59,7 +59,14 @@ struct Operand {
   bool vector = false;
 };
 
-/// gates: one block per (sequence, head).
+/// What some tokens in a row come to.
+struct GateRun {
+  double b;     ///< since their start or the last reset
+  double peak;  ///< of alpha since then, and of 0 if there was a reset
+  int last;     ///< 1 + position in its chunk of the last reset; 0: none
+};
+
+/// gates: a warp per chunk of 64, 128 or 256 tokens.
 struct GatesParams {
   Chunks chunks;
   View igate, fgate;
@@ -69,6 +76,7 @@ struct GatesParams {
   const float* m0 = nullptr;  ///< (N,NH)
   const bool* reset = nullptr;
   int64_t reset_batch = 0, reset_time = 0;
+  GateRun* ends = nullptr;        ///< [NH][slots], for the kernels themselves
   GateRecord* records = nullptr;  ///< [NH][slots][L]
   float* gamma =
       nullptr;         ///< [NH][slots]: state before -> state after the chunk; 0 with a reset in it

@@ -171,7 +171,7 @@ int64_t positions_of(const Chunks& chunks) {
 }
 
 GatesParams gates_params(const Chunks& chunks, const MlstmProblem& problem, const MlstmInputs& in,
-                         GateRecord* records, float* gamma, float* m) {
+                         GateRun* ends, GateRecord* records, float* gamma, float* m) {
   GatesParams p;
   p.chunks = chunks;
   p.igate = in.igate;
@@ -184,6 +184,7 @@ GatesParams gates_params(const Chunks& chunks, const MlstmProblem& problem, cons
   p.reset = in.reset;
   p.reset_batch = in.reset_batch;
   p.reset_time = in.reset_time;
+  p.ends = ends;
   p.records = records;
   p.gamma = gamma;
   p.m = m;

@@ -46,7 +46,7 @@ Operand operand_of(const View& view, int64_t width, Dtype dtype);
 int64_t positions_of(const Chunks& chunks);
 
 GatesParams gates_params(const Chunks& chunks, const MlstmProblem& problem, const MlstmInputs& in,
-                         GateRecord* records, float* gamma, float* m);
+                         GateRun* ends, GateRecord* records, float* gamma, float* m);
 
 /// The states that enter the segments: C forward or dC in reverse. Fills `memory` where there are several; afterwards
 /// start_c, start_n of the kernels are `c`, `n`.

@@ -1,4 +1,5 @@
-// prep: G = dh / N and z before the backward sweeps. One block per chunk and head, a warp per token.
+// prep: G = dh / N and z before the backward sweeps. One block per chunk and head; as many lanes per token as its values
+// keep busy.
 #include "cuda/mlstm/mlstm_launch.h"
 #include "cuda/mlstm/mlstm_rows.cuh"
 #include "cuda/prim/launch.h"
@@ -8,56 +9,95 @@ namespace {
 
 constexpr int kThreads = 256;
 
-/// Both G and z of one token.
-DEVICE_FUNCTION float prepare_token(const PrepParams& p, const GateRecord& record, int batch,
-                                    int64_t token, int head) {
-  const int lane = static_cast<int>(prim::thread_idx().x) % 32;
-  float factor = 1, sign = 0;
-  if (p.normalize) {
-    // The sweep's lower bound: where exp(-m) underflows and q is zero, h is zero and not 0 / 0.
-    constexpr float kSmallest = 1.17549435e-38F;
-    const float product =
-        p.product[(int64_t{batch} * p.chunks.time + token) * p.chunks.num_heads + head];
-    const float size = product < 0 ? -product : product;
-    if (size > record.floor) sign = product < 0 ? -1.0F : 1.0F;
-    const float floor = fmaxf(record.floor, kSmallest);
-    factor = 1.0F / ((size <= floor ? floor : size) + p.eps);  // NaN stays NaN
+/// What a token's normaliser was made of.
+struct Normalizer {
+  float product, floor;
+};
+
+class PrepBlock {
+ public:
+  DEVICE_FUNCTION explicit PrepBlock(const PrepParams& params) : p(params) {
+    // Neighbouring blocks take the heads of the same tokens, which lie side by side in memory.
+    const int block = static_cast<int>(prim::block_idx().x);
+    const int slot = block / p.chunks.num_heads;
+    head = block % p.chunks.num_heads;
+    at = slot_at(p.chunks, slot);
+    position = (int64_t{head} * p.chunks.slots + slot) * p.chunks.length;
+    lanes = 32;
+    while (lanes > 1 && lanes / 2 * 8 >= p.g.width) lanes /= 2;
+    const int thread = static_cast<int>(prim::thread_idx().x);
+    lane = thread % lanes;
+    first = thread / lanes;
   }
-  const int64_t from = token_offset(p.dh, batch, token, head),
-                h = token_offset(p.h, batch, token, head);
-  const int64_t to = token_offset(p.g, batch, token, head);
-  float dot = 0;
-  for (int col = 8 * lane; col < p.g.width; col += 8 * 32) {
-    float g[8], values[8];
-    load_eight(p.dh, from, col, g);
-    load_eight(p.h, h, col, values);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      g[i] *= factor;
-      dot += g[i] * values[i];
+
+  DEVICE_FUNCTION void run() const {
+    if (!at.used) return;
+    const int step = kThreads / lanes;
+    Normalizer next = normalizer(first);
+#pragma unroll 1
+    for (int row = first; row < p.chunks.length; row += step) {
+      const Normalizer own = next;
+      next = normalizer(row + step);
+      float z = has(row) ? prepare(row, own) : 0.0F;
+#pragma unroll 1
+      for (int distance = lanes / 2; distance > 0; distance /= 2)
+        z += prim::float_of(prim::shfl_xor(prim::bits_of(z), static_cast<u32>(distance)));
+      if (p.z != nullptr && lane == 0) p.z[position + row] = z;
     }
-    store_eight(p.g, to, col, g);
   }
-  return -warp_sum(dot) * sign;
-}
+
+ private:
+  DEVICE_FUNCTION bool has(int row) const {
+    return row < p.chunks.length && at.chunk * p.chunks.length + row < at.sequence.length;
+  }
+  DEVICE_FUNCTION int64_t token(int row) const {
+    return at.sequence.begin + int64_t{at.chunk} * p.chunks.length + row;
+  }
+
+  DEVICE_FUNCTION Normalizer normalizer(int row) const {
+    if (!p.normalize || !has(row)) return {0, 1};
+    const int64_t owner = int64_t{at.sequence.batch} * p.chunks.time + token(row);
+    return {p.product[owner * p.chunks.num_heads + head], p.records[position + row].floor};
+  }
+
+  /// G of one token, and this lane's part of z.
+  DEVICE_FUNCTION float prepare(int row, const Normalizer& of) const {
+    float factor = 1, sign = 0;
+    if (p.normalize) {
+      // The sweep's lower bound: where exp(-m) underflows and q is zero, h is zero and not 0 / 0.
+      constexpr float kSmallest = 1.17549435e-38F;
+      const float size = of.product < 0 ? -of.product : of.product;
+      if (size > of.floor) sign = of.product < 0 ? -1.0F : 1.0F;
+      const float floor = fmaxf(of.floor, kSmallest);
+      factor = 1.0F / ((size <= floor ? floor : size) + p.eps);  // NaN stays NaN
+    }
+    const int64_t from = token_offset(p.dh, at.sequence.batch, token(row), head),
+                  h = token_offset(p.h, at.sequence.batch, token(row), head),
+                  to = token_offset(p.g, at.sequence.batch, token(row), head);
+    float z = 0;
+#pragma unroll 1
+    for (int col = 8 * lane; col < p.g.width; col += 8 * lanes) {
+      float g[8], values[8] = {};
+      if (sign != 0) load_eight(p.h, h, col, values);  // not read where the floor is the normaliser
+      load_eight(p.dh, from, col, g);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        g[i] *= factor;
+        if (sign != 0) z += g[i] * values[i];
+      }
+      store_eight(p.g, to, col, g);
+    }
+    return -z * sign;
+  }
+
+  const PrepParams& p;
+  int head, lanes, lane, first;
+  SlotRange at;
+  int64_t position;
+};
 
 KERNEL_FUNCTION(kThreads, 4)
-mlstm_prep(const GRID_CONSTANT PrepParams p) {
-  const int thread = static_cast<int>(prim::thread_idx().x);
-  const int block = static_cast<int>(prim::block_idx().x);
-  const int slot = block % p.chunks.slots, head = block / p.chunks.slots;
-  const SlotRange at = slot_at(p.chunks, slot);
-  if (!at.used) return;
-  const int64_t position = (int64_t{head} * p.chunks.slots + slot) * p.chunks.length;
-  for (int row = thread / 32; row < p.chunks.length; row += kThreads / 32) {
-    const int t = at.chunk * p.chunks.length + row;
-    float z = 0;
-    if (t < at.sequence.length)
-      z = prepare_token(p, p.records[position + row], at.sequence.batch, at.sequence.begin + t,
-                        head);
-    if (p.z != nullptr && thread % 32 == 0) p.z[position + row] = z;
-  }
-}
+mlstm_prep(const GRID_CONSTANT PrepParams p) { PrepBlock(p).run(); }
 
 }  // namespace
 

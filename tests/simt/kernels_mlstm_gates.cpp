@@ -144,6 +144,7 @@ class Gates {
     GateRecord untouched{};
     untouched.start = -7;
     records.assign(static_cast<size_t>(s.cut.positions() + 2), untouched);
+    ends.resize(static_cast<size_t>(s.cut.heads * s.cut.slots()));
   }
 
   void launch() {
@@ -155,7 +156,7 @@ class Gates {
     p.scale = kScale;
     if (s.start) p.m0 = m0.data();
     if (!s.resets.empty()) resets.give_to(p);
-    p.records = records.data() + 1, p.gamma = gamma.data(), p.m = m.data();
+    p.ends = ends.data(), p.records = records.data() + 1, p.gamma = gamma.data(), p.m = m.data();
     launch_gates(p, nullptr);
   }
 
@@ -173,6 +174,7 @@ class Gates {
   GuardedFloats m0, m, gamma;
   Resets resets;
   std::vector<GateRecord> records;
+  std::vector<xlstm::cuda::GateRun> ends;
 
  private:
   void check_head(int64_t sequence, int64_t head) {
@@ -229,7 +231,9 @@ void lengths(uint64_t seed) {
     }
   }
   run({.cut = {.time = 1100, .heads = 1}}, seed);  // more chunks than warps
-  run({.cut = {.time = 2100, .heads = 1, .length = 1024}, .resets = {70, 1023, 1500}}, seed);
+  run({.cut = {.time = 2100, .heads = 1, .length = 256}, .resets = {70, 1023, 1500}}, seed);
+  run({.cut = {.time = 2600, .heads = 1}, .resets = {0, 70, 2590}},
+      seed);  // more chunks than lanes
 }
 
 void packed(uint64_t seed) {

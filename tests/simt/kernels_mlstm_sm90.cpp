@@ -74,8 +74,9 @@ void dv_alone(uint64_t seed) {
   };
   run_mixed({.time = 150, .dqk = 64, .dv = 256, .states = true});
   if (thread_build()) return;
-  run_mixed({.batch = 2, .time = 200, .heads = 2, .dqk = 24, .dv = 136, .resets = true});
-  run_mixed({.time = 700, .dqk = 128, .dv = 192, .sigmoid = true, .states = true});
+  run_mixed(
+      {.batch = 2, .time = 200, .heads = 2, .dqk = 24, .dv = 136, .sigmoid = true, .resets = true});
+  run_mixed({.time = 700, .dqk = 128, .dv = 192, .states = true});
   run_mixed(
       {.time = 300, .dqk = 48, .dv = 144, .states = true, .packed = {0, 0, 1, 128, 200, 300}});
   // Operands that the copy engine cannot read; several segments.
