@@ -171,6 +171,7 @@ struct SegmentScanParams {
   const float* start = nullptr;  ///< [item][size] or null
   const float* gamma = nullptr;  ///< [item][segment]
   float* sums = nullptr;         ///< [item][segment][size]
+  bool vector = false;           ///< set by the launch: 16 bytes at a time
 };
 
 /// gate gradients: one block per head and run of tokens between anchors. With r_t = q_t . dq_t and c_t = k_t . dk_t (float32, before rounding):

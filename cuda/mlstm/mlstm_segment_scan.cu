@@ -1,35 +1,78 @@
-// segment scan: from the segments' own sums to the states that enter them. One thread per number.
+// segment scan: from the segments' own sums to the states that enter them. A thread has sixteen numbers, four by four: all
+// threads want the same gammas, and one load of them must serve many numbers.
 #include "cuda/mlstm/mlstm_launch.h"
+#include "cuda/numbers.cuh"
 #include "cuda/prim/launch.h"
-#include "cuda/prim/prim.h"
 
 namespace xlstm::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kVectors = 4;
+constexpr int64_t kBlockNumbers = int64_t{kThreads} * 4 * kVectors;
 
-KERNEL_FUNCTION(kThreads)
+/// Four neighbouring numbers of an item from `i` on, those beyond its size 0.
+DEVICE_FUNCTION void load_four(const SegmentScanParams& p, const float* item, int64_t i,
+                               float (&x)[4]) {
+  if (p.vector && i < p.size) {
+    const Bytes16 four = *reinterpret_cast<const Bytes16*>(item + i);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] = prim::float_of(four.words[k]);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) x[k] = i + k < p.size ? item[i + k] : 0.0F;
+}
+DEVICE_FUNCTION void store_four(const SegmentScanParams& p, float* item, int64_t i,
+                                const float (&x)[4]) {
+  if (p.vector && i < p.size) {
+    Bytes16 four;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) four.words[k] = prim::bits_of(x[k]);
+    *reinterpret_cast<Bytes16*>(item + i) = four;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    if (i + k < p.size) item[i + k] = x[k];
+}
+
+KERNEL_FUNCTION(kThreads, 4)
 mlstm_segment_scan(const GRID_CONSTANT SegmentScanParams p) {
-  const int64_t blocks_per_item = (p.size + kThreads - 1) / kThreads;
+  const int64_t blocks_per_item = (p.size + kBlockNumbers - 1) / kBlockNumbers;
   const int64_t item = prim::block_idx().x / blocks_per_item;
-  const int64_t i = prim::block_idx().x % blocks_per_item * kThreads + prim::thread_idx().x;
-  if (i >= p.size) return;
-  float entering = p.start == nullptr ? 0.0F : p.start[item * p.size + i];
+  const int64_t first =
+      prim::block_idx().x % blocks_per_item * kBlockNumbers + 4 * int64_t{prim::thread_idx().x};
+  float entering[kVectors][4] = {};
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v)
+    if (p.start != nullptr)
+      load_four(p, p.start + item * p.size, first + v * 4 * kThreads, entering[v]);
+#pragma unroll 1
   for (int step = 0; step < p.segments; ++step) {
     const int64_t segment = item * p.segments + (p.reverse ? p.segments - 1 - step : step);
-    float& sum = p.sums[segment * p.size + i];
-    const float next = p.gamma[segment] * entering + sum;
-    sum = entering;
-    entering = next;
+    float* const sums = p.sums + segment * p.size;
+    const float gamma = p.gamma[segment];
+    float sum[kVectors][4];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) load_four(p, sums, first + v * 4 * kThreads, sum[v]);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      store_four(p, sums, first + v * 4 * kThreads, entering[v]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) entering[v][k] = gamma * entering[v][k] + sum[v][k];
+    }
   }
 }
 
 }  // namespace
 
 void launch_segment_scan(const SegmentScanParams& params, Stream stream) {
-  const int64_t blocks = params.items * ((params.size + kThreads - 1) / kThreads);
+  const auto aligned = [](const float* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
+  SegmentScanParams p = params;
+  p.vector = p.size % 4 == 0 && aligned(p.sums) && aligned(p.start);
+  const int64_t blocks = p.items * ((p.size + kBlockNumbers - 1) / kBlockNumbers);
   prim::launch("mlstm_segment_scan", mlstm_segment_scan, {static_cast<prim::u32>(blocks), kThreads},
-               params, stream);
+               p, stream);
 }
 
 }  // namespace xlstm::cuda

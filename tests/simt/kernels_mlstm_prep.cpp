@@ -185,7 +185,7 @@ void run_scan(int32_t items, int32_t segments, int64_t size, bool reverse, bool 
 
 void segment_scan(uint64_t seed) {
   simt::launch_seed = seed;
-  for (const int64_t size : {1, 255, 256, 600})
+  for (const int64_t size : {1, 255, 256, 600, 4100})
     for (const int32_t segments : {1, 2, 7})
       for (const bool reverse : {false, true})
         for (const bool has_start : {false, true})
