@@ -131,6 +131,7 @@ BUDGETS = [
     budget(r"mlstm_gates", 256, 64, 16, blocks=4, must={"STG.128"}),
     budget(r"mlstm_gate_ends", 256, 64, 16, blocks=4),
     budget(r"mlstm_gate_gradients", 512, 64, 16, blocks=2),
+    budget(r"mlstm_gate_gradients_short", 256, 64, 16, blocks=4),
     budget(r"mlstm_anchors", 256, 64, 16, blocks=4),
     budget(r"mlstm_prep", 256, 64, 32, blocks=4, must=VECTOR),
     budget(r"mlstm_segment_scan", 256, 64, 16, blocks=4),

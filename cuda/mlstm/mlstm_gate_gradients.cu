@@ -7,8 +7,6 @@
 namespace xlstm::cuda {
 namespace {
 
-constexpr int kThreads = kLongestRun, kWarps = kThreads / 32;
-
 /// Some tokens: the sum of what they add and of its variance but for a factor, from the last restart on.
 struct Running {
   double sum, variance;
@@ -18,7 +16,10 @@ DEVICE_FUNCTION Running then(const Running& a, const Running& b) {
   return b.restarts ? b : Running{a.sum + b.sum, a.variance + b.variance, a.restarts};
 }
 
+template <int kThreads>
 class GateGradientBlock {
+  static constexpr int kWarps = kThreads / 32;
+
  public:
   struct Shared {
     double sums[kThreads], variances[kThreads];
@@ -206,18 +207,35 @@ class GateGradientBlock {
   int begin = 0, end = 0;  ///< tokens of the sequence
 };
 
-KERNEL_FUNCTION(kThreads, 2)
-mlstm_gate_gradients(const GRID_CONSTANT GateGradientParams p) {
-  GateGradientBlock(p, *reinterpret_cast<GateGradientBlock::Shared*>(prim::dynamic_shared())).run();
+template <int kThreads>
+DEVICE_FUNCTION void run_block(const GateGradientParams& p) {
+  using Block = GateGradientBlock<kThreads>;
+  Block(p, *reinterpret_cast<typename Block::Shared*>(prim::dynamic_shared())).run();
 }
+
+constexpr int kShortRun = kLongestRun / 2;
+
+KERNEL_FUNCTION(kLongestRun, 2)
+mlstm_gate_gradients(const GRID_CONSTANT GateGradientParams p) { run_block<kLongestRun>(p); }
+
+KERNEL_FUNCTION(kShortRun, 4)
+mlstm_gate_gradients_short(const GRID_CONSTANT GateGradientParams p) { run_block<kShortRun>(p); }
 
 }  // namespace
 
 void launch_gate_gradients(const GateGradientParams& params, Stream stream) {
-  const u32 runs = static_cast<u32>(params.chunks.num_sequences + params.anchors.count);
-  const u32 blocks = runs * static_cast<u32>(params.chunks.num_heads);
+  const Chunks& c = params.chunks;
+  const u32 runs = static_cast<u32>(c.num_sequences + params.anchors.count);
+  const u32 blocks = runs * static_cast<u32>(c.num_heads);
+  // Small heads have runs of half the length; idle threads would cost as much as others.
+  const int32_t longest = params.anchors.dots == nullptr ? c.time : c.anchor * c.length;
+  if (longest <= kShortRun)
+    return prim::launch("mlstm_gate_gradients_short", mlstm_gate_gradients_short,
+                        {blocks, kShortRun, sizeof(GateGradientBlock<kShortRun>::Shared)}, params,
+                        stream);
   prim::launch("mlstm_gate_gradients", mlstm_gate_gradients,
-               {blocks, kThreads, sizeof(GateGradientBlock::Shared)}, params, stream);
+               {blocks, kLongestRun, sizeof(GateGradientBlock<kLongestRun>::Shared)}, params,
+               stream);
 }
 
 }  // namespace xlstm::cuda
