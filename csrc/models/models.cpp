@@ -261,13 +261,18 @@ class BlockModel : public LanguageModel {
     if (in_norm_) x = in_norm_->forward(x);
     if (options_.add_embedding_dropout) x = nn::apply_dropout(x, options_.dropout, is_training());
     ModelState next(blocks_.size());
+    nn::Residual stream(x, options_.fused);
     for (size_t i = 0; i < blocks_.size(); ++i) {
       const BlockState& block_state = state.empty() ? BlockState{} : state[i];
-      std::tie(x, next[i]) = options_.activation_checkpointing
-                                 ? nn::checkpoint(blocks_[i], x, block_state, reset)
-                                 : blocks_[i]->forward(x, block_state, reset);
+      if (options_.activation_checkpointing) {
+        std::tie(x, next[i]) =
+            nn::checkpoint(blocks_[i], stream.sum(), block_state, reset, options_.fused);
+        stream.replace(x);
+      } else {
+        next[i] = blocks_[i]->advance(stream, block_state, reset);
+      }
     }
-    return {out_norm_ ? out_norm_->forward(x) : x, std::move(next)};
+    return {out_norm_ ? stream.normed(*out_norm_) : stream.sum(), std::move(next)};
   }
 
   at::Tensor head_weight() const override {

@@ -83,10 +83,11 @@ class AutocastGuard {
 /// parameters and those it borrows.
 struct Call : torch::CustomClassHolder {
   Call(std::shared_ptr<Block> block_, size_t num_state_, std::optional<at::Tensor> reset_,
-       at::Device device)
+       bool fused_, at::Device device)
       : block(std::move(block_)),
         num_state(num_state_),
         reset(std::move(reset_)),
+        fused(fused_),
         autocast(device.type()) {
     if (block->is_training() && !device.is_meta()) random = random_state(device);
   }
@@ -94,8 +95,8 @@ struct Call : torch::CustomClassHolder {
     const at::Device device = inputs[0].device();
     AutocastGuard autocast_guard(device.type(), autocast);
     const auto first = inputs.begin() + 1;
-    auto [y, next] =
-        block->forward(inputs[0], State(first, first + static_cast<int64_t>(num_state)), reset);
+    auto [y, next] = block->forward(
+        inputs[0], State(first, first + static_cast<int64_t>(num_state)), reset, fused);
     variable_list outputs = {std::move(y)};
     for (auto& tensor : next) outputs.push_back(std::move(tensor));
     return outputs;
@@ -103,6 +104,7 @@ struct Call : torch::CustomClassHolder {
   std::shared_ptr<Block> block;
   size_t num_state;
   std::optional<at::Tensor> reset;
+  bool fused;
   Autocast autocast;
   at::Tensor random;
 };
@@ -159,14 +161,15 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
 }  // namespace
 
 Result checkpoint(const std::shared_ptr<Block>& block, const at::Tensor& x, const State& state,
-                  const std::optional<at::Tensor>& reset) {
-  if (!at::GradMode::is_enabled()) return block->forward(x, state, reset);
+                  const std::optional<at::Tensor>& reset, bool fused) {
+  if (!at::GradMode::is_enabled()) return block->forward(x, state, reset, fused);
   variable_list inputs = {x};
   inputs.insert(inputs.end(), state.begin(), state.end());
   for (auto& parameter : block->parameters()) inputs.push_back(parameter);
   for (auto& parameter : block->outer_parameters()) inputs.push_back(parameter);
-  auto outputs = Checkpoint::apply(
-      at::TensorList(inputs), c10::make_intrusive<Call>(block, state.size(), reset, x.device()));
+  auto outputs =
+      Checkpoint::apply(at::TensorList(inputs),
+                        c10::make_intrusive<Call>(block, state.size(), reset, fused, x.device()));
   return {outputs[0], State(outputs.begin() + 1, outputs.end())};
 }
 

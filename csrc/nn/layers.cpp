@@ -37,6 +37,41 @@ void linspace_init_(at::Tensor& tensor, double first, double last) {
   if (!tensor.is_meta()) tensor.copy_(at::linspace(first, last, tensor.size(-1), tensor.options()));
 }
 
+void Residual::add(const at::Tensor& branch) {
+  x_ = sum();
+  if (fused_) {
+    waiting_ = branch;
+  } else {
+    x_ = x_ + branch;
+  }
+}
+
+at::Tensor Residual::normed(const Norm& norm) {
+  if (!waiting_.defined()) return norm.forward(x_);
+  const std::optional<at::Tensor> bias =
+      norm.bias.defined() ? std::optional<at::Tensor>(norm.bias) : std::nullopt;
+  auto [sum, y] = ops::residual_norm(x_, waiting_, norm.weight, bias, norm.eps, norm.kind);
+  replace(sum);
+  return y;
+}
+
+at::Tensor Residual::sum() {
+  if (waiting_.defined()) replace(x_ + waiting_);
+  return x_;
+}
+
+void Residual::replace(at::Tensor y) {
+  x_ = std::move(y);
+  waiting_ = at::Tensor();
+}
+
+Result Block::forward(const at::Tensor& x, const State& state,
+                      const std::optional<at::Tensor>& reset, bool fused) {
+  Residual stream(x, fused);
+  State next = advance(stream, state, reset);
+  return {stream.sum(), std::move(next)};
+}
+
 Linear::Linear(int64_t in_features, int64_t out_features, bool with_bias, at::Device device) {
   weight = register_parameter("weight", filled({out_features, in_features}, 0, device));
   if (with_bias) bias = register_parameter("bias", filled({out_features}, 0, device));

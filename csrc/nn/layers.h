@@ -15,12 +15,34 @@ namespace xlstm::nn {
 using State = std::vector<at::Tensor>;
 using Result = std::pair<at::Tensor, State>;
 
+class Norm;
+
+/// A residual stream x (B,T,D). `fused`: what is added last waits for the norm that reads the stream next, which makes the
+/// addition in its own pass.
+class Residual {
+ public:
+  explicit Residual(at::Tensor x, bool fused = true) : x_(std::move(x)), fused_(fused) {}
+  void add(const at::Tensor& branch);
+  at::Tensor normed(const Norm& norm);
+  at::Tensor sum();
+  /// y takes the stream's place.
+  void replace(at::Tensor y);
+
+ private:
+  at::Tensor x_, waiting_;  ///< the latter undefined where nothing waits
+  bool fused_;
+};
+
 /// A residual block of a causal model.
 class Block : public torch::nn::Module {
  public:
-  /// x (B,T,D), T >= 0; reset (B,T) bool: the state is empty before that token. `state` is not modified.
-  virtual Result forward(const at::Tensor& x, const State& state,
-                         const std::optional<at::Tensor>& reset) = 0;
+  /// Adds to the stream x (B,T,D), T >= 0, and returns the new state; reset (B,T) bool: the state is empty before that
+  /// token. `state` is not modified.
+  virtual State advance(Residual& x, const State& state,
+                        const std::optional<at::Tensor>& reset) = 0;
+  /// The block by itself.
+  Result forward(const at::Tensor& x, const State& state, const std::optional<at::Tensor>& reset,
+                 bool fused = true);
   /// Parameters that forward uses and another module owns.
   virtual std::vector<at::Tensor> outer_parameters() const { return {}; }
 };

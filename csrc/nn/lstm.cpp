@@ -70,16 +70,18 @@ LstmBlock::LstmBlock(const LstmBlockOptions& options, at::Device device) : optio
   ffn_ = register_module("ffn", std::make_shared<PlainFeedForward>(options.feed_forward, device));
 }
 
-Result LstmBlock::forward(const at::Tensor& x, const State& state,
-                          const std::optional<at::Tensor>& reset) {
-  auto [y, next] = lstm_->forward(norm_ ? norm_->forward(x) : x, state, reset);
+State LstmBlock::advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) {
+  auto [y, next] = lstm_->forward(norm_ ? x.normed(*norm_) : x.sum(), state, reset);
   const auto dropped = [&](const at::Tensor& t) {
     return apply_dropout(t, options_.dropout, is_training());
   };
-  if (!norm_) return {dropped(y), std::move(next)};
-  at::Tensor mixed = x + dropped(y);
-  if (ffn_) mixed = mixed + dropped(ffn_->forward(ffn_norm_->forward(mixed)));
-  return {mixed, std::move(next)};
+  if (norm_) {
+    x.add(dropped(y));
+  } else {
+    x.replace(dropped(y));
+  }
+  if (ffn_) x.add(dropped(ffn_->forward(x.normed(*ffn_norm_))));
+  return std::move(next);
 }
 
 }  // namespace xlstm::nn

@@ -32,8 +32,7 @@ struct LstmBlockOptions {
 class LstmBlock : public Block {
  public:
   LstmBlock(const LstmBlockOptions& options, at::Device device);
-  Result forward(const at::Tensor& x, const State& state,
-                 const std::optional<at::Tensor>& reset) override;
+  State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
 
  private:
   const LstmBlockOptions options_;

@@ -46,17 +46,17 @@ void MambaBlock::init() {
   dt_proj_->bias.copy_(steps + at::log(-at::expm1(-steps)));  // softplus of it is steps
 }
 
-Result MambaBlock::forward(const at::Tensor& x, const State& state,
-                           const std::optional<at::Tensor>& reset) {
+State MambaBlock::advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) {
   check_state(state, 2, "Mamba block");
-  const auto halves = in_proj_->forward(norm_->forward(x)).chunk(2, -1);
+  const auto halves = in_proj_->forward(x.normed(*norm_)).chunk(2, -1);
   auto [u, window] = conv_->forward(halves[0], state_at(state, 0), reset);
   const auto parts = x_proj_->forward(u).split_with_sizes({rank_, kStates, kStates}, -1);
   const at::Tensor delta = at::softplus(dt_proj_->forward(parts[0]));
   auto [y, h] = ops::selective_scan(u, delta, -at::exp(a_log_), parts[1], parts[2], skip_,
                                     optional_state(state, 1), reset);
   const at::Tensor out = out_proj_->forward(y * at::silu(halves[1]));
-  return {x + apply_dropout(out, options_.dropout, is_training()), {window, h}};
+  x.add(apply_dropout(out, options_.dropout, is_training()));
+  return {window, h};
 }
 
 }  // namespace xlstm::nn

@@ -18,8 +18,7 @@ struct MambaBlockOptions {
 class MambaBlock : public Block {
  public:
   MambaBlock(const MambaBlockOptions& options, at::Device device);
-  Result forward(const at::Tensor& x, const State& state,
-                 const std::optional<at::Tensor>& reset) override;
+  State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
 
  private:
   void init();

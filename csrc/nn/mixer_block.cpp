@@ -24,14 +24,14 @@ MixerBlock::MixerBlock(const MixerOptions& options, std::shared_ptr<Mixer> mixer
       "ffn", std::make_shared<SwiGlu>(options.dim, options.ffn_dim, options.num_blocks, device));
 }
 
-Result MixerBlock::forward(const at::Tensor& x, const State& state,
-                           const std::optional<at::Tensor>& reset) {
+State MixerBlock::advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) {
   const auto dropped = [&](const at::Tensor& t) {
     return apply_dropout(t, dropout_, is_training());
   };
-  auto [y, next] = mixer_->forward(norm_->forward(x), state, reset);
-  const at::Tensor mixed = x + dropped(y);
-  return {mixed + dropped(ffn_->forward(ffn_norm_->forward(mixed))), std::move(next)};
+  auto [y, next] = mixer_->forward(x.normed(*norm_), state, reset);
+  x.add(dropped(y));
+  x.add(dropped(ffn_->forward(x.normed(*ffn_norm_))));
+  return std::move(next);
 }
 
 at::Tensor gated_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,

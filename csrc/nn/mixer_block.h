@@ -35,8 +35,7 @@ class Mixer : public torch::nn::Module {
 class MixerBlock : public Block {
  public:
   MixerBlock(const MixerOptions& options, std::shared_ptr<Mixer> mixer, at::Device device);
-  Result forward(const at::Tensor& x, const State& state,
-                 const std::optional<at::Tensor>& reset) override;
+  State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
   std::vector<at::Tensor> outer_parameters() const override { return mixer_->outer_parameters(); }
 
  private:

@@ -225,10 +225,10 @@ MlstmBlock::MlstmBlock(const MlstmBlockOptions& options, at::Device device) {
   mlstm_ = register_module("mlstm", std::make_shared<MlstmLayer>(options, device));
 }
 
-Result MlstmBlock::forward(const at::Tensor& x, const State& state,
-                           const std::optional<at::Tensor>& reset) {
-  auto [y, next] = mlstm_->forward(norm_->forward(x), state, reset);
-  return {x + y, std::move(next)};
+State MlstmBlock::advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) {
+  auto [y, next] = mlstm_->forward(x.normed(*norm_), state, reset);
+  x.add(y);
+  return std::move(next);
 }
 
 }  // namespace xlstm::nn

@@ -74,8 +74,7 @@ class MlstmLayer : public torch::nn::Module {
 class MlstmBlock : public Block {
  public:
   MlstmBlock(const MlstmBlockOptions& options, at::Device device);
-  Result forward(const at::Tensor& x, const State& state,
-                 const std::optional<at::Tensor>& reset) override;
+  State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
 
  private:
   std::shared_ptr<Norm> norm_;

@@ -69,8 +69,7 @@ void Rwkv4Block::init_mixes() {
   ffn_mix_k_.copy_(mix), ffn_mix_r_.copy_(mix);
 }
 
-Result Rwkv4Block::forward(const at::Tensor& x, const State& state,
-                           const std::optional<at::Tensor>& reset) {
+State Rwkv4Block::advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) {
   check_state(state, 5, "RWKV-4 block");
   const auto dropped = [&](const at::Tensor& t) {
     return apply_dropout(t, options_.dropout, is_training());
@@ -78,21 +77,21 @@ Result Rwkv4Block::forward(const at::Tensor& x, const State& state,
   const auto mixed = [](const at::Tensor& now, const at::Tensor& before, const at::Tensor& mix) {
     return at::lerp(before, now, mix.to(now.scalar_type()));
   };
-  const at::Tensor a = norm_->forward(x), a_before = previous_token(a, state_at(state, 0), reset);
+  const at::Tensor a = x.normed(*norm_), a_before = previous_token(a, state_at(state, 0), reset);
   const at::Tensor k = key_->forward(mixed(a, a_before, mix_k_));
   const at::Tensor v = value_->forward(mixed(a, a_before, mix_v_));
   const at::Tensor r = receptance_->forward(mixed(a, a_before, mix_r_));
   auto [wkv, sum, norm, exponent] =
       ops::wkv(k, v, at::exp(decay_), first_, optional_state(state, 1), optional_state(state, 2),
                optional_state(state, 3), reset);
-  const at::Tensor y = x + dropped(output_->forward(at::sigmoid(r) * wkv));
-  const at::Tensor b = ffn_norm_->forward(y),
+  x.add(dropped(output_->forward(at::sigmoid(r) * wkv)));
+  const at::Tensor b = x.normed(*ffn_norm_),
                    b_before = previous_token(b, state_at(state, 4), reset);
   const at::Tensor hidden = at::relu(ffn_key_->forward(mixed(b, b_before, ffn_mix_k_))).square();
   const at::Tensor gate = at::sigmoid(ffn_receptance_->forward(mixed(b, b_before, ffn_mix_r_)));
-  return {
-      y + dropped(gate * ffn_value_->forward(hidden)),
-      {last_token(a, state_at(state, 0)), sum, norm, exponent, last_token(b, state_at(state, 4))}};
+  x.add(dropped(gate * ffn_value_->forward(hidden)));
+  return {last_token(a, state_at(state, 0)), sum, norm, exponent,
+          last_token(b, state_at(state, 4))};
 }
 
 }  // namespace xlstm::nn

@@ -27,8 +27,7 @@ at::Tensor last_token(const at::Tensor& x, const at::Tensor& last);
 class Rwkv4Block : public Block {
  public:
   Rwkv4Block(const Rwkv4BlockOptions& options, at::Device device);
-  Result forward(const at::Tensor& x, const State& state,
-                 const std::optional<at::Tensor>& reset) override;
+  State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
 
  private:
   void init_mixes();

@@ -174,18 +174,17 @@ at::Tensor Rwkv5Block::channel_mix(const at::Tensor& now, const at::Tensor& befo
   return gate * ffn_value_->forward(hidden);
 }
 
-Result Rwkv5Block::forward(const at::Tensor& x, const State& state,
-                           const std::optional<at::Tensor>& reset) {
+State Rwkv5Block::advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) {
   check_state(state, 3, "RWKV block");
   const auto dropped = [&](const at::Tensor& t) {
     return apply_dropout(t, options_.dropout, is_training());
   };
-  const at::Tensor a = norm_->forward(x), a_last = state_at(state, 0);
+  const at::Tensor a = x.normed(*norm_), a_last = state_at(state, 0);
   auto [mix, next] = time_mix(a, previous_token(a, a_last, reset), state, reset);
-  const at::Tensor y = x + dropped(mix);
-  const at::Tensor b = ffn_norm_->forward(y), b_last = state_at(state, 2);
-  return {y + dropped(channel_mix(b, previous_token(b, b_last, reset))),
-          {last_token(a, a_last), next, last_token(b, b_last)}};
+  x.add(dropped(mix));
+  const at::Tensor b = x.normed(*ffn_norm_), b_last = state_at(state, 2);
+  x.add(dropped(channel_mix(b, previous_token(b, b_last, reset))));
+  return {last_token(a, a_last), next, last_token(b, b_last)};
 }
 
 }  // namespace xlstm::nn

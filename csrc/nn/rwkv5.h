@@ -39,8 +39,7 @@ class TokenMix : public torch::nn::Module {
 class Rwkv5Block : public Block {
  public:
   Rwkv5Block(const Rwkv5BlockOptions& options, at::Device device);
-  Result forward(const at::Tensor& x, const State& state,
-                 const std::optional<at::Tensor>& reset) override;
+  State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
 
  private:
   void init();

@@ -117,11 +117,11 @@ SlstmBlock::SlstmBlock(const SlstmBlockOptions& options, at::Device device) {
   ffn_ = register_module("ffn", std::make_shared<FeedForward>(options.feed_forward, device));
 }
 
-Result SlstmBlock::forward(const at::Tensor& x, const State& state,
-                           const std::optional<at::Tensor>& reset) {
-  auto [y, next] = slstm_->forward(norm_->forward(x), state, reset);
-  const at::Tensor mixed = x + y;
-  return {mixed + ffn_->forward(ffn_norm_->forward(mixed)), std::move(next)};
+State SlstmBlock::advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) {
+  auto [y, next] = slstm_->forward(x.normed(*norm_), state, reset);
+  x.add(y);
+  x.add(ffn_->forward(x.normed(*ffn_norm_)));
+  return std::move(next);
 }
 
 }  // namespace xlstm::nn

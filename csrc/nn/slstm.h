@@ -44,8 +44,7 @@ class SlstmLayer : public torch::nn::Module {
 class SlstmBlock : public Block {
  public:
   SlstmBlock(const SlstmBlockOptions& options, at::Device device);
-  Result forward(const at::Tensor& x, const State& state,
-                 const std::optional<at::Tensor>& reset) override;
+  State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
 
  private:
   std::shared_ptr<Norm> norm_, ffn_norm_;

@@ -117,15 +117,16 @@ TransformerBlock::TransformerBlock(const TransformerBlockOptions& options, at::D
   }
 }
 
-Result TransformerBlock::forward(const at::Tensor& x, const State& state,
-                                 const std::optional<at::Tensor>& reset) {
+State TransformerBlock::advance(Residual& x, const State& state,
+                                const std::optional<at::Tensor>& reset) {
   const auto dropped = [&](const at::Tensor& t) {
     return apply_dropout(t, options_.dropout, is_training());
   };
-  auto [y, next] = attention_->forward(norm_->forward(x), state, reset);
-  const at::Tensor mixed = x + dropped(y), normed = ffn_norm_->forward(mixed);
-  return {mixed + dropped(ffn_ ? ffn_->forward(normed) : swiglu_->forward(normed)),
-          std::move(next)};
+  auto [y, next] = attention_->forward(x.normed(*norm_), state, reset);
+  x.add(dropped(y));
+  const at::Tensor normed = x.normed(*ffn_norm_);
+  x.add(dropped(ffn_ ? ffn_->forward(normed) : swiglu_->forward(normed)));
+  return std::move(next);
 }
 
 }  // namespace xlstm::nn

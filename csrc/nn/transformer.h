@@ -35,8 +35,7 @@ class Attention : public torch::nn::Module {
 class TransformerBlock : public Block {
  public:
   TransformerBlock(const TransformerBlockOptions& options, at::Device device);
-  Result forward(const at::Tensor& x, const State& state,
-                 const std::optional<at::Tensor>& reset) override;
+  State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
 
  private:
   const TransformerBlockOptions options_;

@@ -83,12 +83,12 @@ XlstmLargeBlock::XlstmLargeBlock(const XlstmLargeBlockOptions& options, at::Devi
       "ffn", std::make_shared<SwiGlu>(options.dim, options.ffn_dim, options.num_blocks, device));
 }
 
-Result XlstmLargeBlock::forward(const at::Tensor& x, const State& state,
-                                const std::optional<at::Tensor>& reset) {
-  auto [y, next] = mlstm_layer_->forward(norm_mlstm_->forward(x), state, reset);
-  const at::Tensor mixed = x + y;
-  return {mixed + apply_dropout(ffn_->forward(norm_ffn_->forward(mixed)), dropout_, is_training()),
-          std::move(next)};
+State XlstmLargeBlock::advance(Residual& x, const State& state,
+                               const std::optional<at::Tensor>& reset) {
+  auto [y, next] = mlstm_layer_->forward(x.normed(*norm_mlstm_), state, reset);
+  x.add(y);
+  x.add(apply_dropout(ffn_->forward(x.normed(*norm_ffn_)), dropout_, is_training()));
+  return std::move(next);
 }
 
 }  // namespace xlstm::nn

@@ -45,8 +45,7 @@ class SwiGlu : public torch::nn::Module {
 class XlstmLargeBlock : public Block {
  public:
   XlstmLargeBlock(const XlstmLargeBlockOptions& options, at::Device device);
-  Result forward(const at::Tensor& x, const State& state,
-                 const std::optional<at::Tensor>& reset) override;
+  State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
 
  private:
   const double dropout_;
