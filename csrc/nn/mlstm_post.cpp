@@ -73,11 +73,12 @@ PostMlstmBlock::PostMlstmBlock(const MlstmBlockOptions& options,
   ffn_ = register_module("ffn", std::make_shared<FeedForward>(feed_forward, device));
 }
 
-Result PostMlstmBlock::forward(const at::Tensor& x, const State& state,
-                               const std::optional<at::Tensor>& reset) {
-  auto [y, next] = mlstm_->forward(norm_->forward(x), state, reset);
-  const at::Tensor mixed = x + y;
-  return {mixed + ffn_->forward(ffn_norm_->forward(mixed)), std::move(next)};
+State PostMlstmBlock::advance(Residual& x, const State& state,
+                              const std::optional<at::Tensor>& reset) {
+  auto [y, next] = mlstm_->forward(x.normed(*norm_), state, reset);
+  x.add(y);
+  x.add(ffn_->forward(x.normed(*ffn_norm_)));
+  return std::move(next);
 }
 
 }  // namespace xlstm::nn

@@ -26,8 +26,7 @@ class PostMlstmBlock : public Block {
  public:
   PostMlstmBlock(const MlstmBlockOptions& options, const FeedForwardOptions& feed_forward,
                  at::Device device);
-  Result forward(const at::Tensor& x, const State& state,
-                 const std::optional<at::Tensor>& reset) override;
+  State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
 
  private:
   std::shared_ptr<Norm> norm_, ffn_norm_;

@@ -267,11 +267,18 @@ TEST_CASE(
 
 TEST_CASE("without fused operators: the same loss, gradients, logits and states") {
   torch::manual_seed(7);
-  ModelOptions mamba = small_options();
-  mamba.kind = "mamba";
-  mamba.slstm_at.clear();
-  for (ModelOptions options : {small_options(), large_options(), mamba}) {
+  std::vector<ModelOptions> models = {small_options(), large_options(), ablated_options()};
+  models.push_back(small_options());
+  models.back().activation_checkpointing = true;
+  for (const char* kind :
+       {"mamba", "lstm", "lstm_block", "llama", "gpt", "rwkv4", "rwkv6", "retnet"}) {
+    models.push_back(small_options());
+    models.back().kind = kind;
+    models.back().slstm_at.clear();
+  }
+  for (ModelOptions options : models) {
     CAPTURE(options.kind);
+    options.fused = true;
     const auto fused = make(options);
     options.fused = false;
     const auto steps = make(options);

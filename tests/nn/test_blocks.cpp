@@ -172,5 +172,32 @@ TEST_CASE("a state of the wrong size is refused") {
   }
 }
 
+TEST_CASE("a residual stream is the same with and without additions in the norms") {
+  const bool bias = GENERATE(false, true);
+  Norm norm(kDim, 1e-5, bias ? "layer" : "rms", at::kCPU, bias);
+  randomize(norm);
+  norm.to(at::kDouble);
+  const at::Tensor x = random_input(2, 5), branch = random_input(2, 5), last = random_input(2, 5);
+  x.requires_grad_(), branch.requires_grad_(), last.requires_grad_();
+  const auto run = [&](bool fused) {
+    Residual stream(x, fused);
+    at::Tensor y = stream.normed(norm);  // nothing waits
+    stream.add(branch);
+    y = y * stream.normed(norm);
+    CHECK((y.grad_fn()->next_edge(1).function->name().find("ResidualNorm") != std::string::npos) ==
+          fused);
+    stream.add(branch * y), stream.add(last);  // two additions before a norm
+    y = y + stream.normed(norm);
+    stream.add(y);
+    std::vector<at::Tensor> results{stream.sum()};
+    for (const at::Tensor& grad :
+         torch::autograd::grad({stream.sum().square().sum()}, {x, branch, last, norm.weight}))
+      results.push_back(grad);
+    return results;
+  };
+  const auto fused = run(true), steps = run(false);
+  for (size_t i = 0; i < fused.size(); ++i) CHECK(difference(fused[i], steps[i]) < kTolerance);
+}
+
 }  // namespace
 }  // namespace xlstm::nn::test
