@@ -170,30 +170,37 @@ class SlstmBackwardBlock {
         dy[j] = p.call.dy.data == nullptr ? 0.0F : number_of<kPlanes>(next_dy[g][j], wide());
       }
       prefetch(g, t - 1);
+      // As forward: no branch between the sequences, and first of all what the other units wait for.
+      bool within[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
+        within[j] = t < length[j] && owns(g);
+        if (within[j] && t + 1 == length[j]) enter_last(g, j, state_at(rows[slstm_row_of(j)], g));
+        CellGradient after = gradient[g][j];
+        const CellGates gates = cell_gradients(slopes[j], carried[g][j] + dy[j], after);
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) out[gate][j] = 0;
-        if (t >= length[j] || !owns(g)) continue;
-        if (t + 1 == length[j]) enter_last(g, j, state_at(rows[slstm_row_of(j)], g));
+        for (int gate = 0; gate < 4; ++gate) out[gate][j] = within[j] ? gates.g[gate] : 0.0F;
+        if (!within[j]) continue;
         cut[j] = is_cut(slopes[j]);
-        const CellGates gates = cell_gradients(slopes[j], carried[g][j] + dy[j], gradient[g][j]);
         carried[g][j] = 0;
-        if (cut[j]) gradient[g][j] = {0, 0};
+        gradient[g][j] = cut[j] ? CellGradient{0, 0} : after;
+      }
+      if (k >= 0) {
+        const int base = column + g * kSlstmGroupUnits;
+        slstm_rows_of<kPlanes, Exchange::kWords>(
+            out, [&](int gate, int plane, int row, int unit, const u32(&words)[Exchange::kWords]) {
+              exchange.put(k, plane * kSlstmRows + row, gate * d.padded + base + unit, words);
+            });
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (!within[j]) continue;
         const int shift = size_shift(wide());
         unsigned char* at = dwx_at[j] + (g * kSlstmGroupUnits * p.call.dwx.unit << shift);
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate, at += p.call.dwx.gate << shift) {
-          out[gate][j] = gates.g[gate];
-          store_rounded<kPlanes>(at, 0, wide(), gates.g[gate]);
-        }
+        for (int gate = 0; gate < 4; ++gate, at += p.call.dwx.gate << shift)
+          store_rounded<kPlanes>(at, 0, wide(), out[gate][j]);
       }
-      if (k < 0) continue;
-      const int base = column + g * kSlstmGroupUnits;
-      slstm_rows_of<kPlanes, Exchange::kWords>(
-          out, [&](int gate, int plane, int row, int unit, const u32(&words)[Exchange::kWords]) {
-            exchange.put(k, plane * kSlstmRows + row, gate * d.padded + base + unit, words);
-          });
     }
     if (k >= 0) exchange.done(k);
     to_next_loads();

@@ -147,7 +147,9 @@ class SlstmForwardBlock {
         if (row.length == 0) {
           write_last(g, j, at, y[0][j]);
         } else {
-          enter(g, j, 0, slstm_reset(s, row, 0), y[0][j]);
+          const bool reset = slstm_reset(s, row, 0);
+          enter(g, j, 0, reset);
+          if (reset) y[0][j] = 0;
         }
       }
       if (active && split == 0 && steps > 0) publish(g, 0, y);
@@ -157,8 +159,8 @@ class SlstmForwardBlock {
   }
 
   /// A state as it enters token t.
-  DEVICE_FUNCTION void enter(int g, int j, int t, bool reset, float& y) {
-    if (reset) state[g][j] = empty_state(), y = 0;
+  DEVICE_FUNCTION void enter(int g, int j, int t, bool reset) {
+    if (reset) state[g][j] = empty_state();
     if (p.call.checkpoints == nullptr || t % static_cast<int>(kSlstmCheckpointTokens) != 0) return;
     float* to = p.call.checkpoints +
                 slstm_checkpoint(s, rows[slstm_row_of(j)], t, head, unit_of(g), Cell::kStates);
@@ -255,27 +257,33 @@ class SlstmForwardBlock {
     if (t + 1 < steps) exchange.open(t + 1);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      float y[1][2];
+      // Both sequences' cells side by side, without a branch between them; first of all what the other units wait for.
+      CellGates gates[2];
+      float y[2], passed[1][2];
+      bool within[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        y[0][j] = 0;
-        if (t >= length[j] || unit_of(g) >= s.dh) continue;
-        CellGates gates;
+        within[j] = t < length[j] && unit_of(g) < s.dh;
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) gates.g[gate] = sums[g][gate / 2][part_of(gate, j)];
-        if (p.call.gates.data != nullptr) write_gates(g, j, gates);
-        const CellStep step = Cell::step(gates, state[g][j]);
-        state[g][j] = step.after;
-        y[0][j] = step.o * step.hidden;
-        store_rounded<kPlanes>(y_at[j], g * kSlstmGroupUnits * p.call.y.inner, wide(), y[0][j]);
+        for (int gate = 0; gate < 4; ++gate) gates[j].g[gate] = sums[g][gate / 2][part_of(gate, j)];
+        const CellStep step = Cell::step(gates[j], state[g][j]);
+        y[j] = step.o * step.hidden;
+        if (within[j]) state[g][j] = step.after;
+        passed[0][j] = within[j] && !next_reset[j] ? y[j] : 0.0F;
+      }
+      if (t + 1 < steps) publish(g, t + 1, passed);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (!within[j]) continue;
+        if (p.call.gates.data != nullptr) write_gates(g, j, gates[j]);
+        store_rounded<kPlanes>(y_at[j], g * kSlstmGroupUnits * p.call.y.inner, wide(), y[j]);
         if (t + 1 < length[j]) {
-          enter(g, j, t + 1, next_reset[j], y[0][j]);
+          enter(g, j, t + 1, next_reset[j]);
         } else {
           const int sequence = rows[slstm_row_of(j)].sequence;
-          write_last(g, j, (int64_t{sequence} * s.num_heads + head) * s.dh + unit_of(g), y[0][j]);
+          write_last(g, j, (int64_t{sequence} * s.num_heads + head) * s.dh + unit_of(g), y[j]);
         }
       }
-      if (t + 1 < steps) publish(g, t + 1, y);
     }
     if (t + 1 < steps) exchange.done(t + 1);
 #pragma unroll

@@ -16,6 +16,16 @@ struct GateMaths {
     return kFast ? prim::ex2(-kLog2e * x) : expf(-x);
   }
   static DEVICE_FUNCTION float inverse(float x) { return kFast ? prim::rcp(x) : 1.0F / x; }
+  /// log(1 + x) for x from 0 to 1. Fast: a polynomial through Chebyshev's nodes, 3e-7 of the result; no branch.
+  static DEVICE_FUNCTION float log1p(float x) {
+    if (!kFast) return log1pf(x);
+    constexpr float kTerms[] = {0.99999982F, -0.49997449F, 0.33276176F, -0.24499612F,
+                                0.17757024F, -0.10785368F, 0.04421419F, -0.00857468F};
+    float sum = kTerms[7];
+#pragma unroll
+    for (int i = 6; i >= 0; --i) sum = sum * x + kTerms[i];
+    return sum * x;
+  }
   static DEVICE_FUNCTION float tanh(float x) { return kFast ? prim::tanh_approx(x) : tanhf(x); }
   /// 1 / (1 + e^-x). Where e^-x would overflow x is large and negative.
   static DEVICE_FUNCTION float sigmoid(float x) {
@@ -90,7 +100,7 @@ struct SlstmPolicy {
     if constexpr (!kExponentialForget) {
       // log sigmoid(f) = min(f, 0) - log(1 + e^-|f|); its derivative is sigmoid(-f).
       const float e = Maths::exp_of_negative(gf < 0 ? -gf : gf), inverse = Maths::inverse(1.0F + e);
-      log_f = (gf < 0 ? gf : 0.0F) - log1pf(e);
+      log_f = (gf < 0 ? gf : 0.0F) - Maths::log1p(e);
       r.slope = gf < 0 ? inverse : e * inverse;
     }
     const float carried = log_f + s.m, empty = prim::float_of(0xff800000U);
