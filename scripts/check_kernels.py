@@ -97,13 +97,19 @@ def sweep_sm90_products(use, contraction, columns):
     return "HGMMA", count, count
 
 
-def slstm_products(channels):
-    """One more than the k16 steps with weights in registers: forward two A tiles per group of units, backward one.
-    Two planes per number take three products. See slstm_resident in slstm_params.h."""
+def slstm_products(channels, block=False):
+    """One more than the k16 steps with weights in registers: forward two A tiles per group of units, backward one; a
+    block that has a whole head of up to 64 units has no others. Two planes per number take three products. See
+    slstm_resident in slstm_params.h."""
     def count(cell_or_states, *rest):
         groups, planes = [1, *map(int, rest)][-2:]
-        resident = 16 // groups // planes - (groups - 1) if channels == 1 else (28 if groups == 1 else 20) // planes
-        products = (resident + 1) * (2 * groups if channels == 1 else 1) * (1 if planes == 1 else 3)
+        if block and groups == 1:
+            steps = 4 if channels == 1 else 8
+        elif channels == 1:
+            steps = 16 // groups // planes - (groups - 1) + 1
+        else:
+            steps = (28 if groups == 1 else 20) // planes + 1
+        products = steps * (2 * groups if channels == 1 else 1) * (1 if planes == 1 else 3)
         return "HMMA", products, products
     return count
 
@@ -138,11 +144,11 @@ BUDGETS = [
     budget(r"mlstm_step_columns", 256, 96, 32, blocks=2, must=VECTOR),
     budget(r"mlstm_step_normaliser", 256, 64, 16, blocks=4),
     # 128 registers hold recurrent weights; all of them where the compiler keeps to one block per multiprocessor
-    budget(r"slstm_forward_block", 256, 255, 227, must={"HMMA", "LDSM"}, products=slstm_products(1)),
+    budget(r"slstm_forward_block", 256, 255, 227, must={"HMMA", "LDSM"}, products=slstm_products(1, block=True)),
     budget(r"slstm_forward_grid", 256, 255, 227, must=MMA, products=slstm_products(1)),
     budget(r"slstm_forward_sm90", 256, 255, 227, must={"HMMA", "LDSM", "SYNCS"}, only=("sm_90a",),
            products=slstm_products(1)),
-    budget(r"slstm_backward_block", 256, 255, 227, must={"HMMA", "LDSM"}, products=slstm_products(4)),
+    budget(r"slstm_backward_block", 256, 255, 227, must={"HMMA", "LDSM"}, products=slstm_products(4, block=True)),
     budget(r"slstm_backward_grid", 256, 255, 227, must=MMA, products=slstm_products(4)),
     budget(r"slstm_backward_sm90", 256, 255, 227, must={"HMMA", "LDSM", "SYNCS"}, only=("sm_90a",),
            products=slstm_products(4)),

@@ -16,8 +16,8 @@ int64_t step_cost(const SlstmMap& map) {
   constexpr int64_t kCell = 8;
   const SlstmSteps steps = slstm_steps(map.kernel, map.division);
   const int64_t exchange = map.exchange == SlstmExchange::kBlock     ? 4
-                           : map.exchange == SlstmExchange::kCluster ? 8
-                                                                     : 48;
+                           : map.exchange == SlstmExchange::kCluster ? 24
+                                                                     : 64;
   const int64_t products = map.kernel.channels == 1 ? map.kernel.groups : 1;
   return exchange + kCell * map.kernel.groups + products * steps.all +
          std::max(0, steps.all - steps.resident);

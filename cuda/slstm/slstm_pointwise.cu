@@ -181,12 +181,12 @@ class PointwiseBackward {
 };
 
 template <SlstmCell kCell, bool kFast>
-KERNEL_FUNCTION(kSlstmThreads)
+KERNEL_FUNCTION(kSlstmThreads, 4)
 slstm_pointwise_forward_step(const GRID_CONSTANT SlstmPointwiseForward p) {
   PointwiseForward<CellPolicy<kCell, kFast>>(p).run();
 }
 template <SlstmCell kCell, bool kFast>
-KERNEL_FUNCTION(kSlstmThreads)
+KERNEL_FUNCTION(kSlstmThreads, 4)
 slstm_pointwise_backward_step(const GRID_CONSTANT SlstmPointwiseBackward p) {
   PointwiseBackward<CellPolicy<kCell, kFast>>(p).run();
 }

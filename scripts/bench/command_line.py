@@ -1,6 +1,7 @@
 """The command line that the benchmarks of single operators on a GPU share."""
 
 import argparse
+import re
 import time
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from timing import Effort
 
 
-def parser(doc: str, name: str, suites: str) -> argparse.ArgumentParser:
+def parser(doc: str, name: str, suites: str, heads: str) -> argparse.ArgumentParser:
+    """`heads`: an example of what --heads takes."""
     made = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     made.add_argument("--suites", default=suites, help="comma list, default all")
     made.add_argument("--device", type=torch.device, default=torch.device("cuda"))
@@ -16,6 +18,8 @@ def parser(doc: str, name: str, suites: str) -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=1.0, help="time per measurement (at least 5 samples)")
     made.add_argument("--limit", type=float, default=float("inf"), help="start no further case after so many seconds")
     made.add_argument("--no-peers", dest="peers", action="store_false", help="time ours alone")
+    made.add_argument("--peer", default="", help="time only peers whose name matches this regular expression")
+    made.add_argument("--heads", default="", help="time only these head sizes, e.g. " + heads)
     made.add_argument("--tiny", action="store_true", help="small sizes, to try the script out")
     made.add_argument("--library", help="libxlstm_ops.so; default: the one that `import libxlstm` finds")
     made.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
@@ -28,8 +32,19 @@ def parse(made: argparse.ArgumentParser, arguments) -> argparse.Namespace:
     args = made.parse_args(arguments)
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16"))
     args.suites = args.suites.split(",")
+    args.heads = [tuple(map(int, each.split("x"))) for each in args.heads.split(",") if each]
     args.effort = Effort(warm_up=2, calls=2, samples=5, seconds=0.02) if args.tiny else Effort(seconds=args.seconds)
     args.end = time.monotonic() + args.limit
     if args.device.type == "cuda" and not torch.cuda.is_available():
         made.exit(2, "error: torch sees no GPU here (--device cpu --tiny tries the script out)\n")
     return args
+
+
+def wanted_peers(operators: list, args: argparse.Namespace) -> list:
+    """Those that --peer leaves."""
+    return [each for each in operators if re.search(args.peer, each.name)]
+
+
+def wanted_heads(shapes: list, args: argparse.Namespace) -> list:
+    """Those that --heads leaves."""
+    return [shape for shape in shapes if not args.heads or tuple(shape) in args.heads]

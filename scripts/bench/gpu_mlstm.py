@@ -277,7 +277,7 @@ def time_steps(args, limits, tiny):
     usual = LIMITS[args.dtype][0]
     report["bad"] = [f"{name}: {errors}" for name, errors in report["errors"].items()
                      if name.startswith(OURS) and not all(e <= usual for e in errors.values())]
-    shapes = [(2, 16, 16)] if tiny else STANDARD
+    shapes = [(2, 16, 16)] if tiny else command_line.wanted_heads(STANDARD, args)
     for heads, dqk, dv in shapes:
         for batch in (1, 2) if tiny else [4**n for n in range(6)]:
             if time.monotonic() > args.end or report["bad"]:
@@ -317,7 +317,8 @@ def print_ratios(report):
 
 
 def parse(arguments):
-    parser = command_line.parser(__doc__, "gpu_mlstm", "standard,tokens,blocks,small,decode")
+    parser = command_line.parser(__doc__, "gpu_mlstm", "standard,tokens,blocks,small,decode",
+                                 "16x128x256,8x256x512 (NH, DQK, DV)")
     parser.add_argument("--gates", choices=["open", "normal"], default="open", help="N(-3,1) and N(3,1), or N(0,1)")
     return command_line.parse(parser, arguments)
 
@@ -328,20 +329,21 @@ def main(arguments=None):
     absent = {}
     if args.peers:
         others, absent = peers.mlstm_operators(args.device)
-        operators += others
+        operators += command_line.wanted_peers(others, args)
     for name, reason in absent.items():
         print(f"not here: {name} ({reason})")
     report = {"machine": gpu_machine(args.device), "packages": peers.versions(), "absent": absent,
               "dtype": str(args.dtype), "gates": args.gates, "hopper": os.environ.get("XLSTM_HOPPER", "")}
     print("relative errors against float64")
-    shapes = [(16, 16), (16, 32)] if args.tiny else sorted({(dqk, dv) for _, dqk, dv in HEADS})
+    shapes = [(16, 16), (16, 32)] if args.tiny else sorted({(dqk, dv) for _, dqk, dv in command_line.wanted_heads(HEADS, args)})
     report["checks"], bad = check_all(operators, shapes, args.dtype, args.device, 96 if args.tiny else 512)
     report["limits"] = limits = rooflines(args.device, args.effort, args.tiny)
     print(f"\ncopy {limits['copy']['gb_per_s']:.4g} GB/s, product of {limits['product']['edge']}^3 "
           f"{limits['product']['tflop_per_s']:.4g} TFLOP/s")
     report["cases"] = []
     # A wrong operator's speed is no result: nothing is timed then.
-    waiting = [] if bad else cases(args.suites, args.tiny)
+    waiting = [] if bad else [case for case in cases(args.suites, args.tiny)
+                              if command_line.wanted_heads([(case.heads, case.dqk, case.dv)], args)]
     while waiting and waiting[0].suite == "standard":
         report["cases"].append(time_case(waiting.pop(0), operators, args, limits))
     if "decode" in args.suites and not bad:

@@ -70,7 +70,7 @@ def check_all(operators, shapes, dtype, device, length):
     """Checks of every operator at every head size; ours must hold the limits."""
     rows, bad = [], []
     for heads, dh in shapes:
-        case = Case("check", 8, length, heads, dh)
+        case = Case("check", 16, length, heads, dh)
         for operator in operators:
             if not belongs(operator, case):
                 continue
@@ -197,7 +197,8 @@ def print_ratios(report):
 
 
 def main(arguments=None):
-    args = command_line.parse(command_line.parser(__doc__, "gpu_slstm", ",".join((*SUITES, "decode"))), arguments)
+    args = command_line.parse(command_line.parser(__doc__, "gpu_slstm", ",".join((*SUITES, "decode")), "12x64,3x256 (NH, DH)"),
+                              arguments)
     if args.library:
         torch.ops.load_library(args.library)
     else:
@@ -205,16 +206,17 @@ def main(arguments=None):
     operators, absent = ours(), {}
     if args.peers:
         others, absent = peers.recurrences(args.device)
-        operators += others
+        operators += command_line.wanted_peers(others, args)
     for name, reason in absent.items():
         print(f"not here: {name} ({reason})")
     report = {"machine": gpu_machine(args.device), "packages": peers.versions(), "absent": absent, "dtype": str(args.dtype)}
     print("relative errors against float64")
-    shapes = [(2, 16), (1, 16)] if args.tiny else HEADS
+    shapes = [(2, 16), (1, 16)] if args.tiny else command_line.wanted_heads(HEADS, args)
     report["checks"], bad = check_all(operators, shapes, args.dtype, args.device, 9 if args.tiny else 64)
     report["cases"] = []
     # A wrong operator's speed is no result: nothing is timed then.
-    waiting = [] if bad else cases(args.suites, args.tiny)
+    waiting = [] if bad else [case for case in cases(args.suites, args.tiny)
+                              if command_line.wanted_heads([(case.heads, case.dh)], args)]
     if "decode" in args.suites and not bad:
         report["steps"] = time_steps(args)
     while waiting and time.monotonic() < args.end:
