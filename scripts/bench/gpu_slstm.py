@@ -120,7 +120,7 @@ def time_operator(case, operator, dtype, device, effort):
         prepared = passes(operator, sets)
         flop = work(case)
         for name, prepare in prepared.items():
-            result[name] = measure(prepare, device, effort)
+            result[name] = measure(prepare, device, effort, graph=operator.capturable)
             ms = result[name]["median_ms"]
             result[name] |= {"step_us": 1e3 * ms / case.time, "tflop_per_s": flop[name] / ms / 1e9}
         if is_ours(operator) and device.type == "cuda":

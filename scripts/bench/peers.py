@@ -231,6 +231,7 @@ class Recurrence:
     name: str
     function: Callable
     kind: str  # what it computes: slstm | lstm | layer (an LSTM with its input projection)
+    capturable: bool = True  # in a CUDA graph
 
 
 def recurrences(device: torch.device) -> tuple[list, dict]:
@@ -249,7 +250,7 @@ def recurrences(device: torch.device) -> tuple[list, dict]:
 
         return run
 
-    found += [Recurrence(f"flashrnn {backend}" + ", lstm" * (cell == "lstm"), make(backend, cell), cell)
+    found += [Recurrence(f"flashrnn {backend}" + ", lstm" * (cell == "lstm"), make(backend, cell), cell, capturable=False)
               for backend in backends for cell in ("slstm", "lstm")]
     return found, absent
 

@@ -93,12 +93,12 @@ class Effort:
     seconds: float = 1.0  # no further sample after that, but at least 5
 
 
-def measure(prepare, device: torch.device, effort: Effort) -> dict:
+def measure(prepare, device: torch.device, effort: Effort, graph: bool = True) -> dict:
     """Times one candidate. `prepare()` returns callables, one per input set, which take turns.
 
     Returns {"median_ms", "quartiles_ms", "calls", "method", "extra_bytes"}; extra_bytes is the most memory that one call
     takes beyond what was allocated before. On a GPU the calls are captured in a CUDA graph; where that fails the calls
-    are timed eagerly and "method" says so.
+    are timed eagerly and "method" says so. graph=False: eagerly, for what breaks the stream when it is captured.
     """
     if device.type != "cuda":
         return _measure_eagerly(prepare(), effort, _cpu_samples) | {"extra_bytes": None}
@@ -113,7 +113,8 @@ def measure(prepare, device: torch.device, effort: Effort) -> dict:
         calls[0]()
         torch.cuda.synchronize(device)
         extra = torch.cuda.max_memory_allocated(device) - before
-        result = _measure_graph(calls, stream, effort) or _measure_eagerly(calls, effort, _event_samples)
+        result = (_measure_graph(calls, stream, effort) if graph else None) or _measure_eagerly(
+            calls, effort, _event_samples)
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     return result | {"extra_bytes": extra}

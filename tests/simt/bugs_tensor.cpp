@@ -128,6 +128,17 @@ void past_the_tensor(std::uint64_t seed) {  // the map promises more rows than w
     prim::mbar_wait(bar, 0);
   });
 }
+void load_at_odd_column(std::uint64_t seed) {
+  Picture picture;
+  launch({.block = {1}, .shared_bytes = kTile + 4096, .seed = seed},
+         [&] { prim::tma_load_2d(shared_tile(), picture.map, 3, 0, shared_barriers()); });
+}
+void store_over_odd_edge(std::uint64_t seed) {
+  std::vector<u16> data(64 * 32);
+  const TensorMap map = matrix_map(data.data(), 60, 32, 64, 64, 32, Swizzle::k128);
+  launch({.block = {1}, .shared_bytes = kTile + 4096, .seed = seed},
+         [&] { prim::tma_store_2d(map, shared_tile(), 0, 0); });
+}
 void no_tensor_map(std::uint64_t seed) {
   const TensorMap map{};
   launch({.block = {1}, .shared_bytes = kTile + 4096, .seed = seed},
@@ -208,6 +219,8 @@ const Planted kBugs[] = {
     {"refill without a wait", refill<Refill::kNoEmptyWait>, "mbarrier: more arrivals"},
     {"refill before the slot is read", refill<Refill::kWaitsForFull>, nullptr, true},
     {"tensor map beyond its memory", past_the_tensor, nullptr, false, true},
+    {"innermost coordinate within 16 bytes", load_at_odd_column, "no multiple of 16 bytes"},
+    {"store clipped within 16 bytes", store_over_odd_edge, "no multiple of 16 bytes"},
     {"no tensor map", no_tensor_map, "make_tensor_map"},
     {"tensor map of another rank", wrong_rank, "has rank 2"},
     {"no fence before a tensor store", store_without_fence, "wrong values", true},

@@ -260,12 +260,19 @@ void tma_prefetch(const TensorMap& map) {
   simt::read_map(map, description.rank, "prefetch.tensormap");
 }
 
+/// An H100 stops with "illegal instruction" otherwise.
+static void check_innermost(const EmulatedTensorMap& map, int coordinate) {
+  if (coordinate * map.element_bytes % 16 != 0)
+    simt::fail("tensor copy: the innermost coordinate is no multiple of 16 bytes");
+}
+
 void tma_load(void* dst, const TensorMap& map, u32 rank, const int* c, u64* bar, u32 mask) {
   Quiet quiet;
   const EmulatedTensorMap description = simt::read_map(map, rank, "tensor copy");
   const u32 tile = simt::shared_address(dst, simt::box_bytes(description));
   const u32 barrier = simt::shared_address(bar, 8);
   if (tile % 128 != 0) simt::fail("tensor copy: the tile is not 128-byte aligned");
+  check_innermost(description, c[0]);
   const simt::Coordinates at = simt::coordinates(c, rank);
   if (mask == 0) return simt::load_box(description, at, current->block, tile, barrier);
   mask &= 0xffff;
@@ -283,6 +290,12 @@ void tma_store(const TensorMap& map, const void* src, u32 rank, const int* c) {
   if (tile % 128 != 0) simt::fail("tensor store: the tile is not 128-byte aligned");
   for (u32 i = 0; i < rank; ++i)
     if (c[i] < 0) simt::fail("tensor store: a coordinate is negative");
+  check_innermost(description, c[0]);
+  // An H100 writes the 16 bytes in which the tensor's row ends as a whole.
+  const u32 width = description.last[0] + 1;
+  if (width * description.element_bytes % 16 != 0 &&
+      static_cast<u32>(c[0]) + description.box[0] > width)
+    simt::fail("tensor store: the tensor's rows, which clip it, are no multiple of 16 bytes");
   Block* block = current->block;
   simt::Store store{description,
                     simt::coordinates(c, rank),

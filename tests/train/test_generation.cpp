@@ -167,8 +167,8 @@ TEST_CASE("generation with state equals a full forward pass per token") {
   }
 }
 
-TEST_CASE("a decoder whose mLSTM states lag gives the logits of one parallel pass") {
-  for (const char* kind : {"xlstm", "xlstm_large", "retnet", "linear_attention"}) {
+TEST_CASE("a decoder gives the logits of one parallel pass, where mLSTM states lag, too") {
+  for (const char* kind : {"xlstm", "xlstm_large", "retnet", "linear_attention", "h3", "hyena"}) {
     const auto model = tiny_model(kind);
     model->eval();
     const at::NoGradGuard no_grad;
