@@ -2,8 +2,10 @@
 # Checks and measures the CUDA kernels on this machine's GPU. Needs torch, nvcc, cmake and ninja, nothing else and no
 # network. Leaves the GPU's settings alone.
 #
-#   ./scripts/gpu_check.sh [--only PART,PART...]
+#   ./scripts/gpu_check.sh [--only PART,PART...] [--built FOLDER]
 #
+# --built: what `cmake` and `cmake --install` made elsewhere, with the same torch: FOLDER/python/libxlstm and FOLDER/bin
+# (its options: configure() below). Then nothing is built here, and nvcc is not needed.
 # Parts (seconds at most): build (540, always first), conformance (240: every primitive against the emulator), ops (400:
 # all operators against float64), sanitizer (540: compute-sanitizer's four tools on small shapes), sm80 (300: on compute
 # capability 9.0 alone, the kernels that other devices take there too), bench (560: scripts/bench/gpu_mlstm.py), slstm
@@ -13,11 +15,13 @@
 set -uo pipefail
 parts='build conformance ops sanitizer sm80 bench slstm'
 only=$parts
+built_elsewhere=
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     --only) only=${2:-}; [ -n "$only" ] || fail "--only takes parts: ${parts// /, }"; only=${only//,/ }; shift 2 ;;
-    -h|--help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --built) built_elsewhere=$(realpath -e "${2:-}") || fail "--built takes a folder"; shift 2 ;;
+    -h|--help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown argument $1 (see --help)" ;;
   esac
 done
@@ -41,11 +45,11 @@ END
 capability=${gpu%% *}
 [ "$capability" -ge 80 ] || fail "the kernels need compute capability 8.0 or later; this is a ${gpu#* }"
 nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
-[ -x "$nvcc" ] || fail "nvcc was not found"
+[ -n "$built_elsewhere" ] || [ -x "$nvcc" ] || fail "nvcc was not found"
 PATH=$(dirname "$nvcc"):$PATH
 export PATH
 
-build=$PWD/build/gpu
+build=${built_elsewhere:-$PWD/build/gpu}
 OUT=${OUT:-$PWD/build/gpu_check}
 mkdir -p "$OUT" "$build"
 results=$build/results.txt
@@ -81,7 +85,12 @@ configure() {
 }
 export -f configure
 export build python architectures
-SHOW=3 check build "operators and conformance programs for $architectures" 540 bash -c configure
+if [ -n "$built_elsewhere" ]; then
+  SHOW=1 check build "operators built elsewhere" 60 env PYTHONSAFEPATH=1 PYTHONPATH="$build/python" "$python" -c \
+    'import libxlstm; print(libxlstm.__file__)'
+else
+  SHOW=3 check build "operators and conformance programs for $architectures" 540 bash -c configure
+fi
 built=$?
 # The operators just built, not those of another build in this tree.
 export PYTHONSAFEPATH=1 PYTHONPATH=$build/python PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=INFO
