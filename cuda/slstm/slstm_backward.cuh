@@ -212,7 +212,7 @@ class SlstmBackwardBlock {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0;
     const int pitch = slstm_pitch(kernel(), d);
-    const bf16* from = slstm_columns_of(buffer, pitch, 16 * first_step);
+    const SlstmColumns from(buffer, pitch, 16 * first_step);
     slstm_for_steps<kPlanes, kResident>(from, pitch, my_steps,
                                         [&](int i, const u32(&b)[kPlanes][4], int first) {
                                           slstm_multiply(sums[i % 2], resident[i], b, first);
@@ -222,7 +222,7 @@ class SlstmBackwardBlock {
       for (int i = kResident; i < my_steps; ++i) {
         u32 fragment[kPlanes][4], b[kPlanes][4];
         load_fragment(fragment, weights, i - kResident);
-        slstm_columns(b, from + 16 * i, pitch);
+        slstm_columns(b, from.single + 16 * i, pitch);
         slstm_multiply(sums[0], fragment, b, 0);
       }
     }

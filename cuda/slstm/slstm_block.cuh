@@ -107,21 +107,27 @@ DEVICE_FUNCTION void slstm_multiply(float (&d)[4], const u32 (&a)[kPlanes][4],
   prim::mma_bf16(d, a[0], b[0][first], b[0][first + 1]);
 }
 
-/// Columns of 8 sequences for two k16 steps (B fragments: b[.][0..1] and b[.][2..3]); `from`: slstm_columns_of.
+/// A thread's place in a buffer of the exchange, from column k on: for two k16 steps together, and for one, whose columns
+/// are the last there are to read.
+struct SlstmColumns {
+  const bf16 *pair, *single;
+
+  DEVICE_FUNCTION SlstmColumns(const bf16* buffer, int pitch, int k) {
+    const int l = static_cast<int>(prim::thread_idx().x % 32);
+    const bf16* row = buffer + l % 8 * pitch + k;
+    pair = row + 8 * (l / 8), single = row + 8 * (l / 8 % 2);
+  }
+};
+/// Columns of 8 sequences: the B fragments of a step in b[.][0..1], of the one after it in b[.][2..3].
 template <int kPlanes>
 DEVICE_FUNCTION void slstm_columns(u32 (&b)[kPlanes][4], const bf16* from, int pitch) {
 #pragma unroll
   for (int p = 0; p < kPlanes; ++p) prim::ldmatrix_x4(b[p], from + p * kSlstmRows * pitch);
 }
-/// A thread's place in a buffer of the exchange for the step that begins with column k.
-DEVICE_FUNCTION const bf16* slstm_columns_of(const bf16* buffer, int pitch, int k) {
-  const int l = static_cast<int>(prim::thread_idx().x % 32);
-  return buffer + l % 8 * pitch + 8 * (l / 8) + k;
-}
 /// Calls multiply(i, b, first) for steps 0 .. count - 1, at most kSteps of them: their B fragments are b[.][first] and
 /// b[.][first + 1]. Loads go ahead of products.
 template <int kPlanes, int kSteps, class Multiply>
-DEVICE_FUNCTION void slstm_for_steps(const bf16* from, int pitch, int count,
+DEVICE_FUNCTION void slstm_for_steps(const SlstmColumns& from, int pitch, int count,
                                      const Multiply& multiply) {
   constexpr int kPairs = 4 / kPlanes;
 #pragma unroll
@@ -131,7 +137,8 @@ DEVICE_FUNCTION void slstm_for_steps(const bf16* from, int pitch, int count,
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       const int i = first + 2 * pair;
-      if (i < kSteps && i < count) slstm_columns(b[pair], from + 16 * i, pitch);
+      if (i < kSteps && i < count)
+        slstm_columns(b[pair], (i + 1 < count ? from.pair : from.single) + 16 * i, pitch);
     }
 #pragma unroll
     for (int i = first; i < first + 2 * kPairs; ++i)

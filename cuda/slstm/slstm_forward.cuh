@@ -210,7 +210,7 @@ class SlstmForwardBlock {
   DEVICE_FUNCTION void multiply(const bf16* y) {
     if (!active) return;
     const int pitch = slstm_pitch(kernel(), d);
-    const bf16* from = slstm_columns_of(y, pitch, 16 * first_step);
+    const SlstmColumns from(y, pitch, 16 * first_step);
     slstm_for_steps<kPlanes, kResident>(
         from, pitch, my_steps, [&](int i, const u32(&b)[kPlanes][4], int first) {
 #pragma unroll
@@ -222,7 +222,7 @@ class SlstmForwardBlock {
 #pragma unroll 1
     for (int i = kResident; i < my_steps; ++i) {
       u32 b[kPlanes][4];
-      slstm_columns(b, from + 16 * i, pitch);
+      slstm_columns(b, from.single + 16 * i, pitch);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
 #pragma unroll

@@ -122,8 +122,7 @@ PRIM_FUNCTION constexpr SlstmShared slstm_shared(const SlstmKernelShape& k,
   s.partials = s.barriers + 128;
   s.weights = s.partials + (shared_sums ? (forward ? 8U : 4U) * kSlstmThreads * 4 : 0);
   s.exchange = s.weights + beyond * fragments * 512 * kSlstmWarps;
-  // Two steps are read at a time, of an odd number of them one too many.
-  s.total = s.exchange + static_cast<u32>(k.buffers) * slstm_buffer_numbers(k, d) * 2 + 32;
+  s.total = s.exchange + static_cast<u32>(k.buffers) * slstm_buffer_numbers(k, d) * 2;
   return s;
 }
 
