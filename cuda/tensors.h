@@ -18,7 +18,7 @@ struct DeviceLimits {
   int compute_capability = 80;  ///< 10 * major + minor
   int num_multiprocessors = 108;
   size_t shared_bytes = 163 * 1024;  ///< dynamic shared memory that a block may opt into
-  /// Compute capability 9.0: take the kernels for sm_90a where they are faster. The operators set it there by default.
+  /// Compute capability 9.0: take the kernels for sm_90a where they are faster.
   bool hopper = false;
 };
 

@@ -7,13 +7,13 @@
 # --built: what `cmake` and `cmake --install` made elsewhere, with the same torch: FOLDER/python/libxlstm and FOLDER/bin
 # (its options: configure() below). Then nothing is built here, and nvcc is not needed.
 # Parts (seconds at most): build (540, always first), conformance (240: every primitive against the emulator), ops (400:
-# all operators against float64), sanitizer (540: compute-sanitizer's four tools on small shapes), sm80 (300: on compute
-# capability 9.0 alone, the kernels that other devices take there too), bench (560: scripts/bench/gpu_mlstm.py), slstm
+# all operators against float64), sanitizer (540: compute-sanitizer's four tools on small shapes), hopper (840: the
+# same and a benchmark with the sm_90a kernels, on compute capability 9.0), bench (560: scripts/bench/gpu_mlstm.py), slstm
 # (560: gpu_slstm.py there). A part that fails does not stop the others. OUT: folder of summary.json, log.txt and the
 # benchmarks' files (default build/gpu_check); PYTHON: interpreter that has torch. Exit 0: all passed, 1: something
 # failed, 2: nothing ran.
 set -uo pipefail
-parts='build conformance ops sanitizer sm80 bench slstm'
+parts='build conformance ops sanitizer hopper bench slstm'
 only=$parts
 built_elsewhere=
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -108,6 +108,23 @@ check_ops() {
     exit $status' - "$@"
 }
 
+# check_memory PART: the small cases under compute-sanitizer. racecheck and initcheck report kernels of cuBLAS and torch,
+# too: of these two a report counts where it names a kernel of ours.
+check_memory() {
+  local tool
+  if ! command -v compute-sanitizer >/dev/null; then check "$1" "compute-sanitizer is there" 5 false; return; fi
+  # Without torch's cache every tensor is an allocation of its own, so that a byte beyond it is seen.
+  for tool in memcheck synccheck; do
+    check "$1" "$tool" 135 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" scripts/gpu_ops.py --small
+  done
+  for tool in racecheck initcheck; do
+    check "$1" "$tool" 135 bash -c 'PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" "$2" \
+        scripts/gpu_ops.py --small 2>&1 | tee "$build/sanitizer.txt"
+      grep -q "cases, 0 failed" "$build/sanitizer.txt" && ! grep -q "at .*xlstm::" "$build/sanitizer.txt"' - "$tool" "$python"
+  done
+}
+
 if [ $built = 0 ]; then
   if wants conformance; then
     # A case that hangs or faults costs the other cases nothing: they are compared all the same.
@@ -118,8 +135,7 @@ if [ $built = 0 ]; then
       "$OUT/emulator.txt"
   fi
   if wants ops; then
-    check_ops ops "all operators against float64" 200 "$python" scripts/gpu_ops.py \
-      --expect "$([ "$capability" = 90 ] && echo _sm90 || echo mlstm_sweep)"
+    check_ops ops "all operators against float64" 200 "$python" scripts/gpu_ops.py --expect mlstm_sweep
     if "$python" -c 'import pytest' 2>/dev/null; then
       for file in tests/python/test_mlstm_cuda.py tests/python/test_slstm_cuda.py tests/python/test_pointwise_cuda.py; do
         check ops "$file" 200 "$python" -m pytest -q -p no:cacheprovider "$file"
@@ -128,31 +144,17 @@ if [ $built = 0 ]; then
       skip ops "tests/python/test_*_cuda.py: pytest is missing here"
     fi
   fi
-  if wants sanitizer; then
-    if command -v compute-sanitizer >/dev/null; then
-      # Without torch's cache every tensor is an allocation of its own, so that a byte beyond it is seen.
-      for tool in memcheck synccheck; do
-        check sanitizer "$tool" 135 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-          --error-exitcode 9 "$python" scripts/gpu_ops.py --small
-      done
-      # These two follow neither mbarriers nor tensor copies and report cuBLAS's kernels, too, for what they order and
-      # write: only reports that name a kernel of ours count, and those for sm_90a do not run.
-      for tool in racecheck initcheck; do
-        check sanitizer "$tool" 135 bash -c 'XLSTM_HOPPER=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" \
-          "$2" scripts/gpu_ops.py --small 2>&1 | tee "$build/sanitizer.txt"
-          grep -q "cases, 0 failed" "$build/sanitizer.txt" && ! grep -q "at .*xlstm::" "$build/sanitizer.txt"' - "$tool" "$python"
-      done
-    else
-      check sanitizer "compute-sanitizer is there" 5 false
-    fi
-  fi
-  if wants sm80; then
+  if wants sanitizer; then check_memory sanitizer; fi
+  if wants hopper; then
     if [ "$capability" = 90 ]; then
-      check_ops sm80 "all operators against float64" 150 env XLSTM_HOPPER=0 "$python" scripts/gpu_ops.py --expect mlstm_sweep
-      SHOW=60 check sm80 "benchmark of the kernels for sm_80" 150 env XLSTM_HOPPER=0 "$python" scripts/bench/gpu_mlstm.py \
-        --no-peers --suites standard,tokens --seconds 0.3 --limit 90 --out "$OUT" --name gpu_mlstm_sm80
+      export XLSTM_HOPPER=1
+      check_ops hopper "all operators against float64" 150 "$python" scripts/gpu_ops.py --expect _sm90
+      check_memory hopper
+      SHOW=60 check hopper "benchmark of the sm_90a kernels" 150 "$python" scripts/bench/gpu_mlstm.py \
+        --no-peers --suites standard,tokens --seconds 0.3 --limit 90 --out "$OUT" --name gpu_mlstm_hopper
+      unset XLSTM_HOPPER
     else
-      skip sm80 "compute capability 9.0 alone"
+      skip hopper "compute capability 9.0 alone"
     fi
   fi
   if wants bench; then

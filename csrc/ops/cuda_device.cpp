@@ -47,7 +47,7 @@ cuda::DeviceLimits query_limits(int device) {
       static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   const char* hopper = std::getenv("XLSTM_HOPPER");
   limits.hopper =
-      limits.compute_capability == 90 && (hopper == nullptr || std::string(hopper) != "0");
+      limits.compute_capability == 90 && hopper != nullptr && std::string(hopper) == "1";
   return limits;
 }
 
