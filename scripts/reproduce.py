@@ -61,7 +61,7 @@ def run(options):
         experiment.seeds = list(range(options.seeds))
     models = chosen_models(experiment, options.only)
     programs = Programs(options.bin, max(1, (os.cpu_count() or 1) // options.jobs))
-    programs.check(bool(experiment.evaluations))
+    programs.check(experiment)
     folder = SweepFolder(options.out.resolve() / experiment.name)
     folder.open(options.resume, options.fresh)
     sweep = Sweep(experiment, folder.path, programs, models)

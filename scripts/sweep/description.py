@@ -4,15 +4,18 @@ Keys of a description:
   title, source, about   texts of the report; `needs`: what the full size takes
   base                   settings of xlstm-train that all runs share
   cases                  {name: {label, config, needs}}: tasks or sizes, each crossed with every model; one "all" if absent
-  models                 {name: {label, config, learning_rates, needs}}; `needs`: why it cannot be run, a row without numbers
+  models                 {name: {label, config, learning_rates, needs, cases}}; `needs`: why it cannot be run, a row without
+                         numbers; `cases`: {case: {config, learning_rates, needs}}, the only cases it takes part in
   learning_rates, seeds  lists; the learning rate with the best mean over the seeds counts, per case and model
-  evaluations            {name: options of xlstm-eval}: measured as <name>.<metric> after training
+  trains                 false: nothing is trained, the evaluations are all
+  evaluations            {name: options of xlstm-eval, or of another `program`}, run after training: what it writes with
+                         --json is measured as <name>.<metric>, within groups <name>.<group>.<metric>
   reach                  {name: {metric, at_least}}: first step whose held-out metric is that good, measured as <name>
   measure, better        the measure that decides (a held-out metric, accuracy, or one of the above); higher | lower
   columns                further measures of the table
   paper                  {case: {model: value of `measure`}}
   claims                 [{text, paper, expect, case, asserted}], see claims.py
-Settings are merged in the order base, case, model, then learning rate and seed. mini.yaml: `base`, `models` and
+Settings are merged in the order base, case, model, the model's case, then learning rate and seed. mini.yaml: `base`, `models` and
 `cases: {name: null}` are merged into the full size, null takes something away; every other key replaces the full one.
 """
 
@@ -22,11 +25,14 @@ from pathlib import Path
 
 import yaml
 
+from .claims import names
+
 FIRST_SHUFFLE_SEED = 1234
 MERGED = ("base", "models", "cases")
-KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "evaluations", "reach",
-        "measure", "better", "columns", "paper", "claims"}
+KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "trains", "evaluations",
+        "reach", "measure", "better", "columns", "paper", "claims"}
 PART_KEYS = {"label", "config", "needs", "learning_rates"}
+PROGRAMS = ("xlstm-eval", "xlstm-bench")
 
 
 class DescriptionError(Exception):
@@ -83,7 +89,8 @@ class Experiment:
         self._read(content)
 
     def _read(self, content):
-        for key in ("title", "source", "base", "models", "learning_rates", "measure"):
+        self.trains = content.get("trains", True)
+        for key in ("title", "source", "base", "models", "learning_rates" if self.trains else "evaluations", "measure"):
             if not content.get(key):
                 raise DescriptionError(f"{self.source_file}: {key} is missing")
         self.title, self.source = content["title"], content["source"]
@@ -91,7 +98,7 @@ class Experiment:
         self.base = content["base"]
         self.cases = content.get("cases") or {"all": {}}
         self.models = content["models"]
-        self.learning_rates, self.seeds = content["learning_rates"], content.get("seeds", [0])
+        self.learning_rates, self.seeds = content.get("learning_rates") or [0.0], content.get("seeds", [0])
         self.evaluations = content.get("evaluations") or {}
         self.reach = content.get("reach") or {}
         self.measure, self.better = content["measure"], content.get("better", "higher")
@@ -108,13 +115,25 @@ class Experiment:
         for kind, parts in (("cases", self.cases), ("models", self.models)):
             for name, part in parts.items():
                 expect(str(name).isidentifier(), f"{kind}: {name} is not a name of letters, digits and _")
+                known = PART_KEYS | ({"cases"} if kind == "models" else set())
+                unknown = sorted(set(part) - known)
+                expect(not unknown, f"{kind}.{name}: unknown key {unknown[:1]}; expected {sorted(known)}")
+        for name, model in self.models.items():
+            for case, part in model.get("cases", {}).items():
+                expect(case in self.cases, f"models.{name}.cases: there is no case {case}")
                 unknown = sorted(set(part) - PART_KEYS)
-                expect(not unknown, f"{kind}.{name}: unknown key {unknown[:1]}; expected {sorted(PART_KEYS)}")
+                expect(not unknown, f"models.{name}.cases.{case}: unknown key {unknown[:1]}; expected {sorted(PART_KEYS)}")
+        for name, options in self.evaluations.items():
+            program = options.get("program", PROGRAMS[0])
+            expect(program in PROGRAMS, f"evaluations.{name}: program {program}, expected one of {', '.join(PROGRAMS)}")
+            expect(self.trains or program != PROGRAMS[0], f"evaluations.{name}: xlstm-eval needs a trained model")
         for case, values in self.paper.items():
             for model in values:
                 expect(case in self.cases and model in self.models, f"paper: there is no {case}.{model}")
         for claim in self.claims:
             expect({"text", "expect"} <= claim.keys(), "every claim needs text and expect")
+            unknown = [model for model, _ in names(claim["expect"]) if model not in self.models]
+            expect(not unknown, f"claim {claim['text']}: there is no model {unknown[:1]}")
             expect(claim.get("case", self.only_case) in self.cases, f"claim {claim['text']}: which case?")
 
     @property
@@ -131,28 +150,37 @@ class Experiment:
     def case_label(self, case):
         return self.cases[case].get("label", case)
 
+    def models_of(self, case):
+        return [model for model, part in self.models.items() if "cases" not in part or case in part["cases"]]
+
+    def _own(self, case, model):
+        """What the model has for this case alone."""
+        return self.models[model].get("cases", {}).get(case, {})
+
     def needs_of(self, case, model):
         """Why this pair cannot be run; empty if it can."""
-        return self.models[model].get("needs") or self.cases[case].get("needs") or ""
+        parts = (self._own(case, model), self.models[model], self.cases[case])
+        return next((part["needs"] for part in parts if part.get("needs")), "")
 
     def rates(self, case, model):
-        return (self.models[model].get("learning_rates") or self.cases[case].get("learning_rates")
-                or self.learning_rates)
+        parts = (self._own(case, model), self.models[model], self.cases[case])
+        return next((part["learning_rates"] for part in parts if part.get("learning_rates")), self.learning_rates)
 
     def jobs(self, models=None):
         """Learning rates and seeds inside, so that a stopped sweep has whole rows."""
         return [Job(case, model, float(rate), seed)
-                for case, model in itertools.product(self.cases, self.models)
+                for case in self.cases for model in self.models_of(case)
                 if (models is None or model in models) and not self.needs_of(case, model)
                 for rate, seed in itertools.product(self.rates(case, model), self.seeds)]
 
     def settings(self, job):
         """Settings of a run, without those of its folder. One seed means the same samples for all models."""
-        own = {"run": {"seed": job.seed}, "optim": {"learning_rate": job.learning_rate},
-               "data": {"shuffle_seed": FIRST_SHUFFLE_SEED + job.seed}}
+        own = {"run": {"seed": job.seed}, "data": {"shuffle_seed": FIRST_SHUFFLE_SEED + job.seed}}
+        if self.trains:
+            own["optim"] = {"learning_rate": job.learning_rate}
         merged = self.base
-        for part in (self.cases[job.case].get("config", {}), self.models[job.model].get("config", {}), own):
-            merged = merge(merged, part)
+        for part in (self.cases[job.case], self.models[job.model], self._own(job.case, job.model), {"config": own}):
+            merged = merge(merged, part.get("config", {}))
         return merged
 
     def steps(self, job):

@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ RESULT_VERSION = 1
 DIVERGED = 5  # xlstm-train: a loss or gradient is not finite
 POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1
+METRICS = ("loss", "ppl", "bits_per_byte", "accuracy", "scaled_accuracy", "last_error")
 
 
 class SweepError(Exception):
@@ -86,13 +88,28 @@ def measures_of(experiment, records):
     return measures
 
 
+def reported(report, inside=False):
+    """Numbers of a program's --json: its metrics, and all that its groups hold as <group>.<metric>."""
+    found = {}
+    for key, value in report.items():
+        name = "ppl" if key == "perplexity" else key
+        if isinstance(value, dict):
+            found.update({f"{name}.{inner}": number for inner, number in reported(value, True).items()})
+        elif (inside or name in METRICS) and isinstance(value, (int, float)):
+            found[name] = value
+    return found
+
+
 class Programs:
     def __init__(self, folder, threads):
-        self.threads = threads
-        self.train, self.evaluate = Path(folder) / "xlstm-train", Path(folder) / "xlstm-eval"
+        self.folder, self.threads = Path(folder), threads
 
-    def check(self, with_evaluation):
-        for program in [self.train] + ([self.evaluate] if with_evaluation else []):
+    def path(self, name):
+        return self.folder / name
+
+    def check(self, experiment):
+        names = {options.get("program", "xlstm-eval") for options in experiment.evaluations.values()}
+        for program in map(self.path, sorted(names | ({"xlstm-train"} if experiment.trains else set()))):
             if not os.access(program, os.X_OK):
                 raise SweepError(f"{program} is not there; build it (./scripts/train.sh, or cmake --build build), "
                                  "or name its folder with --bin")
@@ -107,7 +124,7 @@ class Run:
         self.folder = base
         self.config, self.log, self.result_path = (base.with_name(base.name + end)
                                                    for end in (".yaml", ".log", ".result.json"))
-        self.total_steps = experiment.steps(job)
+        self.total_steps = experiment.steps(job) if experiment.trains else 1
         self.failure = self.process = self.stage = None
         self.diverged = False
         settings = experiment.settings(job)
@@ -150,26 +167,35 @@ class Run:
         return 0
 
     def _train_command(self):
-        command = [str(self.programs.train), str(self.config), f"run.num_threads={self.programs.threads}"]
-        previous = self.config.read_text(encoding="utf-8") if self.config.exists() else None
-        if self.folder.exists() and previous != self.config_text:
+        command = [str(self.programs.path("xlstm-train")), str(self.config), f"run.num_threads={self.programs.threads}"]
+        if self.folder.exists() and self.previous_config != self.config_text:
             command.append("--fresh")  # other settings: the trainer puts the old run aside
-        self.config.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config, self.config_text)
         return command
 
     def _evaluation_path(self, name):
         return self.folder / f"evaluation-{name}.json"
 
     def _evaluate_command(self, name):
-        command = [str(self.programs.evaluate), str(self.folder), "--threads", str(self.programs.threads),
-                   "--json", str(self._evaluation_path(name))]
-        for option, value in self.experiment.evaluations[name].items():
-            command += ["--" + option.replace("_", "-"), str(value)]
+        options = dict(self.experiment.evaluations[name])
+        program = options.pop("program", "xlstm-eval")
+        command = [str(self.programs.path(program)), "--json", str(self._evaluation_path(name))]
+        if program == "xlstm-eval":
+            command += [str(self.folder), "--threads", str(self.programs.threads)]
+        else:
+            command += [str(self.config), f"run.num_threads={self.programs.threads}"]
+        for option, value in options.items():
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            command += ["--" + option.replace("_", "-"), text]
         return command
 
     def start(self):
-        self.stages = iter(["train", *self.experiment.evaluations])
+        self.config.parent.mkdir(parents=True, exist_ok=True)
+        self.previous_config = self.config.read_text(encoding="utf-8") if self.config.exists() else None
+        write_atomically(self.config, self.config_text)
+        self.log.unlink(missing_ok=True)
+        if not self.experiment.trains:
+            self.folder.mkdir(exist_ok=True)
+        self.stages = iter((["train"] if self.experiment.trains else []) + [*self.experiment.evaluations])
         self._next()
 
     def _next(self):
@@ -178,11 +204,12 @@ class Run:
             self._finish()
             return
         command = self._train_command() if self.stage == "train" else self._evaluate_command(self.stage)
-        with open(self.log, "w" if self.stage == "train" else "a", encoding="utf-8") as log:
+        with open(self.log, "a", encoding="utf-8") as log:
             log.write("$ " + " ".join(command) + "\n")
             log.flush()
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                            start_new_session=True, preexec_fn=die_with_parent)
+                                            start_new_session=True, preexec_fn=die_with_parent,
+                                            env={"XLSTM_PYTHON": sys.executable, **os.environ})
 
     def poll(self):
         """Goes on to the next program where one has ended."""
@@ -201,23 +228,24 @@ class Run:
     def _describe_failure(self, status):
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         error = next((line for line in reversed(lines) if "error:" in line), None)
-        return error or f"xlstm-{'train' if self.stage == 'train' else 'eval'} ended with status {status}, see {self.log}"
+        program = self.experiment.evaluations.get(self.stage, {}).get("program", "xlstm-eval")
+        return error or f"{'xlstm-train' if self.stage == 'train' else program} ended with status {status}, see {self.log}"
 
     def _finish(self):
         """Reads what was measured and marks the run as finished."""
         records = self.records()
-        measures = {} if self.diverged else measures_of(self.experiment, records)
+        measures, header = {} if self.diverged else measures_of(self.experiment, records), {}
         for name in self.experiment.evaluations if not self.diverged else ():
-            values = json.loads(self._evaluation_path(name).read_text(encoding="utf-8"))
-            values["ppl"] = values.pop("perplexity", None)
-            measures.update({f"{name}.{key}": value for key, value in values.items()
-                             if key in ("loss", "ppl", "bits_per_byte", "accuracy", "scaled_accuracy")})
+            header = json.loads(self._evaluation_path(name).read_text(encoding="utf-8"))
+            measures.update({f"{name}.{key}": value for key, value in reported(header).items()})
         if not self.diverged and self.experiment.measure not in measures:
             self.failure = f"measured no {self.experiment.measure}, see {self.log}"
             return
-        header = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        seconds = header.get("seconds", 0)
+        if self.experiment.trains:
+            header, seconds = json.loads((self.folder / "run.json").read_text(encoding="utf-8")), training_seconds(records)
         result = {"fingerprint": self.fingerprint, "diverged": self.diverged, "parameters": header["parameters"],
-                  "steps": max((r["step"] for r in records), default=0), "seconds": training_seconds(records),
+                  "steps": max((r["step"] for r in records), default=0), "seconds": seconds,
                   "device": header.get("device", ""), "measures": measures}
         write_atomically(self.result_path, json.dumps(result, indent=1) + "\n")
         self.result = result

@@ -95,7 +95,8 @@ def model_row(results, case, model):
     values = [run.result["measures"][experiment.measure] for run in runs]
     spread = f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
     cost = sum(run.result["seconds"] for run in results.of(case, model) if run.result)
-    return [label, f"{runs[0].result['parameters']:,}", f"{runs[0].job.learning_rate:g}", number(paper),
+    rate = f"{runs[0].job.learning_rate:g}" if experiment.trains else ""
+    return [label, f"{runs[0].result['parameters']:,}", rate, number(paper),
             number(ours) + spread, f"{ours - paper:+.4g}" if paper is not None else "",
             *(number(results.mean(runs, column)) for column in experiment.columns), duration(cost)]
 
@@ -112,7 +113,7 @@ def table_text(results):
         head = ["model", "parameters", "learning rate", f"paper: {experiment.measure}", "ours", "difference",
                 *experiment.columns, "cost"]
         lines += ["", f"## {experiment.case_label(case)}", "", markdown_row(head), markdown_row(["---"] * len(head))]
-        lines += [markdown_row(model_row(results, case, model)) for model in experiment.models]
+        lines += [markdown_row(model_row(results, case, model)) for model in experiment.models_of(case)]
     if experiment.claims:
         lines += ["", "## Claims", "", markdown_row(["claim", "paper", "checked", "measured", "holds", "asserted"]),
                   markdown_row(["---"] * 6)]

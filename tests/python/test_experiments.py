@@ -1,0 +1,129 @@
+"""The descriptions in scripts/reproduce: what they say is what the trainer takes, with the paper's parameter counts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = ROOT / "scripts" / "reproduce"
+TRAINER = ROOT / "build" / "bin" / "xlstm-train"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from sweep import description  # noqa: E402
+from sweep.description import DescriptionError, Experiment  # noqa: E402
+from sweep.execution import Programs, Sweep, reported  # noqa: E402
+from sweep.progress import Progress  # noqa: E402
+from sweep.report import Results, table_text  # noqa: E402
+
+# Millions, as the paper's tables print them: {experiment: {case: {model: number}}}.
+PAPER_SIZES = {
+    "ablation_architecture": {"all": {"lstm": "607.8", "lstm_residual": "506.1", "lstm_block": "505.9", "xlstm_0_1": "427.3",
+                                      "xlstm_7_1": "408.4"}},  # table 2
+    "ablation_block": {"all": {"xlstm_1_0": "409.3", "no_convolution": "408.8", "post_up_projection": "430.4"}},  # table 8
+}
+
+
+def one_job_each(experiment):
+    return {(job.case, job.model): job for job in experiment.jobs()}
+
+
+def dry_run(settings, folder, **changes):
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    return subprocess.run([TRAINER, config, "--dry-run", *overrides], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(not TRAINER.exists(), reason="build/bin/xlstm-train is not built")
+@pytest.mark.parametrize("experiment", sorted(PAPER_SIZES))
+def test_full_size_models_have_the_papers_parameter_counts(experiment, tmp_path):
+    full = description.load(EXPERIMENTS, experiment)
+    jobs = one_job_each(full)
+    for (case, model), job in jobs.items():
+        done = dry_run(full.settings(job), tmp_path)
+        assert done.returncode == 0, f"{case} {model}: {done.stderr}"
+        size = PAPER_SIZES[experiment].get(case, {}).get(model)
+        assert size is None or f"({size} M)" in done.stdout, f"{case} {model}: expected {size} M\n{done.stdout}"
+    missing = {(c, m) for c, models in PAPER_SIZES[experiment].items() for m in models} - set(jobs)
+    assert not missing
+
+
+@pytest.mark.skipif(not TRAINER.exists(), reason="build/bin/xlstm-train is not built")
+@pytest.mark.parametrize("experiment", [e for e in description.experiment_ids(EXPERIMENTS)
+                                        if (EXPERIMENTS / e / "mini.yaml").exists()])
+def test_settings_of_the_miniatures_are_taken(experiment, tmp_path):
+    mini = description.load(EXPERIMENTS, experiment, mini=True)
+    for (case, model), job in one_job_each(mini).items():
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(mini.settings(job)))
+        done = subprocess.run([TRAINER, config, "--print-config"], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{case} {model}: {done.stderr}"
+
+
+def write(folder, **content):
+    folder.mkdir()
+    (folder / "experiment.yaml").write_text(yaml.safe_dump({"title": "Toy", "source": "nowhere", **content}, sort_keys=False))
+    return folder
+
+
+def toy(folder, **content):
+    return Experiment(write(folder / "toy", **{
+        "base": {"train": {"max_steps": 10}}, "models": {"a": {}}, "learning_rates": [0.1], "measure": "ppl", **content}))
+
+
+def test_a_model_with_cases_takes_part_in_those_alone(tmp_path):
+    experiment = toy(tmp_path, cases={"small": {"config": {"model": {"embedding_dim": 8}}}, "large": {}}, models={
+        "a": {"config": {"model": {"kind": "x"}}},
+        "b": {"cases": {"large": {"config": {"model": {"num_blocks": 3}}, "learning_rates": [0.3]}}},
+        "c": {"cases": {"small": {"needs": "time"}}}})
+    assert [(j.case, j.model, j.learning_rate) for j in experiment.jobs()] == [
+        ("small", "a", 0.1), ("large", "a", 0.1), ("large", "b", 0.3)]
+    assert experiment.settings(experiment.jobs()[2])["model"] == {"num_blocks": 3}
+    assert experiment.models_of("small") == ["a", "c"] and experiment.needs_of("small", "c") == "time"
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"models": {"a": {"cases": {"none": {}}}}}, "there is no case none"),
+    ({"models": {"a": {"cases": {"all": {"lr": 1}}}}}, "models.a.cases.all: unknown key"),
+    ({"evaluations": {"e": {"program": "xlstm-data"}}}, "program xlstm-data"),
+    ({"trains": False, "evaluations": {"e": {"seq_len": 8}}}, "xlstm-eval needs a trained model"),
+    ({"trains": False}, "evaluations is missing"),
+    ({"claims": [{"text": "t", "expect": "b.ppl < 1"}]}, "claim t: there is no model"),
+])
+def test_descriptions_that_do_not_fit_are_refused(content, message, tmp_path):
+    with pytest.raises(DescriptionError, match=message):
+        toy(tmp_path, **content)
+
+
+def test_groups_of_a_report_are_measures():
+    report = {"loss": 1.0, "perplexity": 2.7, "seconds": 9.0, "tokens": 5, "data": "x",
+              "frequency": {"count_10": {"perplexity": 4.0, "tokens": 3}}}
+    assert reported(report) == {"loss": 1.0, "ppl": 2.7, "frequency.count_10.ppl": 4.0, "frequency.count_10.tokens": 3}
+
+
+BENCH = """#!{python}
+import json, sys, yaml
+assert sys.argv[1] == "--json" and sys.argv[-2:] == ["--batches", "1,8"], sys.argv
+seed = yaml.safe_load(open(sys.argv[3]))["run"]["seed"]
+json.dump({{"parameters": 77, "seconds": 2.5, "throughput": {{"max": 10.0 + seed}}}}, open(sys.argv[2], "w"))
+"""
+
+
+def test_an_experiment_that_only_measures(tmp_path):
+    experiment = toy(tmp_path, trains=False, learning_rates=None, seeds=[0, 1], measure="speed.throughput.max",
+                     evaluations={"speed": {"program": "xlstm-bench", "batches": [1, 8]}})
+    assert "optim" not in experiment.settings(experiment.jobs()[0])
+    program = tmp_path / "xlstm-bench"
+    program.write_text(BENCH.format(python=sys.executable))
+    program.chmod(0o755)
+    programs = Programs(tmp_path, 1)
+    programs.check(experiment)
+    sweep = Sweep(experiment, tmp_path / "out", programs)
+    assert sweep.execute(1, Progress(sweep.runs))
+    assert [run.failure for run in sweep.runs] == [None, None]
+    assert "| a | 77 |  |  | 10.5 (10 to 11) |" in table_text(Results(sweep))
+    assert json.loads(sweep.runs[1].result_path.read_text())["seconds"] == 2.5
