@@ -97,7 +97,7 @@ Json time_training(const config::Config& config, models::LanguageModel& model, i
   const double step = median(seconds);
   const double tokens =
       static_cast<double>(config.train.global_batch_size * config.data.seq_len) / step;
-  const double flops = 3 * forward_flops_per_token(model);
+  const double flops = 3 * forward_flops_per_token(config.model, config.data.seq_len);
   const double peak = matmul_rate(device, config.train.dtype);
   return {{"step_ms", 1e3 * step},          {"tokens_per_s", tokens},
           {"model_flops_per_token", flops}, {"matmul_tflops", peak / 1e12},

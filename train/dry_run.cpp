@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 
 #include "train/device.h"
+#include "train/flops.h"
 #include "train/log.h"
 #include "train/metrics.h"
 #include "train/schedule.h"
@@ -148,6 +150,27 @@ ParameterCount count_parameters_by_part(const models::ModelOptions& options) {
 MemoryEstimate estimate_memory(const config::Config& config) {
   const int64_t weights = 4 * count_parameters_by_part(config.model).total();
   return {weights, weights, 2 * weights, activation_bytes(config)};
+}
+
+std::string describe_run(const config::Config& config) {
+  const ParameterCount count = count_parameters_by_part(config.model);
+  const MemoryEstimate memory = estimate_memory(config);
+  const int64_t steps = total_steps(config);
+  const int64_t per_step = config.train.global_batch_size * config.data.seq_len;
+  const double forward = forward_flops_per_token(config.model, config.data.seq_len);
+  const nlohmann::ordered_json numbers = {
+      {"parameters", count.total()},
+      {"parameters_embedding", count.embedding},
+      {"parameters_head", count.head},
+      {"forward_flops_per_token", forward},
+      {"training_flops", 3 * forward * static_cast<double>(steps * per_step)},
+      {"memory_bytes", memory.total()},
+      {"activation_bytes", memory.activations},
+      {"micro_batch_size", micro_batch(config)},
+      {"tokens_per_step", per_step},
+      {"steps", steps},
+      {"tokens", steps * per_step}};
+  return numbers.dump(2) + "\n";
 }
 
 void dry_run(const config::Config& given) {

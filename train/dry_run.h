@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <string>
 
 #include "csrc/config/config.h"
 
@@ -20,6 +21,10 @@ struct MemoryEstimate {
   int64_t total() const { return weights + gradients + optimizer + activations; }
 };
 MemoryEstimate estimate_memory(const config::Config& config);
+
+/// The same without data and without a step, as JSON: parameters, floating point operations (train/flops.h), memory, tokens
+/// and steps. Any size.
+std::string describe_run(const config::Config& config);
 
 /// Prints what a run would do, checks its data, and makes one real step where data and memory
 /// allow; says what was left out and why. Writes nothing but the cache of prepared text. Throws

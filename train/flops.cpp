@@ -3,23 +3,54 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros.h>
 
-namespace xlstm::train {
+#include "csrc/models/language_model.h"
 
-double forward_flops_per_token(models::LanguageModel& model) {
-  const at::NoGradGuard no_grad;
-  const at::Tensor head = model.head_weight();
-  int64_t weights = 0, memory = 0;
-  for (const auto& item : model.named_parameters()) {
+namespace xlstm::train {
+namespace {
+
+int64_t matrix_weights(const models::ModelOptions& options) {
+  const auto model = models::make_language_model(options, at::kMeta);
+  const at::Tensor head = model->head_weight();
+  int64_t weights = 0;
+  for (const auto& item : model->named_parameters()) {
     const std::string& name = item.key();
     const bool lookup = name.find("embed") != std::string::npos && !item.value().is_same(head);
     const bool matrix = item.value().dim() >= 2 && name.find("bias") == std::string::npos;
     if (matrix && !lookup) weights += item.value().numel();
   }
-  const at::Tensor id = at::zeros({1, 1}, head.options().dtype(at::kLong).requires_grad(false));
-  for (const models::BlockState& block : model.hidden(id, {}, {}).second)
+  return weights;
+}
+
+/// Numbers in matrix memories (B,NH,DQK,DV) and in keys and values (B,NH,T,D) after so many tokens.
+int64_t memory_numbers(models::LanguageModel& model, int64_t tokens) {
+  const int64_t features = model.options().input_features;
+  const at::Tensor input =
+      features > 0 ? at::zeros({1, tokens, features}) : at::zeros({1, tokens}, at::kLong);
+  int64_t numbers = 0;
+  for (const models::BlockState& block : model.hidden(input, {}, {}).second)
     for (const at::Tensor& state : block)
-      if (state.dim() == 4) memory += state.numel();  // (B,NH,DQK,DV)
-  return 2 * static_cast<double>(weights) + 4 * static_cast<double>(memory);
+      if (state.dim() == 4) numbers += state.numel();
+  return numbers;
+}
+
+}  // namespace
+
+double forward_flops_per_token(const models::ModelOptions& options, int64_t seq_len) {
+  const at::NoGradGuard no_grad;
+  // All blocks but the sLSTM's, which have no matrix memory, are alike: one shows what is in each.
+  const auto blocks =
+      static_cast<double>(options.num_blocks) - static_cast<double>(options.slstm_at.size());
+  models::ModelOptions one_block = options;
+  one_block.num_blocks = one_block.vocab_size = 1;
+  one_block.slstm_at.clear();
+  const auto model = models::make_language_model(one_block, at::kCPU);
+  model->eval();
+  const int64_t after_one = memory_numbers(*model, 1);
+  const int64_t growth = memory_numbers(*model, 2) - after_one;  // keys and values of a token
+  const int64_t fixed = after_one - growth;
+  const double memory = 4 * static_cast<double>(fixed) +
+                        static_cast<double>(seq_len + 1) * static_cast<double>(growth);
+  return 2 * static_cast<double>(matrix_weights(options)) + blocks * memory;
 }
 
 }  // namespace xlstm::train

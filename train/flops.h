@@ -1,13 +1,16 @@
 #pragma once
-#include "csrc/models/language_model.h"
+#include <cstdint>
+
+#include "csrc/models/model_options.h"
 
 namespace xlstm::train {
 
 /// Floating point operations of the forward pass for one token: two per weight of every matrix that a token meets
-/// (projections, convolutions, recurrences, the head; not the embedding), and four per number of a matrix memory
-/// (update and read). No chunk size, no recomputation: what the model needs, however it is computed. The backward pass
-/// counts as two of these.
-/// Runs one token to see the memories.
-double forward_flops_per_token(models::LanguageModel& model);
+/// (projections, convolutions, recurrences, the head; not the embedding), four per number of a matrix memory (update and
+/// read), and two per number of all keys and values up to the token, where a model keeps those: the mean over sequences
+/// of seq_len tokens. No chunk size, no recomputation: what the model needs, however it is computed. H3's and Hyena's
+/// convolutions over the whole sequence are left out. The backward pass counts as two of these.
+/// Allocates one block.
+double forward_flops_per_token(const models::ModelOptions& options, int64_t seq_len);
 
 }  // namespace xlstm::train

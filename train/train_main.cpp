@@ -24,6 +24,8 @@ namespace train = xlstm::train;
 
 const std::vector<train::OptionSpec> kOptions = {
     {"--dry-run", "", "parameters, memory, tokens, data check, one step; trains nothing"},
+    {"--describe", "",
+     "parameters, operations, memory, tokens and steps as JSON; looks at no data"},
     {"--print-config", "", "every setting with its value, as YAML that loads again"},
     {"--fresh", "", "start over; an existing run is moved to NAME.old-N"},
     {"--resume", "step-N",
@@ -114,6 +116,10 @@ int run(int argc, char** argv) {
   const xlstm::config::Config config = xlstm::config::load_config(line.positional[0], overrides);
   if (line.has("--print-config")) {
     std::fputs(xlstm::config::print_config(config).c_str(), stdout);
+    return 0;
+  }
+  if (line.has("--describe")) {
+    std::fputs(train::describe_run(config).c_str(), stdout);
     return 0;
   }
   // A dry run also describes a model alone, without data.
