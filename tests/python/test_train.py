@@ -315,6 +315,19 @@ train: {max_steps: 1000}
     assert time.time() - start < 30
 
 
+def test_describe_is_the_dry_run_in_numbers(setup, tmp_path):
+    config, run = setup
+    numbers = json.loads(train(config, "--describe").stdout)
+    assert (numbers["steps"], numbers["tokens_per_step"], numbers["tokens"]) == (12, 64, 768)
+    assert numbers["training_flops"] == 3 * numbers["forward_flops_per_token"] * 768 > 0
+    assert f"{numbers['parameters']:,}" in train(config, "--dry-run").stdout
+    assert not run.exists()
+    nowhere = tmp_path / "nowhere.yaml"
+    nowhere.write_text("{data: {train: [{path: nowhere/train}], seq_len: 8}, train: {max_tokens: 1000}}")
+    described = train(nowhere, "--describe")
+    assert described.returncode == 0 and json.loads(described.stdout)["steps"] == 8, described.stderr
+
+
 def test_print_config_and_help(setup):
     config, run = setup
     printed = train(config, "--print-config", "train.max_steps=77")
