@@ -1,7 +1,8 @@
-"""The paper's experiments, each by one command: python scripts/reproduce.py ID [--mini] [--check] ...
+"""The paper's experiments, each by one command: python scripts/reproduce.py ID|--all [--mini] [--check] ...
 
 Trains every model of scripts/reproduce/ID at every learning rate and seed with xlstm-train, measures it, and writes
-runs/reproduce/ID[-mini]/table.md and results.csv. Kill it at any time; --resume goes on.
+runs/reproduce/ID[-mini]/table.md, results.csv, curves.csv and figures (SVG, where matplotlib is there); --all does so for
+every experiment and writes runs/reproduce/report.html. Kill it at any time; --resume goes on.
 
 Exit status: 0 done; 1 a run failed or, with --check, an asserted claim does not hold or could not be judged; 2 command
 line or description; 75 asked to stop, the runs are saved.
@@ -16,10 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from sweep.claims import ClaimError  # noqa: E402
-from sweep.description import DescriptionError, experiment_ids, load  # noqa: E402
-from sweep.execution import Programs, Sweep, SweepError, SweepFolder  # noqa: E402
+from sweep.description import DescriptionError, experiment_ids, load, load_all  # noqa: E402
+from sweep.execution import Programs, SweepError  # noqa: E402
+from sweep.page import rebuild, write_page  # noqa: E402
 from sweep.progress import Progress  # noqa: E402
-from sweep.report import Results, table_text, write  # noqa: E402
+from sweep.report import table_text, write  # noqa: E402
+from sweep.results import Results  # noqa: E402
+from sweep.sweeps import Sweep, SweepFolder, execute  # noqa: E402
+
+STOPPED = 75
 
 
 def positive(text):
@@ -31,18 +37,35 @@ def positive(text):
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("id", nargs="?", help="experiment; without one they are listed")
+    parser.add_argument("--all", action="store_true", help="every experiment, one after another, and report.html")
     parser.add_argument("--mini", action="store_true", help="the miniature, minutes on two cores")
-    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 to N-1 instead of the description's")
-    parser.add_argument("--only", metavar="MODEL,...", help="these models alone")
-    parser.add_argument("--resume", action="store_true", help="go on with the sweep in the folder")
-    parser.add_argument("--fresh", action="store_true", help="start anew; an existing folder is moved to NAME.old-N")
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at once; they share the cores (1)")
     parser.add_argument("--check", action="store_true", help="status 1 where an asserted claim does not hold")
-    parser.add_argument("--bin", type=Path, default=ROOT / "build" / "bin", metavar="DIR", help="folder of xlstm-train")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="folder of the sweeps")
-    parser.add_argument("--experiments", type=Path, default=ROOT / "scripts" / "reproduce", metavar="DIR",
+    sweep = parser.add_argument_group("running")
+    sweep.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 to N-1 instead of the description's")
+    sweep.add_argument("--only", metavar="MODEL,...", help="these models alone")
+    sweep.add_argument("--resume", action="store_true", help="go on with the sweep in the folder")
+    sweep.add_argument("--fresh", action="store_true", help="start anew; an existing folder is moved to NAME.old-N")
+    sweep.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at once; they share the cores (1)")
+    places = parser.add_argument_group("places")
+    places.add_argument("--bin", type=Path, default=ROOT / "build" / "bin", metavar="DIR", help="folder of xlstm-train")
+    places.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="folder of the sweeps")
+    places.add_argument("--experiments", type=Path, default=ROOT / "scripts" / "reproduce", metavar="DIR",
                         help="folder of the descriptions")
-    return parser.parse_args(arguments)
+    without = parser.add_argument_group("instead of running a sweep")
+    without.add_argument("--collect", action="store_true",
+                         help="run nothing: table and figures of what has been measured so far")
+    without.add_argument("--report", type=Path, nargs="+", metavar="FOLDER",
+                         help="make report.html anew from folders with results.csv, or from folders of such folders")
+    without.add_argument("--into", type=Path, metavar="DIR",
+                         help="with --report: copy results.csv and curves.csv of each there, make the page of all there")
+    options = parser.parse_args(arguments)
+    if options.id and options.all:
+        parser.error("either an experiment or --all")
+    if options.all and options.only:
+        parser.error("--only goes with one experiment")
+    if options.into and not options.report:
+        parser.error("--into goes with --report")
+    return options
 
 
 def chosen_models(experiment, only):
@@ -55,37 +78,76 @@ def chosen_models(experiment, only):
     return models
 
 
+def prepare(options, experiments):
+    """A sweep per experiment, its folder opened."""
+    programs = Programs(options.bin, max(1, len(os.sched_getaffinity(0)) // options.jobs))
+    folders = [SweepFolder(options.out.resolve() / experiment.name) for experiment in experiments]
+    if not options.collect:
+        for experiment, folder in zip(experiments, folders):
+            programs.check(experiment)
+            folder.check(options.resume, options.fresh)
+    sweeps = []
+    for experiment, folder in zip(experiments, folders):
+        if options.seeds:
+            experiment.seeds = list(range(options.seeds))
+        models = chosen_models(experiment, options.only)
+        if not options.collect:
+            folder.open(options.resume, options.fresh)
+        sweeps.append(Sweep(experiment, folder.path, programs, models))
+    return sweeps, folders
+
+
+def sweep_all(options, sweeps):
+    """Runs what is to be run; an experiment's table is written when its last run is done."""
+    runs = [run for sweep in sweeps for run in sweep.runs]
+
+    def after(run):
+        sweep = next(s for s in sweeps if run in s.runs)
+        if len(sweeps) > 1 and all(r.done for r in sweep.runs):
+            write(Results.of_sweep(sweep), sweep.folder)
+
+    return execute(runs, options.jobs, Progress(runs), after)
+
+
 def run(options):
-    experiment = load(options.experiments, options.id, options.mini)
-    if options.seeds:
-        experiment.seeds = list(range(options.seeds))
-    models = chosen_models(experiment, options.only)
-    programs = Programs(options.bin, max(1, (os.cpu_count() or 1) // options.jobs))
-    programs.check(experiment)
-    folder = SweepFolder(options.out.resolve() / experiment.name)
-    folder.open(options.resume, options.fresh)
-    sweep = Sweep(experiment, folder.path, programs, models)
-    finished = sweep.execute(options.jobs, Progress(sweep.runs))
-    results = Results(sweep)
-    write(results, folder.path)
-    print(table_text(results))
-    print(folder.path / "table.md")
+    if options.all:
+        experiments, missing = load_all(options.experiments, options.mini)
+    else:
+        experiments, missing = [load(options.experiments, options.id, options.mini)], []
+    sweeps, _locked = prepare(options, experiments)
+    finished = options.collect or sweep_all(options, sweeps)
+    parts = [(results, write(results, sweep.folder))
+             for sweep in sweeps for results in [Results.of_sweep(sweep)]]
+    if options.all:
+        write_page(parts, options.out / "report.html", missing)
+        print(options.out / "report.html")
+    else:
+        print(table_text(*parts[0]))
+        print(sweeps[0].folder / "table.md")
+    return status(options, sweeps, [results for results, _ in parts], finished)
+
+
+def status(options, sweeps, results, finished):
     if not finished:
-        return 75
-    if any(r.failure for r in sweep.runs):
+        return STOPPED
+    if any(run.failure for sweep in sweeps for run in sweep.runs):
         return 1
-    wrong = [v for v in results.verdicts() if v.asserted and not v.holds and not (v.holds is None and results.excused(v))]
-    for verdict in wrong if options.check else ():
-        print(f"reproduce: does not hold: {verdict.claim['text']}: {verdict.claim['expect']}", file=sys.stderr)
-    return 1 if wrong and options.check else 0
+    wrong = [(each.experiment, verdict) for each in results for verdict in each.wrong()] if options.check else []
+    for experiment, verdict in wrong:
+        what = "does not hold" if verdict.holds is False else "could not be judged"
+        print(f"reproduce: {experiment.name} {what}: {verdict.claim['text']}: {verdict.claim['expect']}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def main(arguments=None):
     options = parse(arguments)
-    if options.id is None:
-        print("\n".join(experiment_ids(options.experiments)))
-        return 0
     try:
+        if options.report:
+            print(rebuild(options.report, options.experiments, options.into))
+            return 0
+        if options.id is None and not options.all:
+            print("\n".join(experiment_ids(options.experiments)))
+            return 0
         return run(options)
     except (DescriptionError, ClaimError, SweepError) as error:
         print(f"reproduce: error: {error}", file=sys.stderr)

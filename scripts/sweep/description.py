@@ -15,8 +15,10 @@ Keys of a description:
   columns                further measures of the table
   paper                  {case: {model: value of `measure`}}
   claims                 [{text, paper, expect, case, asserted}], see claims.py
-Settings are merged in the order base, case, model, the model's case, then learning rate and seed. mini.yaml: `base`, `models` and
-`cases: {name: null}` are merged into the full size, null takes something away; every other key replaces the full one.
+  figures                {name: {kind: bars | heatmap | lines, y, x, series, panels, ...}}, see figures.py; absent: bars of
+                         `measure`
+Settings are merged in the order base, case, model, the model's case, then learning rate and seed. mini.yaml: `base`, `models`
+and `cases: {name: null}` are merged into the full size, null takes something away; every other key replaces the full one.
 """
 
 import dataclasses
@@ -25,12 +27,13 @@ from pathlib import Path
 
 import yaml
 
+from . import figures
 from .claims import names
 
 FIRST_SHUFFLE_SEED = 1234
 MERGED = ("base", "models", "cases")
 KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "trains", "evaluations",
-        "reach", "measure", "better", "columns", "paper", "claims"}
+        "reach", "measure", "better", "columns", "paper", "claims", "figures"}
 PART_KEYS = {"label", "config", "needs", "learning_rates"}
 PROGRAMS = ("xlstm-eval", "xlstm-bench")
 
@@ -104,6 +107,7 @@ class Experiment:
         self.measure, self.better = content["measure"], content.get("better", "higher")
         self.columns = content.get("columns") or []
         self.paper, self.claims = content.get("paper") or {}, content.get("claims") or []
+        self.figures = content.get("figures", {self.measure.replace(".", "_"): {"kind": "bars"}}) or {}
         self._check()
 
     def _check(self):
@@ -135,6 +139,10 @@ class Experiment:
             unknown = [model for model, _ in names(claim["expect"]) if model not in self.models]
             expect(not unknown, f"claim {claim['text']}: there is no model {unknown[:1]}")
             expect(claim.get("case", self.only_case) in self.cases, f"claim {claim['text']}: which case?")
+        for name, figure in self.figures.items():
+            expect(str(name).isidentifier(), f"figures: {name} is not a name of letters, digits and _")
+            problem = figures.problem(figure, self)
+            expect(not problem, f"figures.{name}: {problem}")
 
     @property
     def only_case(self):
@@ -183,12 +191,20 @@ class Experiment:
             merged = merge(merged, part.get("config", {}))
         return merged
 
-    def steps(self, job):
+    def setting(self, path, case, model):
+        """Value of a dotted setting, which the learning rate and the seed do not change; None if it is not there."""
+        value = self.settings(Job(case, model, 0.0, 0))
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def tokens_per_step(self, job):
         train, data = (self.settings(job).get(key, {}) for key in ("train", "data"))
-        if train.get("max_steps"):
-            return train["max_steps"]
-        per_step = train.get("global_batch_size", 16) * data.get("seq_len", 256)
-        return -(-train.get("max_tokens", 0) // per_step)
+        return train.get("global_batch_size", 16) * data.get("seq_len", 256)
+
+    def steps(self, job):
+        train = self.settings(job).get("train", {})
+        return train.get("max_steps") or -(-train.get("max_tokens", 0) // self.tokens_per_step(job))
 
 
 def experiment_ids(folder):
@@ -200,3 +216,15 @@ def load(folder, experiment_id, mini=False):
     if experiment_id not in ids:
         raise DescriptionError(f"there is no experiment {experiment_id}; there are: {', '.join(ids) or 'none'}")
     return Experiment(Path(folder) / experiment_id, mini)
+
+
+def load_all(folder, mini=False):
+    """Every experiment; and (title, why not) of those without a miniature where that is asked for."""
+    found, missing = [], []
+    for name in experiment_ids(folder):
+        if mini and not (Path(folder) / name / "mini.yaml").exists():
+            full = Experiment(Path(folder) / name)
+            missing.append((full.title, f"not run: it has no miniature; the full size needs {full.needs or 'a GPU'}"))
+        else:
+            found.append(Experiment(Path(folder) / name, mini))
+    return found, missing

@@ -6,7 +6,6 @@ is handed to the trainer again, which goes on from its newest checkpoint.
 """
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import math
@@ -14,14 +13,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import yaml
 
 RESULT_VERSION = 1
 DIVERGED = 5  # xlstm-train: a loss or gradient is not finite
-POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1
 METRICS = ("loss", "ppl", "bits_per_byte", "accuracy", "scaled_accuracy", "last_error")
 
@@ -100,6 +97,30 @@ def reported(report, inside=False):
     return found
 
 
+def fingerprint(experiment, job):
+    """Of all that a result depends on; the folder may be moved."""
+    told = [RESULT_VERSION, yaml.safe_dump(experiment.settings(job)), experiment.evaluations, experiment.reach]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def machine(header):
+    """What a run.json or a program's report says of where it ran: a GPU's name, or threads and processor."""
+    device = str(header.get("device", ""))
+    if device.startswith("cuda"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", device.partition(":")[2] or "0"]
+        try:
+            return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return device
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    threads = f"{header['threads']} threads" if "threads" in header else ""
+    return " of ".join(part for part in (threads, processor) if part)
+
+
 class Programs:
     def __init__(self, folder, threads):
         self.folder, self.threads = Path(folder), threads
@@ -130,9 +151,7 @@ class Run:
         settings = experiment.settings(job)
         settings["run"] = {**settings.get("run", {}), "name": base.name, "out_dir": str(base.parent)}
         self.config_text = yaml.safe_dump(settings, sort_keys=False)
-        relocatable = yaml.safe_dump(experiment.settings(job))  # the folder may be moved
-        told = [RESULT_VERSION, relocatable, experiment.evaluations, experiment.reach]
-        self.fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = fingerprint(experiment, job)
         self.result = self._finished_result()
 
     def _finished_result(self):
@@ -246,68 +265,14 @@ class Run:
             header, seconds = json.loads((self.folder / "run.json").read_text(encoding="utf-8")), training_seconds(records)
         result = {"fingerprint": self.fingerprint, "diverged": self.diverged, "parameters": header["parameters"],
                   "steps": max((r["step"] for r in records), default=0), "seconds": seconds,
-                  "device": header.get("device", ""), "measures": measures}
+                  "machine": machine(header), "measures": measures}
         write_atomically(self.result_path, json.dumps(result, indent=1) + "\n")
         self.result = result
 
-    def stop(self):
+    def terminate(self):
         if self.process is not None:
             self.process.terminate()  # the trainer saves
+
+    def wait(self):
+        if self.process is not None:
             self.process.wait()
-
-
-class SweepFolder:
-    """<out>/<experiment>, owned by one sweep at a time."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def open(self, resume, fresh):
-        if self.path.exists() and any(p.name != "lock" for p in self.path.iterdir()) and not resume:
-            if not fresh:
-                raise SweepError(f"{self.path} is there already: --resume goes on with it, --fresh starts anew and keeps it "
-                                 "beside the new one")
-            number = 1
-            while self.path.with_name(f"{self.path.name}.old-{number}").exists():
-                number += 1
-            self.path.rename(self.path.with_name(f"{self.path.name}.old-{number}"))
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "w", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SweepError(f"{self.path}: another reproduce.py is at work there") from error
-
-
-class Sweep:
-    def __init__(self, experiment, folder, programs, models=None):
-        self.experiment, self.folder, self.models = experiment, folder, models
-        self.runs = [Run(experiment, job, folder, programs) for job in experiment.jobs(models)]
-        self.stopped = False
-
-    def execute(self, jobs, progress):
-        """Runs everything that is not finished; returns False if it was asked to stop before."""
-        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        waiting, active = [run for run in self.runs if not run.done], []
-        try:
-            while (waiting or active) and not self.stopped:
-                while waiting and len(active) < jobs:
-                    active.append(waiting.pop(0))
-                    active[-1].start()
-                time.sleep(POLL_SECONDS)
-                for run in list(active):
-                    run.poll()
-                    if run.done:
-                        active.remove(run)
-                        progress.finished(run, self.runs)
-                progress.update(active, self.runs)
-        finally:
-            for run in active:
-                run.stop()
-            progress.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return not self.stopped
-
-    def _stop(self, *_):
-        self.stopped = True

@@ -14,34 +14,48 @@ def duration(seconds):
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
+def _costs(runs):
+    """Function of a run: seconds per step, as far as finished runs tell; 1 while there are none."""
+    known = {}
+    for run in runs:
+        steps = run.result and (run.result["steps"] or run.total_steps)  # a run that only measures counts as one step
+        if steps and run.result["seconds"]:
+            cost, experiment = run.result["seconds"] / steps, run.experiment.name
+            for key in ((experiment, run.job.case, run.job.model), experiment, None):
+                known.setdefault(key, []).append(cost)
+    means = {key: sum(costs) / len(costs) for key, costs in known.items()}
+
+    def cost(run):
+        keys = ((run.experiment.name, run.job.case, run.job.model), run.experiment.name, None)
+        return next((means[key] for key in keys if key in means), 1.0)
+
+    return cost
+
+
 class Progress:
     def __init__(self, runs, stream=None):
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
         self.start, self.drawn = time.monotonic(), 0
         self.steps_before = {id(run): run.step() for run in runs}
+        self.several = len({run.experiment.name for run in runs}) > 1
+
+    def _name(self, run):
+        return f"{run.experiment.name}/{run.job.name}" if self.several else run.job.name
 
     def eta(self, runs):
-        """Seconds to go: unfinished runs at the speed of their model, other models at the mean speed. None: unknown yet.
+        """Seconds to go; None: unknown yet.
 
-        Speeds come from what finished runs cost and, until there are any, from this sweep so far."""
-        cost = {}
-        for run in runs:
-            if run.result is not None and run.result["steps"] and run.result["seconds"]:
-                cost.setdefault((run.job.case, run.job.model), []).append(run.result["seconds"] / run.result["steps"])
-        here = [run.step() - self.steps_before[id(run)] for run in runs if run.failure is None]
+        Steps cost what those of the same model did in finished runs, else the mean of the experiment's models, else of all;
+        how the sweep so far compares with that, evaluations and runs beside each other included, goes for the rest too."""
+        costs = _costs(runs)
+        here = [(run, run.step() - self.steps_before[id(run)]) for run in runs if run.failure is None]
+        expected = sum(steps * costs(run) for run, steps in here)
         elapsed = time.monotonic() - self.start
-        to_go = [(run, run.total_steps - run.step()) for run in runs if not run.done]
-        if sum(here) <= 0 or elapsed <= 0:
+        if expected <= 0 or elapsed <= 0:
             return None
-        mean = elapsed / sum(here)
-        busy = sum(c for costs in cost.values() for c in costs) / sum(len(c) for c in cost.values()) if cost else None
-        seconds = 0.0
-        for run, steps in to_go:
-            own = cost.get((run.job.case, run.job.model))
-            # `mean` is of the wall clock and holds the evaluations and the number of jobs; the models' costs only share it out.
-            seconds += steps * mean * (sum(own) / len(own) / busy if own and busy else 1)
-        return seconds
+        to_go = sum((run.total_steps - run.step()) * costs(run) for run in runs if not run.done)
+        return to_go * elapsed / expected
 
     def _line(self, active, runs):
         total = sum(run.total_steps for run in runs)
@@ -50,7 +64,7 @@ class Progress:
         filled = int(share * BAR_WIDTH)
         seconds = self.eta(runs)
         eta = f" | eta {duration(seconds)}" if seconds is not None else ""
-        now = "; ".join(f"{run.job.name} {self._stage(run)}" for run in active)
+        now = "; ".join(f"{self._name(run)} {self._stage(run)}" for run in active)
         return (f"[{'#' * filled}{'-' * (BAR_WIDTH - filled)}] {100 * share:3.0f}% | "
                 f"{sum(run.done for run in runs)}/{len(runs)} runs{eta} | {now}")
 
@@ -75,7 +89,7 @@ class Progress:
         seconds = self.eta(runs)
         eta = f", eta {duration(seconds)}" if seconds is not None and not all(r.done for r in runs) else ""
         clear = "\r\033[K" if self.terminal else ""
-        print(f"{clear}{sum(r.done for r in runs)}/{len(runs)} {run.job.name}: {what}{eta}", file=self.stream, flush=True)
+        print(f"{clear}{sum(r.done for r in runs)}/{len(runs)} {self._name(run)}: {what}{eta}", file=self.stream, flush=True)
 
     def close(self):
         if self.terminal:

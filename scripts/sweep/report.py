@@ -1,130 +1,94 @@
-"""results.csv and table.md of a sweep."""
+"""What a sweep leaves for its reader: table.md, and with it results.csv, curves.csv and the figures."""
 
-import csv
-import io
 import math
-import statistics
 
-from .claims import Missing, judge
+from .drawing import draw
 from .execution import write_atomically
 from .progress import duration
+from .results import csv_text, curves_text
 
 
 def number(value):
     return "" if value is None else "never" if value == math.inf else f"{value:.4g}"
 
 
-class Results:
-    """What the runs of a sweep measured, by case and model."""
-
-    def __init__(self, sweep):
-        self.experiment, self.runs, self.models = sweep.experiment, sweep.runs, sweep.models
-
-    def of(self, case, model):
-        return [run for run in self.runs if (run.job.case, run.job.model) == (case, model)]
-
-    def best(self, case, model):
-        """Runs at the learning rate with the best mean, all its seeds finished without divergence; [] if there is none."""
-        by_rate = {}
-        for run in self.of(case, model):
-            by_rate.setdefault(run.job.learning_rate, []).append(run)
-        whole = [runs for runs in by_rate.values() if all(r.result and not r.result["diverged"] for r in runs)]
-        sign = 1 if self.experiment.better == "higher" else -1
-        return max(whole, default=[], key=lambda runs: sign * self.mean(runs, self.experiment.measure))
-
-    @staticmethod
-    def mean(runs, measure):
-        values = [run.result["measures"].get(measure) for run in runs]
-        if not values or None in values:
-            return None
-        return math.inf if math.inf in values else statistics.mean(values)
-
-    def missing_reason(self, case, model):
-        runs = self.of(case, model)
-        if needs := self.experiment.needs_of(case, model):
-            return f"not run: needs {needs}"
-        if self.models is not None and model not in self.models:
-            return "not run: left out by --only"
-        if failed := [run for run in runs if run.failure]:
-            return f"not run: {failed[0].failure}"
-        if unfinished := [run for run in runs if run.result is None]:
-            return f"not run: {len(unfinished)} of {len(runs)} runs are unfinished"
-        return "diverged at every learning rate"
-
-    def verdicts(self):
-        found = []
-        for claim in self.experiment.claims:
-            case = claim.get("case", self.experiment.only_case)
-
-            def lookup(model, measure, case=case):
-                value = self.mean(self.best(case, model), measure)
-                if value is None:
-                    raise Missing
-                return value
-
-            found.append(judge(claim, lookup))
-        return found
-
-    def excused(self, verdict):
-        """Whether all that a claim lacks was left out by --only."""
-        return self.models is not None and all(name.split(".")[0] not in self.models for name in verdict.missing)
-
-
-def csv_text(results):
-    measures = sorted({m for run in results.runs if run.result for m in run.result["measures"]})
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["case", "model", "learning_rate", "seed", "status", "parameters", "steps", "seconds", *measures])
-    for run in results.runs:
-        job, result = run.job, run.result
-        status = ("diverged" if result["diverged"] else "done") if result else "failed" if run.failure else "unfinished"
-        told = result or {"parameters": "", "steps": "", "seconds": "", "measures": {}}
-        writer.writerow([job.case, job.model, f"{job.learning_rate:g}", job.seed, status, told["parameters"], told["steps"],
-                         told["seconds"], *(told["measures"].get(m, "") for m in measures)])
-    return out.getvalue()
+def table_head(experiment):
+    return ["model", "parameters", "learning rate", f"paper: {experiment.measure}", "ours", "difference", *experiment.columns,
+            "steps", "cost"]
 
 
 def model_row(results, case, model):
-    experiment, runs = results.experiment, results.best(case, model)
+    """Cells of a model's row; cost: training time of all its runs."""
+    experiment, rows = results.experiment, results.best(case, model)
     paper = experiment.paper.get(case, {}).get(model)
     label = experiment.label(model)
     extra = [""] * len(experiment.columns)
-    if not runs:
-        return [label, "", "", number(paper), results.missing_reason(case, model), "", *extra, ""]
-    ours = results.mean(runs, experiment.measure)
-    values = [run.result["measures"][experiment.measure] for run in runs]
+    if not rows:
+        return [label, "", "", number(paper), results.missing_reason(case, model), "", *extra, "", ""]
+    ours = results.mean(rows, experiment.measure)
+    values = [row.measures[experiment.measure] for row in rows]
     spread = f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
-    cost = sum(run.result["seconds"] for run in results.of(case, model) if run.result)
-    rate = f"{runs[0].job.learning_rate:g}" if experiment.trains else ""
-    return [label, f"{runs[0].result['parameters']:,}", rate, number(paper),
-            number(ours) + spread, f"{ours - paper:+.4g}" if paper is not None else "",
-            *(number(results.mean(runs, column)) for column in experiment.columns), duration(cost)]
+    cost = sum(row.seconds for row in results.of(case, model) if row.finished)
+    rate, steps = (f"{rows[0].job.learning_rate:g}", f"{rows[0].steps:,}") if experiment.trains else ("", "")
+    return [label, f"{rows[0].parameters:,}", rate, number(paper), number(ours) + spread,
+            f"{ours - paper:+.4g}" if paper is not None else "",
+            *(number(results.mean(rows, column)) for column in experiment.columns), steps, duration(cost)]
+
+
+CLAIM_HEAD = ["claim", "paper", "checked", "measured", "holds", "asserted"]
+
+
+def claim_row(verdict, code="{}", emphasis="{}"):
+    holds = {True: "yes", False: emphasis.format("no"),
+             None: "not judged: no " + ", ".join(verdict.missing)}[verdict.holds]
+    measured = ", ".join(f"{name} {number(value)}" for name, value in verdict.values.items())
+    return [verdict.claim["text"], verdict.claim.get("paper", ""), code.format(verdict.claim["expect"]), measured, holds,
+            "yes" if verdict.asserted else "no"]
+
+
+def notes(results):
+    """What a reader of the numbers has to know, in sentences."""
+    experiment = results.experiment
+    told = []
+    if experiment.trains:
+        told.append(f"Means over seeds {', '.join(map(str, experiment.seeds))} at the best learning rate (in parentheses: "
+                    "least to largest); steps: of one run; cost: training time of all runs of a row.")
+    if machines := results.machines():
+        told.append(f"Measured on {'; '.join(machines)}.")
+    if stale := results.stale():
+        told.append(f"{len(stale)} of {len(results.rows)} runs were made with other settings than the description has now.")
+    return told
+
+
+def title(experiment):
+    return f"{experiment.title}{': miniature' if experiment.mini else ''}"
 
 
 def markdown_row(cells):
     return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def table_text(results):
+def table_text(results, figures=()):
     experiment = results.experiment
-    lines = [f"# {experiment.title}{': miniature' if experiment.mini else ''}", "", f"{experiment.source}. {experiment.about}",
-             "", f"Means over seeds {experiment.seeds} at the best learning rate; cost: training time of all runs of a row."]
+    lines = [f"# {title(experiment)}", "", f"{experiment.source}. {experiment.about}", "", " ".join(notes(results))]
     for case in experiment.cases:
-        head = ["model", "parameters", "learning rate", f"paper: {experiment.measure}", "ours", "difference",
-                *experiment.columns, "cost"]
+        head = table_head(experiment)
         lines += ["", f"## {experiment.case_label(case)}", "", markdown_row(head), markdown_row(["---"] * len(head))]
         lines += [markdown_row(model_row(results, case, model)) for model in experiment.models_of(case)]
     if experiment.claims:
-        lines += ["", "## Claims", "", markdown_row(["claim", "paper", "checked", "measured", "holds", "asserted"]),
-                  markdown_row(["---"] * 6)]
-    for verdict in results.verdicts():
-        holds = {True: "yes", False: "**no**", None: "not judged: no " + ", ".join(verdict.missing)}[verdict.holds]
-        measured = ", ".join(f"{name} {number(value)}" for name, value in verdict.values.items())
-        lines.append(markdown_row([verdict.claim["text"], verdict.claim.get("paper", ""), f"`{verdict.claim['expect']}`",
-                                   measured, holds, "yes" if verdict.asserted else "no"]))
+        lines += ["", "## Claims", "", markdown_row(CLAIM_HEAD), markdown_row(["---"] * len(CLAIM_HEAD))]
+        lines += [markdown_row(claim_row(verdict, "`{}`", "**{}**")) for verdict in results.verdicts()]
+    for path in figures:
+        lines += ["", f"![{path.stem}]({path.name})"]
     return "\n".join(lines) + "\n"
 
 
 def write(results, folder):
+    """results.csv, curves.csv, the figures where matplotlib is there, and table.md; returns the figures' paths."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "results.csv", csv_text(results))
-    write_atomically(folder / "table.md", table_text(results))
+    if any(row.curves for row in results.rows):
+        write_atomically(folder / "curves.csv", curves_text(results))
+    figures = draw(results, folder)
+    write_atomically(folder / "table.md", table_text(results, figures))
+    return figures

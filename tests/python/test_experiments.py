@@ -15,9 +15,11 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from sweep import description  # noqa: E402
 from sweep.description import DescriptionError, Experiment  # noqa: E402
-from sweep.execution import Programs, Sweep, reported  # noqa: E402
+from sweep.execution import Programs, reported  # noqa: E402
 from sweep.progress import Progress  # noqa: E402
-from sweep.report import Results, table_text  # noqa: E402
+from sweep.report import table_text  # noqa: E402
+from sweep.results import Results  # noqa: E402
+from sweep.sweeps import Sweep  # noqa: E402
 
 # Millions, as the paper's tables print them: {experiment: {case: {model: number}}}.
 PAPER_SIZES = {
@@ -125,5 +127,5 @@ def test_an_experiment_that_only_measures(tmp_path):
     sweep = Sweep(experiment, tmp_path / "out", programs)
     assert sweep.execute(1, Progress(sweep.runs))
     assert [run.failure for run in sweep.runs] == [None, None]
-    assert "| a | 77 |  |  | 10.5 (10 to 11) |" in table_text(Results(sweep))
+    assert "| a | 77 |  |  | 10.5 (10 to 11) |" in table_text(Results.of_sweep(sweep))
     assert json.loads(sweep.runs[1].result_path.read_text())["seconds"] == 2.5

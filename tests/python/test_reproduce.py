@@ -92,8 +92,8 @@ def test_table_and_csv(toy):
     done = reproduce(toy, "toy", "--check", "--jobs", "2")
     assert done.returncode == 0, done.stderr
     table = (toy / "out" / "toy" / "table.md").read_text()
-    assert "| Good | 1,234 | 0.1 | 0.8 | 0.9 (0.9 to 0.9) | +0.1 | 6 | 40s |" in table
-    assert "| bad | 1,234 | 0.1 |  | 0.4 (0.4 to 0.4) |  | never | 40s |" in table
+    assert "| Good | 1,234 | 0.1 | 0.8 | 0.9 (0.9 to 0.9) | +0.1 | 6 | 10 | 40s |" in table
+    assert "| bad | 1,234 | 0.1 |  | 0.4 (0.4 to 0.4) |  | never | 10 | 40s |" in table
     assert "not run: needs a larger machine" in table
     rows = list(csv.DictReader(open(toy / "out" / "toy" / "results.csv")))
     assert len(rows) == 8 and {row["status"] for row in rows} == {"done"}
@@ -105,7 +105,7 @@ def test_check_tells_a_claim_that_does_not_hold(toy):
     edit(toy, "+ 0.3", "+ 0.6")
     assert reproduce(toy, "toy").returncode == 0
     done = reproduce(toy, "toy", "--check", "--resume")
-    assert done.returncode == 1 and "does not hold: good is better" in done.stderr
+    assert done.returncode == 1 and "toy does not hold: good is better" in done.stderr
     edit(toy, "asserted: true", "asserted: false")
     assert reproduce(toy, "toy", "--check", "--resume").returncode == 0
 
@@ -188,3 +188,41 @@ def test_full_size_settings_are_taken_and_a_real_run(tmp_path):
                           capture_output=True, text=True, timeout=120, env={**os.environ, "XLSTM_PYTHON": sys.executable})
     assert done.returncode == 0, done.stderr
     assert "| LSTM | 17,120 |" in done.stdout
+
+
+def second_experiment(folder):
+    """Another toy, and a third without a miniature."""
+    for name, title in (("other", "Other"), ("large", "Large")):
+        (folder / "experiments" / name).mkdir()
+        (folder / "experiments" / name / "experiment.yaml").write_text(
+            EXPERIMENT.replace("title: Toy", f"title: {title}\nneeds: ten GPUs").replace("skill: 1.0", "skill: 0.9"))
+    for name in ("toy", "other"):
+        (folder / "experiments" / name / "mini.yaml").write_text("seeds: [0]\npaper: {}\n")
+
+
+def test_all_experiments_and_their_page(toy):
+    second_experiment(toy)
+    done = reproduce(toy, "--all", "--mini", "--check", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    page = (toy / "out" / "report.html").read_text()
+    for text in ("Toy: miniature", "Other: miniature", "Large", "it has no miniature; the full size needs ten GPUs", "good is better"):
+        assert text in page, text
+    assert "8/8 toy-mini/all/" in done.stderr and "other-mini/all/good/lr0.1_seed0: accuracy 0.8" in done.stderr
+    assert sorted(p.name for p in (toy / "out").iterdir()) == ["other-mini", "report.html", "toy-mini"]
+    assert reproduce(toy, "--all", "--mini").returncode == 2  # neither --resume nor --fresh
+    edit(toy, "+ 0.3", "+ 0.6")
+    done = reproduce(toy, "--all", "--mini", "--check", "--resume")
+    assert done.returncode == 1 and "toy-mini does not hold: good is better" in done.stderr
+    starts = (toy / "out" / "other-mini" / "all" / "good" / "lr0.1_seed0" / "starts").read_text()
+    assert starts == "x"
+
+
+def test_what_a_running_sweep_has_measured(toy):
+    second_experiment(toy)
+    assert reproduce(toy, "toy", "--mini", "--only", "good").returncode == 0
+    done = reproduce(toy, "toy", "--mini", "--collect")
+    assert done.returncode == 0 and "| bad |  |  |  | not run: 2 of 2 runs are unfinished |" in done.stdout
+    done = reproduce(toy, "--all", "--mini", "--collect", "--check")
+    assert done.returncode == 1 and "toy-mini could not be judged: good is better" in done.stderr
+    assert "Other: miniature" in (toy / "out" / "report.html").read_text()
+    assert not (toy / "out" / "other-mini" / "all").exists()

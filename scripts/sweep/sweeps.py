@@ -1,0 +1,87 @@
+"""Sweeps: all runs of an experiment, several at a time, in a folder that one process owns."""
+
+import fcntl
+import signal
+import time
+
+from .execution import Run, SweepError
+
+POLL_SECONDS = 0.05
+
+
+def lock(path, shared=False):
+    """Holds the file for as long as the process lives and the result is kept; None: another process has it."""
+    file = open(path, "w", encoding="utf-8")
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        return None
+    return file
+
+
+class SweepFolder:
+    """<out>/<experiment>: owned by one sweep, or shared by processes that do one of its jobs each."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def check(self, resume, fresh):
+        if self.path.exists() and any(p.name != "lock" for p in self.path.iterdir()) and not resume and not fresh:
+            raise SweepError(f"{self.path} is there already: --resume goes on with it, --fresh starts anew and keeps it "
+                             "beside the new one")
+
+    def open(self, resume, fresh):
+        self.check(resume, fresh)
+        if self.path.exists() and any(p.name != "lock" for p in self.path.iterdir()) and not resume:
+            number = 1
+            while self.path.with_name(f"{self.path.name}.old-{number}").exists():
+                number += 1
+            self.path.rename(self.path.with_name(f"{self.path.name}.old-{number}"))
+        self._own(shared=False)
+
+    def share(self):
+        self._own(shared=True)
+
+    def _own(self, shared):
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.path / "lock", shared)
+        if self._lock is None:
+            raise SweepError(f"{self.path}: another reproduce.py is at work there")
+
+
+class Sweep:
+    def __init__(self, experiment, folder, programs, models=None):
+        self.experiment, self.folder, self.models = experiment, folder, models
+        self.runs = [Run(experiment, job, folder, programs) for job in experiment.jobs(models)]
+
+    def execute(self, jobs, progress):
+        return execute(self.runs, jobs, progress)
+
+
+def execute(runs, jobs, progress, after=lambda run: None):
+    """Runs everything that is not finished, `jobs` at once, and calls after(run) when one is; False: asked to stop before."""
+    stop = []
+    handlers = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGTERM, signal.SIGINT)}
+    waiting, active = [run for run in runs if not run.done], []
+    try:
+        while (waiting or active) and not stop:
+            while waiting and len(active) < jobs:
+                active.append(waiting.pop(0))
+                active[-1].start()
+            time.sleep(POLL_SECONDS)
+            for run in list(active):
+                run.poll()
+                if run.done:
+                    active.remove(run)
+                    progress.finished(run, runs)
+                    after(run)
+            progress.update(active, runs)
+    finally:
+        for run in active:
+            run.terminate()
+        for run in active:
+            run.wait()
+        progress.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return not (waiting or active)
