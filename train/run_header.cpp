@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "csrc/core/file.h"
+#include "train/device.h"
 #include "train/run_folder.h"
 
 namespace xlstm::train {
@@ -27,6 +28,7 @@ void write_run_header(const RunFolder& folder, const config::Config& config,
       {"host", host},
       {"pid", ::getpid()},
       {"threads", at::get_num_threads()},
+      {"device", choose_device(config.run.device, "run.device").str()},
       {"cpu_capability", at::get_cpu_capability()},
       {"versions",
        {{"libxlstm", XLSTM_VERSION}, {"torch", TORCH_VERSION}, {"compiler", __VERSION__}}},
