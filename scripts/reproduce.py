@@ -18,12 +18,14 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from sweep.claims import ClaimError  # noqa: E402
 from sweep.description import DescriptionError, experiment_ids, load, load_all  # noqa: E402
-from sweep.execution import Programs, SweepError  # noqa: E402
+from sweep.estimate import MFU_PERCENT, PEAK_TFLOPS, Device, costs, estimate_text, parse_mfu  # noqa: E402
+from sweep.execution import Programs, Run, SweepError  # noqa: E402
+from sweep.launch import command_line, write_files  # noqa: E402
 from sweep.page import rebuild, write_page  # noqa: E402
 from sweep.progress import Progress  # noqa: E402
 from sweep.report import table_text, write  # noqa: E402
 from sweep.results import Results  # noqa: E402
-from sweep.sweeps import Sweep, SweepFolder, execute  # noqa: E402
+from sweep.sweeps import Sweep, SweepFolder, execute, lock  # noqa: E402
 
 STOPPED = 75
 
@@ -54,6 +56,16 @@ def parse(arguments):
     without = parser.add_argument_group("instead of running a sweep")
     without.add_argument("--collect", action="store_true",
                          help="run nothing: table and figures of what has been measured so far")
+    without.add_argument("--estimate", action="store_true", help="GPU time of all runs, from xlstm-train --describe")
+    without.add_argument("--mfu", default="", metavar="PERCENT[,MODEL=PERCENT...]",
+                         help=f"with --estimate: utilisation of the GPU ({MFU_PERCENT:g}, as measured; see sweep/estimate.py)")
+    without.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS, metavar="N",
+                         help=f"with --estimate: what the GPU's matrix product gives ({PEAK_TFLOPS:g})")
+    without.add_argument("--step-ms", type=float, default=0.0, metavar="MS", help="with --estimate: no step takes less (0)")
+    without.add_argument("--print-jobs", action="store_true", help="the command of every run, to be started anywhere")
+    without.add_argument("--launch", type=Path, metavar="DIR",
+                         help="write a SLURM array and a script for a machine with several GPUs, one run per GPU")
+    without.add_argument("--job", metavar="NAME", help="one run alone, beside others in the same folder; makes no table")
     without.add_argument("--report", type=Path, nargs="+", metavar="FOLDER",
                          help="make report.html anew from folders with results.csv, or from folders of such folders")
     without.add_argument("--into", type=Path, metavar="DIR",
@@ -63,6 +75,8 @@ def parse(arguments):
         parser.error("either an experiment or --all")
     if options.all and options.only:
         parser.error("--only goes with one experiment")
+    if options.id is None and any((options.print_jobs, options.launch, options.job)):
+        parser.error("--print-jobs, --launch and --job go with one experiment")
     if options.into and not options.report:
         parser.error("--into goes with --report")
     return options
@@ -78,9 +92,22 @@ def chosen_models(experiment, only):
     return models
 
 
+def loaded(options):
+    """The experiments that the command line means, with its seeds, and (title, why) of those that cannot be run."""
+    experiments, missing = (load_all(options.experiments, options.mini) if options.all else
+                            ([load(options.experiments, options.id, options.mini)], []))
+    for experiment in experiments if options.seeds else ():
+        experiment.seeds = list(range(options.seeds))
+    return experiments, missing
+
+
+def programs_of(options):
+    return Programs(options.bin, max(1, len(os.sched_getaffinity(0)) // options.jobs))
+
+
 def prepare(options, experiments):
     """A sweep per experiment, its folder opened."""
-    programs = Programs(options.bin, max(1, len(os.sched_getaffinity(0)) // options.jobs))
+    programs = programs_of(options)
     folders = [SweepFolder(options.out.resolve() / experiment.name) for experiment in experiments]
     if not options.collect:
         for experiment, folder in zip(experiments, folders):
@@ -88,8 +115,6 @@ def prepare(options, experiments):
             folder.check(options.resume, options.fresh)
     sweeps = []
     for experiment, folder in zip(experiments, folders):
-        if options.seeds:
-            experiment.seeds = list(range(options.seeds))
         models = chosen_models(experiment, options.only)
         if not options.collect:
             folder.open(options.resume, options.fresh)
@@ -110,10 +135,7 @@ def sweep_all(options, sweeps):
 
 
 def run(options):
-    if options.all:
-        experiments, missing = load_all(options.experiments, options.mini)
-    else:
-        experiments, missing = [load(options.experiments, options.id, options.mini)], []
+    experiments, missing = loaded(options)
     sweeps, _locked = prepare(options, experiments)
     finished = options.collect or sweep_all(options, sweeps)
     parts = [(results, write(results, sweep.folder))
@@ -139,6 +161,47 @@ def status(options, sweeps, results, finished):
     return 1 if wrong else 0
 
 
+def run_job(options):
+    """One run of a sweep, in its place in the sweep's folder."""
+    experiment = loaded(options)[0][0]
+    job = next((job for job in experiment.jobs() if job.name == options.job), None)
+    if job is None:
+        raise DescriptionError(f"--job: {experiment.name} has no {options.job}; --print-jobs lists them")
+    programs = programs_of(options)
+    programs.check(experiment)
+    folder = SweepFolder(options.out.resolve() / experiment.name)
+    folder.share()
+    path = folder.path / f"{job.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(path)
+    if held is None:
+        raise SweepError(f"{path}: another reproduce.py is at work on this run")
+    one = Run(experiment, job, folder.path, programs)
+    if not execute([one], 1, Progress([one])):
+        return STOPPED
+    return 1 if one.failure else 0
+
+
+def estimate(options):
+    device, programs = Device(options.peak_tflops, parse_mfu(options.mfu), options.step_ms), programs_of(options)
+    print(f"{device}\n")
+    for experiment in loaded(options)[0]:
+        found = costs(experiment, programs, chosen_models(experiment, options.only)) if experiment.trains else []
+        print(estimate_text(experiment, found, device))
+    return 0
+
+
+def launch(options):
+    experiment = loaded(options)[0][0]
+    jobs = experiment.jobs(chosen_models(experiment, options.only))
+    if options.print_jobs:
+        print("\n".join(command_line(options, Path(__file__).resolve(), sys.executable, "--job", job.name) for job in jobs))
+    else:
+        print("\n".join(map(str, write_files(options.launch, experiment, jobs, options, Path(__file__).resolve(),
+                                              sys.executable))))
+    return 0
+
+
 def main(arguments=None):
     options = parse(arguments)
     try:
@@ -148,7 +211,9 @@ def main(arguments=None):
         if options.id is None and not options.all:
             print("\n".join(experiment_ids(options.experiments)))
             return 0
-        return run(options)
+        action = (estimate if options.estimate else launch if options.print_jobs or options.launch else
+                  run_job if options.job else run)
+        return action(options)
     except (DescriptionError, ClaimError, SweepError) as error:
         print(f"reproduce: error: {error}", file=sys.stderr)
         return 2

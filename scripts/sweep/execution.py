@@ -6,6 +6,7 @@ is handed to the trainer again, which goes on from its newest checkpoint.
 """
 
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -27,9 +28,11 @@ class SweepError(Exception):
     pass
 
 
-def die_with_parent():
+def die_with(parent):
     """A killed sweep leaves no trainer behind that the next one would meet in the same folder."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(1)
 
 
 def write_atomically(path, text):
@@ -227,7 +230,7 @@ class Run:
             log.write("$ " + " ".join(command) + "\n")
             log.flush()
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                            start_new_session=True, preexec_fn=die_with_parent,
+                                            start_new_session=True, preexec_fn=functools.partial(die_with, os.getpid()),
                                             env={"XLSTM_PYTHON": sys.executable, **os.environ})
 
     def poll(self):

@@ -91,8 +91,8 @@ def page_text(parts, missing=()):
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "<title>libxlstm: the paper's experiments</title>", f"<style>{STYLE}</style></head><body>",
         "<h1>The paper's experiments</h1>",
-        "<p>Experiments of arXiv 2405.04517 that were run here: what the paper claims and whether it held, with the numbers. An "
-        f"asserted claim fails the check where it does not hold. Training time in all: {total}.</p>",
+        "<p>Experiments of arXiv 2405.04517 that were run here: what the paper claims and whether it held, with the numbers. "
+        f"An asserted claim fails the check where it does not hold. Training time in all: {total}.</p>",
         table(head, rows), *(section(results, figures) for results, figures in parts), "</body></html>", ""])
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,81 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "reproduce.py"
+from toy_sweep import EXPERIMENT, ROOT, SCRIPT, command, edit, reproduce, set_trainer, toy  # noqa: F401
+
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from sweep import claims, description  # noqa: E402
-
-# Ten steps; goes on from the steps its metrics tell. The accuracy is a function of model and learning rate.
-TRAINER = """#!{python}
-import json, pathlib, sys, time, yaml
-config = yaml.safe_load(open(sys.argv[1]))
-run = pathlib.Path(config["run"]["out_dir"]) / config["run"]["name"]
-run.mkdir(parents=True, exist_ok=True)
-with open(run / "starts", "a") as file:
-    file.write("x")
-if config["model"]["kind"] == "broken":
-    sys.exit("xlstm-train: error: the disk is full")
-(run / "run.json").write_text(json.dumps({{"parameters": 1234}}))
-metrics = run / "metrics.jsonl"
-done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-for step in range(done + 1, 11):
-    time.sleep({delay})
-    accuracy = config["model"]["skill"] * step / 10 - config["optim"]["learning_rate"]
-    with open(metrics, "a") as file:
-        file.write(json.dumps({{"step": step, "perf/step_ms": 1000, "val/accuracy": accuracy}}) + "\\n")
-if config["model"]["kind"] == "diverging":
-    sys.exit(5)
-"""
-EXPERIMENT = """
-title: Toy
-source: nowhere
-base: {train: {max_steps: 10}}
-models:
-  good: {label: Good, config: {model: {kind: a, skill: 1.0}}}
-  bad: {config: {model: {kind: a, skill: 0.5}}}
-  later: {needs: a larger machine}
-learning_rates: [0.1, 0.2]
-seeds: [0, 1]
-reach: {steps_to_half: {metric: accuracy, at_least: 0.45}}
-measure: accuracy
-columns: [steps_to_half]
-paper: {all: {good: 0.8}}
-claims:
-  - {text: good is better, expect: good.accuracy > bad.accuracy + 0.3, asserted: true}
-"""
-
-
-@pytest.fixture
-def toy(tmp_path):
-    folder = tmp_path / "experiments" / "toy"
-    folder.mkdir(parents=True)
-    (folder / "experiment.yaml").write_text(EXPERIMENT)
-    set_trainer(tmp_path, 0)
-    return tmp_path
-
-
-def set_trainer(folder, delay):
-    program = folder / "bin" / "xlstm-train"
-    program.parent.mkdir(exist_ok=True)
-    program.write_text(TRAINER.format(python=sys.executable, delay=delay))
-    program.chmod(0o755)
-
-
-def edit(folder, old, new):
-    path = folder / "experiments" / "toy" / "experiment.yaml"
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new))
-
-
-def command(folder, *arguments, out="out"):
-    return [sys.executable, str(SCRIPT), *arguments, "--bin", str(folder / "bin"), "--out", str(folder / out),
-            "--experiments", str(folder / "experiments")]
-
-
-def reproduce(folder, *arguments, out="out"):
-    return subprocess.run(command(folder, *arguments, out=out), capture_output=True, text=True, timeout=120)
 
 
 def test_table_and_csv(toy):
@@ -127,6 +58,39 @@ def test_a_killed_sweep_goes_on_to_the_same_table(toy, how, status):
     for name in ("table.md", "results.csv"):
         assert (toy / "out" / "toy" / name).read_text() == (toy / "whole" / "toy" / name).read_text()
     assert (first.parent / "lr0.1_seed0" / "starts").read_text() == "x"  # a finished run is not started again
+
+
+def steps_so_far(folder):
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*/*/*/metrics.jsonl"))
+
+
+def kill_at_random_moments(start, sweep, moments, rest, seed):
+    """SIGKILL to the process group of `start` (a command), each time a little after the next of so many steps drawn at random."""
+    chance = random.Random(seed)
+    for threshold in sorted(chance.sample(range(1, rest), moments)):
+        process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        while steps_so_far(sweep) < threshold and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        assert process.poll() is None, "the sweep ended before it was killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+
+def without_times(path):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(open(path))]
+
+
+def test_a_sweep_killed_at_ten_random_moments_has_the_same_results(toy):
+    assert reproduce(toy, "toy", out="whole").returncode == 0
+    set_trainer(toy, 0.01)
+    kill_at_random_moments(command(toy, "toy", "--resume", "--jobs", "2"), toy / "out" / "toy", 10, 8 * 10 - 2, seed=1)
+    assert reproduce(toy, "toy", "--resume", "--jobs", "2").returncode == 0
+    whole, killed = (without_times(toy / out / "toy" / "results.csv") for out in ("whole", "out"))
+    assert killed == whole and len(killed) == 8
+    assert (toy / "out" / "toy" / "table.md").read_text() == (toy / "whole" / "toy" / "table.md").read_text()
+    starts = [len((run / "starts").read_text()) for run in (toy / "out" / "toy" / "all").glob("*/lr*") if run.is_dir()]
+    assert sum(starts) >= 8 + 10  # every kill met a run that had to be started again
 
 
 def test_only_and_seeds(toy):
@@ -205,7 +169,8 @@ def test_all_experiments_and_their_page(toy):
     done = reproduce(toy, "--all", "--mini", "--check", "--jobs", "2")
     assert done.returncode == 0, done.stderr
     page = (toy / "out" / "report.html").read_text()
-    for text in ("Toy: miniature", "Other: miniature", "Large", "it has no miniature; the full size needs ten GPUs", "good is better"):
+    for text in ("Toy: miniature", "Other: miniature", "Large", "it has no miniature; the full size needs ten GPUs",
+                 "good is better"):
         assert text in page, text
     assert "8/8 toy-mini/all/" in done.stderr and "other-mini/all/good/lr0.1_seed0: accuracy 0.8" in done.stderr
     assert sorted(p.name for p in (toy / "out").iterdir()) == ["other-mini", "report.html", "toy-mini"]
@@ -226,3 +191,40 @@ def test_what_a_running_sweep_has_measured(toy):
     assert done.returncode == 1 and "toy-mini could not be judged: good is better" in done.stderr
     assert "Other: miniature" in (toy / "out" / "report.html").read_text()
     assert not (toy / "out" / "other-mini" / "all").exists()
+
+
+@pytest.mark.skipif(not (ROOT / "build/bin/xlstm-train").exists(), reason="build/bin/xlstm-train is not built")
+def test_a_real_sweep_killed_at_random_moments_has_the_same_results(tmp_path):
+    folder = tmp_path / "experiments" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text("""
+title: Tiny
+source: test
+base:
+  model: {vocab_size: 3, embedding_dim: 8, num_blocks: 1, num_heads: 1}
+  data: {seq_len: 12, task: {name: parity, eval_min_len: 8, eval_len: 16, eval_samples: 32}}
+  train: {global_batch_size: 4, max_steps: 40}
+  optim: {warmup_steps: 2}
+  ckpt: {every: 10, keep_last: 1}
+  eval: {every: 10}
+  log: {every: 1, console: plain, tensorboard: false, plot: false}
+models: {lstm: {config: {model: {kind: lstm}}}, xlstm: {}}
+learning_rates: [1.0e-2]
+evaluations: {longer: {seq_len: 20, min_len: 20}}
+measure: loss
+better: lower
+figures: {}
+""")
+
+    def sweep(out):
+        return [sys.executable, str(SCRIPT), "tiny", "--experiments", str(folder.parent), "--out", str(tmp_path / out),
+                "--resume"]
+
+    kill_at_random_moments(sweep("killed"), tmp_path / "killed" / "tiny", 2, 76, seed=2)
+    for out in ("killed", "whole"):
+        done = subprocess.run(sweep(out), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    killed, whole = (without_times(tmp_path / out / "tiny" / "results.csv") for out in ("killed", "whole"))
+    assert killed == whole and all(row["status"] == "done" and row["longer.loss"] for row in killed)
+    curves = [(tmp_path / out / "tiny" / "curves.csv").read_text() for out in ("killed", "whole")]
+    assert curves[0] == curves[1] and len(curves[0].splitlines()) == 1 + 2 * 4

@@ -100,7 +100,7 @@ def test_a_whole_run(setup):
     sample = records(run, "samples.jsonl")
     assert [s["step"] for s in sample] == [12] and sample[0]["prompt"] == "line "
     header = json.loads((run / "run.json").read_text())
-    assert header["device"] in ("cpu", "cuda") and header["threads"] == 1
+    assert header["device"].startswith(("cpu", "cuda"))
     assert header["versions"]["torch"] and header["threads"] == 1 and "embedding_dim: 16" in header["config"]
     assert "step 12/12" in (run / "run.log").read_text()
 
