@@ -8,6 +8,7 @@ Keys of a description:
                          numbers; `cases`: {case: {config, learning_rates, needs}}, the only cases it takes part in
   learning_rates, seeds  lists; the learning rate with the best mean over the seeds counts, per case and model
   trains                 false: nothing is trained, the evaluations are all
+  decay_to               share of the learning rate at which its schedule ends; else optim.min_lr of the settings counts
   evaluations            {name: options of xlstm-eval, or of another `program`}, run after training: what it writes with
                          --json is measured as <name>.<metric>, within groups <name>.<group>.<metric>
   reach                  {name: {metric, at_least}}: first step whose held-out metric is that good, measured as <name>
@@ -19,6 +20,7 @@ Keys of a description:
                          `measure`
 Settings are merged in the order base, case, model, the model's case, then learning rate and seed. mini.yaml: `base`, `models`
 and `cases: {name: null}` are merged into the full size, null takes something away; every other key replaces the full one.
+{here} in a text of the settings is the description's folder.
 """
 
 import dataclasses
@@ -31,9 +33,10 @@ from . import figures
 from .claims import names
 
 FIRST_SHUFFLE_SEED = 1234
+HERE = "{here}"
 MERGED = ("base", "models", "cases")
-KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "trains", "evaluations",
-        "reach", "measure", "better", "columns", "paper", "claims", "figures"}
+KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "trains", "decay_to",
+        "evaluations", "reach", "measure", "better", "columns", "paper", "claims", "figures"}
 PART_KEYS = {"label", "config", "needs", "learning_rates"}
 PROGRAMS = ("xlstm-eval", "xlstm-bench")
 
@@ -81,13 +84,25 @@ def read_yaml(path):
     return content
 
 
+def replace(settings, old, new):
+    """The settings with every text's `old` replaced."""
+    if isinstance(settings, dict):
+        return {key: replace(value, old, new) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [replace(value, old, new) for value in settings]
+    return settings.replace(old, new) if isinstance(settings, str) else settings
+
+
 class Experiment:
     def __init__(self, folder, mini=False):
-        self.id, self.mini = folder.name, mini
+        self.id, self.mini, self.folder = folder.name, mini, folder
         content = read_yaml(folder / "experiment.yaml")
         if mini:
             small = read_yaml(folder / "mini.yaml")
             content = {**content, **{k: merge(content.get(k, {}), v) if k in MERGED else v for k, v in small.items()}}
+            for model in content.get("models", {}).values():
+                if "cases" in model:
+                    model["cases"] = {case: part for case, part in model["cases"].items() if case in content["cases"]}
         self.source_file = folder / ("mini.yaml" if mini else "experiment.yaml")
         self._read(content)
 
@@ -102,6 +117,7 @@ class Experiment:
         self.cases = content.get("cases") or {"all": {}}
         self.models = content["models"]
         self.learning_rates, self.seeds = content.get("learning_rates") or [0.0], content.get("seeds", [0])
+        self.decay_to = content.get("decay_to")
         self.evaluations = content.get("evaluations") or {}
         self.reach = content.get("reach") or {}
         self.measure, self.better = content["measure"], content.get("better", "higher")
@@ -181,15 +197,18 @@ class Experiment:
                 if (models is None or model in models) and not self.needs_of(case, model)
                 for rate, seed in itertools.product(self.rates(case, model), self.seeds)]
 
-    def settings(self, job):
-        """Settings of a run, without those of its folder. One seed means the same samples for all models."""
+    def settings(self, job, located=True):
+        """Settings of a run, without those of its folder. One seed means the same samples for all models.
+        Not located: {here} stays, so that they are the same wherever the description lies."""
         own = {"run": {"seed": job.seed}, "data": {"shuffle_seed": FIRST_SHUFFLE_SEED + job.seed}}
         if self.trains:
             own["optim"] = {"learning_rate": job.learning_rate}
+            if self.decay_to is not None:
+                own["optim"]["min_lr"] = self.decay_to * job.learning_rate
         merged = self.base
         for part in (self.cases[job.case], self.models[job.model], self._own(job.case, job.model), {"config": own}):
             merged = merge(merged, part.get("config", {}))
-        return merged
+        return replace(merged, HERE, str(self.folder.resolve())) if located else merged
 
     def setting(self, path, case, model):
         """Value of a dotted setting, which the learning rate and the seed do not change; None if it is not there."""

@@ -102,7 +102,8 @@ def reported(report, inside=False):
 
 def fingerprint(experiment, job):
     """Of all that a result depends on; the folder may be moved."""
-    told = [RESULT_VERSION, yaml.safe_dump(experiment.settings(job)), experiment.evaluations, experiment.reach]
+    told = [RESULT_VERSION, yaml.safe_dump(experiment.settings(job, located=False)), experiment.evaluations,
+            experiment.reach]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
