@@ -21,6 +21,7 @@
 #include "train/device.h"
 #include "train/flops.h"
 #include "train/generation.h"
+#include "train/generation_speed.h"
 #include "train/process_setup.h"
 #include "train/step_timer.h"
 #include "train/train_step.h"
@@ -33,18 +34,19 @@ using Json = nlohmann::ordered_json;
 const std::vector<OptionSpec> kOptions{
     {"--steps", "N", "training steps to time, after 5 that are not; 0: none (20)"},
     {"--tokens", "N", "decoding steps to time at batch 1, after 16 that are not; 0: none (64)"},
+    {"--positions", "N,...",
+     "generate one sequence up to the last of these positions and tell what a token costs there"},
+    {"--batches", "N,...",
+     "generate so many sequences at once, in turn, and tell the tokens per second (--tokens steps "
+     "of "
+     "each)"},
+    {"--prompt", "N", "random tokens before those that --positions and --batches generate (16)"},
     {"--lazy-fold", "WHEN",
      "on, off, or auto: mLSTM states that are written every 16th token alone, where that moves "
      "fewer "
      "bytes on a GPU (auto)"},
     {"--json", "FILE", "also write the numbers there"},
     {"--help", "", "show this"}};
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const size_t middle = values.size() / 2;
-  return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
-}
 
 TrainBatch random_batch(const config::Config& config, std::mt19937_64& random, bool pinned) {
   data::Batch batch;
@@ -127,13 +129,57 @@ Json time_decoding(const config::Config& config, models::LanguageModel& model, i
   return {{"token_ms", 1e3 * token}, {"tokens_per_s", 1 / token}};
 }
 
+Json generation_json(models::LanguageModel& model, int64_t prompt,
+                     const std::vector<int64_t>& positions, std::optional<bool> lazy_fold) {
+  const GenerationTimes times = time_generation(model, prompt, positions, lazy_fold);
+  Json json = {{"prompt", prompt}};
+  for (size_t i = 0; i < positions.size(); ++i) {
+    const std::string position = std::to_string(positions[i]);
+    json["token_" + position + "_ms"] = 1e3 * times.token_s[i];
+    json["until_" + position + "_s"] = times.until_s[i];
+  }
+  return json;
+}
+
+/// Tokens per second for each number of sequences; null from where on the memory does not suffice.
+Json throughput_json(models::LanguageModel& model, int64_t prompt, int64_t tokens,
+                     const std::vector<int64_t>& batches, std::optional<bool> lazy_fold) {
+  Json json = {{"prompt", prompt}};
+  double best = 0;
+  bool enough = true;
+  for (const int64_t sequences : batches) {
+    Json& rate = json["batch_" + std::to_string(sequences)] = nullptr;
+    if (!enough) continue;
+    const auto measured = generation_throughput(model, prompt, sequences, tokens, lazy_fold);
+    enough = measured.has_value();
+    if (!enough) continue;
+    rate = *measured;
+    best = std::max(best, *measured);
+  }
+  json["max"] = best;
+  return json;
+}
+
+void measure_generation(const CommandLine& line, models::LanguageModel& model, Json& report) {
+  const at::NoGradGuard no_grad;
+  const EvalModeGuard eval_mode(model);
+  const int64_t prompt = line.get_int("--prompt", 16, 1);
+  const int64_t tokens = line.get_int("--tokens", 64, 1);
+  const auto positions = line.get_growing("--positions"), batches = line.get_growing("--batches");
+  if (!positions.empty())
+    report["generation"] = generation_json(model, prompt, positions, lazy_fold(line));
+  if (!batches.empty())
+    report["throughput"] = throughput_json(model, prompt, tokens, batches, lazy_fold(line));
+}
+
 int body(int argc, char** argv) {
   const CommandLine line = parse_command_line(argc, argv, kOptions);
   if (line.has("--help")) {
     std::printf(
         "usage: xlstm-bench CONFIG.yaml [key.sub=value ...] [options]\n\nTimes training steps on "
         "random tokens "
-        "and decoding, medians. mfu: the model's floating point operations (train/flops.h) per "
+        "and decoding, medians; with --positions or --batches, how fast it generates. mfu: the "
+        "model's floating point operations (train/flops.h) per "
         "second, as a share of "
         "those of one large matrix product in the same dtype, measured in the same run.\n\n%s",
         format_options(kOptions).c_str());
@@ -150,6 +196,7 @@ int body(int argc, char** argv) {
 
   at::Generator(at::globalContext().defaultGenerator(at::kCPU))
       .set_current_seed(static_cast<uint64_t>(config.run.seed));
+  const double start = monotonic_seconds();
   const auto model = models::make_language_model(config.model, device);
   model->train();
   Json report = {{"config", line.positional[0]},
@@ -160,7 +207,12 @@ int body(int argc, char** argv) {
                  {"batch", config.train.global_batch_size},
                  {"seq_len", config.data.seq_len}};
   if (steps > 0) report["training"] = time_training(config, *model, steps);
-  if (tokens > 0) report["decoding"] = time_decoding(config, *model, tokens, lazy);
+  if (line.has("--positions") || line.has("--batches")) {
+    measure_generation(line, *model, report);
+  } else if (tokens > 0) {
+    report["decoding"] = time_decoding(config, *model, tokens, lazy);
+  }
+  report["seconds"] = monotonic_seconds() - start;
   const std::string text = report.dump(1) + "\n";
   std::fputs(text.c_str(), stdout);
   if (line.has("--json")) {

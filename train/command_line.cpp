@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <sstream>
 #include <system_error>
 
 #include "csrc/config/text.h"
@@ -132,6 +133,21 @@ double CommandLine::get_double(const std::string& name, double fallback) const {
   const auto value = config::parse_double(options.at(name));
   if (!value) fail(name + ": got " + in_quotes(options.at(name)) + ", expected a number");
   return *value;
+}
+
+std::vector<int64_t> CommandLine::get_growing(const std::string& name) const {
+  const std::string text = get(name, "");
+  std::vector<int64_t> numbers;
+  if (!has(name)) return numbers;
+  std::istringstream stream(text + ",");
+  for (std::string part; std::getline(stream, part, ',');) {
+    const auto number = config::parse_int(part);
+    if (!number || *number <= (numbers.empty() ? 0 : numbers.back()))
+      fail(name + ": got " + in_quotes(text) +
+           ", expected whole numbers above 0 that grow, as in 10,100");
+    numbers.push_back(*number);
+  }
+  return numbers;
 }
 
 CommandLine parse_command_line(int argc, char** argv, const std::vector<OptionSpec>& options) {

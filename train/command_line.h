@@ -26,6 +26,9 @@ struct CommandLine {
   int64_t get_int(const std::string& name, int64_t fallback,
                   int64_t least) const;  ///< throws Error(kConfig) below `least` too
   double get_double(const std::string& name, double fallback) const;
+  /// "10,100" -> {10, 100}; {} where it is not given. Throws Error(kConfig) for anything but whole
+  /// numbers above 0 that grow.
+  std::vector<int64_t> get_growing(const std::string& name) const;
 };
 
 /// An option's value is the next argument or follows a '=' ("--seed=1"); a value that starts with

@@ -25,17 +25,18 @@ bool same_sizes(const models::ModelState& a, const models::ModelState& b) {
 }  // namespace
 
 Decoder::Decoder(models::LanguageModel& model, models::ModelState state,
-                 std::optional<bool> lazy_fold)
+                 std::optional<bool> lazy_fold, int64_t sequences)
     : model_(model),
       state_(std::move(state)),
       lazy_fold_(lazy_fold),
-      id_(at::empty({1, 1}, model.head_weight().options().dtype(at::kLong).requires_grad(false))),
-      may_record_(id_.is_cuda() && StepGraph::available()) {}
+      ids_(at::empty({sequences, 1},
+                     model.head_weight().options().dtype(at::kLong).requires_grad(false))),
+      may_record_(ids_.is_cuda() && StepGraph::available()) {}
 
 void Decoder::work() {
   const nn::InPlaceStateGuard in_place(lazy_fold_);
-  auto [logits, next] = model_.forward(id_, state_);
-  logits_ = logits.flatten().to(at::kDouble);
+  auto [logits, next] = model_.forward(ids_, state_);
+  logits_ = logits.squeeze(1);
   // Empty before, or with its first ring of tokens (mLSTM), or one that grows (attention).
   if (tokens_ == 0 || !same_sizes(state_, next)) {
     may_record_ = may_record_ && tokens_ == 0;
@@ -58,7 +59,20 @@ void Decoder::record() {
 }
 
 std::vector<double> Decoder::next(int64_t token) {
-  id_.fill_(token);
+  ids_.fill_(token);
+  advance();
+  const at::Tensor logits = logits_.to(at::kCPU).to(at::kDouble);  // waits
+  const double* data = logits.const_data_ptr<double>();
+  return {data, data + logits.numel()};
+}
+
+const at::Tensor& Decoder::next(const at::Tensor& tokens) {
+  ids_.copy_(tokens);
+  advance();
+  return logits_;
+}
+
+void Decoder::advance() {
   if (may_record_ && tokens_ == kTokensBeforeRecording) record();
   if (graph_.recorded()) {
     graph_.replay();
@@ -66,9 +80,6 @@ std::vector<double> Decoder::next(int64_t token) {
     work();
   }
   ++tokens_;
-  const at::Tensor logits = logits_.to(at::kCPU);  // waits
-  const double* data = logits.const_data_ptr<double>();
-  return {data, data + logits.numel()};
 }
 
 }  // namespace xlstm::train

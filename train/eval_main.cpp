@@ -3,13 +3,16 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "csrc/core/error.h"
 #include "csrc/core/file.h"
@@ -21,6 +24,7 @@
 #include "train/command_line.h"
 #include "train/device.h"
 #include "train/evaluation.h"
+#include "train/token_frequency.h"
 
 namespace xlstm::train {
 namespace {
@@ -34,6 +38,10 @@ const std::vector<OptionSpec> kOptions{
     {"--min-len", "N", "of a data.task: tokens of its shortest sample (data.task.eval_min_len)"},
     {"--batch-size", "N", "windows per forward pass (as in training, fewer for longer windows)"},
     {"--batches", "N", "stop after so many batches; 0: the whole set (0)"},
+    {"--frequency-buckets", "N,...",
+     "also the perplexity of tokens by how often they occur in the training text: 10,100 judges "
+     "those that occur 0 to 9 times, 10 to 99 times, and more often"},
+    {"--counts", "PREFIX", "token file to count them in (the run's training data)"},
     {"--json", "FILE", "also write the numbers there"},
     {"--device", "NAME", "cpu, cuda or auto: a GPU where there is one (auto)"},
     {"--threads", "N", "CPU threads; 0: all cores (0)"},
@@ -102,6 +110,43 @@ std::unique_ptr<data::HeldOutSet> task_set(const CommandLine& line, const config
       .held_out;
 }
 
+std::vector<std::shared_ptr<const data::TokenFile>> training_files(const CommandLine& line,
+                                                                   const LoadedModel& loaded) {
+  const config::DataConfig& data = loaded.config.data;
+  if (line.has("--counts")) return {open_data(loaded, line.get("--counts", ""))};
+  if (!data.text.empty())
+    return {open_data(loaded, data::prepare_cached(data.text, data.val_text, data.val_fraction,
+                                                   data.val_split, loaded.tokenizer, data.cache_dir)
+                                  .train_prefix)};
+  std::vector<std::shared_ptr<const data::TokenFile>> files;
+  for (const config::DataSource& source : data.train)
+    files.push_back(open_data(loaded, source.path));
+  if (files.empty())
+    throw Error(ExitCode::kData, loaded.folder +
+                                     ": its run has no training text to count tokens "
+                                     "in; give --counts");
+  return files;
+}
+
+/// What --frequency-buckets asks for.
+struct Buckets {
+  std::vector<int64_t> edges;
+  TokenGroups groups;
+};
+
+std::optional<Buckets> choose_buckets(const CommandLine& line, const LoadedModel& loaded) {
+  if (!line.has("--frequency-buckets")) {
+    if (line.has("--counts"))
+      throw Error(ExitCode::kConfig, "--counts is for --frequency-buckets; give both");
+    return {};
+  }
+  Buckets buckets{line.get_growing("--frequency-buckets"), {}};
+  buckets.edges.insert(buckets.edges.begin(), 0);
+  buckets.groups = frequency_buckets(
+      count_tokens(training_files(line, loaded), loaded.config.model.vocab_size), buckets.edges);
+  return buckets;
+}
+
 EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t seq_len) {
   const config::Config& config = loaded.config;
   EvalData choice;
@@ -134,8 +179,39 @@ EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t
   return choice;
 }
 
+/// "count_10": what the bucket that begins at 10 holds; without loss where no target is in it.
+nlohmann::ordered_json bucket_json(const std::vector<int64_t>& edges,
+                                   const EvaluationResult& result) {
+  nlohmann::ordered_json json = nlohmann::ordered_json::object();
+  for (size_t i = 0; i < result.groups.size(); ++i) {
+    const GroupLoss& group = result.groups[i];
+    nlohmann::ordered_json bucket = {{"tokens", group.tokens}};
+    if (group.tokens > 0) {
+      const double loss = group.nats / static_cast<double>(group.tokens);
+      bucket["loss"] = loss;
+      bucket["perplexity"] = std::exp(loss);
+    }
+    json["count_" + std::to_string(edges[i])] = bucket;
+  }
+  return json;
+}
+
+void print_buckets(const std::vector<int64_t>& edges, const EvaluationResult& result) {
+  for (size_t i = 0; i < result.groups.size(); ++i) {
+    const GroupLoss& group = result.groups[i];
+    const std::string end =
+        i + 1 < edges.size() ? " to " + std::to_string(edges[i + 1] - 1) : " or more";
+    std::printf("tokens that occur %lld%s times: %lld", static_cast<long long>(edges[i]),
+                end.c_str(), static_cast<long long>(group.tokens));
+    if (group.tokens > 0)
+      std::printf(", perplexity %.4f", std::exp(group.nats / static_cast<double>(group.tokens)));
+    std::printf("\n");
+  }
+}
+
 void write_json(const std::string& path, const LoadedModel& loaded, const std::string& data,
-                int64_t seq_len, const EvaluationResult& result, double seconds) {
+                int64_t seq_len, const EvaluationResult& result,
+                const std::optional<Buckets>& buckets, double seconds) {
   nlohmann::ordered_json json = {{"checkpoint", loaded.folder},
                                  {"data", data},
                                  {"seq_len", seq_len},
@@ -150,6 +226,7 @@ void write_json(const std::string& path, const LoadedModel& loaded, const std::s
     json["accuracy"] = *result.accuracy;
     json["scaled_accuracy"] = *result.scaled_accuracy;
   }
+  if (buckets) json["frequency"] = bucket_json(buckets->edges, result);
   write_file_atomically(path, json.dump(2) + "\n");
 }
 
@@ -199,16 +276,19 @@ int body(int argc, char** argv) {
   const int64_t batches = line.get_int("--batches", 0, 0);
 
   const EvalData source = choose_data(line, loaded, seq_len);
+  const std::optional<Buckets> buckets = choose_buckets(line, loaded);
   const auto start = std::chrono::steady_clock::now();
-  const EvaluationResult result = evaluate(*loaded.model, *source.set, batch_size, batches,
-                                           config.train.dtype == "bfloat16", true);
+  const EvaluationResult result =
+      evaluate(*loaded.model, *source.set, batch_size, batches, config.train.dtype == "bfloat16",
+               true, buckets ? &buckets->groups : nullptr);
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   print_result(result);
   std::printf(" | %lld tokens at context %lld\n", static_cast<long long>(result.tokens),
               static_cast<long long>(seq_len));
+  if (buckets) print_buckets(buckets->edges, result);
   if (line.has("--json"))
-    write_json(line.get("--json", ""), loaded, source.name, seq_len, result, seconds);
+    write_json(line.get("--json", ""), loaded, source.name, seq_len, result, buckets, seconds);
   return 0;
 }
 

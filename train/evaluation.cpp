@@ -48,14 +48,34 @@ Score squared_errors(models::LanguageModel& model, data::Batch& batch, at::Devic
   return score;
 }
 
-/// The loss alone, or, where `answers`, the likeliest token too.
-Score score(models::LanguageModel& model, data::Batch& batch, at::Device device, bool answers) {
+/// Adds each target's loss to that of its group; returns their sum.
+double add_by_group(const at::Tensor& losses, const data::Batch& batch, const TokenGroups& groups,
+                    std::vector<GroupLoss>& by_group) {
+  const at::Tensor each = losses.to(at::kCPU, at::kDouble).contiguous();
+  const double* nats = each.const_data_ptr<double>();
+  double total = 0;
+  for (size_t i = 0; i < batch.target.size(); ++i) {
+    if (batch.target[i] == data::kIgnored) continue;
+    GroupLoss& group =
+        by_group[static_cast<size_t>(groups.of_token[static_cast<size_t>(batch.target[i])])];
+    group.nats += nats[i];
+    ++group.tokens;
+    total += nats[i];
+  }
+  return total;
+}
+
+/// The loss alone, also by group where there are groups; or, where `answers`, the likeliest token too.
+Score score(models::LanguageModel& model, data::Batch& batch, at::Device device, bool answers,
+            const TokenGroups* groups, std::vector<GroupLoss>& by_group) {
   if (batch.num_features > 0) return squared_errors(model, batch, device);
   const std::vector<int64_t> shape{batch.batch_size, batch.seq_len};
   const at::Tensor ids = at::from_blob(batch.input.data(), shape, at::kLong).to(device);
   const at::Tensor targets = at::from_blob(batch.target.data(), shape, at::kLong).to(device);
   const at::Tensor reset =
       at::from_blob(batch.reset.data(), shape, at::kByte).to(device, at::kBool);
+  if (groups != nullptr)
+    return {add_by_group(model.loss(ids, targets, reset, "none"), batch, *groups, by_group)};
   if (!answers) return {model.loss(ids, targets, reset, "sum").item<double>()};
   const at::Tensor asked = (targets != data::kIgnored).flatten().nonzero().squeeze(1);
   const at::Tensor h = model.hidden(ids, {}, reset).first.flatten(0, 1).index_select(0, asked);
@@ -68,7 +88,7 @@ Score score(models::LanguageModel& model, data::Batch& batch, at::Device device,
 
 EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
                           int64_t batch_size, int64_t max_batches, bool bfloat16,
-                          bool show_progress) {
+                          bool show_progress, const TokenGroups* groups) {
   if (batch_size < 1)
     throw Error(ExitCode::kConfig,
                 "evaluation needs a batch size >= 1, got " + std::to_string(batch_size));
@@ -83,11 +103,16 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
   if (show_progress) progress.emplace("evaluating", windows, "windows");
   EvaluationResult result;
   const std::optional<double> chance = data.chance();
+  if (groups != nullptr) {
+    if (chance.has_value() || data.num_features() > 0)
+      throw Error(ExitCode::kConfig, data.name() + ": only tokens of texts are judged by group");
+    result.groups.resize(static_cast<size_t>(groups->count));
+  }
   Score total;
   for (int64_t first = 0; first < windows; first += batch_size) {
     data::Batch batch = data.batch(first, std::min(batch_size, windows - first));
     if (batch.num_targets > 0) {
-      const Score part = score(model, batch, device, chance.has_value());
+      const Score part = score(model, batch, device, chance.has_value(), groups, result.groups);
       total.nats += part.nats;
       total.correct += part.correct;
       total.last_errors += part.last_errors;

@@ -1,11 +1,23 @@
 #pragma once
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "csrc/data/batch.h"
 #include "csrc/models/language_model.h"
 
 namespace xlstm::train {
+
+/// Tokens that are also judged apart from the others.
+struct TokenGroups {
+  std::vector<int64_t> of_token;  ///< group of each token id, below `count`
+  int64_t count = 0;
+};
+
+struct GroupLoss {
+  double nats = 0;     ///< of all its tokens
+  int64_t tokens = 0;  ///< targets that are in the group
+};
 
 struct EvaluationResult {
   double loss = 0;  ///< nats per scored token
@@ -16,12 +28,13 @@ struct EvaluationResult {
   std::optional<double> accuracy, scaled_accuracy;
   /// With real inputs, where `loss` is the mean squared error: that of each sample's last position.
   std::optional<double> last_error;
+  std::vector<GroupLoss> groups;  ///< where groups were asked for
 };
 
 /// Token-weighted mean over a fixed set, without gradients. max_batches 0: the whole set. The model's training mode is
-/// put back afterwards. show_progress: a bar on standard error.
+/// put back afterwards. show_progress: a bar on standard error. groups: targets by their token, of a set of texts.
 EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
                           int64_t batch_size, int64_t max_batches = 0, bool bfloat16 = false,
-                          bool show_progress = false);
+                          bool show_progress = false, const TokenGroups* groups = nullptr);
 
 }  // namespace xlstm::train

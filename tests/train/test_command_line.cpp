@@ -96,6 +96,15 @@ TEST_CASE("command line: values, repetition, end of options") {
   CHECK(parse({"./a=b", "1=2", "=x", "a b=c"}).overrides.empty());
 }
 
+TEST_CASE("command line: numbers that grow") {
+  CHECK(parse({"--prompt", "1,10,100"}).get_growing("--prompt") ==
+        std::vector<int64_t>{1, 10, 100});
+  CHECK(parse({"--prompt=7"}).get_growing("--prompt") == std::vector<int64_t>{7});
+  CHECK(parse({}).get_growing("--prompt").empty());
+  for (const std::string text : {"", "0", "1,1", "2,1", "1,", ",1", "1,x", "1 ,2", "-1,2", "1.5"})
+    CHECK_THROWS_AS(parse({"--prompt", text}).get_growing("--prompt"), Error);
+}
+
 TEST_CASE("command line: errors") {
   CHECK(parse_error({"--sed", "1"}) ==
         "command line: unknown option '--sed'; did you mean --seed?");

@@ -12,6 +12,7 @@
 #include "tests/support/catch.h"
 #include "tests/support/temporary_folder.h"
 #include "train/evaluation.h"
+#include "train/token_frequency.h"
 
 using namespace xlstm;
 using namespace xlstm::train;
@@ -93,6 +94,59 @@ TEST_CASE("evaluation is the token-weighted mean over the whole set") {
       CHECK(result.perplexity == Approx(std::exp(result.loss)));
       CHECK(result.bits_per_byte == Approx(result.loss / std::log(2.0) / data.bytes_per_token()));
       CHECK(model->is_training());
+    }
+  }
+}
+
+TEST_CASE("tokens are judged by how often they occur in other text") {
+  const testing::TemporaryFolder folder;
+  const auto file = make_file(folder);
+  std::ofstream(folder / "train.txt") << "ttttttttttoooooo,,e";
+  data::PrepareOptions options;
+  options.inputs = {(folder / "train.txt").string()};
+  options.output_prefix = (folder / "train").string();
+  data::prepare(options);
+  const auto training = std::make_shared<const data::TokenFile>(options.output_prefix);
+  const std::vector<int64_t> counts = count_tokens({training, training}, 256);
+  CHECK((counts['t'] == 20 && counts['o'] == 12 && counts[','] == 4 && counts['e'] == 2));
+  CHECK(counts['x'] == 0);
+  CHECK_THROWS_AS(count_tokens({training}, 100), Error);
+
+  // Edges belong to the bucket that begins there.
+  const TokenGroups groups = frequency_buckets(counts, {0, 2, 12, 13});
+  const auto model = tiny_model();
+  data::DatasetOptions windows;
+  windows.seq_len = 16;
+  const data::EvalSet data(file, windows);
+  std::vector<GroupLoss> want(4);
+  model->eval();
+  for (int64_t w = 0; w < data.num_windows(); ++w) {
+    const data::Batch batch = data.batch(w, 1);
+    const at::NoGradGuard no_grad;
+    const at::Tensor reset = at::tensor(batch.reset, at::kByte).to(at::kBool).unsqueeze(0);
+    const at::Tensor log_p = model->forward(at::tensor(batch.input).unsqueeze(0), {}, reset)
+                                 .first[0]
+                                 .to(at::kDouble)
+                                 .log_softmax(1);
+    for (int64_t t = 0; t < 16; ++t) {
+      const int64_t target = batch.target[static_cast<size_t>(t)];
+      if (target == data::kIgnored) continue;
+      const size_t bucket = target == 't' ? 3 : target == 'o' ? 2 : target == ',' || target == 'e';
+      want[bucket].nats -= log_p[t][target].item<double>();
+      ++want[bucket].tokens;
+    }
+  }
+  const EvaluationResult all = evaluate(*model, data, 3);
+  CHECK(all.groups.empty());
+  for (const int64_t batch_size : {1, 4}) {
+    const EvaluationResult result = evaluate(*model, data, batch_size, 0, false, false, &groups);
+    CHECK(result.loss == Approx(all.loss).epsilon(1e-9));
+    CHECK(result.tokens == all.tokens);
+    REQUIRE(result.groups.size() == 4);
+    for (size_t i = 0; i < 4; ++i) {
+      CHECK(want[i].tokens > 0);
+      CHECK(result.groups[i].tokens == want[i].tokens);
+      CHECK(result.groups[i].nats == Approx(want[i].nats).epsilon(1e-9));
     }
   }
 }

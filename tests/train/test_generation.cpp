@@ -13,6 +13,7 @@
 #include "tests/support/catch.h"
 #include "train/decoder.h"
 #include "train/generation.h"
+#include "train/generation_speed.h"
 #include "train/text_stream.h"
 
 using namespace xlstm;
@@ -187,6 +188,40 @@ TEST_CASE("a decoder gives the logits of one parallel pass, where mLSTM states l
       }
     }
   }
+}
+
+TEST_CASE("a decoder of several sequences gives each the logits it has alone") {
+  for (const char* kind : {"xlstm", "llama", "mamba", "rwkv4"}) {
+    const auto model = tiny_model(kind);
+    model->eval();
+    const at::NoGradGuard no_grad;
+    const at::Tensor ids = at::randint(0, 37, {3, 20}, at::kLong);
+    const auto [logits, state] = model->forward(ids.narrow(1, 0, 5));
+    const at::Tensor whole = model->forward(ids).first;
+    Decoder decoder(*model, state, {}, 3);
+    for (int64_t t = 5; t < 20; ++t) {
+      INFO(kind << " at " << t);
+      const at::Tensor next = decoder.next(ids.narrow(1, t, 1));
+      REQUIRE(next.sizes() == at::IntArrayRef({3, 37}));
+      REQUIRE((next - whole.select(1, t)).abs().max().item<double>() < 1e-9);
+    }
+  }
+}
+
+TEST_CASE("generation is timed at the positions asked for") {
+  const auto model = tiny_model("llama");
+  model->eval();
+  const at::NoGradGuard no_grad;
+  const GenerationTimes times = time_generation(*model, 4, {1, 3, 80});
+  REQUIRE(times.token_s.size() == 3);
+  REQUIRE(times.until_s.size() == 3);
+  CHECK(times.token_s[0] > 0);
+  CHECK(times.until_s[0] >= times.token_s[0]);
+  CHECK(times.until_s[1] > times.until_s[0]);
+  CHECK(times.until_s[2] > times.until_s[1]);
+  CHECK(times.until_s[2] > 31 * times.token_s[2]);  // 32 of the last 64 took the median or more
+  CHECK(time_generation(*model, 1, {2}).token_s.size() == 1);
+  CHECK(generation_throughput(*model, 4, 3, 5).value() > 0);
 }
 
 TEST_CASE("the seed decides, the stop token stops, bad prompts are refused") {

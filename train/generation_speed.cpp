@@ -1,0 +1,96 @@
+#include "train/generation_speed.h"
+
+#include <ATen/ops/randint.h>
+#include <c10/core/Allocator.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "train/decoder.h"
+#include "train/device.h"
+#include "train/step_timer.h"
+
+namespace xlstm::train {
+namespace {
+
+constexpr int64_t kWindow = 64;  ///< tokens behind a median
+constexpr int64_t kWarmUp = 16;
+
+at::Tensor random_prompts(const models::LanguageModel& model, int64_t sequences, int64_t length) {
+  return at::randint(0, model.options().vocab_size, {sequences, length}, at::kLong)
+      .to(model.head_weight().device());
+}
+
+/// A decoder behind all tokens of the prompts but the last, which it is to take next.
+Decoder behind(models::LanguageModel& model, const at::Tensor& prompts,
+               std::optional<bool> lazy_fold) {
+  models::ModelState state;
+  if (prompts.size(1) > 1)
+    state = model.hidden(prompts.narrow(1, 0, prompts.size(1) - 1), {}, {}).second;
+  return Decoder(model, std::move(state), lazy_fold, prompts.size(0));
+}
+
+double measure_throughput(models::LanguageModel& model, int64_t prompt, int64_t sequences,
+                          int64_t tokens, std::optional<bool> lazy_fold) {
+  const at::Tensor prompts = random_prompts(model, sequences, prompt);
+  const at::Device device = prompts.device();
+  Decoder decoder = behind(model, prompts, lazy_fold);
+  at::Tensor next = prompts.narrow(1, prompt - 1, 1);
+  std::vector<double> seconds;
+  for (int64_t i = 0; i < kWarmUp + tokens; ++i) {
+    wait_for(device);
+    const double start = monotonic_seconds();
+    next = decoder.next(next).argmax(1, true);
+    wait_for(device);
+    if (i >= kWarmUp) seconds.push_back(monotonic_seconds() - start);
+  }
+  return static_cast<double>(sequences) / median(seconds);
+}
+
+}  // namespace
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t middle = values.size() / 2;
+  return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
+}
+
+GenerationTimes time_generation(models::LanguageModel& model, int64_t prompt,
+                                const std::vector<int64_t>& positions,
+                                std::optional<bool> lazy_fold) {
+  const at::Tensor prompts = random_prompts(model, 1, prompt);
+  const at::Device device = prompts.device();
+  wait_for(device);
+  const double begin = monotonic_seconds();
+  Decoder decoder = behind(model, prompts, lazy_fold);
+  at::Tensor next = prompts.narrow(1, prompt - 1, 1);
+  GenerationTimes times;
+  std::vector<double> seconds;
+  for (const int64_t position : positions) {
+    while (static_cast<int64_t>(seconds.size()) < position) {
+      const double start = monotonic_seconds();
+      next = decoder.next(next).argmax(1, true);
+      wait_for(device);
+      seconds.push_back(monotonic_seconds() - start);
+    }
+    times.until_s.push_back(monotonic_seconds() - begin);
+    times.token_s.push_back(median({seconds.end() - std::min(kWindow, position), seconds.end()}));
+  }
+  return times;
+}
+
+std::optional<double> generation_throughput(models::LanguageModel& model, int64_t prompt,
+                                            int64_t sequences, int64_t tokens,
+                                            std::optional<bool> lazy_fold) {
+  try {
+    return measure_throughput(model, prompt, sequences, tokens, lazy_fold);
+  } catch (const c10::OutOfMemoryError&) {
+    return {};
+  } catch (const std::bad_alloc&) {
+    return {};
+  }
+}
+
+}  // namespace xlstm::train
