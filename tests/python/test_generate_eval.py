@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from tiny_run import BIN, TinyRun, environment, program  # noqa: E402
+from tiny_run import BIN, ROOT, TinyRun, environment, program  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,61 @@ def test_eval_at_longer_contexts_and_on_text(run, tmp_path):
     assert on_text["bits_per_byte"] == pytest.approx(on_text["loss"] / math.log(2), rel=2e-3)
     program("xlstm-data", "prepare", "--output", tmp_path / "tokens", text, check=0)
     assert loss("--data", tmp_path / "tokens")["loss"] == pytest.approx(on_text["loss"], rel=1e-9)
+
+
+def test_eval_by_frequency_in_the_training_text(run, tmp_path):
+    out = tmp_path / "eval.json"
+    done = program("xlstm-eval", run.path, "--frequency-buckets", "500,4000", "--json", out, check=0)
+    result = json.loads(out.read_text())
+    buckets = result["frequency"]
+    assert list(buckets) == ["count_0", "count_500", "count_4000"]
+    judged = [b for b in buckets.values() if b["tokens"]]
+    assert sum(b["tokens"] for b in judged) == result["tokens"] and len(judged) >= 2
+    assert sum(b["tokens"] * b["loss"] for b in judged) == pytest.approx(result["tokens"] * result["loss"], rel=1e-6)
+    assert all(b["perplexity"] == pytest.approx(math.exp(b["loss"])) for b in judged)
+    assert f"tokens that occur 500 to 3999 times: {buckets['count_500']['tokens']}" in done.stdout
+
+    other = tmp_path / "e.txt"  # in which e alone occurs: all other tokens are in the bucket of 0
+    other.write_text("e" * 50)
+    program("xlstm-data", "prepare", "--output", tmp_path / "counts", other, check=0)
+    program("xlstm-eval", run.path, "--frequency-buckets", 50, "--counts", tmp_path / "counts", "--json", out, check=0)
+    frequency = json.loads(out.read_text())["frequency"]
+    text = tmp_path / "text.txt"
+    assert 0 < frequency["count_50"]["tokens"] < 0.3 * result["tokens"]
+    text.write_text("eeee")
+    program("xlstm-eval", run.path, "--frequency-buckets", 50, "--counts", tmp_path / "counts", "--text", text, "--json", out,
+            check=0)
+    assert json.loads(out.read_text())["frequency"]["count_50"]["tokens"] == 3  # the fourth target ends the document
+    assert "--frequency-buckets" in program("xlstm-eval", run.path, "--counts", tmp_path / "counts", check=2).stderr
+    assert "numbers above 0 that grow" in program("xlstm-eval", run.path, "--frequency-buckets", "9,3", check=2).stderr
+
+
+def test_bench_tells_how_fast_a_model_generates(tmp_path):
+    config = tmp_path / "model.yaml"
+    config.write_text("run: {device: cpu, num_threads: 1}\n"
+                      "model: {kind: llama, vocab_size: 50, embedding_dim: 16, num_blocks: 2, num_heads: 2}\n")
+    program("xlstm-bench", config, "--steps", 0, "--tokens", 4, "--positions", "3,40", "--batches", "1,2", "--prompt", 5,
+            "--json", tmp_path / "bench.json", check=0)
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert "training" not in report and "decoding" not in report and report["seconds"] > 0
+    generation, throughput = report["generation"], report["throughput"]
+    assert set(generation) == {"prompt", "token_3_ms", "until_3_s", "token_40_ms", "until_40_s"} and generation["prompt"] == 5
+    assert generation["token_3_ms"] > 0 and 0 < generation["until_3_s"] < generation["until_40_s"]
+    assert throughput["max"] == max(throughput["batch_1"], throughput["batch_2"]) > 0
+    program("xlstm-bench", config, "--positions", "0", "--steps", 0, check=2)
+
+
+def test_a_tokenizer_is_learned_from_text(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("the cell keeps the state \u00e9\n" * 20)
+    made = subprocess.run([sys.executable, ROOT / "scripts" / "train_tokenizer.py", tmp_path / "text", "--vocab-size", "270",
+                           "--output", tmp_path / "words.json"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    words = tokenizers.Tokenizer.from_file(str(tmp_path / "words.json"))
+    assert words.get_vocab_size() == 270 and words.token_to_id("<|endoftext|>") == 0
+    ids = words.encode("the cell \u00e9 x").ids
+    assert words.decode(ids) == "the cell \u00e9 x" and len(ids) < 12
 
 
 def test_a_checkpoint_with_a_tokenizer_stands_alone(tmp_path):
