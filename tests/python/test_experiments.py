@@ -30,12 +30,16 @@ TABLE_7 = {
     "m760": {"xlstm_1_0": 840.4, "xlstm_7_1": 839.7, "llama": 834.1, "mamba": 870.5, "rwkv4": 891.0},
     "m1300": SIZES_1300,
     "m2700": {"xlstm_1_0": 2788.3, "llama": 2779.5, "mamba": 2897.2, "rwkv4": 2984.8}}
+TABLE_7_AT_15_B = {  # further models there
+    "m125": {"rwkv5": 176.5, "rwkv6": 173.6, "hgrn2": 162.2}, "m760": {"rwkv5": 947.8, "rwkv6": 907.7, "hgrn2": 834.2},
+    "m1300": {"rwkv5": 1616.0, "rwkv6": 1537.5, "hgrn2": 1439.4}, "m2700": {"rwkv5": 3194.7, "rwkv6": 3021.9, "hgrn2": 2795.4}}
 PAPER_SIZES = {
     "ablation_architecture": {"all": {"lstm": 607.8, "lstm_residual": 506.1, "lstm_block": 505.9, "xlstm_0_1": 427.3,
                                       "xlstm_7_1": 408.4}},
     "ablation_gating": {"all": {"xlstm_1_0": 409.3}},
     "ablation_block": {"all": {"xlstm_1_0": 409.3, "no_convolution": 408.8, "post_up_projection": 430.4}},
-    "slimpajama15b": {**TABLE_7, "m350": {m: TABLE_7["m350"][m] for m in ("llama", "mamba")},
+    "slimpajama15b": {**{case: {**sizes, **TABLE_7_AT_15_B.get(case, {})} for case, sizes in TABLE_7.items()},
+                      "m350": {m: TABLE_7["m350"][m] for m in ("llama", "mamba")},
                       "table_1": {**TABLE_7["m350"], "gpt": 355.9, "rwkv5": 455.7, "rwkv6": 441.6, "hgrn2": 411.4, "h3": 420,
                                   "hyena": 435, "retnet": 431, "hgrn": 411, "gla": 412}},
     "scaling300b": {case: TABLE_7[case] for case in ("m125", "m350", "m760", "m1300")},
@@ -102,6 +106,26 @@ def test_a_model_with_cases_takes_part_in_those_alone(tmp_path):
         ("small", "a", 0.1), ("large", "a", 0.1), ("large", "b", 0.3)]
     assert experiment.settings(experiment.jobs()[2])["model"] == {"num_blocks": 3}
     assert experiment.models_of("small") == ["a", "c"] and experiment.needs_of("small", "c") == "time"
+
+
+def test_the_last_rate_follows_the_first_and_here_is_the_descriptions_folder(tmp_path):
+    experiment = toy(tmp_path, decay_to=0.1, learning_rates=[0.1, 0.4],
+                     base={"data": {"val": "{here}/x", "train": [{"path": "{here}"}]}})
+    rates = [experiment.settings(job)["optim"] for job in experiment.jobs()]
+    assert [rate["learning_rate"] for rate in rates] == [0.1, 0.4]
+    assert [rate["min_lr"] for rate in rates] == pytest.approx([0.01, 0.04])
+    job = experiment.jobs()[0]
+    assert experiment.settings(job)["data"]["val"] == f"{tmp_path / 'toy'}/x"
+    assert experiment.settings(job)["data"]["train"] == [{"path": str(tmp_path / "toy")}]
+    assert experiment.settings(job, located=False)["data"]["val"] == "{here}/x"
+
+
+def test_a_miniature_without_a_case_has_no_model_in_it(tmp_path):
+    folder = write(tmp_path / "toy", base={"train": {"max_steps": 1}}, cases={"small": {}, "large": {}}, learning_rates=[0.1],
+                   measure="ppl", models={"a": {"cases": {"small": {}, "large": {}}}, "b": {"cases": {"large": {}}}})
+    (folder / "mini.yaml").write_text("cases: {large: null}")
+    mini = Experiment(folder, mini=True)
+    assert [(job.case, job.model) for job in mini.jobs()] == [("small", "a")]
 
 
 @pytest.mark.parametrize("content, message", [
