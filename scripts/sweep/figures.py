@@ -166,6 +166,12 @@ class Resolver:
         columns = [(step, [course[step] for course in courses]) for step in steps]
         return [Point(step * scale, statistics.mean(v), min(v), max(v)) for step, v in columns]
 
+    def evaluations(self):
+        """(x, measure) of the evaluations along an axis `evaluation.OPTION`."""
+        option = self.x.split(".", 1)[1]
+        return sorted((options[option], f"{name}.{self.y}") for name, options in self.experiment.evaluations.items()
+                      if option in options)
+
     def points(self, case, model):
         best = self.results.best(case, model)
         if self.x in ("steps", "tokens"):
@@ -176,10 +182,7 @@ class Resolver:
         if self.x == "measures":
             return [p for x, measure in self.y.items() for p in self._point(x, best, measure)]
         if self.x.startswith("evaluation."):
-            option = self.x.split(".", 1)[1]
-            places = sorted((options[option], name) for name, options in self.experiment.evaluations.items()
-                            if option in options)
-            return [p for x, name in places for p in self._point(x, best, f"{name}.{self.y}")]
+            return [p for x, measure in self.evaluations() for p in self._point(x, best, measure)]
         return self._point(self.place(case, model), best, self.y)
 
     def place(self, case, model):
@@ -189,10 +192,15 @@ class Resolver:
 
     def paper(self, case, model):
         value = self.experiment.paper.get(case, {}).get(model)
-        if value is None or self.y != self.experiment.measure or self.x in ("steps", "tokens", "learning_rate"):
+        if value is None or self.x in ("steps", "tokens", "learning_rate"):
             return []
-        x = None if self.x.startswith("evaluation.") else self.place(case, model)
-        return [(x, value)] if x is not None else []
+        if self.x == "measures":
+            places = self.y.items()
+        elif self.x.startswith("evaluation."):
+            places = self.evaluations()
+        else:
+            places = [(self.place(case, model), self.y)]
+        return [(x, value) for x, measure in places if x is not None and measure == self.experiment.measure]
 
     def resolve(self, name):
         figure, panels = self.figure, {}

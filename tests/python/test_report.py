@@ -110,6 +110,14 @@ def test_lengths_courses_sizes_and_buckets(results):
     assert len(series(resolved(results, "all_of_it"))["llama"]) == 4
 
 
+def test_the_papers_value_stands_where_its_measure_does(tmp_path):
+    experiment = describe(tmp_path / "recall", measure="long.ppl", paper={"t64_d32": {"llama": 7.5}})
+    results = made_up(experiment)
+    assert resolved(results, "lengths").panels[0].series[1].paper == [(32, 7.5)]
+    assert resolved(results, "buckets").panels[0].series[1].paper == [("long", 7.5)]
+    assert not any(s.paper for name in ("courses", "rates") for p in resolved(results, name).panels for s in p.series)
+
+
 def test_what_was_not_measured_is_left_out(tmp_path):
     results = made_up(describe(tmp_path / "recall"), diverged={("t64_d32", "llama")})
     assert series(resolved(results, "width"))["llama"] == [(64, pytest.approx(0.4834 + 0.0005, abs=1e-3))]

@@ -1,13 +1,14 @@
 """scripts/reproduce.py: sweeps with a stand-in for the trainer that takes milliseconds, and one real run."""
 
 import csv
+import io
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from toy_sweep import EXPERIMENT, ROOT, SCRIPT, command, edit, reproduce, set_tr
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from sweep import claims, description  # noqa: E402
+from sweep import claims, description, progress  # noqa: E402
 
 
 def test_table_and_csv(toy):
@@ -91,6 +92,51 @@ def test_a_sweep_killed_at_ten_random_moments_has_the_same_results(toy):
     assert (toy / "out" / "toy" / "table.md").read_text() == (toy / "whole" / "toy" / "table.md").read_text()
     starts = [len((run / "starts").read_text()) for run in (toy / "out" / "toy" / "all").glob("*/lr*") if run.is_dir()]
     assert sum(starts) >= 8 + 10  # every kill met a run that had to be started again
+
+
+class Run:
+    """What the bar sees of a run."""
+
+    failure, stage, total_steps = None, "train", 100
+
+    def __init__(self, experiment, model, at=0, seconds=None):
+        self.experiment = SimpleNamespace(name=experiment, measure="loss")
+        self.job = SimpleNamespace(case="all", model=model, name=f"all/{model}")
+        self.at = at
+        self.result = None if seconds is None else {"steps": 100, "seconds": seconds, "diverged": False,
+                                                    "measures": {"loss": 2.0}}
+
+    @property
+    def done(self):
+        return self.result is not None
+
+    def step(self):
+        return self.total_steps if self.done else self.at
+
+    def finish(self, seconds):
+        self.result = Run("", "", seconds=seconds).result
+
+
+def test_the_bar_knows_what_steps_cost(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    runs = [Run("small", "a", seconds=10), Run("small", "a"), Run("small", "b"), Run("large", "c"), Run("large", "c")]
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    bar = progress.Progress(runs, screen)
+    assert bar.eta(runs) is None
+    now[0] += 20  # 10 s of steps took 20 s of the clock
+    runs[1].finish(10)
+    assert bar.eta(runs) == pytest.approx(20 + 2 * 20)  # unknown models cost what those of the experiment do, or all
+    now[0] += 80
+    runs[3].finish(40)
+    assert bar.eta(runs) == pytest.approx(100 / 50 * (10 + 40))
+    runs[4].at = 25
+    now[0] += 20
+    bar.update([runs[4]], runs)
+    assert "[#############-------]  65% | 3/5 runs | eta 1m20s | large/all/c step 25/100" in screen.getvalue()
+    bar.finished(runs[3], runs)
+    assert "3/5 large/all/c: loss 2, eta 1m20s" in screen.getvalue()
 
 
 def test_only_and_seeds(toy):
