@@ -4,7 +4,7 @@ import base64
 import html
 import shutil
 
-from .description import DescriptionError, load
+from .description import DescriptionError, Experiment, experiment_ids, load
 from .execution import write_atomically
 from .progress import duration
 from .report import CLAIM_HEAD, claim_row, model_row, notes, table_head, title, write
@@ -20,11 +20,17 @@ th { font-weight: 600; } td.number { white-space: nowrap; } code { font-size: 12
 .note { color: #555; font-size: 13px; }
 img { max-width: 100%; height: auto; display: block; margin: 0.7rem 0; background: #fff; }
 """
+OPEN_TABLES = 4
 VERDICTS = {True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open", "could not be judged")}
 
 
 def cell(text, tag="td", kind=""):
     return f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(str(text))}</{tag}>"
+
+
+def without_empty_columns(head, rows):
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def table(head, rows):
@@ -47,6 +53,16 @@ def claim_cells(verdict):
     return [cell(text), cell(paper), code, cell(measured), cell(word + reason, kind=kind), cell(asserted)]
 
 
+def named(experiment, case, content):
+    """A case's table under its name; where there are many, one opens those one wants to see."""
+    if len(experiment.cases) == 1:
+        return content
+    label = html.escape(experiment.case_label(case))
+    if len(experiment.cases) <= OPEN_TABLES:
+        return f"<h3>{label}</h3>\n{content}"
+    return f"<details><summary>{label}</summary>\n{content}</details>"
+
+
 def section(results, figures):
     experiment = results.experiment
     parts = [f'<h2 id="{experiment.name}">{html.escape(title(experiment))}</h2>',
@@ -58,11 +74,10 @@ def section(results, figures):
         parts.append(table(CLAIM_HEAD, [claim_cells(verdict) for verdict in results.verdicts()]))
     parts += [image(path) for path in figures]
     for case in experiment.cases:
-        if len(experiment.cases) > 1:
-            parts.append(f"<h3>{html.escape(experiment.case_label(case))}</h3>")
-        rows = [[cell(text, kind="number" if i else "") for i, text in enumerate(model_row(results, case, model))]
-                for model in experiment.models_of(case)]
-        parts.append(table(table_head(experiment), rows))
+        texts = [model_row(results, case, model) for model in experiment.models_of(case)]
+        head, texts = without_empty_columns(table_head(experiment), texts)
+        rows = [[cell(text, kind="number" if i else "") for i, text in enumerate(row)] for row in texts]
+        parts.append(named(experiment, case, table(head, rows)))
     return "\n".join(parts)
 
 
@@ -129,5 +144,11 @@ def rebuild(folders, experiments, into=None):
         results = Results.read(load(experiments, name, name != folder.name), folder)
         parts.append((results, write(results, folder)))
     page = (into or (folders[0] if folders[0] not in found else folders[0].parent)) / "report.html"
-    write_page(parts, page)
+    write_page(parts, page, not_there(experiments, {results.experiment.id for results, _ in parts}))
     return page
+
+
+def not_there(experiments, present):
+    """(title, why) of the experiments that left no results."""
+    missing = [Experiment(experiments / name) for name in experiment_ids(experiments) if name not in present]
+    return [(e.title, f"no results here; the full size needs {e.needs or 'a GPU'}") for e in missing]

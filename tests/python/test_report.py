@@ -211,10 +211,23 @@ def test_a_page_of_parts_run_alone(results, tmp_path):
     done = report(tmp_path / "experiments", tmp_path / "elsewhere", into=tmp_path / "kept")
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "kept" / "report.html")
     page = (tmp_path / "kept" / "report.html").read_text()
-    assert 'id="recall"' in page and 'id="second"' in page
+    assert 'id="recall"' in page and 'id="second"' in page and page.count("no results here") == 0
+    describe(tmp_path / "experiments" / "third", title="Third")
+    report(tmp_path / "experiments", tmp_path / "kept")
+    page = (tmp_path / "kept" / "report.html").read_text()
+    assert "Third" in page and "no results here; the full size needs a GPU day" in page
     assert (tmp_path / "kept" / "second" / "table.md").exists()
     done = report(tmp_path / "experiments", tmp_path / "nowhere")
     assert done.returncode == 2 and "there is no results.csv" in done.stderr
+
+
+def test_columns_without_a_value_are_left_out_of_the_page_alone(results, tmp_path):
+    leave(results, tmp_path / "out" / "recall")
+    for paper, columns in ((DESCRIPTION["paper"], 2), ({}, 0)):
+        describe(tmp_path / "experiments" / "recall", paper=paper)
+        assert report(tmp_path / "experiments", tmp_path / "out").returncode == 0
+        assert (tmp_path / "out" / "report.html").read_text().count("<th>paper: accuracy</th>") == columns
+        assert (tmp_path / "out" / "recall" / "table.md").read_text().count("| paper: accuracy |") == 4
 
 
 def test_results_of_other_settings_are_told_apart(results, tmp_path):
