@@ -66,7 +66,7 @@ def steps_so_far(folder):
 
 
 def kill_at_random_moments(start, sweep, moments, rest, seed):
-    """SIGKILL to the process group of `start` (a command), each time a little after the next of so many steps drawn at random."""
+    """SIGKILL to the process group of the command `start`, each time a little after another number of steps, drawn at random."""
     chance = random.Random(seed)
     for threshold in sorted(chance.sample(range(1, rest), moments)):
         process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
