@@ -102,8 +102,8 @@ class Device:
         own = "".join(f", {model} {percent:g} %" for model, percent in self.mfu.items() if model)
         least = f", at least {self.step_ms:g} ms a step" if self.step_ms else ""
         return (f"One GPU of {self.peak_tflops:g} TFLOP/s at {self.mfu[None]:g} % utilisation{own}{least} (--peak-tflops, "
-                "--mfu, --step-ms); evaluations and saving left out.\nSmall models and sLSTM layers stay below that: theirs are "
-                "lower bounds.")
+                "--mfu, --step-ms); evaluations and saving left out.\nSmall models and sLSTM layers stay below that: theirs "
+                "are lower bounds.")
 
 
 def hours_text(hours):

@@ -6,6 +6,7 @@ is handed to the trainer again, which goes on from its newest checkpoint.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import json
@@ -14,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -21,6 +23,7 @@ import yaml
 RESULT_VERSION = 1
 DIVERGED = 5  # xlstm-train: a loss or gradient is not finite
 PR_SET_PDEATHSIG = 1
+DYING_SECONDS = 30
 METRICS = ("loss", "ppl", "bits_per_byte", "accuracy", "scaled_accuracy", "last_error")
 
 
@@ -33,6 +36,20 @@ def die_with(parent):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was killed before that
         os._exit(1)
+
+
+def wait_until_free(path):
+    """Until nobody holds the lock of a run's folder: a trainer that was killed while the disk was writing lives a little on.
+
+    Not for ever: one that somebody else runs there is the trainer's error to tell."""
+    deadline = time.monotonic() + DYING_SECONDS
+    while path.exists() and time.monotonic() < deadline:
+        with open(path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.05)
 
 
 def write_atomically(path, text):
@@ -218,6 +235,7 @@ class Run:
         self.log.unlink(missing_ok=True)
         if not self.experiment.trains:
             self.folder.mkdir(exist_ok=True)
+        wait_until_free(self.folder / "lock")
         self.stages = iter((["train"] if self.experiment.trains else []) + [*self.experiment.evaluations])
         self._next()
 

@@ -134,7 +134,7 @@ def test_the_script_for_one_machine_stops_and_goes_on(toy):
 
 def test_the_gpu_of_a_run_is_its_workers(toy):
     trainer = toy / "bin" / "xlstm-train"
-    trainer.write_text(trainer.read_text().replace("import json,", "import os, json,").replace(
+    trainer.write_text(trainer.read_text().replace("import fcntl,", "import os, fcntl,").replace(
         'file.write("x")', 'file.write(os.environ["CUDA_VISIBLE_DEVICES"])'))
     subprocess.run([launch_files(toy) / "local.sh"], env={**os.environ, "GPUS": "5 7"}, capture_output=True, timeout=120)
     gpus = [(toy / "out" / "toy" / name / "starts").read_text() for name in RUNS]

@@ -1,6 +1,7 @@
 """scripts/reproduce.py: sweeps with a stand-in for the trainer that takes milliseconds, and one real run."""
 
 import csv
+import fcntl
 import io
 import os
 import random
@@ -66,7 +67,7 @@ def steps_so_far(folder):
 
 
 def kill_at_random_moments(start, sweep, moments, rest, seed):
-    """SIGKILL to the process group of the command `start`, each time a little after another number of steps, drawn at random."""
+    """SIGKILL to the process group of the command `start`, each time a little after another random number of steps."""
     chance = random.Random(seed)
     for threshold in sorted(chance.sample(range(1, rest), moments)):
         process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -92,6 +93,20 @@ def test_a_sweep_killed_at_ten_random_moments_has_the_same_results(toy):
     assert (toy / "out" / "toy" / "table.md").read_text() == (toy / "whole" / "toy" / "table.md").read_text()
     starts = [len((run / "starts").read_text()) for run in (toy / "out" / "toy" / "all").glob("*/lr*") if run.is_dir()]
     assert sum(starts) >= 8 + 10  # every kill met a run that had to be started again
+
+
+def test_a_killed_trainer_that_is_not_quite_dead_is_waited_for(toy):
+    folder = toy / "out" / "toy" / "all" / "good" / "lr0.1_seed0"
+    folder.mkdir(parents=True)
+    dying = open(folder / "lock", "w")
+    fcntl.flock(dying, fcntl.LOCK_EX)
+    process = subprocess.Popen(command(toy, "toy", "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not folder.with_name(f"{folder.name}.yaml").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)
+    dying.close()
+    assert process.communicate()[1].count("another process trains there") == 0 and process.returncode == 0
 
 
 class Run:

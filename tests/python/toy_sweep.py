@@ -12,7 +12,7 @@ SCRIPT = ROOT / "scripts" / "reproduce.py"
 # Ten steps; goes on from the steps its metrics tell. The accuracy is a function of model and learning rate. --describe: twice
 # as many parameters as steps, skill * 1e18 operations.
 TRAINER = """#!{python}
-import json, pathlib, sys, time, yaml
+import fcntl, json, pathlib, sys, time, yaml
 config = yaml.safe_load(open(sys.argv[1]))
 if "--describe" in sys.argv:
     steps = config["train"]["max_steps"]
@@ -21,6 +21,11 @@ if "--describe" in sys.argv:
     sys.exit()
 run = pathlib.Path(config["run"]["out_dir"]) / config["run"]["name"]
 run.mkdir(parents=True, exist_ok=True)
+lock = open(run / "lock", "w")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit("xlstm-train: error: another process trains there")
 with open(run / "starts", "a") as file:
     file.write("x")
 if config["model"]["kind"] == "broken":
