@@ -123,6 +123,9 @@ BUDGETS = [
     budget(r"headwise_norm_wide_rows", 512, 64, 16, blocks=2, must=VECTOR),
     budget(r"headwise_norm_wide_gradients", 512, 128, 17, blocks=1, must=VECTOR),
     budget(r"softmax_cross_entropy", 256, 64, 16, blocks=4, must=VECTOR),
+    # Of one consumer and 64 tokens, 256 columns or 64 tokens at a time: A S, A B^T, four row tiles of S; n; P X.
+    budget(r"mlstm_sweep_sm90_wide", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",),
+           products=lambda *arguments: ("HGMMA", 56, 56)),
     budget(r"mlstm_sweep_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",), products=sweep_sm90_products),
     # Of one consumer and 64 tokens: two row tiles by four steps.
     budget(r"mlstm_state_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",),

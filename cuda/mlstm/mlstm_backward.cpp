@@ -1,5 +1,5 @@
-// The backward pass as a sequence of launches: gates again (twice where dv has chunks of its own), prep (G and z), [states that enter the segments,] dv, dq and
-// dk by the fused sweep or by the state and out kernels, gate gradients last.
+// The backward pass as a sequence of launches: gates again (twice where dv has chunks of its own), prep (G and z), [states
+// that enter the segments,] dv, dq and dk by fused sweeps or by the state and out kernels, gate gradients last.
 #include <algorithm>
 #include <initializer_list>
 
@@ -132,7 +132,9 @@ struct Backward {
   }
 
   /// Whether the plan has the sweep for sm_90a in that use.
-  bool sm90(Use use) const { return plan.sm90 || (plan.sm90_dv && use == Use::kDv); }
+  bool sm90(Use use) const {
+    return plan.sm90 || (use == Use::kDv ? plan.sm90_dv : plan.sm90_wide);
+  }
   bool sm90_takes() const {
     for (const Use use : {Use::kDv, Use::kDq, Use::kDk})
       if (sm90(use) && !sweep_sm90_takes(sweep(use))) return false;

@@ -49,6 +49,7 @@ int64_t segment_count(const MlstmProblem& problem, const DeviceLimits& device, i
 int tile_columns(const MlstmProblem& problem, const DeviceLimits& device, const MlstmPlan& plan,
                  int contraction, int width) {
   if (plan.sm90) return sweep_sm90_tile_columns(width);
+  if (plan.sm90_wide) return kSweepSm90WideColumns;
   return plan.fused ? sweep_tile_columns(contraction, width, problem.dtype, device)
                     : out_tile_columns(problem.dtype, device);
 }
@@ -70,6 +71,7 @@ int registers_at_anchor(const MlstmProblem& problem, const DeviceLimits& device,
                         const MlstmPlan& plan) {
   const int dqk = static_cast<int>(problem.dqk), dv = static_cast<int>(problem.dv);
   if (plan.sm90) return sweep_sm90_anchor_numbers(dv, dqk);
+  if (plan.sm90_wide) return sweep_sm90_wide_anchor_numbers();
   return plan.fused ? sweep_anchor_numbers(dv, dqk, problem.dtype, device)
                     : anchor_numbers(dqk, dv, plan.planes);
 }
@@ -100,11 +102,11 @@ MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Di
   plan.fused = fused_by(sweep_covers);
   plan.sm90 = device.hopper && fused_by(sweep_sm90_covers);
   // Heads too large for that sweep take the state and out kernels for sm_90a, not the sweep for sm_80: an H100 needs half
-  // the time at (256, 512). But where DV alone is too large, dv can have that sweep and the other two, all on the chip, beat
-  // kernels that move states.
-  const bool only_dv = device.hopper && !plan.sm90 && direction == Direction::kBackward &&
-                       plan.fused && sweep_sm90_covers(dqk, problem.dtype, device);
-  if (device.hopper && !plan.sm90 && !only_dv && problem.dtype == Dtype::kBFloat16)
+  // the time at (256, 512). But where DV alone is too large there is the wide sweep for dq and dk.
+  plan.sm90_wide = device.hopper && !plan.sm90 && direction == Direction::kBackward && plan.fused &&
+                   sweep_sm90_covers(dqk, problem.dtype, device) &&
+                   sweep_sm90_wide_covers(dv, problem.dtype, device);
+  if (device.hopper && !plan.sm90 && !plan.sm90_wide && problem.dtype == Dtype::kBFloat16)
     plan.fused = false;
   const int64_t length = chunk_length(problem, plan);
   const auto columns = [&](int contraction, int width) {
@@ -119,7 +121,7 @@ MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Di
   chunks.segments =
       static_cast<int32_t>(segment_count(problem, device, length, plan.items() * tiles));
   // Segments begin at chunks: with several of them the states that enter one are not those of other chunks.
-  plan.sm90_dv = only_dv && chunks.segments == 1;
+  plan.sm90_dv = plan.sm90_wide && chunks.segments == 1;
   if (plan.sm90_dv) plan.dv_chunks = cut(problem, kSweepSm90Length);
   chunks.anchor = static_cast<int32_t>(std::max<int64_t>(1, anchor_tokens(problem) / length));
   if (direction == Direction::kBackward && problem.time > anchor_tokens(problem)) {

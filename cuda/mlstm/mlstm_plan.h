@@ -9,8 +9,8 @@ struct MlstmPlan {
   Chunks chunks;
   bool fused = true;  ///< sweep kernels; else state and out kernels, with the states in memory
   bool sm90 = false;  ///< fused by the sweep kernels for sm_90a
-  /// Backward: dv by the sweep for sm_90a, in chunks of its own (dv_chunks), dq and dk by the sweeps for sm_80.
-  bool sm90_dv = false;
+  bool sm90_wide = false;  ///< backward: dq and dk by the wide sweep for sm_90a
+  bool sm90_dv = false;    ///< with it, dv by the other one, in chunks of its own (dv_chunks)
   Chunks dv_chunks;
   int32_t planes = 1;     ///< bfloat16 planes per number
   int32_t dot_tiles = 1;  ///< column tiles of DQK: partial row dots per token

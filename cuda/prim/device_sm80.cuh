@@ -158,6 +158,17 @@ PRIM_MMA(mma_f16, "m16n8k16", "f16")
 PRIM_MMA(mma_tf32, "m16n8k8", "tf32")
 #undef PRIM_MMA
 
+/// *p, or 0 without reading.
+PRIM_DEVICE float load_if(const float* p, bool wanted) {
+  float v;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.f32 %0, 0f00000000;\n@p ld.global.f32 %0, "
+      "[%1];\n}"
+      : "=f"(v)
+      : "l"(p), "r"(static_cast<u32>(wanted))
+      : "memory");
+  return v;
+}
 PRIM_DEVICE u32 ld_acquire(const u32* p) {
   u32 v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");

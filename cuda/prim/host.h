@@ -135,6 +135,7 @@ void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, Where where = Whe
 void mma_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, Where where = Where::current());
 
 // Memory order across blocks. Inline: a thread sanitizer must see the atomics in the kernel's own code ----------------
+inline float load_if(const float* p, bool wanted) { return wanted ? *p : 0.0F; }
 inline u32 ld_acquire(const u32* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 inline void st_release(u32* p, u32 value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
 inline void red_release_add(u32* p, u32 value) { __atomic_fetch_add(p, value, __ATOMIC_RELEASE); }

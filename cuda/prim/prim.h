@@ -32,6 +32,21 @@
 
 namespace prim {
 
+// A warp's arrival at an mbarrier: after a sync_warp one lane arrives for all. racecheck of compute-sanitizer orders by an
+// arrival what its own thread did, not what the sync_warp ordered before it, and reports such code; for it,
+// PRIM_EVERY_LANE_ARRIVES makes every lane arrive.
+#if defined(PRIM_EVERY_LANE_ARRIVES)
+inline constexpr u32 kArrivalsPerWarp = 32;
+#else
+inline constexpr u32 kArrivalsPerWarp = 1;
+#endif
+DEVICE_FUNCTION void mbar_init_warps(u64* bar, u32 warps) {
+  mbar_init(bar, warps * kArrivalsPerWarp);
+}
+DEVICE_FUNCTION void mbar_arrive_warp(u64* bar) {
+  if (kArrivalsPerWarp > 1 || thread_idx().x % 32 == 0) mbar_arrive(bar);
+}
+
 /// All blocks of the grid meet; they must be resident together. `counter` starts at 0, `round` counts from 1.
 DEVICE_FUNCTION void grid_barrier(u32* counter, u32 round) {
   sync_block();

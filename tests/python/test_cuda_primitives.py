@@ -25,6 +25,8 @@ GOLDEN = [
     ("tanh_approx", "f[0] = tanh_approx(f[1])", rf"tanh\.approx\.f32 (?:{F}), (?:{F});"),
     ("to_tf32", "p[0] = to_tf32(f[1])", rf"cvt\.rna\.tf32\.f32 {R}, (?:{F});"),
     ("movmatrix_trans", "p[0] = movmatrix_trans(p[1])", rf"movmatrix\.sync\.aligned\.m8n8\.trans\.b16 {R}, {R};"),
+    ("load_if", "f[0] = load_if(f + 1, p[0] == 3)",
+     rf"setp\.ne\.u32 p, {R}, 0;\s*mov\.f32 (?P<to>%f\d+|%r\d+), 0f00000000;\s*@p ld\.global\.f32 (?P=to), \[%rd\d+\];"),
     ("ld_acquire", "p[0] = ld_acquire(p + 1)", rf"ld\.acquire\.gpu\.global\.u32 {R}, \[%rd\d+\];"),
     ("st_release", "st_release(p, p[1])", rf"st\.release\.gpu\.global\.u32 \[%rd\d+\], {R};"),
     ("red_release_add", "red_release_add(p, p[1])", rf"red\.release\.gpu\.global\.add\.u32 \[%rd\d+\], {R};"),

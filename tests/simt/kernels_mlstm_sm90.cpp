@@ -69,7 +69,7 @@ void dv_alone(uint64_t seed) {
     if (s.device.compute_capability != 90) s.device = kHopper;
     const Call call(s, seed);
     const auto plan = plan_mlstm(call.problem, s.device, Direction::kBackward);
-    expect(!plan.sm90 && plan.fused && plan.sm90_dv == mixed, "plan");
+    expect(!plan.sm90 && plan.fused && plan.sm90_wide && plan.sm90_dv == mixed, "plan");
     run(s, seed);
   };
   run_mixed({.time = 150, .dqk = 64, .dv = 256, .states = true});

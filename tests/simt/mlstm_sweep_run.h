@@ -20,7 +20,7 @@ inline Tolerance tolerance(Dtype dtype) {
 /// The functions of mlstm_launch.h under test.
 struct Kernels {
   void (*launch)(Use, const SweepParams&, const DeviceLimits&, Stream);
-  bool (*covers)(int contraction, Dtype, const DeviceLimits&);
+  bool (*covers)(Use, int contraction, Dtype, const DeviceLimits&);
   int (*tile_columns)(int contraction, int columns, Dtype, const DeviceLimits&);
 };
 
@@ -159,7 +159,7 @@ inline void run(const Kernels& kernels, const Setting& s, uint64_t seed) {
   const Problem problem(s, seed);
   for (const Use use : {Use::kH, Use::kDv, Use::kDq, Use::kDk}) {
     const auto contraction = static_cast<int>(use == Use::kH || use == Use::kDv ? s.dqk : s.dv);
-    if (!kernels.covers(contraction, s.dtype, s.device)) continue;
+    if (!kernels.covers(use, contraction, s.dtype, s.device)) continue;
     try {
       Sweep(kernels, problem, use).run_and_compare();
     } catch (const Mismatch& error) {

@@ -11,12 +11,18 @@ bool sweep_sm90_covers(int contraction, Dtype dtype, const DeviceLimits& device)
          device.shared_bytes >= kSweepSm90SharedBytes;
 }
 
+bool sweep_sm90_wide_covers(int contraction, Dtype dtype, const DeviceLimits& device) {
+  return contraction <= kSweepSm90WideTile.contraction && sweep_sm90_covers(0, dtype, device);
+}
+
 int sweep_sm90_tile_columns(int columns) { return columns <= 64 ? 64 : 128; }
 
 int sweep_sm90_anchor_numbers(int contraction, int columns) {
   return sweep_sm90_anchor_numbers(
       {contraction <= 64 ? 64 : 128, sweep_sm90_tile_columns(columns)});
 }
+
+int sweep_sm90_wide_anchor_numbers() { return sweep_sm90_anchor_numbers(kSweepSm90WideTile); }
 
 bool sweep_sm90_takes(const SweepParams& p) {
   const auto whole_pieces = [](const Operand& x) {
@@ -29,14 +35,19 @@ bool sweep_sm90_takes(const SweepParams& p) {
 
 void launch_sweep_sm90(Use use, const SweepParams& params, const DeviceLimits& device,
                        Stream stream) {
-  if (!sweep_sm90_covers(params.a.width, params.x.dtype, device) ||
-      params.chunks.length != kSweepSm90Length || !sweep_sm90_takes(params))
+  const bool wide = params.chunks.length == kSweepSm90WideLength;
+  const auto covers = wide ? sweep_sm90_wide_covers : sweep_sm90_covers;
+  if (!covers(params.a.width, params.x.dtype, device) || !sweep_sm90_takes(params) ||
+      (wide ? use != Use::kDq && use != Use::kDk : params.chunks.length != kSweepSm90Length))
     throw std::runtime_error("mlstm_sweep_sm90: no kernel for this problem");
   SweepSm90Params p;
   p.sweep = params;
   p.a = operand_tensor_map(params.a, params.chunks);
   p.b = operand_tensor_map(params.b, params.chunks);
   p.x = operand_tensor_map(params.x, params.chunks);
+  if (wide)
+    return (use == Use::kDq ? launch_sweep_sm90_wide_tile<Use::kDq>
+                            : launch_sweep_sm90_wide_tile<Use::kDk>)(p, stream);
   switch (use) {
     case Use::kH:
       return launch_sweep_sm90_tile<Use::kH>(p, stream);

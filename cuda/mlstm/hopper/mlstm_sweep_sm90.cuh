@@ -13,9 +13,9 @@
 namespace xlstm::cuda {
 
 template <Use kUse, int kDA, int kDX, int kConsumer>
-class SweepSm90Consumer : public SweepSm90Output<kUse, kDA, kDX, kConsumer> {
+class SweepSm90Consumer : public SweepSm90Output<SweepSm90Block<kUse, kDA, kDX>, kConsumer> {
  public:
-  using Base = SweepSm90Output<kUse, kDA, kDX, kConsumer>;
+  using Base = SweepSm90Output<SweepSm90Block<kUse, kDA, kDX>, kConsumer>;
   using Base::Base;
 
   DEVICE_FUNCTION void run() {
@@ -47,11 +47,11 @@ class SweepSm90Consumer : public SweepSm90Output<kUse, kDA, kDX, kConsumer> {
   using Base::warp;
   using Base::z_at;
   using typename Base::DotPieces;
+  using typename Base::Fragments;
   using typename Base::OutTile;
+  using typename Base::ScoreTile;
 
   static constexpr int kOther = 1 - kConsumer;
-  using ScoreTile = float[32];
-  using Fragments = u32[4][4];
 
   // Slots of the chunk.
   using AbTile = StripTile<kBoxRows, kDA>;
@@ -73,12 +73,13 @@ class SweepSm90Consumer : public SweepSm90Output<kUse, kDA, kDX, kConsumer> {
       Fragments update;
       multiply(i, out, scores, sums, update);
       this->scale_rows(i, out);
+      if constexpr (kUse == Use::kDk || (kUse == Use::kDq && kDA == 64)) this->forget_addresses();
       arrive(&s.state_free);
-      finish_scores(i, kConsumer, scores, fragments, sums);
+      this->finish_scores(i, 64 * kConsumer, scores, fragments, sums);
       if constexpr (kOwnsState) {
         prim::wgmma_wait<0>();
-        prim::fence_registers(state);
-        keep(update);
+        prim::fence_registers(state[0]);
+        this->keep(update);
       }
     }
     DotPieces dots;
@@ -87,26 +88,49 @@ class SweepSm90Consumer : public SweepSm90Output<kUse, kDA, kDX, kConsumer> {
     if constexpr (kTransposed) this->write_dots(i, out, dots);
     prim::fence_proxy_async();
     prim::sync_warp();
-    if (thread % 32 == 0) s.gate_ring.release(i);
+    s.gate_ring.release(i);
     this->store(i, out);
   }
 
   DEVICE_FUNCTION void arrive(u64* bar) {
     prim::sync_warp();
-    if (thread % 32 == 0) prim::mbar_arrive(bar);
+    prim::mbar_arrive_warp(bar);
   }
 
   /// Publishes what the other warpgroup needs and waits for what it publishes.
   DEVICE_FUNCTION void enter_chunk(int i) {
     s.gate_ring.wait(i);
     if (i > 0) prim::mbar_wait(&s.state_free, static_cast<u32>(i - 1) & 1);
-    this->publish(i, records_at(i), z_at(i));
+    this->publish_state();
+    publish_weights(i);
     const int rows = this->rows_at(i);
     // Beyond the tensor the copy engine delivers zeros; beyond a packed sequence, tokens of the next one.
     if (p.chunks.cu_seqlens != nullptr && rows < kLength) clear_tail(i, rows);
     prim::fence_proxy_async();
     arrive(&s.state_ready);
     prim::mbar_wait(&s.state_ready, static_cast<u32>(i) & 1);
+  }
+
+  /// Weights of this warpgroup's tokens.
+  DEVICE_FUNCTION void publish_weights(int i) {
+    if (thread >= 64) return;
+    const int token = 64 * kConsumer + thread;
+    const float weight = this->inner(records_at(i)[token]);
+    s.inner[i % 2][token].bits = prim::float_to_bf16(weight);
+    if constexpr (Base::kHasN) s.weights.set(token, this->n_weight(weight, z_at(i)[token]));
+  }
+
+  /// (inner * B)^T of half a chunk, at this warp's rows of S.
+  DEVICE_FUNCTION void load_fragments(int i, Fragments& fragments, AbTile& b, int half) {
+    const u32* weights = reinterpret_cast<const u32*>(s.inner[i % 2]) + 32 * half + quad;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      fragment_a_transposed(fragments[j], b, Base::kStateRow + 16 * warp, 16 * j);
+      const u32 near = weights[8 * j], far = weights[8 * j + 4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        fragments[j][r] = prim::mul_bf16x2(fragments[j][r], r < 2 ? near : far);
+    }
   }
 
   /// Zeros in place of this warpgroup's rows of B and X from `rows` on: a weight of 0 does not keep out inf and NaN.
@@ -131,13 +155,13 @@ class SweepSm90Consumer : public SweepSm90Output<kUse, kDA, kDX, kConsumer> {
     s.ab_ring.wait(4 * i + kConsumer);
     s.ab_ring.wait(4 * i + 2);
     s.ab_ring.wait(4 * i + 3);
-    if constexpr (kOwnsState) this->load_fragments(i, update, b_at(i, 0), 0);
+    if constexpr (kOwnsState) load_fragments(i, update, b_at(i, 0), 0);
     s.x_ring.wait(2 * i);
     s.x_ring.wait(2 * i + 1);
     const Strips a = strips_of(ab_at(4 * i + kConsumer));
     if constexpr (kOwnsState) {
-      keep(update);
-      prim::fence_registers(state);
+      this->keep(update);
+      prim::fence_registers(state[0]);
     }
     prim::fence_registers(n);
     prim::wgmma_fence();
@@ -151,7 +175,7 @@ class SweepSm90Consumer : public SweepSm90Output<kUse, kDA, kDX, kConsumer> {
     if constexpr (kOwnsN) add_to_n(i);
     prim::wgmma_commit();
     if constexpr (kOwnsState) {
-      multiply_fragments<kDX, true>(state, update, strips_of(x_at(i, 0)));
+      multiply_fragments<kDX, true>(state[0], update, strips_of(x_at(i, 0)));
       prim::wgmma_commit();
       prim::wgmma_wait<1>();
     } else {
@@ -184,10 +208,10 @@ class SweepSm90Consumer : public SweepSm90Output<kUse, kDA, kDX, kConsumer> {
   DEVICE_FUNCTION void add_products(int i, OutTile& out, Fragments& own, float (&sums)[2],
                                     DotPieces& dots) {
     Fragments update;
-    if constexpr (kOwnsState) this->load_fragments(i, update, b_at(i, 1), 1);
+    if constexpr (kOwnsState) load_fragments(i, update, b_at(i, 1), 1);
     if constexpr (!kLate) release_ab(i);
-    if constexpr (kOwnsState) keep(update);
-    keep(own);
+    if constexpr (kOwnsState) this->keep(update);
+    this->keep(own);
     prim::fence_registers(out);
     prim::wgmma_fence();
     if constexpr (!kLate) {
@@ -204,26 +228,26 @@ class SweepSm90Consumer : public SweepSm90Output<kUse, kDA, kDX, kConsumer> {
       prim::wgmma_wait<1>();
       prim::fence_registers(scores);
       release_ab(i);
-      finish_scores(i, kOther, scores, other, sums);
-      keep(other);
+      this->finish_scores(i, 64 * kOther, scores, other, sums);
+      this->keep(other);
       prim::wgmma_fence();
       multiply_fragments<kDX, true>(out, other, strips_of(x_at(i, kOther)));
       prim::wgmma_commit();
       finish_own<1>(own, update);
       if constexpr (kTransposed) this->load_dots(i, dots);
       prim::wgmma_wait<0>();
-      keep(other);
+      this->keep(other);
     }
     prim::fence_registers(out);
     prim::sync_warp();
-    if (thread % 32 != 0) return;
     s.x_ring.release(2 * i);
     s.x_ring.release(2 * i + 1);
   }
 
   DEVICE_FUNCTION void add_own(int i, OutTile& out, Fragments& own, Fragments& update) {
     multiply_fragments<kDX, true>(out, own, strips_of(x_at(i, kConsumer)));
-    if constexpr (kOwnsState) multiply_fragments<kDX, true>(state, update, strips_of(x_at(i, 1)));
+    if constexpr (kOwnsState)
+      multiply_fragments<kDX, true>(state[0], update, strips_of(x_at(i, 1)));
     prim::wgmma_commit();
   }
 
@@ -231,61 +255,23 @@ class SweepSm90Consumer : public SweepSm90Output<kUse, kDA, kDX, kConsumer> {
   template <u32 kPending = 0>
   DEVICE_FUNCTION void finish_own(Fragments& own, Fragments& update) {
     prim::wgmma_wait<kPending>();
-    keep(own);
+    this->keep(own);
     if constexpr (kOwnsState) {
-      keep(update);
-      prim::fence_registers(state);
+      this->keep(update);
+      prim::fence_registers(state[0]);
     }
   }
 
-  /// Operands in registers: made before the wgmma_fence, not used again before the wait.
-  static DEVICE_FUNCTION void keep(Fragments& fragments) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) prim::fence_registers(fragments[j]);
-  }
   DEVICE_FUNCTION void release_ab(int i) {
     prim::fence_proxy_async();  // what ldmatrix has read is overwritten by copies
     prim::sync_warp();
-    if (thread % 32 != 0) return;
 #pragma unroll
     for (int use = 0; use < 4; ++use) s.ab_ring.release(4 * i + use);
-  }
-
-  // Scores --------------------------------------------------------------------------------------------------------------
-  /// P = scale (scores + z) D of the columns of one half, as the A operand of P X; with kH also its row sums.
-  DEVICE_FUNCTION void finish_scores(int i, int half, ScoreTile& scores, Fragments& fragments,
-                                     float (&sums)[2]) {
-    const GateRecord* records = records_at(i);
-    const float* z = z_at(i);
-    const int rows[2] = {row_of(0), row_of(1)};
-    const GateRecord gates[2] = {records[rows[0]], records[rows[1]]};
-    float z_row[2] = {};
-    if constexpr (kUse == Use::kDq) z_row[0] = z[rows[0]], z_row[1] = z[rows[1]];
-#pragma unroll
-    for (int t = 0; t < 8; ++t) {
-      if (t % 2 == 0) prim::sync_warp();  // keeps the compiler from loading all records at once
-      const int col = 64 * half + 8 * t + 2 * quad;
-      const GateRecord others[2] = {records[col], records[col + 1]};
-      float z_column[2] = {};
-      if constexpr (kUse == Use::kDk) z_column[0] = z[col], z_column[1] = z[col + 1];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float values[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float d = kReverse ? decay(others[e], col + e, gates[r], rows[r])
-                                   : decay(gates[r], rows[r], others[e], col + e);
-          values[e] = (scores[4 * t + 2 * r + e] + z_row[r] + z_column[e]) * (p.scale * d);
-          if constexpr (kUse == Use::kH) sums[r] += values[e];
-        }
-        fragments[t / 2][t % 2 * 2 + r] = prim::pack_bf16x2(values[0], values[1]);
-      }
-    }
   }
 };
 
 template <Use kUse, int kDA, int kDX>
-KERNEL_FUNCTION(384, 1)
+KERNEL_FUNCTION(kSweepSm90Threads, 1)
 mlstm_sweep_sm90(const GRID_CONSTANT SweepSm90Params p) {
 #if PRIM_HAS_SM90A
   using Block = SweepSm90Block<kUse, kDA, kDX>;

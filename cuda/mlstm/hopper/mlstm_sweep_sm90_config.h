@@ -17,6 +17,7 @@ struct SweepSm90Tile {
   int contraction, columns;
 };
 
+inline constexpr int kSweepSm90Threads = 384;
 /// More than any of the kernels takes.
 inline constexpr size_t kSweepSm90SharedBytes = 227 * 1024;
 
@@ -32,8 +33,14 @@ constexpr int sweep_sm90_anchor_numbers(const SweepSm90Tile& t) {
   return t.contraction * t.columns + 4 * t.columns;
 }
 
+/// A block of the wide sweep has two of these.
+inline constexpr SweepSm90Tile kSweepSm90WideTile = {256, 64};
+
 /// Launches the kernel of one use.
 template <Use kUse>
 void launch_sweep_sm90_tile(const SweepSm90Params& p, Stream stream);
+/// The same of the wide sweep: kDq or kDk.
+template <Use kUse>
+void launch_sweep_sm90_wide_tile(const SweepSm90Params& p, Stream stream);
 
 }  // namespace xlstm::cuda

@@ -4,30 +4,74 @@
 
 namespace xlstm::cuda {
 
-template <Use kUse, int kDA, int kDX, int kConsumer>
-class SweepSm90Output : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
+template <class Block, int kConsumer = 0>
+class SweepSm90Output : public SweepSm90State<Block, kConsumer> {
  public:
-  using Base = SweepSm90State<kUse, kDA, kDX, kConsumer>;
+  using Base = SweepSm90State<Block, kConsumer>;
   using Base::Base;
+  static constexpr Use kUse = Block::kOfUse;
 
  protected:
+  using Base::column;
+  using Base::columns;
+  using Base::kDX;
   using Base::kLength;
+  using Base::kOwnColumns;
+  using Base::kReverse;
   using Base::kTransposed;
   using Base::outer;
-  using Base::own_row;
   using Base::p;
   using Base::place;
   using Base::quad;
   using Base::quad_sum;
+  using Base::row_of;
   using Base::s;
+  using Base::tile;
 
   using OutTile = float[kDX / 2];
+  using ScoreTile = float[32];
+  using Fragments = u32[4][4];
   using DotPieces = Vector16[kTransposed ? 2 : 1][kTransposed ? kDX / 32 : 1];
 
   DEVICE_FUNCTION const GateRecord* records_at(int i) { return s.records[s.gate_ring.slot(i)]; }
   DEVICE_FUNCTION const float* z_at(int i) { return s.z[s.gate_ring.slot(i)]; }
-  /// This thread's row in the chunk.
-  DEVICE_FUNCTION int row_of(int half) const { return 64 * kConsumer + own_row(half); }
+
+  /// P = scale (scores + z) D of the 64 tokens from `first` on, as the A operand of P X; with kH also its row sums.
+  DEVICE_FUNCTION void finish_scores(int i, int first, ScoreTile& scores, Fragments& fragments,
+                                     float (&sums)[2]) {
+    const GateRecord* records = records_at(i);
+    const float* z = z_at(i);
+    const int rows[2] = {row_of(0), row_of(1)};
+    const GateRecord gates[2] = {records[rows[0]], records[rows[1]]};
+    float z_row[2] = {};
+    if constexpr (kUse == Use::kDq) z_row[0] = z[rows[0]], z_row[1] = z[rows[1]];
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      if (t % 2 == 0) prim::sync_warp();  // keeps the compiler from loading all records at once
+      const int col = first + 8 * t + 2 * quad;
+      const GateRecord others[2] = {records[col], records[col + 1]};
+      float z_column[2] = {};
+      if constexpr (kUse == Use::kDk) z_column[0] = z[col], z_column[1] = z[col + 1];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float values[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float d = kReverse ? decay(others[e], col + e, gates[r], rows[r])
+                                   : decay(gates[r], rows[r], others[e], col + e);
+          values[e] = (scores[4 * t + 2 * r + e] + z_row[r] + z_column[e]) * (p.scale * d);
+          if constexpr (kUse == Use::kH) sums[r] += values[e];
+        }
+        fragments[t / 2][t % 2 * 2 + r] = prim::pack_bf16x2(values[0], values[1]);
+      }
+    }
+  }
+
+  /// Operands in registers: made before the wgmma_fence, not used again before the wait.
+  static DEVICE_FUNCTION void keep(Fragments& fragments) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) prim::fence_registers(fragments[j]);
+  }
 
   /// out = outer (A S + z n)
   DEVICE_FUNCTION void scale_rows(int i, OutTile& out) {
@@ -37,7 +81,8 @@ class SweepSm90Output : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
     if constexpr (kUse == Use::kDq) z[0] = z_at(i)[row_of(0)], z[1] = z_at(i)[row_of(1)];
 #pragma unroll
     for (int v = 0; v < kDX / 2; ++v) {
-      if constexpr (kTransposed) out[v] += z[v / 2 % 2] * s.n[v / 4 * 8 + 2 * quad + v % 2];
+      if constexpr (kTransposed)
+        out[v] += z[v / 2 % 2] * this->published_n(this->consumer)[v / 4 * 8 + 2 * quad + v % 2];
       out[v] *= factors[v / 2 % 2];
     }
   }
@@ -53,7 +98,7 @@ class SweepSm90Output : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
     for (int half = 0; half < 2; ++half) {
       const int row = row_of(half);
       const float product = quad_sum(sums[half]);
-      if (p.product != nullptr && place.tile == 0 && quad == 0 && row < rows)
+      if (p.product != nullptr && column() == 0 && quad == 0 && row < rows)
         p.product[(token + row) * p.chunks.num_heads + place.head] = product;
       if (!p.normalize) continue;
       const float norm =
@@ -71,11 +116,12 @@ class SweepSm90Output : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
   // Rows are accessed in pieces of 16 bytes: lane t of a quad has piece t of 32 columns, which the quad exchanges for the
   // two columns of each piece that its accumulators hold.
   DEVICE_FUNCTION int64_t offset_of(const Operand& x, int i) const {
-    return token_offset(x, place.range.batch, this->token_at(i), place.head) + place.tile * kDX;
+    return token_offset(x, place.range.batch, this->token_at(i), place.head) + column();
   }
 
   /// Of q or k, under way while the products are.
-  DEVICE_FUNCTION void load_dots(int i, DotPieces& pieces) const {
+  DEVICE_FUNCTION void load_dots(int i, DotPieces& pieces) {
+    this->forget_addresses();
     const bf16* data = static_cast<const bf16*>(p.dot.data) + offset_of(p.dot, i);
     const int rows = this->rows_at(i);
 #pragma unroll
@@ -85,7 +131,7 @@ class SweepSm90Output : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
       for (int j = 0; j < kDX / 32; ++j) {
         const int col = 32 * j + 8 * quad;
         pieces[half][j] = {};
-        if (row < rows && col < place.columns)
+        if (row < rows && col < columns())
           pieces[half][j] = *reinterpret_cast<const Vector16*>(data + row * p.dot.time + col);
       }
     }
@@ -93,9 +139,9 @@ class SweepSm90Output : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
 
   /// <out, q> or <out, k> of every row, before out is rounded.
   DEVICE_FUNCTION void write_dots(int i, OutTile& out, DotPieces& pieces) {
+    if (kOwnColumns && columns() <= 0) return;
     const int rows = this->rows_at(i);
-    const int64_t tiles_before =
-        static_cast<int64_t>(place.tile) * p.chunks.num_heads * p.chunks.slots;
+    const int64_t tiles_before = static_cast<int64_t>(tile()) * p.chunks.num_heads * p.chunks.slots;
     float* to = p.dots + (tiles_before + this->slot_at(i)) * kLength;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -132,7 +178,7 @@ class SweepSm90Output : public SweepSm90State<kUse, kDA, kDX, kConsumer> {
         }
         exchange_in_quad(piece.words);
         const int col = 32 * j + 8 * quad;
-        if (row >= rows || col >= place.columns) continue;
+        if (row >= rows || col >= columns()) continue;
         *reinterpret_cast<Vector16*>(data + row * p.out.time + col) = piece;
       }
     }

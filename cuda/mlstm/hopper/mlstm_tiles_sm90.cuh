@@ -47,6 +47,7 @@ struct Strips {
                 static_cast<u32>(strip) * rows * kStripRowBytes,
             rows};
   }
+  DEVICE_FUNCTION Strips shifted(u32 bytes) const { return {address + bytes, rows}; }
   /// k is a multiple of 16.
   DEVICE_FUNCTION u64 k_major(int k) const {
     const u32 strip = static_cast<u32>(k) / kStripColumns * rows * kStripRowBytes;
@@ -124,6 +125,11 @@ DEVICE_FUNCTION void store_rounded(StripTile<kRows, kCols>& tile, int row0, int 
   }
 }
 
+/// 0: the producer, then the consumers. The same in all lanes as the compiler sees it, so that branches on it do not diverge.
+DEVICE_FUNCTION int warpgroup_here() {
+  return static_cast<int>(prim::shfl(prim::thread_idx().x / 128, 0));
+}
+
 // Ring ------------------------------------------------------------------------------------------------------------------
 
 /// Slots that one thread fills by tensor copies and kConsumerWarps warps read. Use i of the ring is slot i % kSlots.
@@ -135,7 +141,7 @@ struct Ring {
   DEVICE_FUNCTION void init() {
     for (int i = 0; i < kSlots; ++i) {
       prim::mbar_init(&full[i], 1);
-      prim::mbar_init(&empty[i], kConsumerWarps);
+      prim::mbar_init_warps(&empty[i], kConsumerWarps);
     }
   }
   static DEVICE_FUNCTION int slot(int use) { return use % kSlots; }
@@ -149,8 +155,8 @@ struct Ring {
   }
   /// Consumer, every thread that reads.
   DEVICE_FUNCTION void wait(int use) { prim::mbar_wait(&full[slot(use)], parity(use)); }
-  /// Consumer, one lane of each warp, after a sync_warp behind the warp's last read.
-  DEVICE_FUNCTION void release(int use) { prim::mbar_arrive(&empty[slot(use)]); }
+  /// Consumer, every warp, after a sync_warp behind its last read.
+  DEVICE_FUNCTION void release(int use) { prim::mbar_arrive_warp(&empty[slot(use)]); }
 };
 
 /// Loads a tile of 64 rows from (batch, token, head, col) on; what lies outside the tensor is zero.

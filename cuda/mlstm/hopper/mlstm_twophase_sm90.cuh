@@ -9,11 +9,6 @@ namespace xlstm::cuda {
 constexpr int kTwoPhaseSm90Threads = 384, kConsumers = 2, kConsumerWarps = 8;
 constexpr u32 kProducerRegisters = 24, kConsumerRegisters = 240;
 
-/// 0: the producer, then the consumers. The same in all lanes as the compiler sees it, so that branches on it do not diverge.
-DEVICE_FUNCTION int warpgroup_here() {
-  return static_cast<int>(prim::shfl(prim::thread_idx().x / 128, 0));
-}
-
 /// Loads one box of a state: 64 rows and columns of matrix `matrix`.
 DEVICE_FUNCTION void load_state_box(unsigned char* to, const prim::TensorMap& map, int row, int col,
                                     int matrix, u64* bar) {
@@ -25,7 +20,7 @@ template <class AnyRing>
 DEVICE_FUNCTION void release_slot(AnyRing& ring, int use) {
   prim::fence_proxy_async();
   prim::sync_warp();
-  if (prim::thread_idx().x % 32 == 0) ring.release(use);
+  ring.release(use);
 }
 
 /// Packed sequences: rows beyond a sequence's end are those of the next one, whose numbers may be infinite; 0 times them is
