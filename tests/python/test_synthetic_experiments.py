@@ -1,4 +1,4 @@
-"""The descriptions of nearest neighbor search and associative recall: the paper's grids, and settings that the trainer takes."""
+"""The descriptions of formal languages, nearest neighbor search and associative recall: the paper's grids, and what the trainer takes."""
 
 import subprocess
 import sys
@@ -85,7 +85,7 @@ def test_what_a_miniature_asserts_is_a_mean_over_three_seeds(experiment):
     mini = load(experiment, mini=True)
     asserted = [claim for claim in mini.claims if claim.get("asserted")]
     assert not asserted or len(mini.seeds) >= 3
-    assert asserted or experiment == "mqar2"
+    assert asserted or experiment in ("mqar2", "mqar3")  # what these claim is asserted by mqar1
 
 
 def test_nearest_neighbor_search_is_judged_by_the_last_position():
