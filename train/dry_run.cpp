@@ -170,7 +170,7 @@ std::string describe_run(const config::Config& config) {
       {"tokens_per_step", per_step},
       {"steps", steps},
       {"tokens", steps * per_step}};
-  return numbers.dump(2) + "\n";
+  return numbers.dump();
 }
 
 void dry_run(const config::Config& given) {

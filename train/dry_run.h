@@ -22,7 +22,7 @@ struct MemoryEstimate {
 };
 MemoryEstimate estimate_memory(const config::Config& config);
 
-/// The same without data and without a step, as JSON: parameters, floating point operations (train/flops.h), memory, tokens
+/// The same without data and without a step, as a line of JSON: parameters, floating point operations (train/flops.h), memory, tokens
 /// and steps. Any size.
 std::string describe_run(const config::Config& config);
 

@@ -25,7 +25,8 @@ namespace train = xlstm::train;
 const std::vector<train::OptionSpec> kOptions = {
     {"--dry-run", "", "parameters, memory, tokens, data check, one step; trains nothing"},
     {"--describe", "",
-     "parameters, operations, memory, tokens and steps as JSON; looks at no data"},
+     "parameters, operations, memory, tokens and steps as JSON, a line for each of any number of "
+     "files"},
     {"--print-config", "", "every setting with its value, as YAML that loads again"},
     {"--fresh", "", "start over; an existing run is moved to NAME.old-N"},
     {"--resume", "step-N",
@@ -106,6 +107,13 @@ int run(int argc, char** argv) {
     print_help();
     return 0;
   }
+  if (line.has("--describe") && !line.positional.empty()) {
+    for (const std::string& path : line.positional) {
+      const auto config = xlstm::config::load_config(path, line.overrides);
+      std::puts(train::describe_run(config).c_str());
+    }
+    return 0;
+  }
   if (line.positional.size() != 1) {
     throw Error(
         ExitCode::kConfig,
@@ -116,10 +124,6 @@ int run(int argc, char** argv) {
   const xlstm::config::Config config = xlstm::config::load_config(line.positional[0], overrides);
   if (line.has("--print-config")) {
     std::fputs(xlstm::config::print_config(config).c_str(), stdout);
-    return 0;
-  }
-  if (line.has("--describe")) {
-    std::fputs(train::describe_run(config).c_str(), stdout);
     return 0;
   }
   // A dry run also describes a model alone, without data.

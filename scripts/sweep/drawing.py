@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import sys
 
 from .execution import write_atomically
 from .figures import resolve
@@ -22,11 +23,13 @@ def draw(results, folder):
     for name, description in results.experiment.figures.items():
         figure = resolve(results, name, description)
         path = folder / f"{name}.svg"
+        path.unlink(missing_ok=True)
         if any(series.points for panel in figure.panels for series in panel.series) and available():
-            write_atomically(path, svg_text(figure))
-            found.append(path)
-        else:
-            path.unlink(missing_ok=True)
+            try:
+                write_atomically(path, svg_text(figure))
+                found.append(path)
+            except Exception as error:  # whatever it is: a picture is no reason to lose the table
+                print(f"reproduce: figure {name} could not be drawn: {error}", file=sys.stderr)
     return found
 
 
@@ -149,7 +152,7 @@ def _heatmap(axis, panel, style, figure):
     categories = _categories(panel)
     values = [[{p.x: p.value for p in series.points}.get(x, float("nan")) for x in categories] for series in panel.series]
     known = [v for row in values for v in row if v == v]
-    low, high = (min(0.0, *known), 1.0) if max(known) <= 1 else (min(known), max(known))
+    low, high = (min([0.0, *known]), 1.0) if max(known, default=0.0) <= 1 else (min(known), max(known))
     image = axis.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto")
     for r, row in enumerate(values):
         for c, value in enumerate(row):

@@ -8,11 +8,10 @@ a few million parameters and those with sLSTM layers, which go through time step
 them their own utilisation or a least time per step, or read their hours as a lower bound.
 """
 
-import concurrent.futures
 import dataclasses
 import json
+import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -55,36 +54,33 @@ def parse_mfu(text):
 
 
 def describe(program, settings):
+    """What --describe tells of each of {name: settings}, in their order."""
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.yaml"
-        config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        done = subprocess.run([str(program), str(config), "--describe"], capture_output=True, text=True)
+        files = [Path(folder) / f"{name}.yaml" for name in settings]
+        for file, own in zip(files, settings.values()):
+            file.write_text(yaml.safe_dump(own), encoding="utf-8")
+        done = subprocess.run([str(program), *map(str, files), "--describe"], capture_output=True, text=True)
     if done.returncode != 0:
         raise SweepError(f"{program} --describe: {done.stderr.strip() or f'status {done.returncode}'}")
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def costs(experiment, programs, models=None):
-    """One Cost per case and model; each different model is described once."""
+    """One Cost per case and model; models that differ in nothing that counts are described once."""
     jobs = {}
     for job in experiment.jobs(models):
         jobs.setdefault((job.case, job.model), []).append(job)
-    settings = {}
-    for key, group in jobs.items():
+    texts, different = {}, {}
+    for (case, model), group in jobs.items():
         own = experiment.settings(group[0])
         own = {part: own[part] for part in FROM_MODEL_AND_DATA if part in own}
-        own["data"] = {k: v for k, v in own.get("data", {}).items() if k != "shuffle_seed"}
-        settings[key] = own
-    texts = {key: yaml.safe_dump(own) for key, own in settings.items()}
-    different = {text: settings[key] for key, text in texts.items()}
-    numbers = {}
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        todo = {pool.submit(describe, programs.path("xlstm-train"), own): text for text, own in different.items()}
-        for number, future in enumerate(concurrent.futures.as_completed(todo), 1):
-            numbers[todo[future]] = future.result()
-            if sys.stderr.isatty():
-                end = "" if number < len(todo) else "\r\033[K"
-                print(f"\r\033[K{experiment.name}: {number}/{len(todo)} models{end}", end="", file=sys.stderr, flush=True)
+        own["data"] = {key: value for key, value in own.get("data", {}).items() if key != "shuffle_seed"}
+        texts[case, model] = yaml.safe_dump(own)
+        different.setdefault(texts[case, model], (f"{case}.{model}", own))
+    program = programs.path("xlstm-train")
+    if not os.access(program, os.X_OK):
+        raise SweepError(f"{program} is not there; build it, or name its folder with --bin")
+    numbers = dict(zip(different, describe(program, dict(different.values())))) if different else {}
     return [Cost(*key, len(group), numbers[texts[key]]) for key, group in jobs.items()]
 
 

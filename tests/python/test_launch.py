@@ -184,7 +184,8 @@ def test_arrays_beyond_the_usual_limit_come_in_parts(toy):
 
 def test_settings_that_do_not_change_the_cost_are_described_once(toy):
     trainer = toy / "bin" / "xlstm-train"
-    trainer.write_text(trainer.read_text().replace('if "--describe"', f'open("{toy}/calls", "a").write("x")\nif "--describe"'))
+    told = f'        open("{toy}/calls", "a").write("x")\n        config = yaml'
+    trainer.write_text(trainer.read_text().replace("        config = yaml", told))
     experiment = toy / "experiments" / "toy" / "experiment.yaml"
     content = yaml.safe_load(experiment.read_text())
     content["models"]["again"] = dict(content["models"]["good"], label="Again")

@@ -171,6 +171,23 @@ def test_drawings_are_the_same_every_time_and_name_everything(results, tmp_path)
     assert ">0.88<" in first[5]  # the heatmap's cells tell their values
 
 
+def test_a_figure_that_fails_costs_nothing_else(results, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    whole = drawing.svg_text
+    monkeypatch.setattr(drawing, "svg_text", lambda figure: whole(figure) if figure.name != "rates" else 1 / 0)
+    assert {path.stem for path in drawing.draw(results, tmp_path)} == set(DESCRIPTION["figures"]) - {"rates"}
+    assert "figure rates could not be drawn: division by zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["bars", "heatmap", "lines"])
+def test_plots_of_which_only_the_paper_has_values(kind, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    figure = {"kind": kind, "panels": "data.seq_len", "x": "model.embedding_dim"}
+    results = made_up(describe(tmp_path / "recall", figures={"f": figure}))
+    results.rows = [row for row in results.rows if row.job.case.startswith("t128")]
+    assert len(drawing.draw(results, tmp_path)) == 1 and capsys.readouterr().err == ""
+
+
 def report(experiments, *folders, into=None, environment=None):
     command = [sys.executable, str(SCRIPT), "--experiments", str(experiments), "--report", *map(str, folders)]
     return subprocess.run(command + (["--into", str(into)] if into else []), capture_output=True, text=True, timeout=120,

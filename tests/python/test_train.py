@@ -325,8 +325,10 @@ def test_describe_is_the_dry_run_in_numbers(setup, tmp_path):
     assert not run.exists()
     nowhere = tmp_path / "nowhere.yaml"
     nowhere.write_text("{data: {train: [{path: nowhere/train}], seq_len: 8}, train: {max_tokens: 1000}}")
-    described = train(nowhere, "--describe")
-    assert described.returncode == 0 and json.loads(described.stdout)["steps"] == 8, described.stderr
+    described = train(nowhere, config, "--describe")
+    assert described.returncode == 0, described.stderr
+    assert [json.loads(line)["steps"] for line in described.stdout.splitlines()] == [8, 12]
+    assert "configuration file" in train("--describe").stderr
 
 
 def test_print_config_and_help(setup):

@@ -13,12 +13,14 @@ SCRIPT = ROOT / "scripts" / "reproduce.py"
 # as many parameters as steps, skill * 1e18 operations.
 TRAINER = """#!{python}
 import fcntl, json, pathlib, sys, time, yaml
-config = yaml.safe_load(open(sys.argv[1]))
 if "--describe" in sys.argv:
-    steps = config["train"]["max_steps"]
-    print(json.dumps({{"parameters": 2 * steps, "training_flops": 1e18 * config["model"]["skill"], "tokens": 64 * steps,
-                      "steps": steps}}))
+    for path in sys.argv[1:-1]:
+        config = yaml.safe_load(open(path))
+        steps = config["train"]["max_steps"]
+        print(json.dumps({{"parameters": 2 * steps, "training_flops": 1e18 * config["model"]["skill"], "tokens": 64 * steps,
+                          "steps": steps}}))
     sys.exit()
+config = yaml.safe_load(open(sys.argv[1]))
 run = pathlib.Path(config["run"]["out_dir"]) / config["run"]["name"]
 run.mkdir(parents=True, exist_ok=True)
 lock = open(run / "lock", "w")
