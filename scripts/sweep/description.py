@@ -174,6 +174,10 @@ class Experiment:
     def case_label(self, case):
         return self.cases[case].get("label", case)
 
+    def case_title(self, case):
+        """The label of a case over its table; "" of an only case that has none of its own."""
+        return "" if self.only_case and "label" not in self.cases[case] else self.case_label(case)
+
     def models_of(self, case):
         return [model for model, part in self.models.items() if "cases" not in part or case in part["cases"]]
 

@@ -55,9 +55,9 @@ def claim_cells(verdict):
 
 def named(experiment, case, content):
     """A case's table under its name; where there are many, one opens those one wants to see."""
-    if len(experiment.cases) == 1:
+    label = html.escape(experiment.case_title(case))
+    if not label:
         return content
-    label = html.escape(experiment.case_label(case))
     if len(experiment.cases) <= OPEN_TABLES:
         return f"<h3>{label}</h3>\n{content}"
     return f"<details><summary>{label}</summary>\n{content}</details>"

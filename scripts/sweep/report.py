@@ -51,8 +51,10 @@ def notes(results):
     experiment = results.experiment
     told = []
     if experiment.trains:
-        told.append(f"Means over seeds {', '.join(map(str, experiment.seeds))} at the best learning rate (in parentheses: "
-                    "least to largest); steps: of one run; cost: training time of all runs of a row.")
+        seeds = ", ".join(map(str, experiment.seeds))
+        told.append(f"Means over seeds {seeds} at the best learning rate (in parentheses: least to largest)" if
+                    len(experiment.seeds) > 1 else f"One seed, {seeds}, at the best learning rate")
+        told[-1] += "; steps: of one run; cost: training time of all runs of a row."
     if machines := results.machines():
         told.append(f"Measured on {'; '.join(machines)}.")
     if stale := results.stale():
@@ -73,7 +75,9 @@ def table_text(results, figures=()):
     lines = [f"# {title(experiment)}", "", f"{experiment.source}. {experiment.about}", "", " ".join(notes(results))]
     for case in experiment.cases:
         head = table_head(experiment)
-        lines += ["", f"## {experiment.case_label(case)}", "", markdown_row(head), markdown_row(["---"] * len(head))]
+        if case_title := experiment.case_title(case):
+            lines += ["", f"## {case_title}"]
+        lines += ["", markdown_row(head), markdown_row(["---"] * len(head))]
         lines += [markdown_row(model_row(results, case, model)) for model in experiment.models_of(case)]
     if experiment.claims:
         lines += ["", "## Claims", "", markdown_row(CLAIM_HEAD), markdown_row(["---"] * len(CLAIM_HEAD))]

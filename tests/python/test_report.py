@@ -221,7 +221,8 @@ def test_the_page_stands_alone(results, tmp_path):
 
 def test_a_page_of_parts_run_alone(results, tmp_path):
     leave(results, tmp_path / "there" / "recall")
-    other = made_up(describe(tmp_path / "experiments" / "second", title="Second"))
+    describe(tmp_path / "experiments" / "recall", figures={})
+    other = made_up(describe(tmp_path / "experiments" / "second", title="Second", figures={}))
     leave(other, tmp_path / "elsewhere" / "second")
     done = report(tmp_path / "experiments", tmp_path / "there" / "recall", into=tmp_path / "kept")
     assert done.returncode == 0, done.stderr
@@ -241,7 +242,7 @@ def test_a_page_of_parts_run_alone(results, tmp_path):
 def test_columns_without_a_value_are_left_out_of_the_page_alone(results, tmp_path):
     leave(results, tmp_path / "out" / "recall")
     for paper, columns in ((DESCRIPTION["paper"], 2), ({}, 0)):
-        describe(tmp_path / "experiments" / "recall", paper=paper)
+        describe(tmp_path / "experiments" / "recall", paper=paper, figures={})
         assert report(tmp_path / "experiments", tmp_path / "out").returncode == 0
         assert (tmp_path / "out" / "report.html").read_text().count("<th>paper: accuracy</th>") == columns
         assert (tmp_path / "out" / "recall" / "table.md").read_text().count("| paper: accuracy |") == 4
@@ -249,7 +250,8 @@ def test_columns_without_a_value_are_left_out_of_the_page_alone(results, tmp_pat
 
 def test_results_of_other_settings_are_told_apart(results, tmp_path):
     leave(results, tmp_path / "out" / "recall")
-    describe(tmp_path / "experiments" / "recall", learning_rates=[0.1], base={**DESCRIPTION["base"], "train": {"max_steps": 9}})
+    describe(tmp_path / "experiments" / "recall", figures={}, learning_rates=[0.1],
+             base={**DESCRIPTION["base"], "train": {"max_steps": 9}})
     assert report(tmp_path / "experiments", tmp_path / "out").returncode == 0
     assert "32 of 32 runs were made with other settings" in (tmp_path / "out" / "recall" / "table.md").read_text()
 
