@@ -76,7 +76,9 @@ GenerationTimes time_generation(models::LanguageModel& model, int64_t prompt,
       seconds.push_back(monotonic_seconds() - start);
     }
     times.until_s.push_back(monotonic_seconds() - begin);
-    times.token_s.push_back(median({seconds.end() - std::min(kWindow, position), seconds.end()}));
+    const std::vector<double> last(seconds.end() - std::min(kWindow, position), seconds.end());
+    times.token_s.push_back(median(last));
+    times.best_s.push_back(*std::min_element(last.begin(), last.end()));
   }
   return times;
 }

@@ -11,6 +11,8 @@ namespace xlstm::train {
 
 struct GenerationTimes {
   std::vector<double> token_s;  ///< median of the tokens up to each position, 64 at most
+  std::vector<double>
+      best_s;  ///< the fastest of them: what other work on the machine does not change
   std::vector<double> until_s;  ///< from before the prompt to each position
 };
 
