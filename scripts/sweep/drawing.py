@@ -104,7 +104,7 @@ def _lines(axis, panel, style, figure):
         x, y = [p.x for p in series.points], [p.value for p in series.points]
         axis.plot(x, y, color=colour, marker=marker, markersize=3.5 if len(x) < 30 else 0, linewidth=1.2, label=series.label)
         if any(p.low < p.high for p in series.points):
-            axis.fill_between(x, [p.low for p in series.points], [p.high for p in series.points], color=colour, alpha=0.15,
+            axis.fill_between(x, [p.low for p in series.points], [p.high for p in series.points], color=colour, alpha=0.1,
                               linewidth=0)
         if series.paper:
             axis.plot(*zip(*series.paper), color=colour, marker="x", linestyle=":", linewidth=0.8)
@@ -121,8 +121,17 @@ def _lines(axis, panel, style, figure):
 def _scales(axis, figure):
     if "x" in figure.log:
         axis.set_xscale("log")
+    _log_y(axis, figure)
+
+
+def _log_y(axis, figure):
+    """Numbers as they are, also between powers of ten where there are few of these."""
     if "y" in figure.log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        from matplotlib.ticker import LogFormatter
+
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
 def _bars(axis, panel, style, figure):
@@ -142,8 +151,7 @@ def _bars(axis, panel, style, figure):
     long = max(len(str(x)) for x in categories) * len(categories) > 60
     axis.set_xticks(range(len(categories)), [str(x) for x in categories], rotation=30 if long else 0,
                     ha="right" if long else "center")
-    if "y" in figure.log:
-        axis.set_yscale("log")
+    _log_y(axis, figure)
     axis.grid(axis="y", alpha=0.25, linewidth=0.5)
 
 

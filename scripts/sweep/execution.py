@@ -138,7 +138,8 @@ def machine(header):
     except OSError:
         lines = []
     processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    threads = f"{header['threads']} threads" if "threads" in header else ""
+    count = header.get("threads")
+    threads = f"{count} thread{'s' if count != 1 else ''}" if count else ""
     return " of ".join(part for part in (threads, processor) if part)
 
 

@@ -5,7 +5,7 @@ A figure of a description, `figures: {name: {...}}`:
   y       a measure (absent: the experiment's), or {x value: measure}: what is measured at several places, as perplexities
           at several lengths or of several kinds of tokens
   x       what lies along the axis; lines want numbers:
-            cases, models        their labels (cases is the default of bars and heatmaps)
+            cases, models        their labels (cases is the default of heatmaps, and of bars where there are several)
             measures             the keys of y (the default where y has keys)
             evaluation.OPTION    that option of every evaluation that has it; y is then the part behind its name
             steps, tokens        the course of a held-out metric y (steps is the default of lines)
@@ -75,7 +75,7 @@ def problem(figure, experiment):
     for key, known in (("models", experiment.models), ("cases", experiment.cases)):
         if unknown := [name for name in figure.get(key, []) if name not in known]:
             return f"{key}: there is no {unknown[0]}"
-    x = axis(figure)
+    x = axis(figure, experiment)
     if isinstance(figure.get("y"), dict) != (x == "measures"):
         return "x: measures and y with keys go together"
     if figure["kind"] == "lines" and (x in CATEGORIES[:2] or x == "measures" and not all(map(_is_number, figure["y"]))):
@@ -104,7 +104,7 @@ def pairs(figure, experiment):
 
 
 def _panel_and_series(figure, experiment, case, model):
-    series = figure.get("series", "cases" if axis(figure) == "models" else "models")
+    series = figure.get("series", "cases" if axis(figure, experiment) == "models" else "models")
     return [_coordinate(experiment, what, case, model) for what in (figure.get("panels"), series)]
 
 
@@ -135,8 +135,9 @@ def _is_setting(x):
     return "." in x and not x.startswith("evaluation.")
 
 
-def axis(figure):
-    default = "steps" if figure["kind"] == "lines" else "cases"
+def axis(figure, experiment):
+    one_case = len(figure.get("cases", experiment.cases)) == 1 and "series" not in figure
+    default = {"lines": "steps", "heatmap": "cases", "bars": "models" if one_case else "cases"}[figure["kind"]]
     return figure.get("x", "measures" if isinstance(figure.get("y"), dict) else default)
 
 
@@ -149,7 +150,7 @@ class Resolver:
 
     def __init__(self, results, figure):
         self.results, self.experiment, self.figure = results, results.experiment, figure
-        self.x = axis(figure)
+        self.x = axis(figure, self.experiment)
         self.y = figure.get("y", self.experiment.measure)
 
     def _point(self, x, rows, measure):
@@ -216,7 +217,7 @@ class Resolver:
             for series in (s for panel in panels.values() for s in panel.values()):
                 series.points.sort(key=lambda point: point.x)
                 series.paper.sort()
-        y_label = figure.get("y_label", self.y if isinstance(self.y, str) else "")
+        y_label = figure.get("y_label", self.y.replace("_", " ") if isinstance(self.y, str) else "")
         x_label = figure.get("x_label", "" if self.x in CATEGORIES else _last_name(self.x))
         return Figure(name, figure["kind"], figure.get("title", ""), x_label, y_label, figure.get("log", ""),
                       [Panel(label, list(series.values())) for label, series in panels.items()])

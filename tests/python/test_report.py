@@ -151,6 +151,14 @@ def test_without_a_figure_in_the_description_there_are_bars_of_the_measure(tmp_p
     assert Experiment(folder).figures == {"accuracy": {"kind": "bars"}}
 
 
+def test_bars_of_a_single_case_stand_by_model(tmp_path):
+    experiment = describe(tmp_path / "recall", cases={"t64_d32": DESCRIPTION["cases"]["t64_d32"]}, paper={},
+                          figures={"f": {"kind": "bars"}, "g": {"kind": "bars", "series": "models"}})
+    results = made_up(experiment)
+    assert [x for x, _ in series(resolved(results, "f"))["T 64, d 32"]] == ["xLSTM[1:0]", "llama"]
+    assert list(series(resolved(results, "g"))) == ["xLSTM[1:0]", "llama"]
+
+
 def test_files_hold_everything(results, tmp_path):
     (tmp_path / "results.csv").write_text(csv_text(results))
     (tmp_path / "curves.csv").write_text(curves_text(results))
