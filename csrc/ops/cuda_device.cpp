@@ -45,9 +45,11 @@ cuda::DeviceLimits query_limits(int device) {
   limits.num_multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   limits.shared_bytes =
       static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+#ifdef XLSTM_SM90A
   const char* hopper = std::getenv("XLSTM_HOPPER");
   limits.hopper =
-      limits.compute_capability == 90 && hopper != nullptr && std::string(hopper) == "1";
+      limits.compute_capability == 90 && (hopper == nullptr || std::string(hopper) != "0");
+#endif
   return limits;
 }
 

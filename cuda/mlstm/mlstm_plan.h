@@ -7,8 +7,8 @@ namespace xlstm::cuda {
 
 struct MlstmPlan {
   Chunks chunks;
-  bool fused = true;  ///< sweep kernels; else state and out kernels, with the states in memory
-  bool sm90 = false;  ///< fused by the sweep kernels for sm_90a
+  bool fused = true;       ///< sweep kernels; else state and out kernels, with the states in memory
+  bool sm90 = false;       ///< fused by the sweep kernels for sm_90a
   bool sm90_wide = false;  ///< backward: dq and dk by the wide sweep for sm_90a
   bool sm90_dv = false;    ///< with it, dv by the other one, in chunks of its own (dv_chunks)
   Chunks dv_chunks;

@@ -32,19 +32,22 @@
 
 namespace prim {
 
-// A warp's arrival at an mbarrier: after a sync_warp one lane arrives for all. racecheck of compute-sanitizer orders by an
-// arrival what its own thread did, not what the sync_warp ordered before it, and reports such code; for it,
-// PRIM_EVERY_LANE_ARRIVES makes every lane arrive.
-#if defined(PRIM_EVERY_LANE_ARRIVES)
-inline constexpr u32 kArrivalsPerWarp = 32;
+/// For racecheck of compute-sanitizer (XLSTM_RACECHECK in CMake), which does not see all that orders accesses: an arrival at
+/// an mbarrier orders for it what its own thread did, not what a sync_warp had ordered before; an asynchronous remote store
+/// and the wait for its bytes nothing at all. Built so, kernels order the same accesses by means that it knows.
+#if defined(PRIM_RACECHECK)
+inline constexpr bool kRacecheck = true;
 #else
-inline constexpr u32 kArrivalsPerWarp = 1;
+inline constexpr bool kRacecheck = false;
 #endif
+
+// A warp's arrival at an mbarrier: after a sync_warp one lane arrives for all.
+inline constexpr u32 kArrivalsPerWarp = kRacecheck ? 32 : 1;
 DEVICE_FUNCTION void mbar_init_warps(u64* bar, u32 warps) {
   mbar_init(bar, warps * kArrivalsPerWarp);
 }
 DEVICE_FUNCTION void mbar_arrive_warp(u64* bar) {
-  if (kArrivalsPerWarp > 1 || thread_idx().x % 32 == 0) mbar_arrive(bar);
+  if (kRacecheck || thread_idx().x % 32 == 0) mbar_arrive(bar);
 }
 
 /// All blocks of the grid meet; they must be resident together. `counter` starts at 0, `round` counts from 1.

@@ -105,6 +105,7 @@ class ClusterExchange {
   DEVICE_FUNCTION void done(int) {}
   DEVICE_FUNCTION const bf16* wait(int k, bool reads) {
     if (reads) prim::mbar_wait_cluster(s.barriers + (k & 1), static_cast<u32>(k >> 1 & 1));
+    if constexpr (prim::kRacecheck) prim::sync_block();
     if (prim::thread_idx().x == 0) expect(k + 2);
     return s.buffers + (k & 1) * s.numbers;
   }

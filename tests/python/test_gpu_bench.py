@@ -137,6 +137,71 @@ def test_gpu_check_refuses_unknown_parts():
         assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
 
 
+FAKE_PYTHON = """#!/bin/bash
+if [ "$1" = - ]; then
+  script=$(mktemp); cat >"$script"; shift
+  if grep -q is_available "$script"; then echo "90 A GPU"; exit 0; fi
+  {real} "$script" "$@"; exit $?
+fi
+printf '%s|%s|%s|%s\\n' "$*" "${{XLSTM_HOPPER:-}}" "${{PYTHONPATH%%:*}}" "${{PYTORCH_NO_CUDA_MEMORY_CACHING:-}}" >>{calls}
+echo "mlstm: kernels for CUDA"
+[ "$2" = "{generic}" ] || echo "slstm: kernels for CUDA"
+echo "42 cases, 0 failed"
+case "$*" in {failing}) exit 1 ;; esac
+"""
+FAKE_SANITIZER = """#!/bin/bash
+while [ "${1#-}" != "$1" ]; do shift 2; done
+"$@"
+[ -z "$RACE" ] || echo "========= Error: Race reported between Read access at void xlstm::cuda::mlstm_gates+0x1"
+"""
+
+
+def run_gpu_check(folder, failing="nothing", generic="", **environment):
+    """scripts/gpu_check.sh with stand-ins for everything it starts -> (process, its summary, calls of python)."""
+    tools, built, out = folder / "tools", folder / "built", folder / "out"
+    for path in (tools, built / "bin", out):
+        path.mkdir(parents=True)
+    calls = folder / "calls.txt"
+    programs = {tools / "python": FAKE_PYTHON.format(real=sys.executable, calls=calls, failing=failing, generic=generic),
+                tools / "compute-sanitizer": FAKE_SANITIZER,
+                built / "bin/cuda_conformance": "#!/bin/bash\n:>$1\n", built / "bin/host_conformance": "#!/bin/bash\n:>$1\n"}
+    for path, text in programs.items():
+        path.write_text(text)
+        path.chmod(0o755)
+    done = subprocess.run([ROOT / "scripts" / "gpu_check.sh", "--built", built], capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"),
+                               "OUT": str(out), "RACE": "", **environment})
+    return done, json.loads((out / "summary.json").read_text()), [line.split("|") for line in calls.read_text().splitlines()]
+
+
+def test_gpu_check_runs_every_part_and_counts(tmp_path):
+    done, summary, calls = run_gpu_check(tmp_path / "well")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert summary["count"] == {"PASS": 19, "FAIL": 0, "SKIP": 0} and summary["device"] == "A GPU"
+    assert {check["part"] for check in summary["checks"]} == {"build", "conformance", "ops", "sanitizer", "portable", "bench", "slstm"}
+    small = [call for call in calls if call[0] == "scripts/gpu_ops.py --small"]
+    # Three tools with both kernels, one of the tools on a library of its own; every tensor an allocation.
+    assert len(small) == 6 and [call[1] for call in small].count("0") == 3 and all(call[3] == "1" for call in small)
+    assert sum(call[2].endswith("/racecheck") for call in small) == 2
+    assert {tuple(call[:2]) for call in calls if "--expect" in call[0]} == {
+        ("scripts/gpu_ops.py --expect _sm90", ""), ("scripts/gpu_ops.py --expect mlstm_sweep", "0")}
+    assert all("gpu_mlstm.py" in call[0] or "gpu_slstm.py" in call[0] for call in calls[-2:]), "benchmarks last and alone"
+
+
+@pytest.mark.parametrize("options, wrong", [
+    (dict(failing="*test_slstm_cuda*"), [("ops", "test_slstm"), ("portable", "test_slstm")]),
+    (dict(generic="--expect"), [("ops", "float64"), ("portable", "float64")]),
+    (dict(RACE="1"), [("sanitizer", "racecheck"), ("portable", "racecheck")]),
+])
+def test_gpu_check_sees_what_fails(tmp_path, options, wrong):
+    done, summary, _ = run_gpu_check(tmp_path, **options)
+    assert done.returncode == 1
+    failed = [(check["part"], check["check"]) for check in summary["checks"] if check["result"] == "FAIL"]
+    assert len(failed) == len(wrong), failed
+    for part, text in wrong:
+        assert any(part == p and text in c for p, c in failed), failed
+
+
 def test_tiny_models(tmp_path, monkeypatch):
     """gpu_model.py runs the trainer's own step; the peer's part runs in the mLSTM benchmark's way and is left out here."""
     monkeypatch.syspath_prepend(str(BENCH))

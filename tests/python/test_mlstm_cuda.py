@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 import gpu_ops  # noqa: E402
 
+# Whether calls may take the kernels for sm_90a.
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and os.environ.get("XLSTM_HOPPER") != "0"
+
 chunkwise = torch.ops.xlstm.mlstm_chunkwise
 forward = torch.ops.xlstm.mlstm_chunkwise_forward
 backward = torch.ops.xlstm.mlstm_chunkwise_backward
@@ -178,7 +181,7 @@ def test_strided_inputs(dtype):
     packed = torch.cat(inputs[:3], -1)
     parts = [*packed.split([32, 32, 64], -1), *inputs[3:]]
     expected = chunkwise(*inputs, *states)
-    if os.environ.get("XLSTM_HOPPER") != "1":  # the kernels for sm_90a take aligned rows alone, others the rest
+    if not HOPPER:  # the kernels for sm_90a take aligned rows alone, others the rest
         for other in (moved, spread, parts):
             for x, y in zip(chunkwise(*other, *states), expected):
                 assert torch.equal(x, y)
