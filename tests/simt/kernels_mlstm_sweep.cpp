@@ -12,7 +12,10 @@ namespace simt_test {
 namespace sweep {
 namespace {
 
-const Kernels kKernels = {launch_sweep, sweep_covers, sweep_tile_columns};
+bool covers(Use, int contraction, Dtype dtype, const DeviceLimits& device) {
+  return sweep_covers(contraction, dtype, device);
+}
+const Kernels kKernels = {launch_sweep, covers, sweep_tile_columns};
 void run(const Setting& s, uint64_t seed) { run(kKernels, s, seed); }
 
 constexpr Dtype kBf16 = Dtype::kBFloat16, kF32 = Dtype::kFloat32, kF16 = Dtype::kFloat16;
