@@ -99,6 +99,25 @@ void messages(Dump& dump) {
   dump.exact(out.fetch());
 }
 
+struct Numbers {
+  const float* from;
+  u32* out;
+};
+
+KERNEL_FUNCTION(32) conditional_kernel(Numbers p) {  // what is not wanted has no address
+  const u32 t = prim::thread_idx().x;
+  const bool wanted = t % 3 != 1;
+  p.out[t] = prim::bits_of(prim::load_if(wanted ? p.from + t : nullptr, wanted));
+}
+
+void conditional_loads(Dump& dump) {
+  Buffer<float> from(32);
+  Buffer<u32> out(32);
+  for (u32 t = 0; t < 32; ++t) from[t] = 1.5F + static_cast<float>(t);
+  run(conditional_kernel, {1, 32, 0, 0}, Numbers{from.upload(), out.upload()});
+  dump.exact(out.fetch());
+}
+
 // mbarriers ---------------------------------------------------------------------------------------------------------------
 
 KERNEL_FUNCTION(32) parity_kernel(Words p) {
@@ -213,6 +232,7 @@ void add_memory_cases(Cases& cases) {
   add(cases, "cp_async_zero_fill", Needs::kSm80, zero_fill_kernel, {1, 32, 1024}, 4, 256);
   cases.push_back({"grid_barrier", Needs::kSm80, grid_barriers});
   cases.push_back({"release_acquire", Needs::kSm80, messages});
+  cases.push_back({"load_if", Needs::kSm80, conditional_loads});
   add(cases, "mbarrier_parity", Needs::kSm90a, parity_kernel, {1, 32, 128}, 16, 13);
   add(cases, "mbarrier_ring", Needs::kSm90a, ring_kernel, {1, 96, 512}, 32 * kUses, 64 * kUses);
   add(cases, "cp_async_mbarrier", Needs::kSm90a, copies_arrive_kernel<false>, {1, 64, 1024}, 128,
