@@ -1,8 +1,8 @@
 // The mLSTM operators on CUDA: the kernels of cuda/mlstm where they take a call, else the generic path in ATen calls.
 // Built without nvcc (no XLSTM_CUDA), or with XLSTM_CUDA_KERNELS=off in the environment, all calls are generic.
 // On compute capability 9.0 the kernels for sm_90a (cuda/mlstm/hopper) run where they cover a problem and are faster;
-// XLSTM_HOPPER=0, read when a device is first used, takes those for sm_80 instead. Which path runs, and why, is logged once per reason at c10's level INFO:
-// TORCH_CPP_LOG_LEVEL=INFO shows it.
+// XLSTM_HOPPER=0, read when a device is first used, takes those for sm_80 instead. Which path runs, and why, is logged once per
+// reason at c10's level INFO: TORCH_CPP_LOG_LEVEL=INFO shows it.
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>

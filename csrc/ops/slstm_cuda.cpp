@@ -1,8 +1,8 @@
 // The sLSTM operators on CUDA: the kernels of cuda/slstm where they take a call, else the generic path in ATen calls.
 // Built without nvcc (no XLSTM_CUDA), or with XLSTM_CUDA_KERNELS=off in the environment (the same in the forward and the
 // backward pass), all calls are generic. On compute capability 9.0 the blocks of a head pass y on within a cluster;
-// XLSTM_HOPPER=0, read when a device is first used, has them do it through global memory. Which path runs, and why, is logged once per reason at c10's level INFO:
-// TORCH_CPP_LOG_LEVEL=INFO shows it.
+// XLSTM_HOPPER=0, read when a device is first used, has them do it through global memory. Which path runs, and why, is logged
+// once per reason at c10's level INFO: TORCH_CPP_LOG_LEVEL=INFO shows it.
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 

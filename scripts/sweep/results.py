@@ -150,27 +150,25 @@ def _job_cells(job):
     return [job.case, job.model, f"{job.learning_rate:g}", job.seed]
 
 
+def _csv(header, rows):
+    """Text of the lines; None is an empty cell."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([header, *rows])
+    return out.getvalue()
+
+
 def csv_text(results):
     measures = sorted({measure for row in results.rows for measure in row.measures})
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*RUN_COLUMNS, *measures])
-    for row in results.rows:
-        numbers = ["" if value is None else value for value in (row.parameters, row.steps, row.seconds)]
-        writer.writerow([*_job_cells(row.job), row.status, row.failure, *numbers, row.machine, row.settings,
-                         *(row.measures.get(measure, "") for measure in measures)])
-    return out.getvalue()
+    return _csv([*RUN_COLUMNS, *measures], (
+        [*_job_cells(row.job), row.status, row.failure, row.parameters, row.steps, row.seconds, row.machine, row.settings,
+         *(row.measures.get(measure) for measure in measures)] for row in results.rows))
 
 
 def curves_text(results):
     metrics = sorted({metric for row in results.rows for metric in row.curves})
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*CURVE_COLUMNS, *metrics])
-    for row in results.rows:
-        for step in sorted({step for values in row.curves.values() for step in values}):
-            writer.writerow([*_job_cells(row.job), step, *(row.curves.get(m, {}).get(step, "") for m in metrics)])
-    return out.getvalue()
+    return _csv([*CURVE_COLUMNS, *metrics], (
+        [*_job_cells(row.job), step, *(row.curves.get(metric, {}).get(step) for metric in metrics)]
+        for row in results.rows for step in sorted({step for values in row.curves.values() for step in values})))
 
 
 def _read_table(path, columns):

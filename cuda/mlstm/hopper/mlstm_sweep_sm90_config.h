@@ -34,7 +34,7 @@ constexpr int sweep_sm90_anchor_numbers(const SweepSm90Tile& t) {
 }
 
 /// A block of the wide sweep has two of these.
-inline constexpr SweepSm90Tile kSweepSm90WideTile = {256, 64};
+inline constexpr SweepSm90Tile kSweepSm90WideTile = {256, kSweepSm90WideColumns};
 
 /// Launches the kernel of one use.
 template <Use kUse>

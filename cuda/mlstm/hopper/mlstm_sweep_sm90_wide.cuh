@@ -13,7 +13,9 @@
 namespace xlstm::cuda {
 
 struct SweepSm90WideShared {
-  static constexpr int kLength = kSweepSm90WideLength, kContraction = 256, kColumns = 64;
+  static constexpr int kLength = kSweepSm90WideLength,
+                       kContraction = kSweepSm90WideTile.contraction,
+                       kColumns = kSweepSm90WideTile.columns;
   static constexpr int kAbSlots = 7, kXSlots = 3, kGateSlots = 2;
 
   StripTile<kLength, kContraction / 2> ab[kAbSlots];  ///< halves of the columns
