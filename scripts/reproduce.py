@@ -47,7 +47,8 @@ def parse(arguments):
     sweep.add_argument("--only", metavar="MODEL,...", help="these models alone")
     sweep.add_argument("--resume", action="store_true", help="go on with the sweep in the folder")
     sweep.add_argument("--fresh", action="store_true", help="start anew; an existing folder is moved to NAME.old-N")
-    sweep.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at once; they share the cores (1)")
+    sweep.add_argument("--jobs", type=positive, metavar="N",
+                       help="runs at once, which share the cores (1; with --mini one per core); where speed is measured, 1")
     places = parser.add_argument_group("places")
     places.add_argument("--bin", type=Path, default=ROOT / "build" / "bin", metavar="DIR", help="folder of xlstm-train")
     places.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="folder of the sweeps")
@@ -71,6 +72,7 @@ def parse(arguments):
     without.add_argument("--into", type=Path, metavar="DIR",
                          help="with --report: copy results.csv and curves.csv of each there, make the page of all there")
     options = parser.parse_args(arguments)
+    options.jobs = options.jobs or (len(os.sched_getaffinity(0)) if options.mini and not options.job else 1)
     if options.id and options.all:
         parser.error("either an experiment or --all")
     if options.all and options.only:

@@ -97,6 +97,9 @@ std::vector<Field> model_fields() {
       XLSTM_FIELD(model.num_blocks, integers(1, 10000), "residual blocks"),
       XLSTM_FIELD(model.num_heads, integers(1, 65536), "heads of every cell"),
       XLSTM_FIELD(model.tie_weights, any(), "the output head shares the embedding's weight"),
+      XLSTM_FIELD(model.embedding_init_std, at_least(0),
+                  "standard deviation of the embedding's first weights; 0: "
+                  "sqrt(2 / (5 embedding_dim))"),
       XLSTM_FIELD(model.output_logit_soft_cap, at_least(0), "c in c*tanh(logits/c); 0: none"),
       XLSTM_FIELD(model.dropout, at_least_below(0, 1),
                   "probability of dropping a value in training"),

@@ -265,6 +265,9 @@ void validate_model(const Config& config) {
               ", expected 1 with model.input_features: one number is predicted");
   require(model.input_features == 0 || !model.tie_weights, config, "model.tie_weights",
           "expected false with model.input_features: there is no embedding");
+  require(model.input_features == 0 || model.embedding_init_std == 0, config,
+          "model.embedding_init_std",
+          "expected 0 with model.input_features: there is no embedding");
   if (model.kind != "gpt") require_defaults(config, {"model.max_positions"}, "gpt");
   if (model.kind != "h3") require_defaults(config, {"model.state_size"}, "h3");
   if (model.kind != "hyena") require_defaults(config, {"model.filter_length"}, "hyena");

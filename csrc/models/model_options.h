@@ -18,6 +18,7 @@ struct ModelOptions {
   int64_t num_blocks = 4;
   int64_t num_heads = 4;
   bool tie_weights = false;          ///< the head shares the embedding's weight
+  double embedding_init_std = 0;     ///< of its first weights; 0: sqrt(2 / (5 embedding_dim))
   double output_logit_soft_cap = 0;  ///< c * tanh(logits / c); 0: none (7B: 30)
   double dropout = 0;
   bool add_embedding_dropout = false;

@@ -191,10 +191,15 @@ std::shared_ptr<nn::Block> make_block(const ModelOptions& o, int64_t index,
 /// A module that holds one weight (V,D): the embedding and the untied head.
 class Table : public torch::nn::Module {
  public:
-  Table(int64_t rows, int64_t dim, at::Device device) {
+  /// init_std 0: that of small_init_.
+  Table(int64_t rows, int64_t dim, at::Device device, double init_std = 0) {
     weight = register_parameter(
         "weight", at::empty({rows, dim}, at::TensorOptions().dtype(at::kFloat).device(device)));
-    nn::small_init_(weight, dim);
+    if (init_std > 0) {
+      nn::normal_init_(weight, init_std);
+    } else {
+      nn::small_init_(weight, dim);
+    }
   }
   at::Tensor weight;
 };
@@ -206,8 +211,7 @@ class InputProjection : public torch::nn::Module {
     const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
     weight = register_parameter("weight", at::empty({dim, features}, options));
     bias = register_parameter("bias", at::zeros({dim}, options));
-    const at::NoGradGuard no_grad;
-    weight.normal_(0, std::sqrt(1.0 / static_cast<double>(features)));
+    nn::normal_init_(weight, std::sqrt(1.0 / static_cast<double>(features)));
   }
   at::Tensor forward(const at::Tensor& x) const { return at::linear(x, weight, bias); }
   at::Tensor weight, bias;
@@ -222,8 +226,9 @@ class BlockModel : public LanguageModel {
       input_ = register_module(
           "input", std::make_shared<InputProjection>(options.input_features, dim, device));
     } else {
-      embedding_ =
-          register_module("embedding", std::make_shared<Table>(options.vocab_size, dim, device));
+      embedding_ = register_module(
+          "embedding",
+          std::make_shared<Table>(options.vocab_size, dim, device, options.embedding_init_std));
     }
     if (options.kind == "gpt")
       positions_ = register_module("position_embedding",

@@ -16,15 +16,17 @@ at::Tensor filled(at::IntArrayRef sizes, double value, at::Device device) {
 
 }  // namespace
 
-void small_init_(at::Tensor& tensor, int64_t dim) {
+void normal_init_(at::Tensor& tensor, double std) {
   at::NoGradGuard no_grad;
-  if (!tensor.is_meta()) tensor.normal_(0, std::sqrt(2.0 / (5.0 * static_cast<double>(dim))));
+  if (!tensor.is_meta()) tensor.normal_(0, std);
+}
+
+void small_init_(at::Tensor& tensor, int64_t dim) {
+  normal_init_(tensor, std::sqrt(2.0 / (5.0 * static_cast<double>(dim))));
 }
 
 void wang_init_(at::Tensor& tensor, int64_t dim, int64_t num_blocks) {
-  at::NoGradGuard no_grad;
-  const double std = 2.0 / static_cast<double>(num_blocks) / std::sqrt(static_cast<double>(dim));
-  if (!tensor.is_meta()) tensor.normal_(0, std);
+  normal_init_(tensor, 2.0 / static_cast<double>(num_blocks) / std::sqrt(static_cast<double>(dim)));
 }
 
 void uniform_init_(at::Tensor& tensor, double bound) {

@@ -47,7 +47,8 @@ class Block : public torch::nn::Module {
   virtual std::vector<at::Tensor> outer_parameters() const { return {}; }
 };
 
-/// Draws of the reference codebases. They leave tensors on the meta device alone.
+/// First weights. These leave tensors on the meta device alone.
+void normal_init_(at::Tensor& tensor, double std);
 /// N(0, 2 / (5 dim)): "Transformers without Tears", arXiv 1910.05895.
 void small_init_(at::Tensor& tensor, int64_t dim);
 /// N(0, (2 / (num_blocks sqrt(dim)))^2): the down-projections.

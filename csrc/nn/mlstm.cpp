@@ -60,7 +60,7 @@ void HeadGate::init() {
               how, "\"");
   if (!bias.defined() || bias.is_meta()) return;
   const at::NoGradGuard no_grad;
-  if (how == "normal") bias.normal_(0, 0.1);
+  if (how == "normal") normal_init_(bias, 0.1);
   if (how == "linspace") linspace_init_(bias, 3, 6);
   if (how == "open") bias.fill_(kOpen);
 }

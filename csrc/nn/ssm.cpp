@@ -123,7 +123,7 @@ void DiagonalSsm::init() {
   log_decay_.fill_(std::log(0.5));
   frequency_.copy_(at::arange(state_size_ / 2, frequency_.options()) * std::numbers::pi);
   input_.select(-1, 0).fill_(1);
-  output_.normal_(0, std::sqrt(0.5));
+  normal_init_(output_, std::sqrt(0.5));
 }
 
 std::pair<at::Tensor, at::Tensor> DiagonalSsm::forward(

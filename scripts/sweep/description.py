@@ -7,7 +7,7 @@ Keys of a description:
   models                 {name: {label, config, learning_rates, needs, cases}}; `needs`: why it cannot be run, a row without
                          numbers; `cases`: {case: {config, learning_rates, needs}}, the only cases it takes part in
   learning_rates, seeds  lists; the learning rate with the best mean over the seeds counts, per case and model
-  trains                 false: nothing is trained, the evaluations are all
+  trains                 false: nothing is trained, the evaluations are all, and no other run is beside one of these
   decay_to               share of the learning rate at which its schedule ends; else optim.min_lr of the settings counts
   evaluations            {name: options of xlstm-eval, or of another `program`}, run after training: what it writes with
                          --json is measured as <name>.<metric>, within groups <name>.<group>.<metric>

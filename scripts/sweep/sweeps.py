@@ -65,7 +65,7 @@ def execute(runs, jobs, progress, after=lambda run: None):
     waiting, active = [run for run in runs if not run.done], []
     try:
         while (waiting or active) and not stop:
-            while waiting and len(active) < jobs:
+            while waiting and len(active) < jobs and not (active and (waiting[0].alone or active[0].alone)):
                 active.append(waiting.pop(0))
                 active[-1].start()
             time.sleep(POLL_SECONDS)

@@ -18,7 +18,7 @@ from toy_sweep import EXPERIMENT, ROOT, SCRIPT, command, edit, reproduce, set_tr
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from sweep import claims, description, progress  # noqa: E402
+from sweep import claims, description, progress, sweeps  # noqa: E402
 
 
 def test_table_and_csv(toy):
@@ -152,6 +152,36 @@ def test_the_bar_knows_what_steps_cost(monkeypatch):
     assert "[#############-------]  65% | 3/5 runs | eta 1m20s | large/all/c step 25/100" in screen.getvalue()
     bar.finished(runs[3], runs)
     assert "3/5 large/all/c: loss 2, eta 1m20s" in screen.getvalue()
+
+
+class Turn:
+    """A run that is done when it has been looked at twice, and tells who else was at work when it started."""
+
+    stage, failure = "train", None
+
+    def __init__(self, name, at_work, alone=False):
+        self.name, self.alone, self.at_work, self.looks, self.beside = name, alone, at_work, 0, None
+
+    @property
+    def done(self):
+        return self.looks == 2
+
+    def start(self):
+        self.beside = "".join(run.name for run in self.at_work)
+        self.at_work.append(self)
+
+    def poll(self):
+        self.looks += 1
+        if self.done:
+            self.at_work.remove(self)
+
+
+def test_what_measures_speed_runs_alone():
+    at_work = []
+    runs = [Turn(name, at_work, name.isupper()) for name in "abCDef"]
+    bar = SimpleNamespace(update=lambda *_: None, finished=lambda *_: None, close=lambda: None)
+    assert sweeps.execute(runs, 2, bar)
+    assert [run.beside for run in runs] == ["", "a", "", "", "", "e"]
 
 
 def test_only_and_seeds(toy):
