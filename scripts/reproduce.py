@@ -126,6 +126,8 @@ def prepare(options, experiments):
 
 def sweep_all(options, sweeps):
     """Runs what is to be run; an experiment's table is written when its last run is done."""
+    for sweep in sweeps:
+        sweep.plan()
     runs = [run for sweep in sweeps for run in sweep.runs]
 
     def after(run):

@@ -54,28 +54,29 @@ def parse_mfu(text):
 
 
 def describe(program, settings):
-    """What --describe tells of each of {name: settings}, in their order."""
+    """What --describe tells of each of {name: settings}, in their order. Throws a SweepError for settings that it does not take."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{name}.yaml" for name in settings]
         for file, own in zip(files, settings.values()):
             file.write_text(yaml.safe_dump(own), encoding="utf-8")
         done = subprocess.run([str(program), *map(str, files), "--describe"], capture_output=True, text=True)
     if done.returncode != 0:
-        raise SweepError(f"{program} --describe: {done.stderr.strip() or f'status {done.returncode}'}")
+        what = done.stderr.strip().replace(f"{folder}/", "") or f"status {done.returncode}"
+        raise SweepError(f"{program} --describe: {what}")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def costs(experiment, programs, models=None):
-    """One Cost per case and model; models that differ in nothing that counts are described once."""
+    """One Cost per case and model; models that differ in nothing that counts are described once, under CASE.MODEL."""
     jobs = {}
     for job in experiment.jobs(models):
         jobs.setdefault((job.case, job.model), []).append(job)
     texts, different = {}, {}
     for (case, model), group in jobs.items():
         own = experiment.settings(group[0])
-        own = {part: own[part] for part in FROM_MODEL_AND_DATA if part in own}
-        own["data"] = {key: value for key, value in own.get("data", {}).items() if key != "shuffle_seed"}
-        texts[case, model] = yaml.safe_dump(own)
+        counts = {part: own[part] for part in FROM_MODEL_AND_DATA if part in own}
+        counts["data"] = {key: value for key, value in own.get("data", {}).items() if key != "shuffle_seed"}
+        texts[case, model] = yaml.safe_dump(counts)
         different.setdefault(texts[case, model], (f"{case}.{model}", own))
     program = programs.path("xlstm-train")
     if not os.access(program, os.X_OK):

@@ -168,6 +168,7 @@ class Run:
         self.config, self.log, self.result_path = (base.with_name(base.name + end)
                                                    for end in (".yaml", ".log", ".result.json"))
         self.total_steps = experiment.steps(job) if experiment.trains else 1
+        self.step_flops = None  # of a training step, once it is planned
         self.alone = not experiment.trains  # its evaluations, all it has, measure speed
         self.failure = self.process = self.stage = None
         self.diverged = False

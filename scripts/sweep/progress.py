@@ -15,19 +15,23 @@ def duration(seconds):
 
 
 def _costs(runs):
-    """Function of a run: seconds per step, as far as finished runs tell; 1 while there are none."""
+    """Function of a run: seconds per step, as far as finished runs tell; until one has, its operations alone count."""
     known = {}
     for run in runs:
         steps = run.result and (run.result["steps"] or run.total_steps)  # a run that only measures counts as one step
         if steps and run.result["seconds"]:
             cost, experiment = run.result["seconds"] / steps, run.experiment.name
-            for key in ((experiment, run.job.case, run.job.model), experiment, None):
-                known.setdefault(key, []).append(cost)
+            known.setdefault((experiment, run.job.case, run.job.model), []).append(cost)
+            for key in (experiment, None) if run.step_flops else (experiment,):
+                known.setdefault(key, []).append(cost / (run.step_flops or 1.0))
     means = {key: sum(costs) / len(costs) for key, costs in known.items()}
 
     def cost(run):
-        keys = ((run.experiment.name, run.job.case, run.job.model), run.experiment.name, None)
-        return next((means[key] for key in keys if key in means), 1.0)
+        own = means.get((run.experiment.name, run.job.case, run.job.model))
+        if own is not None:
+            return own
+        rate = means.get(run.experiment.name, means.get(None, 1.0) if run.step_flops else 1.0)
+        return rate * (run.step_flops or 1.0)
 
     return cost
 
@@ -46,8 +50,8 @@ class Progress:
     def eta(self, runs):
         """Seconds to go; None: unknown yet.
 
-        Steps cost what those of the same model did in finished runs, else the mean of the experiment's models, else of all;
-        how the sweep so far compares with that, evaluations and runs beside each other included, goes for the rest too."""
+        Steps cost what those of the same model did in finished runs, else by their operations at the mean rate of the
+        experiment's models, else of all; how the sweep so far compares with that, evaluations and runs beside each other included, goes for the rest too."""
         costs = _costs(runs)
         here = [(run, run.step() - self.steps_before[id(run)]) for run in runs if run.failure is None]
         expected = sum(steps * costs(run) for run, steps in here)

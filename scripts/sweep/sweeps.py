@@ -4,6 +4,7 @@ import fcntl
 import signal
 import time
 
+from .estimate import costs
 from .execution import Run, SweepError
 
 POLL_SECONDS = 0.05
@@ -52,7 +53,20 @@ class SweepFolder:
 class Sweep:
     def __init__(self, experiment, folder, programs, models=None):
         self.experiment, self.folder, self.models = experiment, folder, models
+        self.programs = programs
         self.runs = [Run(experiment, job, folder, programs) for job in experiment.jobs(models)]
+
+    def plan(self):
+        """What a step of each model costs; settings that the trainer does not take are an error now, not hours later."""
+        if not self.experiment.trains or all(run.done for run in self.runs):
+            return
+        try:
+            found = {(cost.case, cost.model): cost.numbers for cost in costs(self.experiment, self.programs, self.models)}
+        except SweepError as error:
+            raise SweepError(f"{self.experiment.name}: {error}") from error
+        for run in self.runs:
+            numbers = found[run.job.case, run.job.model]
+            run.step_flops = numbers["training_flops"] / max(1, numbers["steps"])
 
     def execute(self, jobs, progress):
         return execute(self.runs, jobs, progress)

@@ -114,10 +114,10 @@ class Run:
 
     failure, stage, total_steps = None, "train", 100
 
-    def __init__(self, experiment, model, at=0, seconds=None):
+    def __init__(self, experiment, model, at=0, seconds=None, step_flops=1.0):
         self.experiment = SimpleNamespace(name=experiment, measure="loss")
         self.job = SimpleNamespace(case="all", model=model, name=f"all/{model}")
-        self.at = at
+        self.at, self.step_flops = at, step_flops
         self.result = None if seconds is None else {"steps": 100, "seconds": seconds, "diverged": False,
                                                     "measures": {"loss": 2.0}}
 
@@ -152,6 +152,14 @@ def test_the_bar_knows_what_steps_cost(monkeypatch):
     assert "[#############-------]  65% | 3/5 runs | eta 1m20s | large/all/c step 25/100" in screen.getvalue()
     bar.finished(runs[3], runs)
     assert "3/5 large/all/c: loss 2, eta 1m20s" in screen.getvalue()
+
+
+def test_a_model_that_has_not_run_costs_what_its_operations_do():
+    runs = [Run("small", "a", seconds=10, step_flops=1e6), Run("small", "b", step_flops=3e6), Run("other", "c", step_flops=2e6),
+            Run("small", "a", at=50, step_flops=1e6), Run("measured", "d", seconds=700, step_flops=None),
+            Run("measured", "e", step_flops=None)]
+    seconds = progress._costs(runs)
+    assert [100 * seconds(run) for run in runs] == pytest.approx([10, 30, 20, 10, 700, 700])
 
 
 class Turn:
@@ -207,6 +215,10 @@ def test_errors_are_clear(toy):
                                (["toy", "--only", "x"], "has no model x; it has good, bad, later")):
         done = reproduce(toy, *arguments)
         assert done.returncode == 2 and message in done.stderr
+    edit(toy, "bad: {config: {model: {kind: a", "bad: {config: {model: {kind: unheard-of")
+    done = reproduce(toy, "toy", "--fresh")  # said before the first run
+    assert done.returncode == 2 and "xlstm-train: error: all.bad.yaml:3: model.kind: is unheard-of" in done.stderr
+    assert not (toy / "out" / "toy" / "all").exists()
     (toy / "bin" / "xlstm-train").unlink()
     done = reproduce(toy, "toy")
     assert done.returncode == 2 and "xlstm-train is not there; build it" in done.stderr

@@ -16,6 +16,8 @@ import fcntl, json, pathlib, sys, time, yaml
 if "--describe" in sys.argv:
     for path in sys.argv[1:-1]:
         config = yaml.safe_load(open(path))
+        if config["model"]["kind"] == "unheard-of":
+            sys.exit(f"xlstm-train: error: {{path}}:3: model.kind: is unheard-of")
         steps = config["train"]["max_steps"]
         print(json.dumps({{"parameters": 2 * steps, "training_flops": 1e18 * config["model"]["skill"], "tokens": 64 * steps,
                           "steps": steps}}))
