@@ -38,13 +38,11 @@ const std::vector<OptionSpec> kOptions{
      "generate one sequence up to the last of these positions and tell what a token costs there"},
     {"--batches", "N,...",
      "generate so many sequences at once, in turn, and tell the tokens per second (--tokens steps "
-     "of "
-     "each)"},
+     "of each)"},
     {"--prompt", "N", "random tokens before those that --positions and --batches generate (16)"},
     {"--lazy-fold", "WHEN",
      "on, off, or auto: mLSTM states that are written every 16th token alone, where that moves "
-     "fewer "
-     "bytes on a GPU (auto)"},
+     "fewer bytes on a GPU (auto)"},
     {"--json", "FILE", "also write the numbers there"},
     {"--help", "", "show this"}};
 
@@ -178,11 +176,10 @@ int body(int argc, char** argv) {
   if (line.has("--help")) {
     std::printf(
         "usage: xlstm-bench CONFIG.yaml [key.sub=value ...] [options]\n\nTimes training steps on "
-        "random tokens "
-        "and decoding, medians; with --positions or --batches, how fast it generates. mfu: the "
-        "model's floating point operations (train/flops.h) per "
-        "second, as a share of "
-        "those of one large matrix product in the same dtype, measured in the same run.\n\n%s",
+        "random tokens and decoding, medians; with --positions or --batches, how fast it "
+        "generates. mfu: the model's floating point operations (train/flops.h) per second, as a "
+        "share of those of one large matrix product in the same dtype, measured in the same "
+        "run.\n\n%s",
         format_options(kOptions).c_str());
     return 0;
   }

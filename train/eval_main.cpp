@@ -3,19 +3,16 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <iostream>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "csrc/core/error.h"
-#include "csrc/core/file.h"
 #include "csrc/data/dataset.h"
 #include "csrc/data/prepare.h"
 #include "csrc/data/task_source.h"
@@ -23,6 +20,7 @@
 #include "train/checkpoint.h"
 #include "train/command_line.h"
 #include "train/device.h"
+#include "train/eval_report.h"
 #include "train/evaluation.h"
 #include "train/token_frequency.h"
 
@@ -32,12 +30,17 @@ namespace {
 namespace fs = std::filesystem;
 
 const std::vector<OptionSpec> kOptions{
-    {"--data", "PREFIX", "prepared token file (default: the run's own held-out set)"},
+    {"--data", "PREFIX|FOLDER",
+     "prepared token file, or a folder of such, one for each source, which are judged apart and "
+     "together (default: the run's own held-out set)"},
     {"--text", "FILE", "text file, folder or glob, tokenised on the spot"},
     {"--seq-len", "N", "context length; may exceed the trained one (data.seq_len)"},
     {"--min-len", "N", "of a data.task: tokens of its shortest sample (data.task.eval_min_len)"},
     {"--batch-size", "N", "windows per forward pass (as in training, fewer for longer windows)"},
-    {"--batches", "N", "stop after so many batches; 0: the whole set (0)"},
+    {"--batches", "N", "stop after so many batches of every set; 0: the whole set (0)"},
+    {"--fill-last", "",
+     "the last window of a text begins earlier, so that it is as long as the others; what has been "
+     "judged before does not count again"},
     {"--frequency-buckets", "N,...",
      "also the perplexity of tokens by how often they occur in the training text: 10,100 judges "
      "those that occur 0 to 9 times, 10 to 99 times, and more often"},
@@ -93,11 +96,32 @@ std::shared_ptr<const data::TokenFile> open_data(const LoadedModel& loaded,
   return file;
 }
 
-struct EvalData {
-  std::string name;  ///< as the user knows it
+struct NamedSet {
+  std::string name;
   std::unique_ptr<data::HeldOutSet> set;
+};
+
+struct EvalData {
+  std::string name;               ///< as the user knows it
+  std::vector<NamedSet> sources;  ///< one, or those of a folder
+  bool by_source = false;
   std::unique_ptr<TemporaryFolder> folder;  ///< of a set that was prepared for this call
 };
+
+/// The prefixes of a folder's prepared token files, by name.
+std::vector<std::string> prefixes_in(const std::string& folder) {
+  std::vector<std::string> prefixes;
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder))
+    if (entry.path().extension() == ".idx")
+      prefixes.push_back(fs::path(entry.path()).replace_extension().string());
+  if (prefixes.empty())
+    throw Error(ExitCode::kData, folder +
+                                     ": holds no prepared token file (.bin and .idx); write them "
+                                     "with xlstm-data prepare --output " +
+                                     (fs::path(folder) / "NAME").string());
+  std::sort(prefixes.begin(), prefixes.end());
+  return prefixes;
+}
 
 std::unique_ptr<data::HeldOutSet> task_set(const CommandLine& line, const config::Config& config,
                                            int64_t seq_len) {
@@ -151,106 +175,68 @@ EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t
   const config::Config& config = loaded.config;
   EvalData choice;
   if (data::is_given(config.data.task) && !line.has("--text") && !line.has("--data")) {
-    choice.set = task_set(line, config, seq_len);
-    choice.name = choice.set->name();
+    if (line.has("--fill-last"))
+      throw Error(ExitCode::kConfig, "--fill-last is for texts, not for a data.task");
+    choice.sources.push_back({"", task_set(line, config, seq_len)});
+    choice.name = choice.sources[0].set->name();
     return choice;
   }
   if (line.has("--min-len"))
     throw Error(ExitCode::kConfig, "--min-len is for models that were trained on a data.task");
-  std::string prefix;
+  std::vector<std::string> prefixes;
   if (line.has("--text")) {
     choice.folder = std::make_unique<TemporaryFolder>();
     choice.name = line.get("--text", "");
-    prefix = (choice.folder->path() / "text").string();
+    prefixes = {(choice.folder->path() / "text").string()};
     data::PrepareOptions options;
     options.inputs = {choice.name};
-    options.output_prefix = prefix;
+    options.output_prefix = prefixes[0];
     options.tokenizer = loaded.tokenizer;
     data::prepare(options);
   } else {
-    prefix = line.has("--data") ? line.get("--data", "") : held_out_prefix(loaded);
-    choice.name = prefix;
+    choice.name = line.has("--data") ? line.get("--data", "") : held_out_prefix(loaded);
+    choice.by_source = fs::is_directory(choice.name);
+    prefixes = choice.by_source ? prefixes_in(choice.name) : std::vector{choice.name};
   }
   data::DatasetOptions options;
   options.seq_len = seq_len;
   options.reset_state_at_document = config.data.reset_state_at_document;
   options.mask_loss_across_documents = config.data.mask_loss_across_documents;
-  choice.set = std::make_unique<data::EvalSet>(open_data(loaded, prefix), options);
+  options.fill_last_window = line.has("--fill-last");
+  for (const std::string& prefix : prefixes)
+    choice.sources.push_back({fs::path(prefix).filename().string(),
+                              std::make_unique<data::EvalSet>(open_data(loaded, prefix), options)});
   return choice;
 }
 
-/// "count_10": what the bucket that begins at 10 holds; without loss where no target is in it.
-nlohmann::ordered_json bucket_json(const std::vector<int64_t>& edges,
-                                   const EvaluationResult& result) {
-  nlohmann::ordered_json json = nlohmann::ordered_json::object();
-  for (size_t i = 0; i < result.groups.size(); ++i) {
-    const GroupLoss& group = result.groups[i];
-    nlohmann::ordered_json bucket = {{"tokens", group.tokens}};
-    if (group.tokens > 0) {
-      const double loss = group.nats / static_cast<double>(group.tokens);
-      bucket["loss"] = loss;
-      bucket["perplexity"] = std::exp(loss);
-    }
-    json["count_" + std::to_string(edges[i])] = bucket;
-  }
-  return json;
-}
-
-void print_buckets(const std::vector<int64_t>& edges, const EvaluationResult& result) {
-  for (size_t i = 0; i < result.groups.size(); ++i) {
-    const GroupLoss& group = result.groups[i];
-    const std::string end =
-        i + 1 < edges.size() ? " to " + std::to_string(edges[i + 1] - 1) : " or more";
-    std::printf("tokens that occur %lld%s times: %lld", static_cast<long long>(edges[i]),
-                end.c_str(), static_cast<long long>(group.tokens));
-    if (group.tokens > 0)
-      std::printf(", perplexity %.4f", std::exp(group.nats / static_cast<double>(group.tokens)));
-    std::printf("\n");
-  }
-}
-
-void write_json(const std::string& path, const LoadedModel& loaded, const std::string& data,
-                int64_t seq_len, const EvaluationResult& result,
-                const std::optional<Buckets>& buckets, double seconds) {
-  nlohmann::ordered_json json = {{"checkpoint", loaded.folder},
-                                 {"data", data},
-                                 {"seq_len", seq_len},
-                                 {"trained_seq_len", loaded.config.data.seq_len},
-                                 {"loss", result.loss},
-                                 {"perplexity", result.perplexity},
-                                 {"bits_per_byte", result.bits_per_byte},
-                                 {"tokens", result.tokens},
-                                 {"seconds", seconds}};
-  if (result.last_error.has_value()) json["last_error"] = *result.last_error;
-  if (result.accuracy.has_value()) {
-    json["accuracy"] = *result.accuracy;
-    json["scaled_accuracy"] = *result.scaled_accuracy;
-  }
-  if (buckets) json["frequency"] = bucket_json(buckets->edges, result);
-  write_file_atomically(path, json.dump(2) + "\n");
-}
-
-void print_result(const EvaluationResult& result) {
-  if (result.last_error.has_value()) {
-    std::printf("squared error %.6f, at the last position %.6f", result.loss, *result.last_error);
-    return;
-  }
-  std::printf("loss %.6f nats/token | perplexity %.4f | ", result.loss, result.perplexity);
-  if (result.accuracy.has_value()) {
-    std::printf("accuracy %.4f, scaled %.4f", *result.accuracy, *result.scaled_accuracy);
-  } else if (result.bits_per_byte > 0) {
-    std::printf("bits per byte %.4f", result.bits_per_byte);
+EvalReport judge(const LoadedModel& loaded, const EvalData& data, int64_t seq_len,
+                 int64_t batch_size, int64_t batches, const std::optional<Buckets>& buckets) {
+  EvalReport report;
+  report.checkpoint = loaded.folder;
+  report.data = data.name;
+  report.seq_len = seq_len;
+  report.trained_seq_len = loaded.config.data.seq_len;
+  if (buckets) report.bucket_edges = buckets->edges;
+  const bool bfloat16 = loaded.config.train.dtype == "bfloat16";
+  const auto start = std::chrono::steady_clock::now();
+  for (const auto& [name, set] : data.sources)
+    report.sources.push_back({name, evaluate(*loaded.model, *set, batch_size, batches, bfloat16,
+                                             true, buckets ? &buckets->groups : nullptr)});
+  report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (data.by_source) {
+    report.result = combined(report.sources);
   } else {
-    std::printf("bits per byte unknown (no sidecar)");
+    report.result = std::move(report.sources[0].result);
+    report.sources.clear();
   }
+  return report;
 }
 
 int body(int argc, char** argv) {
   const CommandLine line = parse_command_line(argc, argv, kOptions);
   if (line.has("--help")) {
     std::cout << "usage: xlstm-eval CHECKPOINT|RUN_FOLDER [options]\n\nLoss, perplexity and bits "
-                 "per byte of a trained "
-                 "model.\n\n"
+                 "per byte of a trained model.\n\n"
               << format_options(kOptions);
     return 0;
   }
@@ -275,20 +261,11 @@ int body(int argc, char** argv) {
       "--batch-size", std::max<int64_t>(1, trained_batch * config.data.seq_len / seq_len), 1);
   const int64_t batches = line.get_int("--batches", 0, 0);
 
-  const EvalData source = choose_data(line, loaded, seq_len);
+  const EvalData data = choose_data(line, loaded, seq_len);
   const std::optional<Buckets> buckets = choose_buckets(line, loaded);
-  const auto start = std::chrono::steady_clock::now();
-  const EvaluationResult result =
-      evaluate(*loaded.model, *source.set, batch_size, batches, config.train.dtype == "bfloat16",
-               true, buckets ? &buckets->groups : nullptr);
-  const double seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  print_result(result);
-  std::printf(" | %lld tokens at context %lld\n", static_cast<long long>(result.tokens),
-              static_cast<long long>(seq_len));
-  if (buckets) print_buckets(buckets->edges, result);
-  if (line.has("--json"))
-    write_json(line.get("--json", ""), loaded, source.name, seq_len, result, buckets, seconds);
+  const EvalReport report = judge(loaded, data, seq_len, batch_size, batches, buckets);
+  print_report(report);
+  if (line.has("--json")) write_report(line.get("--json", ""), report);
   return 0;
 }
 

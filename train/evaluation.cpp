@@ -136,4 +136,26 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
   return result;
 }
 
+EvaluationResult combined(const std::vector<JudgedSet>& sets) {
+  EvaluationResult all;
+  double nats = 0, bytes = 0;
+  bool bytes_known = true;
+  for (const auto& [name, part] : sets) {
+    const double part_nats = part.loss * static_cast<double>(part.tokens);
+    nats += part_nats;
+    bytes_known = bytes_known && part.bits_per_byte > 0;
+    if (bytes_known) bytes += part_nats / std::log(2.0) / part.bits_per_byte;
+    all.tokens += part.tokens;
+    all.groups.resize(std::max(all.groups.size(), part.groups.size()));
+    for (size_t i = 0; i < part.groups.size(); ++i) {
+      all.groups[i].nats += part.groups[i].nats;
+      all.groups[i].tokens += part.groups[i].tokens;
+    }
+  }
+  all.loss = nats / static_cast<double>(all.tokens);
+  all.perplexity = std::exp(all.loss);
+  if (bytes_known) all.bits_per_byte = nats / std::log(2.0) / bytes;
+  return all;
+}
+
 }  // namespace xlstm::train

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "csrc/data/batch.h"
@@ -36,5 +37,13 @@ struct EvaluationResult {
 EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
                           int64_t batch_size, int64_t max_batches = 0, bool bfloat16 = false,
                           bool show_progress = false, const TokenGroups* groups = nullptr);
+
+struct JudgedSet {
+  std::string name;
+  EvaluationResult result;
+};
+
+/// Of several sets of texts as if they were one.
+EvaluationResult combined(const std::vector<JudgedSet>& sets);
 
 }  // namespace xlstm::train

@@ -142,7 +142,12 @@ Batch EvalSet::batch(int64_t first_window, int64_t count) const {
   for (int64_t row = 0; row < count; ++row) {
     const int64_t first = (first_window + row) * options_.seq_len;
     const int64_t length = std::min(options_.seq_len, file_->num_tokens() - 1 - first);
-    fill_row(*file_, options_, first, length, row, tokens, starts, batch);
+    const int64_t before =
+        options_.fill_last_window ? std::min(first, options_.seq_len - length) : 0;
+    fill_row(*file_, options_, first - before, before + length, row, tokens, starts, batch);
+    const auto targets = batch.target.begin() + row * options_.seq_len;
+    batch.num_targets -= before - std::count(targets, targets + before, kIgnored);
+    std::fill(targets, targets + before, kIgnored);
   }
   return batch;
 }

@@ -16,6 +16,8 @@ struct DatasetOptions {
   uint64_t seed = 1234;
   bool reset_state_at_document = true;
   bool mask_loss_across_documents = true;
+  /// Of held-out sets: the last window begins earlier, so that it is full; what was scored before does not count again.
+  bool fill_last_window = false;
 };
 
 struct WeightedFile {
@@ -47,8 +49,8 @@ class Dataset final : public SampleSource {
   DatasetOptions options_;
 };
 
-/// A held-out file in order, once: window w is tokens [w*T, w*T+T], the last one shorter windows are padded with
-/// target -100, so that every token but the first of each document is scored exactly once.
+/// A held-out file in order, once: window w is tokens [w*T, w*T+T], the last one shorter (windows are padded with
+/// target -100) or begun earlier, so that every token but the first of each document is scored exactly once.
 class EvalSet final : public HeldOutSet {
  public:
   EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& options);

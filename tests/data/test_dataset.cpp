@@ -247,6 +247,26 @@ TEST_CASE("the fingerprint covers data, order and settings") {
   CHECK(fingerprints.size() == datasets.size());
 }
 
+TEST_CASE("a last window that is filled begins earlier and scores nothing twice") {
+  TemporaryFolder folder;
+  const std::vector<std::vector<int64_t>> documents{{1, 2, 3, 4, 5}, {6, 7, 8, 9, 10, 11}};
+  const auto file = open_tokens(write_tokens(folder / "t", 256, documents, 90));
+  DatasetOptions options = options_of(4);
+  options.fill_last_window = true;
+  const EvalSet set(file, options);
+  REQUIRE(set.num_windows() == 3);
+  const Batch batch = set.batch(0, 3);
+  CHECK(batch.input == std::vector<int64_t>{1, 2, 3, 4, 5, 6, 7, 8, 7, 8, 9, 10});
+  CHECK(batch.target == std::vector<int64_t>{2, 3, 4, 5, -100, 7, 8, 9, -100, -100, 10, 11});
+  CHECK(batch.num_targets == 9);
+  CHECK(set.batch(2, 1).num_targets == 2);
+
+  options.seq_len = 50;  // longer than the file: nothing lies before
+  const Batch all = EvalSet(file, options).batch(0, 1);
+  CHECK(all.num_targets == 9);
+  CHECK((all.input[0] == 1 && all.target[9] == 11 && all.target[10] == -100));
+}
+
 TEST_CASE("held-out tokens are scored exactly once") {
   TemporaryFolder folder;
   const std::vector<std::vector<int64_t>> documents{

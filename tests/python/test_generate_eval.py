@@ -101,6 +101,30 @@ def test_eval_at_longer_contexts_and_on_text(run, tmp_path):
     assert loss("--data", tmp_path / "tokens")["loss"] == pytest.approx(on_text["loss"], rel=1e-9)
 
 
+def test_eval_of_a_folder_of_sources(run, tmp_path):
+    texts = {"code": "def f(x):\n    return x + 1\n" * 30, "prose": "The cell keeps memory slowly and then reads.\n" * 20}
+    for name, content in texts.items():
+        (tmp_path / f"{name}.txt").write_text(content)
+        program("xlstm-data", "prepare", "--output", tmp_path / "sources" / name, tmp_path / f"{name}.txt", check=0)
+
+    def judged(data, *options):
+        done = program("xlstm-eval", run.path, "--data", data, "--json", tmp_path / "eval.json", *options, check=0)
+        return json.loads((tmp_path / "eval.json").read_text()), done.stdout
+    alone = {name: judged(tmp_path / "sources" / name)[0] for name in texts}
+    together, out = judged(tmp_path / "sources")
+    assert together["sources"] == {name: {key: alone[name][key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")}
+                                   for name in texts}
+    tokens = sum(each["tokens"] for each in alone.values())
+    assert together["tokens"] == tokens == sum(map(len, texts.values()))
+    assert together["loss"] == pytest.approx(sum(each["loss"] * each["tokens"] for each in alone.values()) / tokens)
+    assert together["mean_perplexity"] == pytest.approx(sum(each["perplexity"] for each in alone.values()) / 2)
+    assert re.search(r"^code +loss .*\nprose +loss .*\nmean perplexity of the 2 sources ", out)
+    filled, _ = judged(tmp_path / "sources", "--fill-last")
+    assert filled["tokens"] == tokens and filled["loss"] != together["loss"]
+    (tmp_path / "empty").mkdir()
+    assert "holds no prepared token file" in program("xlstm-eval", run.path, "--data", tmp_path / "empty", check=3).stderr
+
+
 def test_eval_by_frequency_in_the_training_text(run, tmp_path):
     out = tmp_path / "eval.json"
     done = program("xlstm-eval", run.path, "--frequency-buckets", "500,4000", "--json", out, check=0)

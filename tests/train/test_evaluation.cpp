@@ -98,6 +98,24 @@ TEST_CASE("evaluation is the token-weighted mean over the whole set") {
   }
 }
 
+TEST_CASE("sets that are combined count by their tokens and bytes") {
+  // 10 tokens of 2 bits at 2 bytes each and 30 of 1 bit at 4: 50 bits, 140 bytes.
+  const double bit = std::log(2.0);
+  EvaluationResult a, b;
+  a.loss = 2 * bit, a.tokens = 10, a.bits_per_byte = 1.0, a.groups = {{8, 4}, {12, 6}};
+  b.loss = bit, b.tokens = 30, b.bits_per_byte = 0.25, b.groups = {{1, 10}, {29, 20}};
+  const EvaluationResult all = combined({{"a", a}, {"b", b}});
+  CHECK(all.tokens == 40);
+  CHECK(all.loss == Approx(50 * bit / 40));
+  CHECK(all.perplexity == Approx(std::exp(all.loss)));
+  CHECK(all.bits_per_byte == Approx(50.0 / 140));
+  REQUIRE(all.groups.size() == 2);
+  CHECK((all.groups[0].nats == 9 && all.groups[0].tokens == 14));
+  CHECK((all.groups[1].nats == 41 && all.groups[1].tokens == 26));
+  b.bits_per_byte = 0;  // unknown
+  CHECK(combined({{"a", a}, {"b", b}}).bits_per_byte == 0);
+}
+
 TEST_CASE("tokens are judged by how often they occur in other text") {
   const testing::TemporaryFolder folder;
   const auto file = make_file(folder);
