@@ -16,18 +16,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from sweep.claims import ClaimError  # noqa: E402
 from sweep.description import DescriptionError, experiment_ids, load, load_all  # noqa: E402
 from sweep.estimate import MFU_PERCENT, PEAK_TFLOPS, Device, costs, estimate_text, parse_mfu  # noqa: E402
-from sweep.execution import Programs, Run, SweepError  # noqa: E402
+from sweep.execution import ASKED_TO_STOP, Programs, Run, SweepError  # noqa: E402
 from sweep.launch import command_line, write_files  # noqa: E402
+from sweep.machine import visible_gpus  # noqa: E402
 from sweep.page import rebuild, write_page  # noqa: E402
 from sweep.progress import Progress  # noqa: E402
 from sweep.report import table_text, write  # noqa: E402
 from sweep.results import Results  # noqa: E402
 from sweep.sweeps import Sweep, SweepFolder, execute, lock  # noqa: E402
-
-STOPPED = 75
 
 
 def positive(text):
@@ -45,34 +43,19 @@ def parse(arguments):
     sweep = parser.add_argument_group("running")
     sweep.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 to N-1 instead of the description's")
     sweep.add_argument("--only", metavar="MODEL,...", help="these models alone")
-    sweep.add_argument("--resume", action="store_true", help="go on with the sweep in the folder")
-    sweep.add_argument("--fresh", action="store_true", help="start anew; an existing folder is moved to NAME.old-N")
+    existing = sweep.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with the sweep in the folder")
+    existing.add_argument("--fresh", action="store_true", help="start anew; an existing folder is moved to NAME.old-N")
     sweep.add_argument("--jobs", type=positive, metavar="N",
-                       help="runs at once, which share the cores (1; with --mini one per core); where speed is measured, 1")
+                       help="runs at once, which share the cores and take the GPUs in turn (1; with --mini one per GPU, without "
+                            "any one per core); where speed is measured, 1")
     places = parser.add_argument_group("places")
     places.add_argument("--bin", type=Path, default=ROOT / "build" / "bin", metavar="DIR", help="folder of xlstm-train")
     places.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="folder of the sweeps")
     places.add_argument("--experiments", type=Path, default=ROOT / "scripts" / "reproduce", metavar="DIR",
                         help="folder of the descriptions")
-    without = parser.add_argument_group("instead of running a sweep")
-    without.add_argument("--collect", action="store_true",
-                         help="run nothing: table and figures of what has been measured so far")
-    without.add_argument("--estimate", action="store_true", help="GPU time of all runs, from xlstm-train --describe")
-    without.add_argument("--mfu", default="", metavar="PERCENT[,MODEL=PERCENT...]",
-                         help=f"with --estimate: utilisation of the GPU ({MFU_PERCENT:g}, as measured; see sweep/estimate.py)")
-    without.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS, metavar="N",
-                         help=f"with --estimate: what the GPU's matrix product gives ({PEAK_TFLOPS:g})")
-    without.add_argument("--step-ms", type=float, default=0.0, metavar="MS", help="with --estimate: no step takes less (0)")
-    without.add_argument("--print-jobs", action="store_true", help="the command of every run, to be started anywhere")
-    without.add_argument("--launch", type=Path, metavar="DIR",
-                         help="write a SLURM array and a script for a machine with several GPUs, one run per GPU")
-    without.add_argument("--job", metavar="NAME", help="one run alone, beside others in the same folder; makes no table")
-    without.add_argument("--report", type=Path, nargs="+", metavar="FOLDER",
-                         help="make report.html anew from folders with results.csv, or from folders of such folders")
-    without.add_argument("--into", type=Path, metavar="DIR",
-                         help="with --report: copy results.csv and curves.csv of each there, make the page of all there")
+    add_what_is_no_sweep(parser)
     options = parser.parse_args(arguments)
-    options.jobs = options.jobs or (len(os.sched_getaffinity(0)) if options.mini and not options.job else 1)
     if options.id and options.all:
         parser.error("either an experiment or --all")
     if options.all and options.only:
@@ -82,6 +65,27 @@ def parse(arguments):
     if options.into and not options.report:
         parser.error("--into goes with --report")
     return options
+
+
+def add_what_is_no_sweep(parser):
+    group = parser.add_argument_group("instead of running a sweep")
+    without = group.add_mutually_exclusive_group()
+    without.add_argument("--collect", action="store_true",
+                         help="run nothing: table and figures of what has been measured so far")
+    without.add_argument("--estimate", action="store_true", help="GPU time of all runs, from xlstm-train --describe")
+    without.add_argument("--print-jobs", action="store_true", help="the command of every run, to be started anywhere")
+    without.add_argument("--launch", type=Path, metavar="DIR",
+                         help="write a SLURM array and a script for a machine with several GPUs, one run per GPU")
+    without.add_argument("--job", metavar="NAME", help="one run alone, beside others in the same folder; makes no table")
+    without.add_argument("--report", type=Path, nargs="+", metavar="FOLDER",
+                         help="make report.html anew from folders with results.csv, or from folders of such folders")
+    group.add_argument("--mfu", default="", metavar="PERCENT[,MODEL=PERCENT...]",
+                       help=f"with --estimate: utilisation of the GPU ({MFU_PERCENT:g}, as measured; see sweep/estimate.py)")
+    group.add_argument("--peak-tflops", type=float, default=PEAK_TFLOPS, metavar="N",
+                       help=f"with --estimate: what the GPU's matrix product gives ({PEAK_TFLOPS:g})")
+    group.add_argument("--step-ms", type=float, default=0.0, metavar="MS", help="with --estimate: no step takes less (0)")
+    group.add_argument("--into", type=Path, metavar="DIR",
+                       help="with --report: copy results.csv and curves.csv of each there, make the page of all there")
 
 
 def chosen_models(experiment, only):
@@ -103,13 +107,22 @@ def loaded(options):
     return experiments, missing
 
 
-def programs_of(options):
-    return Programs(options.bin, max(1, len(os.sched_getaffinity(0)) // options.jobs))
+def jobs_of(options):
+    """How many runs go at once, and the GPUs they are dealt to."""
+    cores = len(os.sched_getaffinity(0))
+    if options.job or options.jobs == 1 or not (options.jobs or options.mini):
+        return options.jobs or 1, []
+    gpus = visible_gpus()
+    return options.jobs or len(gpus) or cores, gpus
 
 
-def prepare(options, experiments):
+def programs_of(options, jobs=1):
+    return Programs(options.bin, max(1, len(os.sched_getaffinity(0)) // jobs))
+
+
+def prepare(options, experiments, jobs):
     """A sweep per experiment, its folder opened."""
-    programs = programs_of(options)
+    programs = programs_of(options, jobs)
     folders = [SweepFolder(options.out.resolve() / experiment.name) for experiment in experiments]
     if not options.collect:
         for experiment, folder in zip(experiments, folders):
@@ -124,7 +137,7 @@ def prepare(options, experiments):
     return sweeps, folders
 
 
-def sweep_all(options, sweeps):
+def sweep_all(sweeps, jobs, gpus):
     """Runs what is to be run; an experiment's table is written when its last run is done."""
     for sweep in sweeps:
         sweep.plan()
@@ -135,13 +148,14 @@ def sweep_all(options, sweeps):
         if len(sweeps) > 1 and all(r.done for r in sweep.runs):
             write(Results.of_sweep(sweep), sweep.folder)
 
-    return execute(runs, options.jobs, Progress(runs), after)
+    return execute(runs, jobs, Progress(runs), gpus, after)
 
 
 def run(options):
     experiments, missing = loaded(options)
-    sweeps, _locked = prepare(options, experiments)
-    finished = options.collect or sweep_all(options, sweeps)
+    jobs, gpus = (1, []) if options.collect else jobs_of(options)
+    sweeps, _locked = prepare(options, experiments, jobs)
+    finished = options.collect or sweep_all(sweeps, jobs, gpus)
     parts = [(results, write(results, sweep.folder))
              for sweep in sweeps for results in [Results.of_sweep(sweep)]]
     if options.all:
@@ -155,7 +169,7 @@ def run(options):
 
 def status(options, sweeps, results, finished):
     if not finished:
-        return STOPPED
+        return ASKED_TO_STOP
     if any(run.failure for sweep in sweeps for run in sweep.runs):
         return 1
     wrong = [(each.experiment, verdict) for each in results for verdict in each.wrong()] if options.check else []
@@ -171,7 +185,7 @@ def run_job(options):
     job = next((job for job in experiment.jobs() if job.name == options.job), None)
     if job is None:
         raise DescriptionError(f"--job: {experiment.name} has no {options.job}; --print-jobs lists them")
-    programs = programs_of(options)
+    programs = programs_of(options, jobs_of(options)[0])
     programs.check(experiment)
     folder = SweepFolder(options.out.resolve() / experiment.name)
     folder.share()
@@ -182,7 +196,7 @@ def run_job(options):
         raise SweepError(f"{path}: another reproduce.py is at work on this run")
     one = Run(experiment, job, folder.path, programs)
     if not execute([one], 1, Progress([one])):
-        return STOPPED
+        return ASKED_TO_STOP
     return 1 if one.failure else 0
 
 
@@ -218,7 +232,7 @@ def main(arguments=None):
         action = (estimate if options.estimate else launch if options.print_jobs or options.launch else
                   run_job if options.job else run)
         return action(options)
-    except (DescriptionError, ClaimError, SweepError) as error:
+    except (DescriptionError, SweepError) as error:
         print(f"reproduce: error: {error}", file=sys.stderr)
         return 2
 

@@ -30,7 +30,8 @@ from pathlib import Path
 import yaml
 
 from . import figures
-from .claims import names
+from .claims import ClaimError, evaluate, names
+from .execution import METRICS
 
 FIRST_SHUFFLE_SEED = 1234
 HERE = "{here}"
@@ -38,6 +39,7 @@ MERGED = ("base", "models", "cases")
 KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "trains", "decay_to",
         "evaluations", "reach", "measure", "better", "columns", "paper", "claims", "figures"}
 PART_KEYS = {"label", "config", "needs", "learning_rates"}
+CLAIM_KEYS = {"text", "paper", "expect", "case", "asserted"}
 PROGRAMS = ("xlstm-eval", "xlstm-bench")
 
 
@@ -61,21 +63,38 @@ class Job:
 
 def merge(below, above):
     """Nested dictionaries, `above` winning; a null there removes."""
-    if not isinstance(below, dict) or not isinstance(above, dict):
+    if not isinstance(above, dict):
         return above
-    merged = dict(below)
+    merged = dict(below) if isinstance(below, dict) else {}
     for key, value in above.items():
-        merged[key] = merge(below.get(key), value) if isinstance(value, dict) else value
+        merged[key] = merge(merged.get(key), value)
     return {key: value for key, value in merged.items() if value is not None}
+
+
+def key_given_twice(node):
+    """Where in a YAML tree a mapping has a key twice, of which YAML would silently keep the last; "" if nowhere."""
+    if isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, _ in node.value:
+            if key.value in keys:
+                return f"line {key.start_mark.line + 1}: {key.value} is given twice"
+            keys.add(key.value)
+        children = [value for _, value in node.value]
+    else:
+        children = node.value if isinstance(node, yaml.SequenceNode) else []
+    return next(filter(None, map(key_given_twice, children)), "")
 
 
 def read_yaml(path):
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, problem = yaml.safe_load(text), key_given_twice(yaml.compose(text, yaml.SafeLoader))
     except OSError as error:
         raise DescriptionError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise DescriptionError(f"{path}: {error}") from error
+    if problem:
+        raise DescriptionError(f"{path}: {problem}")
     if not isinstance(content, dict):
         raise DescriptionError(f"{path}: expected the keys of an experiment")
     unknown = sorted(set(content) - KEYS)
@@ -99,6 +118,10 @@ class Experiment:
         content = read_yaml(folder / "experiment.yaml")
         if mini:
             small = read_yaml(folder / "mini.yaml")
+            for key in ("cases", "models"):
+                gone = [name for name, part in small.get(key, {}).items() if part is None and name not in content.get(key, {})]
+                if gone:
+                    raise DescriptionError(f"{folder / 'mini.yaml'}: {key}: there is no {gone[0]} to take away")
             content = {**content, **{k: merge(content.get(k, {}), v) if k in MERGED else v for k, v in small.items()}}
             for model in content.get("models", {}).values():
                 if "cases" in model:
@@ -126,6 +149,13 @@ class Experiment:
         self.figures = content.get("figures", {self.measure.replace(".", "_"): {"kind": "bars"}}) or {}
         self._check()
 
+    def is_measured(self, measure):
+        """Whether a run of this experiment can tell it; what groups a program reports is not known here."""
+        evaluation, _, rest = str(measure).partition(".")
+        if evaluation in self.evaluations:
+            return rest in METRICS or "." in rest
+        return measure in METRICS or measure in self.reach
+
     def _check(self):
         def expect(condition, message):
             if not condition:
@@ -134,6 +164,7 @@ class Experiment:
         expect(self.better in ("higher", "lower"), f"better is {self.better}, expected higher or lower")
         for kind, parts in (("cases", self.cases), ("models", self.models)):
             for name, part in parts.items():
+                expect(isinstance(part, dict), f"{kind}.{name}: expected label, config and so on, got {part}")
                 expect(str(name).isidentifier(), f"{kind}: {name} is not a name of letters, digits and _")
                 known = PART_KEYS | ({"cases"} if kind == "models" else set())
                 unknown = sorted(set(part) - known)
@@ -144,21 +175,56 @@ class Experiment:
                 unknown = sorted(set(part) - PART_KEYS)
                 expect(not unknown, f"models.{name}.cases.{case}: unknown key {unknown[:1]}; expected {sorted(PART_KEYS)}")
         for name, options in self.evaluations.items():
+            expect(str(name).isidentifier(), f"evaluations: {name} is not a name of letters, digits and _")
+            expect(isinstance(options, dict), f"evaluations.{name}: expected options of a program, got {options}")
             program = options.get("program", PROGRAMS[0])
             expect(program in PROGRAMS, f"evaluations.{name}: program {program}, expected one of {', '.join(PROGRAMS)}")
             expect(self.trains or program != PROGRAMS[0], f"evaluations.{name}: xlstm-eval needs a trained model")
         for case, values in self.paper.items():
             for model in values:
                 expect(case in self.cases and model in self.models, f"paper: there is no {case}.{model}")
+        for name, goal in self.reach.items():
+            expect(isinstance(goal, dict) and set(goal) == {"metric", "at_least"} and goal["metric"] in METRICS,
+                   f"reach.{name}: expected metric, one of {', '.join(METRICS)}, and at_least")
+        for measure in (self.measure, *self.columns):
+            expect(self.is_measured(measure), f"nothing measures {measure}; expected {self._measures_text()}")
+        self._check_jobs(expect)
         for claim in self.claims:
-            expect({"text", "expect"} <= claim.keys(), "every claim needs text and expect")
-            unknown = [model for model, _ in names(claim["expect"]) if model not in self.models]
-            expect(not unknown, f"claim {claim['text']}: there is no model {unknown[:1]}")
-            expect(claim.get("case", self.only_case) in self.cases, f"claim {claim['text']}: which case?")
+            self._check_claim(claim, expect)
         for name, figure in self.figures.items():
             expect(str(name).isidentifier(), f"figures: {name} is not a name of letters, digits and _")
             problem = figures.problem(figure, self)
             expect(not problem, f"figures.{name}: {problem}")
+
+    def _measures_text(self):
+        return f"{', '.join([*METRICS, *self.reach])}{', or' if self.evaluations else ''} " + ", ".join(
+            f"{name}.METRIC" for name in self.evaluations)
+
+    def _check_jobs(self, expect):
+        """Lists of learning rates and seeds, in which nothing is twice: two runs would be one folder's."""
+        rates = [self.rates(case, model) for case in self.cases for model in self.models_of(case)]
+        for name, values in (("seeds", self.seeds), *(("learning_rates", values) for values in rates)):
+            try:
+                different = {float(value) for value in values}
+            except (TypeError, ValueError):
+                different = set()
+            expect(isinstance(values, list) and 0 < len(different) == len(values),
+                   f"{name}: expected a list of different numbers, got {values}")
+
+    def _check_claim(self, claim, expect):
+        expect(isinstance(claim, dict) and {"text", "expect"} <= claim.keys(), "every claim needs text and expect")
+        about, case = f"claim {claim['text']}", claim.get("case", self.only_case)
+        unknown = sorted(set(claim) - CLAIM_KEYS)
+        expect(not unknown, f"{about}: unknown key {unknown[:1]}; expected {sorted(CLAIM_KEYS)}")
+        expect(case in self.cases, f"{about}: which case?")
+        try:
+            evaluate(claim["expect"], lambda model, measure: 1.0)
+        except ClaimError as error:
+            raise DescriptionError(f"{self.source_file}: {about}: {error}") from error
+        for model, measure in names(claim["expect"]):
+            expect(model in self.models, f"{about}: there is no model {model}")
+            expect(model in self.models_of(case), f"{about}: {model} takes no part in {case}")
+            expect(self.is_measured(measure), f"{about}: nothing measures {measure}; expected {self._measures_text()}")
 
     @property
     def only_case(self):

@@ -20,8 +20,11 @@ from pathlib import Path
 
 import yaml
 
+from . import machine
+
 RESULT_VERSION = 1
 DIVERGED = 5  # xlstm-train: a loss or gradient is not finite
+ASKED_TO_STOP = 75  # a program, and reproduce.py: the next start goes on
 PR_SET_PDEATHSIG = 1
 DYING_SECONDS = 30
 METRICS = ("loss", "ppl", "bits_per_byte", "accuracy", "scaled_accuracy", "last_error")
@@ -39,17 +42,32 @@ def die_with(parent):
 
 
 def wait_until_free(path):
-    """Until nobody holds the lock of a run's folder: a trainer that was killed while the disk was writing lives a little on.
-
-    Not for ever: one that somebody else runs there is the trainer's error to tell."""
+    """Whether nobody holds the lock of a run's folder any more: a trainer that was killed while the disk was writing lives a
+    little on."""
     deadline = time.monotonic() + DYING_SECONDS
-    while path.exists() and time.monotonic() < deadline:
+    while path.exists():
         with open(path, "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                break
             except OSError:
+                if time.monotonic() > deadline:
+                    return False
                 time.sleep(0.05)
+    return True
+
+
+def holds_anything(folder):
+    """Something beside the file that tells who is at work there."""
+    return folder.exists() and any(path.name != "lock" for path in folder.iterdir())
+
+
+def put_aside(folder):
+    """Renames it to NAME.old-N."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(target)
 
 
 def write_atomically(path, text):
@@ -75,14 +93,25 @@ def read_records(path):
     return records
 
 
+def _finite(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def held_out(records):
     """metric -> {step: value} of the held-out evaluations; a step evaluated twice counts once, the last time."""
     series = {}
     for record in records:
         for key, value in record.items():
-            if key.startswith("val/") and isinstance(value, (int, float)) and math.isfinite(value):
+            if key.startswith("val/") and _finite(value):
                 series.setdefault(key.removeprefix("val/"), {})[record["step"]] = value
     return series
+
+
+def last_evaluation(records):
+    """metric -> value of the last held-out evaluation, None where it is not finite; {} without one."""
+    last = next((record for record in reversed(records) if any(key.startswith("val/") for key in record)), {})
+    return {key.removeprefix("val/"): value if _finite(value) else None
+            for key, value in last.items() if key.startswith("val/")}
 
 
 def training_seconds(records):
@@ -97,8 +126,8 @@ def training_seconds(records):
 
 def measures_of(experiment, records):
     """The last held-out metrics, and the first steps at which they were as good as the description asks."""
+    measures = {metric: value for metric, value in last_evaluation(records).items() if value is not None}
     series = held_out(records)
-    measures = {metric: values[max(values)] for metric, values in series.items()}
     for name, goal in experiment.reach.items():
         steps = [s for s, value in series.get(goal["metric"], {}).items() if value >= goal["at_least"]]
         measures[name] = min(steps) if steps else math.inf
@@ -112,7 +141,7 @@ def reported(report, inside=False):
         name = "ppl" if key == "perplexity" else key
         if isinstance(value, dict):
             found.update({f"{name}.{inner}": number for inner, number in reported(value, True).items()})
-        elif (inside or name in METRICS) and isinstance(value, (int, float)):
+        elif (inside or name in METRICS) and _finite(value):
             found[name] = value
     return found
 
@@ -122,25 +151,6 @@ def fingerprint(experiment, job):
     told = [RESULT_VERSION, yaml.safe_dump(experiment.settings(job, located=False)), experiment.evaluations,
             experiment.reach]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def machine(header):
-    """What a run.json or a program's report says of where it ran: a GPU's name, or threads and processor."""
-    device = str(header.get("device", ""))
-    if device.startswith("cuda"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", device.partition(":")[2] or "0"]
-        try:
-            return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return device
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    count = header.get("threads")
-    threads = f"{count} thread{'s' if count != 1 else ''}" if count else ""
-    return " of ".join(part for part in (threads, processor) if part)
 
 
 class Programs:
@@ -167,6 +177,7 @@ class Run:
         self.folder = base
         self.config, self.log, self.result_path = (base.with_name(base.name + end)
                                                    for end in (".yaml", ".log", ".result.json"))
+        self.gpu = None  # the one it is to use; None: whichever its programs choose
         self.total_steps = experiment.steps(job) if experiment.trains else 1
         self.step_flops = None  # of a training step, once it is planned
         self.alone = not experiment.trains  # its evaluations, all it has, measure speed
@@ -210,10 +221,7 @@ class Run:
         return 0
 
     def _train_command(self):
-        command = [str(self.programs.path("xlstm-train")), str(self.config), f"run.num_threads={self.programs.threads}"]
-        if self.folder.exists() and self.previous_config != self.config_text:
-            command.append("--fresh")  # other settings: the trainer puts the old run aside
-        return command
+        return [str(self.programs.path("xlstm-train")), str(self.config), f"run.num_threads={self.programs.threads}"]
 
     def _evaluation_path(self, name):
         return self.folder / f"evaluation-{name}.json"
@@ -231,16 +239,42 @@ class Run:
             command += ["--" + option.replace("_", "-"), text]
         return command
 
+    def _attempt(self, action):
+        """A run that cannot go on is a failure among others: the sweep does the rest."""
+        try:
+            action()
+        except (OSError, SweepError) as error:
+            self.failure = str(error)
+        except (KeyError, ValueError) as error:
+            self.failure = f"what the programs left cannot be read ({error!r}), see {self.log}"
+
     def start(self):
+        self._attempt(self._start)
+
+    def _start(self):
         self.config.parent.mkdir(parents=True, exist_ok=True)
-        self.previous_config = self.config.read_text(encoding="utf-8") if self.config.exists() else None
+        if not wait_until_free(self.folder / "lock"):
+            raise SweepError(f"{self.folder}: another program is at work there")
+        # Before the new configuration is written: a kill in between must not leave the one beside what the other one trained.
+        if self.experiment.trains and holds_anything(self.folder) and not self._configured_alike():
+            put_aside(self.folder)
         write_atomically(self.config, self.config_text)
         self.log.unlink(missing_ok=True)
         if not self.experiment.trains:
             self.folder.mkdir(exist_ok=True)
-        wait_until_free(self.folder / "lock")
         self.stages = iter((["train"] if self.experiment.trains else []) + [*self.experiment.evaluations])
         self._next()
+
+    def _configured_alike(self):
+        """Whether the configuration beside the run's folder is this one, wherever the folder was then."""
+        def settings(text):
+            told = yaml.safe_load(text)
+            return {**told, "run": {**told["run"], "out_dir": None}}
+
+        try:
+            return settings(self.config.read_text(encoding="utf-8")) == settings(self.config_text)
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            return False
 
     def _next(self):
         self.stage = next(self.stages, None)
@@ -248,49 +282,62 @@ class Run:
             self._finish()
             return
         command = self._train_command() if self.stage == "train" else self._evaluate_command(self.stage)
+        environment = {"XLSTM_PYTHON": sys.executable, **os.environ}
+        if self.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpu
         with open(self.log, "a", encoding="utf-8") as log:
             log.write("$ " + " ".join(command) + "\n")
             log.flush()
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                             start_new_session=True, preexec_fn=functools.partial(die_with, os.getpid()),
-                                            env={"XLSTM_PYTHON": sys.executable, **os.environ})
+                                            env=environment)
 
     def poll(self):
         """Goes on to the next program where one has ended."""
-        status = self.process.poll()
-        if status is None:
-            return
-        self.process = None
-        if status == 0:
-            self._next()
-        elif status == DIVERGED and self.stage == "train":
+        status = self.process.poll() if self.process is not None else None
+        if status is not None:
+            self.process = None
+            self._attempt(functools.partial(self._ended, status))
+
+    def _ended(self, status):
+        if self.stage == "train" and (status == DIVERGED or status == 0 and self._ended_without_a_number()):
             self.diverged = True
             self._finish()
+        elif status == 0:
+            self._next()
         else:
             self.failure = self._describe_failure(status)
+
+    def _ended_without_a_number(self):
+        last = last_evaluation(self.records())
+        return None in (last.get("loss", 0), last.get(self.experiment.measure, 0))
 
     def _describe_failure(self, status):
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         error = next((line for line in reversed(lines) if "error:" in line), None)
         program = self.experiment.evaluations.get(self.stage, {}).get("program", "xlstm-eval")
-        return error or f"{'xlstm-train' if self.stage == 'train' else program} ended with status {status}, see {self.log}"
+        how = (f"was killed by signal {-status}{', as when memory runs out' if -status == signal.SIGKILL else ''}" if status < 0
+               else "was asked to stop" if status == ASKED_TO_STOP else f"ended with status {status}")
+        return error or f"{'xlstm-train' if self.stage == 'train' else program} {how}, see {self.log}"
 
     def _finish(self):
         """Reads what was measured and marks the run as finished."""
         records = self.records()
-        measures, header = {} if self.diverged else measures_of(self.experiment, records), {}
-        for name in self.experiment.evaluations if not self.diverged else ():
-            header = json.loads(self._evaluation_path(name).read_text(encoding="utf-8"))
-            measures.update({f"{name}.{key}": value for key, value in reported(header).items()})
-        if not self.diverged and self.experiment.measure not in measures:
-            self.failure = f"measured no {self.experiment.measure}, see {self.log}"
-            return
-        seconds = header.get("seconds", 0)
+        measures, header, seconds = {}, {}, 0.0
+        if not self.diverged:
+            measures = measures_of(self.experiment, records)
+            for name in self.experiment.evaluations:
+                header = json.loads(self._evaluation_path(name).read_text(encoding="utf-8"))
+                seconds += header.get("seconds", 0)
+                measures.update({f"{name}.{key}": value for key, value in reported(header).items()})
+            if self.experiment.measure not in measures:
+                self.failure = f"measured no {self.experiment.measure}, see {self.log}"
+                return
         if self.experiment.trains:
             header, seconds = json.loads((self.folder / "run.json").read_text(encoding="utf-8")), training_seconds(records)
         result = {"fingerprint": self.fingerprint, "diverged": self.diverged, "parameters": header["parameters"],
                   "steps": max((r["step"] for r in records), default=0), "seconds": seconds,
-                  "machine": machine(header), "measures": measures}
+                  "machine": machine.description(header, self.gpu), "measures": measures}
         write_atomically(self.result_path, json.dumps(result, indent=1) + "\n")
         self.result = result
 

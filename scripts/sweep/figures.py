@@ -24,6 +24,8 @@ import dataclasses
 import math
 import statistics
 
+from .execution import METRICS
+
 KINDS = ("bars", "heatmap", "lines")
 KEYS = {"kind", "x", "y", "series", "panels", "models", "cases", "log", "title", "x_label", "y_label"}
 WORDS = {"x": ("cases", "models", "measures", "steps", "tokens", "learning_rate", "parameters"),
@@ -82,7 +84,26 @@ def problem(figure, experiment):
         return f"lines want numbers along x, {x} has none"
     if figure.get("log", "") not in ("", "x", "y", "xy"):
         return "log is x, y or xy"
-    return _problem_of_places(figure, experiment, x)
+    return _problem_of_measures(figure, experiment, x) or _problem_of_places(figure, experiment, x)
+
+
+def _problem_of_measures(figure, experiment, x):
+    y = figure.get("y", experiment.measure)
+    if x in ("steps", "tokens"):
+        return "" if y in METRICS else f"y: {y} has no course over {x}; expected one of {', '.join(METRICS)}"
+    if x.startswith("evaluation."):
+        measures = [measure for _, measure in evaluations_along(experiment, x, y)]
+        if not measures:
+            return f"x: no evaluation has the option {x.split('.', 1)[1]}"
+    else:
+        measures = y.values() if isinstance(y, dict) else [y]
+    return next((f"y: nothing measures {measure}" for measure in measures if not experiment.is_measured(measure)), "")
+
+
+def evaluations_along(experiment, x, y):
+    """(place, measure) of the evaluations along an axis `evaluation.OPTION`."""
+    option = x.split(".", 1)[1]
+    return sorted((options[option], f"{name}.{y}") for name, options in experiment.evaluations.items() if option in options)
 
 
 def _problem_of_places(figure, experiment, x):
@@ -168,10 +189,7 @@ class Resolver:
         return [Point(step * scale, statistics.mean(v), min(v), max(v)) for step, v in columns]
 
     def evaluations(self):
-        """(x, measure) of the evaluations along an axis `evaluation.OPTION`."""
-        option = self.x.split(".", 1)[1]
-        return sorted((options[option], f"{name}.{self.y}") for name, options in self.experiment.evaluations.items()
-                      if option in options)
+        return evaluations_along(self.experiment, self.x, self.y)
 
     def points(self, case, model):
         best = self.results.best(case, model)
@@ -221,7 +239,6 @@ class Resolver:
         x_label = figure.get("x_label", "" if self.x in CATEGORIES else _last_name(self.x))
         return Figure(name, figure["kind"], figure.get("title", ""), x_label, y_label, figure.get("log", ""),
                       [Panel(label, list(series.values())) for label, series in panels.items()])
-
 
 
 def resolve(results, name, figure):

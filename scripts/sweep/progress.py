@@ -1,10 +1,11 @@
-"""The bar over a sweep, on standard error: redrawn on a terminal, else a line for every finished run."""
+"""The bar over a sweep, on standard error: redrawn on a terminal, else a line for every finished run and every ten minutes."""
 
 import shutil
 import sys
 import time
 
 REDRAW_SECONDS = 0.5
+LINE_SECONDS = 600  # where there is no terminal
 BAR_WIDTH = 20
 
 
@@ -36,12 +37,17 @@ def _costs(runs):
     return cost
 
 
+def _steps_made(run):
+    """Those of a diverged run end before its last one."""
+    return run.result["steps"] if run.result is not None and run.result["diverged"] else run.step()
+
+
 class Progress:
     def __init__(self, runs, stream=None):
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
-        self.start, self.drawn = time.monotonic(), 0
-        self.steps_before = {id(run): run.step() for run in runs}
+        self.start = self.drawn = time.monotonic()
+        self.steps_before = {id(run): _steps_made(run) for run in runs}
         self.several = len({run.experiment.name for run in runs}) > 1
 
     def _name(self, run):
@@ -51,10 +57,11 @@ class Progress:
         """Seconds to go; None: unknown yet.
 
         Steps cost what those of the same model did in finished runs, else by their operations at the mean rate of the
-        experiment's models, else of all; how the sweep so far compares with that, evaluations and runs beside each other included, goes for the rest too."""
+        experiment's models, else of all; how the sweep so far compares with that, evaluations and runs beside each other
+        included, goes for the rest too."""
         costs = _costs(runs)
-        here = [(run, run.step() - self.steps_before[id(run)]) for run in runs if run.failure is None]
-        expected = sum(steps * costs(run) for run, steps in here)
+        here = [(run, _steps_made(run) - self.steps_before[id(run)]) for run in runs if run.failure is None]
+        expected = sum(max(0, steps) * costs(run) for run, steps in here)  # less than 0: it began anew
         elapsed = time.monotonic() - self.start
         if expected <= 0 or elapsed <= 0:
             return None
@@ -78,10 +85,21 @@ class Progress:
 
     def update(self, active, runs):
         now = time.monotonic()
-        if self.terminal and now - self.drawn > REDRAW_SECONDS:
-            self.drawn = now
-            line = self._line(active, runs)[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\033[K{line}", end="", file=self.stream, flush=True)
+        if not active or now - self.drawn < (REDRAW_SECONDS if self.terminal else LINE_SECONDS):
+            return
+        self.drawn = now
+        line = self._line(active, runs)
+        if self.terminal:
+            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", file=self.stream, flush=True)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def stopping(self, active):
+        names = ", ".join(map(self._name, active))
+        self._print(f"asked to stop; waiting until saved: {names}" if active else "asked to stop")
+
+    def _print(self, text):
+        print(("\r\033[K" if self.terminal else "") + text, file=self.stream, flush=True)
 
     def finished(self, run, runs):
         if run.failure is not None:
@@ -92,8 +110,7 @@ class Progress:
             what = f"{run.experiment.measure} {run.result['measures'][run.experiment.measure]:.4g}"
         seconds = self.eta(runs)
         eta = f", eta {duration(seconds)}" if seconds is not None and not all(r.done for r in runs) else ""
-        clear = "\r\033[K" if self.terminal else ""
-        print(f"{clear}{sum(r.done for r in runs)}/{len(runs)} {self._name(run)}: {what}{eta}", file=self.stream, flush=True)
+        self._print(f"{sum(r.done for r in runs)}/{len(runs)} {self._name(run)}: {what}{eta}")
 
     def close(self):
         if self.terminal:

@@ -5,7 +5,8 @@ import signal
 import time
 
 from .estimate import costs
-from .execution import Run, SweepError
+from .execution import Run, SweepError, holds_anything, put_aside
+from .machine import least_used
 
 POLL_SECONDS = 0.05
 
@@ -27,18 +28,16 @@ class SweepFolder:
         self.path = path
 
     def check(self, resume, fresh):
-        if self.path.exists() and any(p.name != "lock" for p in self.path.iterdir()) and not resume and not fresh:
+        if holds_anything(self.path) and not resume and not fresh:
             raise SweepError(f"{self.path} is there already: --resume goes on with it, --fresh starts anew and keeps it "
                              "beside the new one")
 
     def open(self, resume, fresh):
         self.check(resume, fresh)
-        if self.path.exists() and any(p.name != "lock" for p in self.path.iterdir()) and not resume:
-            number = 1
-            while self.path.with_name(f"{self.path.name}.old-{number}").exists():
-                number += 1
-            self.path.rename(self.path.with_name(f"{self.path.name}.old-{number}"))
         self._own(shared=False)
+        if fresh and holds_anything(self.path):
+            put_aside(self.path)  # with its lock: until here nobody else is at work there
+            self._own(shared=False)
 
     def share(self):
         self._own(shared=True)
@@ -68,21 +67,31 @@ class Sweep:
             numbers = found[run.job.case, run.job.model]
             run.step_flops = numbers["training_flops"] / max(1, numbers["steps"])
 
-    def execute(self, jobs, progress):
-        return execute(self.runs, jobs, progress)
+    def execute(self, jobs, progress, gpus=()):
+        return execute(self.runs, jobs, progress, gpus)
 
 
-def execute(runs, jobs, progress, after=lambda run: None):
-    """Runs everything that is not finished, `jobs` at once, and calls after(run) when one is; False: asked to stop before."""
+def _startable(run, active, jobs):
+    return len(active) < jobs and not (active and (run.alone or active[0].alone))
+
+
+def execute(runs, jobs, progress, gpus=(), after=lambda run: None):
+    """Runs everything that is not finished, `jobs` at once, each on the least used of the GPUs, and calls after(run) when one
+    is; False: asked to stop before."""
     stop = []
     handlers = {number: signal.signal(number, lambda *_: stop.append(True)) for number in (signal.SIGTERM, signal.SIGINT)}
     waiting, active = [run for run in runs if not run.done], []
     try:
-        while (waiting or active) and not stop:
-            while waiting and len(active) < jobs and not (active and (waiting[0].alone or active[0].alone)):
-                active.append(waiting.pop(0))
-                active[-1].start()
+        while waiting or active:
+            while waiting and _startable(waiting[0], active, jobs):
+                run = waiting.pop(0)
+                run.gpu = least_used(gpus, active)
+                active.append(run)
+                run.start()
             time.sleep(POLL_SECONDS)
+            if stop:  # before looking at the runs: those that were asked at the same moment have not failed
+                progress.stopping(active)
+                break
             for run in list(active):
                 run.poll()
                 if run.done:

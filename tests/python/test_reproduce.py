@@ -2,14 +2,12 @@
 
 import csv
 import fcntl
-import io
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,7 +16,7 @@ from toy_sweep import EXPERIMENT, ROOT, SCRIPT, command, edit, reproduce, set_tr
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from sweep import claims, description, progress, sweeps  # noqa: E402
+from sweep import description  # noqa: E402
 
 
 def test_table_and_csv(toy):
@@ -101,95 +99,13 @@ def test_a_killed_trainer_that_is_not_quite_dead_is_waited_for(toy):
     dying = open(folder / "lock", "w")
     fcntl.flock(dying, fcntl.LOCK_EX)
     process = subprocess.Popen(command(toy, "toy", "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not folder.with_name(f"{folder.name}.yaml").exists():
+    while not (toy / "out" / "toy" / "lock").exists():
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.5)
+    assert not (folder / "starts").exists()
     dying.close()
-    assert process.communicate()[1].count("another process trains there") == 0 and process.returncode == 0
-
-
-class Run:
-    """What the bar sees of a run."""
-
-    failure, stage, total_steps = None, "train", 100
-
-    def __init__(self, experiment, model, at=0, seconds=None, step_flops=1.0):
-        self.experiment = SimpleNamespace(name=experiment, measure="loss")
-        self.job = SimpleNamespace(case="all", model=model, name=f"all/{model}")
-        self.at, self.step_flops = at, step_flops
-        self.result = None if seconds is None else {"steps": 100, "seconds": seconds, "diverged": False,
-                                                    "measures": {"loss": 2.0}}
-
-    @property
-    def done(self):
-        return self.result is not None
-
-    def step(self):
-        return self.total_steps if self.done else self.at
-
-    def finish(self, seconds):
-        self.result = Run("", "", seconds=seconds).result
-
-
-def test_the_bar_knows_what_steps_cost(monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    runs = [Run("small", "a", seconds=10), Run("small", "a"), Run("small", "b"), Run("large", "c"), Run("large", "c")]
-    screen = io.StringIO()
-    screen.isatty = lambda: True
-    bar = progress.Progress(runs, screen)
-    assert bar.eta(runs) is None
-    now[0] += 20  # 10 s of steps took 20 s of the clock
-    runs[1].finish(10)
-    assert bar.eta(runs) == pytest.approx(20 + 2 * 20)  # unknown models cost what those of the experiment do, or all
-    now[0] += 80
-    runs[3].finish(40)
-    assert bar.eta(runs) == pytest.approx(100 / 50 * (10 + 40))
-    runs[4].at = 25
-    now[0] += 20
-    bar.update([runs[4]], runs)
-    assert "[#############-------]  65% | 3/5 runs | eta 1m20s | large/all/c step 25/100" in screen.getvalue()
-    bar.finished(runs[3], runs)
-    assert "3/5 large/all/c: loss 2, eta 1m20s" in screen.getvalue()
-
-
-def test_a_model_that_has_not_run_costs_what_its_operations_do():
-    runs = [Run("small", "a", seconds=10, step_flops=1e6), Run("small", "b", step_flops=3e6), Run("other", "c", step_flops=2e6),
-            Run("small", "a", at=50, step_flops=1e6), Run("measured", "d", seconds=700, step_flops=None),
-            Run("measured", "e", step_flops=None)]
-    seconds = progress._costs(runs)
-    assert [100 * seconds(run) for run in runs] == pytest.approx([10, 30, 20, 10, 700, 700])
-
-
-class Turn:
-    """A run that is done when it has been looked at twice, and tells who else was at work when it started."""
-
-    stage, failure = "train", None
-
-    def __init__(self, name, at_work, alone=False):
-        self.name, self.alone, self.at_work, self.looks, self.beside = name, alone, at_work, 0, None
-
-    @property
-    def done(self):
-        return self.looks == 2
-
-    def start(self):
-        self.beside = "".join(run.name for run in self.at_work)
-        self.at_work.append(self)
-
-    def poll(self):
-        self.looks += 1
-        if self.done:
-            self.at_work.remove(self)
-
-
-def test_what_measures_speed_runs_alone():
-    at_work = []
-    runs = [Turn(name, at_work, name.isupper()) for name in "abCDef"]
-    bar = SimpleNamespace(update=lambda *_: None, finished=lambda *_: None, close=lambda: None)
-    assert sweeps.execute(runs, 2, bar)
-    assert [run.beside for run in runs] == ["", "a", "", "", "", "e"]
+    assert "at work there" not in process.communicate()[1] and process.returncode == 0
 
 
 def test_only_and_seeds(toy):
@@ -222,15 +138,6 @@ def test_errors_are_clear(toy):
     (toy / "bin" / "xlstm-train").unlink()
     done = reproduce(toy, "toy")
     assert done.returncode == 2 and "xlstm-train is not there; build it" in done.stderr
-
-
-def test_expressions():
-    lookup = {("a", "x"): 2.0, ("a", "ctx8.ppl"): 3.0}
-    value = lambda text: claims.evaluate(text, lambda *name: lookup[name])  # noqa: E731
-    assert value("a.ctx8.ppl / a.x") == 1.5 and value("1 < a.x <= 2 and not a.x > 2") and value("min(a.x, 1) == 1")
-    for text in ("__import__('os')", "a.x.real()", "[a.x]"):
-        with pytest.raises(claims.ClaimError):
-            value(text)
 
 
 @pytest.mark.skipif(not (ROOT / "build/bin/xlstm-train").exists(), reason="build/bin/xlstm-train is not built")
