@@ -47,8 +47,8 @@ def parse(arguments):
     existing.add_argument("--resume", action="store_true", help="go on with the sweep in the folder")
     existing.add_argument("--fresh", action="store_true", help="start anew; an existing folder is moved to NAME.old-N")
     sweep.add_argument("--jobs", type=positive, metavar="N",
-                       help="runs at once, which share the cores and take the GPUs in turn (1; with --mini one per GPU, without "
-                            "any one per core); where speed is measured, 1")
+                       help="runs at once, which share the cores and take the GPUs in turn (1; with --mini one per GPU, "
+                            "without any one per core); where speed is measured, 1")
     places = parser.add_argument_group("places")
     places.add_argument("--bin", type=Path, default=ROOT / "build" / "bin", metavar="DIR", help="folder of xlstm-train")
     places.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="folder of the sweeps")

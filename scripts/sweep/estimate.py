@@ -54,7 +54,7 @@ def parse_mfu(text):
 
 
 def describe(program, settings):
-    """What --describe tells of each of {name: settings}, in their order. Throws a SweepError for settings that it does not take."""
+    """What --describe tells of each of {name: settings}, in their order. A SweepError where it does not take them."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{name}.yaml" for name in settings]
         for file, own in zip(files, settings.values()):
