@@ -64,7 +64,14 @@ def parse(arguments):
         parser.error("--print-jobs, --launch and --job go with one experiment")
     if options.into and not options.report:
         parser.error("--into goes with --report")
+    if not (options.id or options.all or options.report) and arguments_beside_places(options, parser):
+        parser.error(f"name an experiment, or give --all; there are: {', '.join(experiment_ids(options.experiments))}")
     return options
+
+
+def arguments_beside_places(options, parser):
+    places = ("bin", "out", "experiments")
+    return any(value != parser.get_default(name) for name, value in vars(options).items() if name not in places)
 
 
 def add_what_is_no_sweep(parser):
@@ -170,8 +177,10 @@ def run(options):
 def status(options, sweeps, results, finished):
     if not finished:
         return ASKED_TO_STOP
-    if any(run.failure for sweep in sweeps for run in sweep.runs):
-        return 1
+    return 1 if any(run.failure for sweep in sweeps for run in sweep.runs) else check(options, results)
+
+
+def check(options, results):
     wrong = [(each.experiment, verdict) for each in results for verdict in each.wrong()] if options.check else []
     for experiment, verdict in wrong:
         what = "does not hold" if verdict.holds is False else "could not be judged"
@@ -212,6 +221,8 @@ def estimate(options):
 def launch(options):
     experiment = loaded(options)[0][0]
     jobs = experiment.jobs(chosen_models(experiment, options.only))
+    if not jobs:
+        raise DescriptionError(f"{experiment.name}: none of its runs can be run; see `needs` in {experiment.source_file}")
     if options.print_jobs:
         print("\n".join(command_line(options, Path(__file__).resolve(), sys.executable, "--job", job.name) for job in jobs))
     else:
@@ -220,15 +231,25 @@ def launch(options):
     return 0
 
 
+def report(options):
+    page, results = rebuild(options.report, options.experiments, options.into)
+    print(page)
+    return check(options, results)
+
+
+def list_experiments(options):
+    for experiment in load_all(options.experiments)[0]:
+        print(f"{experiment.id:24} {experiment.title}")
+    return 0
+
+
 def main(arguments=None):
     options = parse(arguments)
     try:
         if options.report:
-            print(rebuild(options.report, options.experiments, options.into))
-            return 0
+            return report(options)
         if options.id is None and not options.all:
-            print("\n".join(experiment_ids(options.experiments)))
-            return 0
+            return list_experiments(options)
         action = (estimate if options.estimate else launch if options.print_jobs or options.launch else
                   run_job if options.job else run)
         return action(options)

@@ -63,7 +63,14 @@ def describe(program, settings):
     if done.returncode != 0:
         what = done.stderr.strip().replace(f"{folder}/", "") or f"status {done.returncode}"
         raise SweepError(f"{program} --describe: {what}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    try:
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+    except ValueError:
+        found = []
+    if len(found) != len(settings):
+        raise SweepError(f"{program} --describe: expected {len(settings)} lines of JSON, got {done.stdout[:200]!r}; is it of "
+                         "another version?")
+    return found
 
 
 def costs(experiment, programs, models=None):

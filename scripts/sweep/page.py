@@ -87,10 +87,9 @@ def summary_cells(results):
     done = sum(row.finished for row in results.rows)
     counts = [f"<td class={VERDICTS[holds][0] if n else 'note'}>{n}</td>" for holds in VERDICTS
               for n in [sum(v.holds is holds for v in verdicts)]]
-    wrong = results.wrong()
-    asserted = sum(v.asserted for v in verdicts)
-    kept = f"{asserted - len(wrong)} of {asserted}" if asserted else "none"
-    return [link, cell(experiment.source), *counts, cell(kept, kind="no" if wrong else ""),
+    asserted = [verdict.holds for verdict in verdicts if verdict.asserted]
+    kept = f"{asserted.count(True)} of {len(asserted)}" if asserted else "none"
+    return [link, cell(experiment.source), *counts, cell(kept, kind="no" if results.wrong() else ""),
             cell(f"{done} of {len(results.rows)}"), cell(duration(results.seconds()))]
 
 
@@ -127,16 +126,23 @@ def result_folders(folders):
     return found
 
 
+def copy_results(source, target):
+    """results.csv and curves.csv as they are in the source; what it lacks, the target does not keep."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("results.csv", "curves.csv"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+        else:
+            (target / name).unlink(missing_ok=True)
+
+
 def rebuild(folders, experiments, into=None):
-    """Tables, figures and the page anew from results.csv and curves.csv alone; returns the page's path."""
+    """Tables, figures and the page anew from results.csv and curves.csv alone; returns the page's path and the results."""
     found = result_folders(folders)
     if into is not None:
         for folder in found:
-            target = into / folder.name
-            target.mkdir(parents=True, exist_ok=True)
-            for name in ("results.csv", "curves.csv"):
-                if (folder / name).exists():
-                    shutil.copyfile(folder / name, target / name)
+            if folder.resolve() != (into / folder.name).resolve():
+                copy_results(folder, into / folder.name)
         found = result_folders([into])
     parts = []
     for folder in found:
@@ -145,7 +151,7 @@ def rebuild(folders, experiments, into=None):
         parts.append((results, write(results, folder)))
     page = (into or (folders[0] if folders[0] not in found else folders[0].parent)) / "report.html"
     write_page(parts, page, not_there(experiments, {results.experiment.id for results, _ in parts}))
-    return page
+    return page, [results for results, _ in parts]
 
 
 def not_there(experiments, present):

@@ -55,6 +55,10 @@ def notes(results):
         told.append(f"Means over seeds {seeds} at the best learning rate (in parentheses: least to largest)" if
                     len(experiment.seeds) > 1 else f"One seed, {seeds}, at the best learning rate")
         told[-1] += "; steps: of one run; cost: training time of all runs of a row."
+    if left := [row for row in results.rows if not row.finished]:
+        failed = sum(row.status == "failed" for row in left)
+        told.append(f"{len(left)} of {len(results.rows)} runs are not finished"
+                    f"{f', {failed} of them failed' if failed else ''}: learning rates that lack one are left out.")
     if machines := results.machines():
         told.append(f"Measured on {'; '.join(machines)}.")
     if stale := results.stale():
@@ -93,6 +97,8 @@ def write(results, folder):
     write_atomically(folder / "results.csv", csv_text(results))
     if any(row.curves for row in results.rows):
         write_atomically(folder / "curves.csv", curves_text(results))
+    else:
+        (folder / "curves.csv").unlink(missing_ok=True)  # of other runs
     figures = draw(results, folder)
     write_atomically(folder / "table.md", table_text(results, figures))
     return figures

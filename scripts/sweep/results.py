@@ -191,9 +191,12 @@ def _job(line):
 def read_rows(path):
     lines, measures = _read_table(path, RUN_COLUMNS)
     number = lambda text, kind: kind(text) if text else None  # noqa: E731
-    return [Row(_job(line), line["status"], line["failure"], number(line["parameters"], int), number(line["steps"], int),
-                number(line["seconds"], float), line["machine"], line["settings"],
-                {measure: float(line[measure]) for measure in measures if line[measure]}) for line in lines]
+    try:
+        return [Row(_job(line), line["status"], line["failure"], number(line["parameters"], int), number(line["steps"], int),
+                    number(line["seconds"], float), line["machine"], line["settings"],
+                    {measure: float(line[measure]) for measure in measures if line[measure]}) for line in lines]
+    except (TypeError, ValueError) as error:
+        raise DescriptionError(f"{path}: {error}; has it been edited?") from error
 
 
 def read_curves(path, rows):

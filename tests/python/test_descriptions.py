@@ -63,7 +63,8 @@ def test_mistakes_are_named(content, message, tmp_path):
 
 def test_what_is_right_is_taken(tmp_path):
     experiment = described(tmp_path / "toy", columns=["soon", "test.ppl", "test.frequency.count_0.ppl"],
-                           learning_rates=["1e-3"], **claim("a.soon < b.soon and a.test.frequency.count_0.ppl > min(a.test.loss, 1)"))
+                           learning_rates=["1e-3"],
+                           **claim("a.soon < b.soon and a.test.frequency.count_0.ppl > min(a.test.loss, 1)"))
     assert [job.learning_rate for job in experiment.jobs()] == [0.001] * 2
 
 

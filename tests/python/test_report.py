@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "reproduce.py"
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from sweep import drawing, figures  # noqa: E402
+from sweep import drawing, figures, page  # noqa: E402
 from sweep.description import DescriptionError, Experiment, Job, load  # noqa: E402
 from sweep.execution import fingerprint  # noqa: E402
+from sweep.report import notes  # noqa: E402
 from sweep.results import Results, Row, csv_text, curves_text  # noqa: E402
 
 DESCRIPTION = {
@@ -245,6 +246,41 @@ def test_a_page_of_parts_run_alone(results, tmp_path):
     assert (tmp_path / "kept" / "second" / "table.md").exists()
     done = report(tmp_path / "experiments", tmp_path / "nowhere")
     assert done.returncode == 2 and "there is no results.csv" in done.stderr
+
+
+def test_copied_results_are_those_of_one_sweep(results, tmp_path):
+    leave(results, tmp_path / "out" / "recall")
+    describe(tmp_path / "experiments" / "recall", figures={})
+    page.rebuild([tmp_path / "out"], tmp_path / "experiments", tmp_path / "kept")
+    assert (tmp_path / "kept" / "recall" / "curves.csv").exists()
+    page.rebuild([tmp_path / "kept"], tmp_path / "experiments", tmp_path / "kept")  # onto itself
+    (tmp_path / "out" / "recall" / "curves.csv").unlink()
+    _, (again,) = page.rebuild([tmp_path / "out"], tmp_path / "experiments", tmp_path / "kept")
+    assert not any(row.curves for row in again.rows) and not (tmp_path / "kept" / "recall" / "curves.csv").exists()
+    edited = tmp_path / "kept" / "recall" / "results.csv"
+    edited.write_text(edited.read_text().replace(",0,done", ",zero,done", 1))
+    with pytest.raises(DescriptionError, match="results.csv: invalid literal .*zero"):
+        page.rebuild([tmp_path / "kept"], tmp_path / "experiments")
+
+
+def test_a_report_can_be_checked(results, tmp_path):
+    leave(results, tmp_path / "out" / "recall")
+    for experiments, status in ((tmp_path / "experiments", 0), (tmp_path / "others", 1)):
+        describe(experiments / "recall", figures={}, claims=[
+            {"text": "xLSTM recalls", "case": "t64_d32", "asserted": True,
+             "expect": f"xlstm.accuracy > llama.accuracy + {0.9 * status}"}])
+        command = [sys.executable, str(SCRIPT), "--experiments", str(experiments), "--report", str(tmp_path / "out"), "--check"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == status and ("recall does not hold: xLSTM recalls" in done.stderr) == bool(status)
+
+
+def test_what_is_not_finished_is_told(results):
+    results.rows[0].status, results.rows[1].status = "failed", "unfinished"
+    assert any("2 of 32 runs are not finished, 1 of them failed: learning rates that lack one are left out." == text
+               for text in notes(results))
+    held = Results(results.experiment, [row for row in results.rows if row.job.model == "xlstm"], ["xlstm"])
+    assert "0 of 1" in page.page_text([(held, [])])  # left out by --only does not hold, though it fails no check
+    assert held.wrong() == []
 
 
 def test_columns_without_a_value_are_left_out_of_the_page_alone(results, tmp_path):

@@ -126,6 +126,16 @@ def test_failed_and_diverged_runs(toy):
     assert (toy / "out" / "toy.old-1").exists()
 
 
+def test_the_experiments_are_listed_by_their_name_alone(toy):
+    done = reproduce(toy)
+    assert done.returncode == 0 and done.stdout.split() == ["toy", "Toy"]
+    for arguments in (["--mini", "--check"], ["--collect"], ["--only", "good"]):
+        done = reproduce(toy, *arguments)
+        assert done.returncode == 2 and "name an experiment, or give --all; there are: toy" in done.stderr
+    done = reproduce(toy, "toy", "--resume", "--fresh")
+    assert done.returncode == 2 and "not allowed with argument --resume" in done.stderr
+
+
 def test_errors_are_clear(toy):
     for arguments, message in ((["nothing"], "there is no experiment nothing; there are: toy"),
                                (["toy", "--only", "x"], "has no model x; it has good, bad, later")):
