@@ -1,6 +1,5 @@
 """scripts/check_kernels.py: planted faults are reported, and the kernels of the repository pass. Runs where nvcc is."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -15,10 +14,10 @@ SCRIPT = ROOT / "scripts" / "check_kernels.py"
 NVCC = shutil.which("nvcc") or (Path("/usr/local/cuda/bin/nvcc").exists() and "/usr/local/cuda/bin/nvcc")
 needs_nvcc = pytest.mark.skipif(not NVCC, reason="nvcc not found")
 
-spec = importlib.util.spec_from_file_location("check_kernels", SCRIPT)
-check = importlib.util.module_from_spec(spec)
-sys.modules["check_kernels"] = check
-spec.loader.exec_module(check)
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from kernel_report import checking as check  # noqa: E402
+from kernel_report.reading import Kernel, read_report  # noqa: E402
 
 PLANTED = """
 #include "cuda/prim/prim.h"
@@ -116,7 +115,7 @@ def planted(tmp_path_factory):
     report = json.loads((folder / "report.json").read_text())
     wrong = {}
     for entry in report["kernels"]:
-        kernel = check.Kernel(**entry)
+        kernel = Kernel(**entry)
         wrong.setdefault(re.match(r"_ZN\d+([a-z]+?)\d", kernel.symbol)[1], []).extend(
             f"{kernel.target}: {what}" for what in check.check_kernel(kernel))
     return wrong, report, done.stdout
@@ -133,7 +132,7 @@ def planted(tmp_path_factory):
     ("threads", r"sm_80: launch bounds of 128 threads, the budget says 256"),
     ("atomics", r"sm_80: 1 instructions of the kind float atomics, must be 0"),
     ("scalar", r"sm_80: no STG\.128 instruction"),
-    ("stranger", r"sm_80: has no budget in scripts/check_kernels.py"),
+    ("stranger", r"sm_80: has no budget in scripts/kernel_report/budgets.py"),
     ("serialised", r"sm_90a: .*\(C75\d\d\).*"),
     ("serialised", r"sm_90a: no UTMALDG instruction"),
 ])
@@ -157,7 +156,7 @@ def test_source_that_does_not_compile_is_reported(planted):
 def kernel(**changes):
     values = {"symbol": "_Z1k", "name": "mlstm_gates", "source": "cuda/k.cu", "target": "sm_80", "threads": 256, "registers": 64,
               "instructions": 100, "counts": {"STG.128": 1}}
-    return check.Kernel(**{**values, **changes})
+    return Kernel(**{**values, **changes})
 
 
 def test_launches_are_checked():
@@ -216,11 +215,11 @@ ptxas info    : Compiling entry function 'b' for 'sm_90a'
     16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 31 registers
 """
-    a, b = check.read_report(report, ptx, "sm_90a", "x.cu")
+    a, b = read_report(report, ptx, "sm_90a", "x.cu")
     assert (a.threads, a.registers, a.static_shared, len(a.messages)) == (256, 30, 32, 1)
     assert (b.threads, b.registers, b.stack, b.spill_stores, b.spill_loads, b.messages) == (128, 31, 16, 4, 8, [])
     for line in ("ptxas warning : something of a", "ptxas info : (C7519) wgmma of b"):
-        assert sum(len(k.messages) for k in check.read_report(report + line, ptx, "sm_90a", "x.cu")) > 1
+        assert sum(len(k.messages) for k in read_report(report + line, ptx, "sm_90a", "x.cu")) > 1
 
 
 @needs_nvcc
