@@ -2,7 +2,8 @@
 
 <out>/<experiment>/<case>/<model>/<run>.yaml is the configuration, <run>/ the trainer's folder, <run>.log what the programs
 printed, and <run>.result.json, written last by a rename, what was measured: a run that has one is finished. One without
-is handed to the trainer again, which goes on from its newest checkpoint.
+is handed to the trainer again, which goes on from its newest checkpoint; where the settings are others by now, its folder is
+first put aside as <run>.old-N.
 """
 
 import ctypes

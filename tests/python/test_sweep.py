@@ -123,6 +123,27 @@ def test_the_gpus_of_a_machine(monkeypatch, tmp_path):
     assert machine.visible_gpus() == []
 
 
+def test_how_many_runs_go_at_once(monkeypatch):
+    import reproduce
+
+    monkeypatch.setattr(reproduce, "visible_gpus", lambda: ["0", "1", "2"])
+    monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda _: set(range(12)))
+    jobs_of = lambda *arguments: reproduce.jobs_of(reproduce.parse(["toy", *arguments]))  # noqa: E731
+    assert jobs_of() == (1, []) and jobs_of("--mini") == (3, ["0", "1", "2"]) == jobs_of("--jobs", "3")
+    assert jobs_of("--mini", "--job", "all/a/x", "--jobs", "4") == (4, [])  # whoever starts it has chosen the GPU
+    monkeypatch.setattr(reproduce, "visible_gpus", list)
+    assert jobs_of("--mini") == (12, []) and jobs_of("--jobs", "3") == (3, [])
+
+
+def test_the_programs_of_a_run_see_its_gpu_alone(toy):
+    trainer = toy / "bin" / "xlstm-train"
+    trainer.write_text(trainer.read_text().replace("import fcntl,", "import os, fcntl,").replace(
+        'file.write("x")', 'file.write(os.environ["CUDA_VISIBLE_DEVICES"])'))
+    sweep = sweep_of(toy)
+    assert sweep.execute(2, progress.Progress(sweep.runs, io.StringIO()), ["5", "7"])
+    assert {(run.folder / "starts").read_text() for run in sweep.runs} == {"5", "7"}
+
+
 def sweep_of(toy):
     return sweeps.Sweep(description.load(toy / "experiments", "toy"), toy / "out" / "toy",
                         execution.Programs(toy / "bin", 1), ["good"])
