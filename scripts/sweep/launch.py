@@ -57,6 +57,7 @@ worker() {{  # GPU: takes the next job that none has taken
     mkdir "$taken/$i" 2>/dev/null || continue
     CUDA_VISIBLE_DEVICES=$1 {command} --jobs ${{#gpus[@]}} --job "${{jobs[$i]}}" &
     child=$!
+    [ -e "$taken/stop" ] && kill -TERM "$child"  # asked before the line above
     wait_for "$child" || failed=1
   done
   return $failed
