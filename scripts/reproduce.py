@@ -155,7 +155,9 @@ def sweep_all(sweeps, jobs, gpus):
         if len(sweeps) > 1 and all(r.done for r in sweep.runs):
             write(Results.of_sweep(sweep), sweep.folder)
 
-    return execute(runs, jobs, Progress(runs), gpus, after)
+    progress = Progress(runs)
+    progress.starting(runs, jobs, gpus)
+    return execute(runs, jobs, progress, gpus, after)
 
 
 def run(options):

@@ -188,14 +188,15 @@ class Run:
         settings["run"] = {**settings.get("run", {}), "name": base.name, "out_dir": str(base.parent)}
         self.config_text = yaml.safe_dump(settings, sort_keys=False)
         self.fingerprint = fingerprint(experiment, job)
-        self.result = self._finished_result()
+        found = self._read_result()
+        self.outdated = found is not None and found.get("fingerprint") != self.fingerprint
+        self.result = None if self.outdated else found
 
-    def _finished_result(self):
+    def _read_result(self):
         try:
-            result = json.loads(self.result_path.read_text(encoding="utf-8"))
+            return json.loads(self.result_path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return None
-        return result if result.get("fingerprint") == self.fingerprint else None
 
     @property
     def done(self):

@@ -15,6 +15,10 @@ def duration(seconds):
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
+def _count(number, what):
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
 def _costs(runs):
     """Function of a run: seconds per step, as far as finished runs tell; until one has, its operations alone count."""
     known = {}
@@ -82,6 +86,12 @@ class Progress:
     @staticmethod
     def _stage(run):
         return f"step {run.step()}/{run.total_steps}" if run.stage == "train" else f"evaluation {run.stage}"
+
+    def starting(self, runs, jobs, gpus):
+        counts = [_count(len(runs), "run"), *(f"{count} {what}" for count, what in (
+            (sum(run.done for run in runs), "finished already"),
+            (sum(run.outdated for run in runs), "measured with other settings, to be measured anew")) if count)]
+        self._print(f"{', '.join(counts)}; {jobs} at once{f" on {_count(len(gpus), 'GPU')}" if gpus else ''}")
 
     def update(self, active, runs):
         now = time.monotonic()

@@ -167,6 +167,9 @@ def test_other_settings_begin_anew_even_after_a_failed_start(toy):
     edit(toy, "skill: 1.0", "skill: 0.8")
     assert run_here(toy)[0].failure == "xlstm-train: error: no data"
     trainer.write_text(whole)
+    sweep, screen = sweep_of(toy), io.StringIO()
+    progress.Progress(sweep.runs, screen).starting(sweep.runs, 2, ["0", "1"])
+    assert screen.getvalue() == "1 run, 1 measured with other settings, to be measured anew; 2 at once on 2 GPUs\n"
     (run,) = run_here(toy)
     assert run.result["measures"]["accuracy"] == pytest.approx(0.7) and (run.folder / "starts").read_text() == "x"
     assert (run.folder.with_name(f"{run.folder.name}.old-1") / "starts").read_text() == "x"
@@ -181,6 +184,9 @@ def test_an_unfinished_run_goes_on_where_its_folder_was_moved(toy):
     assert moved != run.config.read_text()
     run.config.write_text(moved)
     assert run_here(toy)[0].result["measures"] == run.result["measures"]
+    sweep, screen = sweep_of(toy), io.StringIO()
+    progress.Progress(sweep.runs, screen).starting(sweep.runs, 1, [])
+    assert screen.getvalue() == "1 run, 1 finished already; 1 at once\n"
     assert (run.folder / "starts").read_text() == "xx" and run.config.read_text() == run.config_text
 
 
