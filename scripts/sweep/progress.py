@@ -91,7 +91,7 @@ class Progress:
         counts = [_count(len(runs), "run"), *(f"{count} {what}" for count, what in (
             (sum(run.done for run in runs), "finished already"),
             (sum(run.outdated for run in runs), "measured with other settings, to be measured anew")) if count)]
-        self._print(f"{', '.join(counts)}; {jobs} at once{f" on {_count(len(gpus), 'GPU')}" if gpus else ''}")
+        self._print(f"{', '.join(counts)}; {jobs} at once{' on ' + _count(len(gpus), 'GPU') if gpus else ''}")
 
     def update(self, active, runs):
         now = time.monotonic()
