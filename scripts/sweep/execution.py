@@ -72,7 +72,8 @@ def put_aside(folder):
 
 
 def write_atomically(path, text):
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Also where another process, as --collect beside a sweep, writes the same file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -142,6 +143,21 @@ def test_the_programs_of_a_run_see_its_gpu_alone(toy):
     sweep = sweep_of(toy)
     assert sweep.execute(2, progress.Progress(sweep.runs, io.StringIO()), ["5", "7"])
     assert {(run.folder / "starts").read_text() for run in sweep.runs} == {"5", "7"}
+
+
+def test_two_processes_may_write_a_file_at_once(tmp_path, monkeypatch):
+    pids = iter((1, 2))
+    monkeypatch.setattr(execution.os, "getpid", lambda: next(pids))
+    replace = Path.replace
+
+    def meanwhile(temporary, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        execution.write_atomically(target, "the other")
+        return replace(temporary, target)
+
+    monkeypatch.setattr(Path, "replace", meanwhile)
+    execution.write_atomically(tmp_path / "table.md", "one")
+    assert (tmp_path / "table.md").read_text() == "one" and len(list(tmp_path.iterdir())) == 1
 
 
 def sweep_of(toy):
