@@ -183,7 +183,7 @@ class Run:
         self.total_steps = experiment.steps(job) if experiment.trains else 1
         self.step_flops = None  # of a training step, once it is planned
         self.alone = not experiment.trains  # its evaluations, all it has, measure speed
-        self.failure = self.process = self.stage = None
+        self.failure = self.process = self.stage = self.left_at = None
         self.diverged = False
         settings = experiment.settings(job)
         settings["run"] = {**settings.get("run", {}), "name": base.name, "out_dir": str(base.parent)}
@@ -207,9 +207,17 @@ class Run:
         return read_records(self.folder / "metrics.jsonl")
 
     def step(self):
-        """The step it is at, from the tail of its metrics."""
+        """The step it is at; until it is started, the one it was left at, which is looked up once."""
         if self.result is not None:
             return self.total_steps
+        if self.stage is not None:
+            return self._last_step()
+        if self.left_at is None:
+            self.left_at = self._last_step() if self._configured_alike() else 0
+        return self.left_at
+
+    def _last_step(self):
+        """From the tail of its metrics."""
         try:
             with open(self.folder / "metrics.jsonl", "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))

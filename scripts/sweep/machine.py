@@ -53,6 +53,6 @@ def description(header, gpu=None):
     except OSError:
         lines = []
     processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    count = header.get("threads")
+    count = header.get("threads") or (int(device.split()[0]) if device.endswith(" threads") else 0)  # xlstm-bench: "2 threads"
     threads = f"{count} thread{'s' if count != 1 else ''}" if count else ""
     return " of ".join(part for part in (threads, processor) if part)

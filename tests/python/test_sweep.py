@@ -122,6 +122,8 @@ def test_the_gpus_of_a_machine(monkeypatch, tmp_path):
     assert machine.description({"device": "cuda:0"}) == "cuda:0"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert machine.visible_gpus() == []
+    for header, threads in (({"device": "cpu", "threads": 1}, "1 thread"), ({"device": "3 threads"}, "3 threads")):
+        assert machine.description(header).split(" of ")[0] == threads
 
 
 def test_how_many_runs_go_at_once(monkeypatch):
@@ -184,6 +186,7 @@ def test_other_settings_begin_anew_even_after_a_failed_start(toy):
     assert run_here(toy)[0].failure == "xlstm-train: error: no data"
     trainer.write_text(whole)
     sweep, screen = sweep_of(toy), io.StringIO()
+    assert sweep.runs[0].step() == 0  # not the ten of the old run
     progress.Progress(sweep.runs, screen).starting(sweep.runs, 2, ["0", "1"])
     assert screen.getvalue() == "1 run, 1 measured with other settings, to be measured anew; 2 at once on 2 GPUs\n"
     (run,) = run_here(toy)
@@ -199,6 +202,7 @@ def test_an_unfinished_run_goes_on_where_its_folder_was_moved(toy):
     moved = run.config.read_text().replace(f"out_dir: {toy}/out", "out_dir: /somewhere")
     assert moved != run.config.read_text()
     run.config.write_text(moved)
+    assert sweep_of(toy).runs[0].step() == 10
     assert run_here(toy)[0].result["measures"] == run.result["measures"]
     sweep, screen = sweep_of(toy), io.StringIO()
     progress.Progress(sweep.runs, screen).starting(sweep.runs, 1, [])
