@@ -39,8 +39,8 @@ MERGED = ("base", "models", "cases")
 KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "trains", "decay_to",
         "evaluations", "reach", "measure", "better", "columns", "paper", "claims", "figures"}
 PART_KEYS = {"label", "config", "needs", "learning_rates"}
-CLAIM_KEYS = {"text", "paper", "expect", "case", "asserted"}
 PROGRAMS = ("xlstm-eval", "xlstm-bench")
+CLAIM_KEYS = {"text", "paper", "expect", "case", "asserted"}
 
 
 class DescriptionError(Exception):
