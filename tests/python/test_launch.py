@@ -14,6 +14,7 @@ from toy_sweep import ROOT, command, edit, reproduce, set_trainer, toy  # noqa: 
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from sweep import sweeps  # noqa: E402
 from sweep.estimate import Device, hours_text, parse_mfu  # noqa: E402
 from sweep.execution import SweepError  # noqa: E402
 
@@ -80,19 +81,23 @@ def test_single_runs_and_their_table(toy):
 
 
 def test_single_runs_stand_side_by_side_but_not_twice(toy):
-    set_trainer(toy, 0.3)
-    first = subprocess.Popen(command(toy, "toy", "--job", RUNS[0]), stderr=subprocess.DEVNULL)
-    other = subprocess.Popen(command(toy, "toy", "--job", RUNS[1]), stderr=subprocess.DEVNULL)
-    started = [toy / "out" / "toy" / name / "starts" for name in RUNS[:2]]
-    while not all(path.exists() for path in started):
-        assert first.poll() is None and other.poll() is None
-        time.sleep(0.02)
+    folder = sweeps.SweepFolder(toy / "out" / "toy")
+    folder.share()
+    (folder.path / RUNS[0]).parent.mkdir(parents=True)
+    held = sweeps.lock(folder.path / f"{RUNS[0]}.lock")
     same = reproduce(toy, "toy", "--job", RUNS[0])
     assert same.returncode == 2 and "at work on this run" in same.stderr
     whole = reproduce(toy, "toy", "--resume")
     assert whole.returncode == 2 and "at work there" in whole.stderr
-    first.send_signal(signal.SIGTERM)
-    assert first.wait() == 75 and other.wait() == 0
+    assert reproduce(toy, "toy", "--job", RUNS[1]).returncode == 0
+    held.close()
+    set_trainer(toy, 3)
+    process = subprocess.Popen(command(toy, "toy", "--job", RUNS[0]), stderr=subprocess.DEVNULL)
+    while not (folder.path / RUNS[0] / "starts").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
 
 
 def launch_files(toy):
