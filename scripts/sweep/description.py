@@ -6,6 +6,8 @@ Keys of a description:
   cases                  {name: {label, config, needs}}: tasks or sizes, each crossed with every model; one "all" if absent
   models                 {name: {label, config, learning_rates, needs, cases}}; `needs`: why it cannot be run, a row without
                          numbers; `cases`: {case: {config, learning_rates, needs}}, the only cases it takes part in
+  grid                   [{name: {label, config, learning_rates, needs}}, ...]: further cases, one for each combination of a
+                         part of every axis, merged, their names joined by _; what `cases` has of that name is merged into it
   learning_rates, seeds  lists; the learning rate with the best mean over the seeds counts, per case and model
   trains                 false: nothing is trained, the evaluations are all, and no other run is beside one of these
   decay_to               share of the learning rate at which its schedule ends; else optim.min_lr of the settings counts
@@ -24,6 +26,7 @@ and `cases: {name: null}` are merged into the full size, null takes something aw
 """
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 
@@ -37,7 +40,7 @@ FIRST_SHUFFLE_SEED = 1234
 HERE = "{here}"
 MERGED = ("base", "models", "cases")
 KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "trains", "decay_to",
-        "evaluations", "reach", "measure", "better", "columns", "paper", "claims", "figures"}
+        "evaluations", "reach", "measure", "better", "columns", "paper", "claims", "figures", "grid"}
 PART_KEYS = {"label", "config", "needs", "learning_rates"}
 PROGRAMS = ("xlstm-eval", "xlstm-bench")
 CLAIM_KEYS = {"text", "paper", "expect", "case", "asserted"}
@@ -103,6 +106,43 @@ def read_yaml(path):
     return content
 
 
+def combinations(grid, path):
+    """Cases of a grid: names joined by _, labels by commas, the rest merged."""
+    if not isinstance(grid, list) or not all(isinstance(axis, dict) and all(isinstance(part, dict) for part in axis.values())
+                                             for axis in grid):
+        raise DescriptionError(f"{path}: grid: expected a list of axes, {{name: {{label, config, ...}}}} each")
+    found = {}
+    for combination in itertools.product(*(axis.items() for axis in grid)) if grid else ():
+        names, parts = zip(*combination)
+        label = ", ".join(str(part.get("label", name)) for name, part in combination)
+        found["_".join(names)] = {**functools.reduce(merge, parts, {}), "label": label}
+    return found
+
+
+def with_grid(content, path):
+    """The description with the grid's cases among the others."""
+    cases, given = combinations(content.get("grid") or [], path), content.get("cases") or {}
+    return {**content, "cases": cases | {name: merge(cases.get(name), part) if name in cases else part
+                                         for name, part in given.items()}}
+
+
+def miniature(full, small, path):
+    """The full size with what is other in the miniature."""
+    if "grid" in small:  # its cases go, whatever else the full size says of them
+        gone = combinations(full.get("grid") or [], path)
+        cases = {name: part for name, part in full["cases"].items() if name not in gone}
+        full = {**full, "cases": cases | combinations(small["grid"] or [], path)}
+    for key in ("cases", "models"):
+        for name, part in small.get(key, {}).items():
+            if part is None and name not in full.get(key, {}):
+                raise DescriptionError(f"{path}: {key}: there is no {name} to take away")
+    content = {**full, **{key: merge(full.get(key, {}), part) if key in MERGED else part for key, part in small.items()}}
+    for model in content.get("models", {}).values():
+        if "cases" in model:
+            model["cases"] = {case: part for case, part in model["cases"].items() if case in content["cases"]}
+    return content
+
+
 def replace(settings, old, new):
     """The settings with every text's `old` replaced."""
     if isinstance(settings, dict):
@@ -115,18 +155,10 @@ def replace(settings, old, new):
 class Experiment:
     def __init__(self, folder, mini=False):
         self.id, self.mini, self.folder = folder.name, mini, folder
-        content = read_yaml(folder / "experiment.yaml")
-        if mini:
-            small = read_yaml(folder / "mini.yaml")
-            for key in ("cases", "models"):
-                gone = [name for name, part in small.get(key, {}).items() if part is None and name not in content.get(key, {})]
-                if gone:
-                    raise DescriptionError(f"{folder / 'mini.yaml'}: {key}: there is no {gone[0]} to take away")
-            content = {**content, **{k: merge(content.get(k, {}), v) if k in MERGED else v for k, v in small.items()}}
-            for model in content.get("models", {}).values():
-                if "cases" in model:
-                    model["cases"] = {case: part for case, part in model["cases"].items() if case in content["cases"]}
         self.source_file = folder / ("mini.yaml" if mini else "experiment.yaml")
+        content = with_grid(read_yaml(folder / "experiment.yaml"), folder / "experiment.yaml")
+        if mini:
+            content = miniature(content, read_yaml(self.source_file), self.source_file)
         self._read(content)
 
     def _read(self, content):

@@ -18,7 +18,7 @@ GOOD = {"title": "Toy", "source": "nowhere", "base": {"train": {"max_steps": 10}
 
 def described(folder, mini=None, **content):
     folder.mkdir()
-    (folder / "experiment.yaml").write_text(yaml.safe_dump({**GOOD, **content}))
+    (folder / "experiment.yaml").write_text(yaml.safe_dump({**GOOD, **content}, sort_keys=False))
     if mini is not None:
         (folder / "mini.yaml").write_text(mini)
     return Experiment(folder, mini is not None)
@@ -77,6 +77,33 @@ def test_what_is_right_is_taken(tmp_path):
 def test_mistakes_of_a_miniature(mini, message, tmp_path):
     with pytest.raises(DescriptionError, match=re.escape(message)):
         described(tmp_path / "toy", mini)
+
+
+GRID = [{"short": {"label": "T 8", "config": {"data": {"seq_len": 8}}},
+         "long": {"config": {"data": {"seq_len": 64}}, "learning_rates": [0.5]}},
+        {"d1": {"label": "d 1", "config": {"model": {"embedding_dim": 1}}}, "d2": {"config": {"model": {"embedding_dim": 2}}}}]
+
+
+def test_a_grid_is_a_case_for_each_combination(tmp_path):
+    experiment = described(tmp_path / "toy", grid=GRID, cases={"long_d2": {"needs": "time"}, "other": {"label": "Other"}})
+    labels = ["T 8, d 1", "T 8, d2", "long, d 1", "long, d2", "Other"]
+    assert [experiment.case_label(case) for case in experiment.cases] == labels
+    assert [(job.case, job.learning_rate) for job in experiment.jobs(["a"])] == [
+        ("short_d1", 0.1), ("short_d2", 0.1), ("long_d1", 0.5), ("other", 0.1)]
+    assert experiment.settings(experiment.jobs()[0]) == {
+        "train": {"max_steps": 10}, "data": {"seq_len": 8, "shuffle_seed": 1234}, "model": {"embedding_dim": 1},
+        "run": {"seed": 0}, "optim": {"learning_rate": 0.1}}
+    with pytest.raises(DescriptionError, match="grid: expected a list of axes"):
+        described(tmp_path / "wrong", grid={"short": {}})
+
+
+def test_a_miniature_changes_or_replaces_the_grid(tmp_path):
+    cases = {"long_d2": {"needs": "time"}}
+    mini = described(tmp_path / "toy", "cases: {short_d1: null, long_d2: {needs: null}}", grid=GRID, cases=cases)
+    assert [job.case for job in mini.jobs(["a"])] == ["short_d2", "long_d1", "long_d2"]
+    assert list(described(tmp_path / "small", "grid: null\ncases: {tiny: {}}", grid=GRID, cases=cases).cases) == ["tiny"]
+    other = described(tmp_path / "other", "grid: [{x: {}, y: {}}]", grid=GRID, cases=cases)
+    assert list(other.cases) == ["x", "y"]
 
 
 def test_a_null_never_becomes_a_setting():
