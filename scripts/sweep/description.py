@@ -39,8 +39,8 @@ from .execution import METRICS
 FIRST_SHUFFLE_SEED = 1234
 HERE = "{here}"
 MERGED = ("base", "models", "cases")
-KEYS = {"title", "source", "about", "needs", "base", "cases", "models", "learning_rates", "seeds", "trains", "decay_to",
-        "evaluations", "reach", "measure", "better", "columns", "paper", "claims", "figures", "grid"}
+KEYS = {"title", "source", "about", "needs", "base", "cases", "grid", "models", "learning_rates", "seeds", "trains", "decay_to",
+        "evaluations", "reach", "measure", "better", "columns", "paper", "claims", "figures"}
 PART_KEYS = {"label", "config", "needs", "learning_rates"}
 PROGRAMS = ("xlstm-eval", "xlstm-bench")
 CLAIM_KEYS = {"text", "paper", "expect", "case", "asserted"}
