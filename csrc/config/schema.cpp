@@ -225,6 +225,9 @@ std::vector<Field> data_fields() {
           "the task needs; the longest has data.seq_len"),
       XLSTM_FIELD(data.task.key_values, integers(1, kMaxSize),
                   "mqar: pairs of key and value before the queries"),
+      XLSTM_FIELD(data.task.random_non_queries, any(),
+                  "mqar: what stands between the queries; true: random tokens, as Zoology has by "
+                  "default; false: token 0, as in the paper"),
       XLSTM_FIELD(data.task.train_samples, integers(0),
                   "samples of an epoch; 0: fresh ones for ever"),
       XLSTM_FIELD(data.task.eval_samples, integers(1), "held-out samples"),

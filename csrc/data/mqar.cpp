@@ -52,7 +52,8 @@ class Mqar final : public Task {
  public:
   explicit Mqar(const TaskOptions& options)
       : vocab_(options.vocab_size > 0 ? options.vocab_size : kDefaultVocab),
-        pairs_(options.key_values) {
+        pairs_(options.key_values),
+        random_non_queries_(options.random_non_queries) {
     if (pairs_ > vocab_ / 2 - 1 || pairs_ < 1)
       throw Error(ExitCode::kConfig, "data.task.key_values is " + std::to_string(pairs_) +
                                          ", expected 1 to " + std::to_string(vocab_ / 2 - 1) +
@@ -76,11 +77,15 @@ class Mqar final : public Task {
       s.input[2 * pair] = s.input[query] = keys[pair];
       s.input[2 * pair + 1] = s.target[query] = values[pair];
     }
+    if (random_non_queries_)
+      for (int64_t& token : s.input)
+        if (token == 0) token = random.between(0, vocab_ - 1);
     return s;
   }
 
  private:
   int64_t vocab_, pairs_;
+  bool random_non_queries_;
 };
 
 }  // namespace

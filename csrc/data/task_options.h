@@ -11,11 +11,12 @@ struct TaskOptions {
   int64_t vocab_size = 0;     ///< 0: the paper's
   /// Formal languages: tokens of the shortest sample, answers included; 0: 3, or what the task needs.
   int64_t min_len = 0;
-  int64_t key_values = 4;       ///< mqar: pairs before the queries
-  int64_t train_samples = 0;    ///< 0: fresh ones for ever
-  int64_t eval_samples = 1024;  ///< held out
-  int64_t eval_min_len = 0;     ///< 0: as min_len
-  int64_t eval_len = 0;         ///< longest held-out sample; 0: data.seq_len
+  int64_t key_values = 4;           ///< mqar: pairs before the queries
+  bool random_non_queries = false;  ///< mqar: random tokens, not 0, where nothing is asked
+  int64_t train_samples = 0;        ///< 0: fresh ones for ever
+  int64_t eval_samples = 1024;      ///< held out
+  int64_t eval_min_len = 0;         ///< 0: as min_len
+  int64_t eval_len = 0;             ///< longest held-out sample; 0: data.seq_len
 };
 
 inline bool is_given(const TaskOptions& task) { return task.name != "none"; }

@@ -87,6 +87,7 @@ std::string TaskSource::fingerprint() const {
   std::string text = kTaskVersion;
   text += " " + options_.name + " vocab=" + std::to_string(task_->vocab_size()) +
           " pairs=" + std::to_string(options_.key_values) +
+          (options_.random_non_queries ? " random" : "") +
           " lengths=" + std::to_string(lengths_.min_len) + "-" + std::to_string(lengths_.max_len) +
           " samples=" + std::to_string(options_.train_samples) +
           " shuffle=" + std::to_string(shuffle_) + " seed=" + std::to_string(seed_);

@@ -309,6 +309,34 @@ TEST_CASE("mqar: pairs, then every key once, answered by its value", "[tasks]") 
   }
 }
 
+TEST_CASE("mqar: random tokens stand where nothing is asked", "[tasks]") {
+  TaskOptions options = named("mqar");
+  options.vocab_size = 64;
+  const auto zeros = make_task(options);
+  options.random_non_queries = true;
+  const auto filled = make_task(options);
+  std::vector<int> counts(64);
+  int places = 0;
+  for (uint64_t i = 0; i < 2000; ++i) {
+    Random random(1, 0, i), same(1, 0, i);
+    const TaskSample plain = zeros->sample(random, 64), sample = filled->sample(same, 64);
+    REQUIRE(sample.target == plain.target);
+    for (size_t t = 0; t < 64; ++t) {
+      if (plain.input[t] != 0) {
+        REQUIRE(sample.input[t] == plain.input[t]);
+      } else {
+        ++counts[static_cast<size_t>(sample.input[t])];
+        ++places;
+      }
+    }
+  }
+  // Chi-square with 63 degrees of freedom; 103 is passed once in 1000.
+  double chi = 0;
+  for (const int count : counts) chi += std::pow(count - places / 64.0, 2) / (places / 64.0);
+  CAPTURE(chi);
+  CHECK(chi < 103);
+}
+
 TEST_CASE("mqar: distances of the queries follow the power law, without replacement", "[tasks]") {
   constexpr int kSpace = 12, kPairs = 4, kSamples = 20000;
   TaskOptions options = named("mqar");
