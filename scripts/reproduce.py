@@ -27,6 +27,8 @@ from sweep.report import table_text, write  # noqa: E402
 from sweep.results import Results  # noqa: E402
 from sweep.sweeps import Sweep, SweepFolder, execute, lock  # noqa: E402
 
+FAILURES_TOLD = 10  # at the end
+
 
 def positive(text):
     if (value := int(text)) < 1:
@@ -179,7 +181,12 @@ def run(options):
 def status(options, sweeps, results, finished):
     if not finished:
         return ASKED_TO_STOP
-    return 1 if any(run.failure for sweep in sweeps for run in sweep.runs) else check(options, results)
+    failed = [run for sweep in sweeps for run in sweep.runs if run.failure]
+    for run in failed[:FAILURES_TOLD]:
+        print(f"reproduce: {run.experiment.name}/{run.job.name} failed: {run.failure}", file=sys.stderr)
+    if failed:
+        print(f"reproduce: {len(failed)} runs failed; --resume tries them again", file=sys.stderr)
+    return 1 if failed else check(options, results)
 
 
 def check(options, results):

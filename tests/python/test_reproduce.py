@@ -125,6 +125,8 @@ def test_failed_and_diverged_runs(toy):
     edit(toy, "kind: diverging", "kind: broken")
     done = reproduce(toy, "toy", "--fresh")
     assert done.returncode == 1 and "the disk is full" in done.stdout
+    assert "reproduce: toy/all/bad/lr0.1_seed0 failed: xlstm-train: error: the disk is full" in done.stderr
+    assert "reproduce: 4 runs failed; --resume tries them again" in done.stderr
     assert (toy / "out" / "toy.old-1").exists()
 
 

@@ -68,6 +68,27 @@ def test_a_model_that_has_not_run_costs_what_its_operations_do():
     assert [100 * seconds(run) for run in runs] == pytest.approx([10, 30, 20, 10, 700, 700])
 
 
+def test_steps_that_a_diverged_run_did_not_make_are_not_counted(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    runs = [Run("toy", "a"), Run("toy", "b")]
+    bar = progress.Progress(runs, io.StringIO())
+    now[0] += 20
+    runs[0].result = {"steps": 20, "seconds": 20, "diverged": True, "measures": {}}
+    assert bar.eta(runs) == pytest.approx(100)
+
+
+def test_without_a_terminal_there_is_a_line_every_ten_minutes(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    runs, log = [Run("toy", "a", at=50), Run("toy", "b")], io.StringIO()
+    bar = progress.Progress(runs, log)
+    for _ in range(25):
+        now[0] += 60
+        bar.update(runs[:1], runs)
+    assert log.getvalue().count("\n") == 2 and " 25% | 0/2 runs | all/a step 50/100\n" in log.getvalue()
+
+
 class Turn:
     """A run that is done when it has been looked at twice, and tells who else was at work when it started."""
 
