@@ -25,12 +25,19 @@ struct Score {
   double last_errors = 0;
 };
 
-/// Squared errors of a model with real inputs, all and those of the last position that counts.
+/// Token ids (B,T) or real vectors (B,T,F).
+at::Tensor inputs_of(data::Batch& batch, at::Device device) {
+  if (batch.num_features == 0)
+    return at::from_blob(batch.input.data(), {batch.batch_size, batch.seq_len}, at::kLong)
+        .to(device);
+  return at::from_blob(batch.features.data(), {batch.batch_size, batch.seq_len, batch.num_features},
+                       at::kFloat)
+      .to(device);
+}
+
+/// Squared errors of predicted numbers, all and those of the last position that counts.
 Score squared_errors(models::LanguageModel& model, data::Batch& batch, at::Device device) {
-  const at::Tensor inputs =
-      at::from_blob(batch.features.data(), {batch.batch_size, batch.seq_len, batch.num_features},
-                    at::kFloat)
-          .to(device);
+  const at::Tensor inputs = inputs_of(batch, device);
   const at::Tensor targets =
       at::from_blob(batch.values.data(), {batch.batch_size, batch.seq_len}, at::kFloat).to(device);
   const at::Tensor errors =
@@ -68,9 +75,9 @@ double add_by_group(const at::Tensor& losses, const data::Batch& batch, const To
 /// The loss alone, also by group where there are groups; or, where `answers`, the likeliest token too.
 Score score(models::LanguageModel& model, data::Batch& batch, at::Device device, bool answers,
             const TokenGroups* groups, std::vector<GroupLoss>& by_group) {
-  if (batch.num_features > 0) return squared_errors(model, batch, device);
+  if (!batch.values.empty()) return squared_errors(model, batch, device);
   const std::vector<int64_t> shape{batch.batch_size, batch.seq_len};
-  const at::Tensor ids = at::from_blob(batch.input.data(), shape, at::kLong).to(device);
+  const at::Tensor ids = inputs_of(batch, device);
   const at::Tensor targets = at::from_blob(batch.target.data(), shape, at::kLong).to(device);
   const at::Tensor reset =
       at::from_blob(batch.reset.data(), shape, at::kByte).to(device, at::kBool);
@@ -128,7 +135,8 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
   result.perplexity = std::exp(result.loss);
   if (data.bytes_per_token() > 0)
     result.bits_per_byte = result.loss / std::log(2.0) / data.bytes_per_token();
-  if (data.num_features() > 0) result.last_error = total.last_errors / static_cast<double>(windows);
+  if (data.num_features() > 0 && !chance.has_value())
+    result.last_error = total.last_errors / static_cast<double>(windows);
   if (chance.has_value()) {
     result.accuracy = static_cast<double>(total.correct) / static_cast<double>(result.tokens);
     result.scaled_accuracy = (*result.accuracy - *chance) / (1 - *chance);

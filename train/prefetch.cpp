@@ -13,11 +13,11 @@ TrainBatch::TrainBatch(data::Batch&& source, bool pinned) : host(std::move(sourc
   if (host.num_features > 0) {
     ids = at::from_blob(host.features.data(), {host.batch_size, host.seq_len, host.num_features},
                         at::kFloat);
-    targets = at::from_blob(host.values.data(), shape, at::kFloat);
   } else {
     ids = at::from_blob(host.input.data(), shape, at::kLong);
-    targets = at::from_blob(host.target.data(), shape, at::kLong);
   }
+  targets = host.values.empty() ? at::from_blob(host.target.data(), shape, at::kLong)
+                                : at::from_blob(host.values.data(), shape, at::kFloat);
   if (std::find(host.reset.begin(), host.reset.end(), 1) != host.reset.end()) {
     reset = at::from_blob(host.reset.data(), shape, at::kBool);
   }

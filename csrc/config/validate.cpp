@@ -187,10 +187,10 @@ void validate_data(const Config& config) {
   }
   for (const std::string& name : settings_below({"data.task"})) {
     if (!is_default(config, name))
-      fail(config, name, "applies to synthetic tasks only; set data.task.name, or remove it");
+      fail(config, name, "applies to tasks only; set data.task.name, or remove it");
   }
   require(config.model.input_features == 0, config, "model.input_features",
-          "works with a synthetic task of real vectors only; remove it");
+          "works with a task of real vectors only; remove it");
   if (text && prepared) {
     fail(config, "data.text",
          "is given together with data.train, expected one of them; set data.text=\"\" or "
@@ -199,7 +199,7 @@ void validate_data(const Config& config) {
   if (!text && !prepared) {
     fail(config, "data.text",
          "nothing to train on; set data.text to a file, folder or glob (or python-stdlib), "
-         "data.train to token files, or data.task.name to a synthetic task");
+         "data.train to token files, or data.task.name to a task");
   }
   require(text || data.val_text.empty(), config, "data.val_text",
           "works with data.text; with data.train set data.val to a prepared token file");
@@ -260,9 +260,6 @@ void validate_model(const Config& config) {
   const auto& model = config.model;
   require_divisible(config, "model.embedding_dim", "the width",
                     static_cast<double>(model.embedding_dim), "model.num_heads", model.num_heads);
-  require(model.input_features == 0 || model.vocab_size == 1, config, "model.vocab_size",
-          "is " + to_string(model.vocab_size) +
-              ", expected 1 with model.input_features: one number is predicted");
   require(model.input_features == 0 || !model.tie_weights, config, "model.tie_weights",
           "expected false with model.input_features: there is no embedding");
   require(model.input_features == 0 || model.embedding_init_std == 0, config,

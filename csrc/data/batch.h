@@ -24,9 +24,9 @@ struct Batch {
   std::vector<int64_t> target;  ///< (B,T) what is to be predicted there; kIgnored where nothing is
   std::vector<uint8_t> reset;   ///< (B,T) 1 where a document starts
   int64_t num_targets = 0;      ///< targets that count
-  /// Real vectors instead of tokens, and one number to be predicted for each: (B,T,F) and (B,T), NaN where nothing is.
   int64_t num_features = 0;
-  std::vector<float> features, values;
+  std::vector<float> features;  ///< (B,T,F) real vectors instead of `input`, where there are features
+  std::vector<float> values;    ///< (B,T) numbers instead of `target`, NaN where nothing is; empty: tokens are asked for
 };
 
 /// What a run trains on: sample i is a pure function of the settings and i, the same for every number of processes,

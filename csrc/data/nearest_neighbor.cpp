@@ -29,6 +29,7 @@ class NearestNeighbor final : public Task {
  public:
   int64_t vocab_size() const override { return 1; }
   int64_t features() const override { return 3; }
+  bool predicts_numbers() const override { return true; }
   double chance() const override { return 0; }
   int64_t shortest() const override { return 2; }
   bool varies() const override { return true; }

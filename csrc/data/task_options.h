@@ -1,5 +1,5 @@
 #pragma once
-// Settings of a synthetic task: plain values (the configuration layer reads them).
+// Settings of a task: plain values (the configuration layer reads them).
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -13,6 +13,9 @@ struct TaskOptions {
   int64_t min_len = 0;
   int64_t key_values = 4;           ///< mqar: pairs before the queries
   bool random_non_queries = false;  ///< mqar: random tokens, not 0, where nothing is asked
+  int64_t max_depth = 10;           ///< listops: nodes from the root down to the deepest one
+  int64_t max_args = 10;            ///< listops: arguments of an operator, from 2
+  std::string path;                 ///< folder of the files of a task that reads some
   int64_t train_samples = 0;        ///< 0: fresh ones for ever
   int64_t eval_samples = 1024;      ///< held out
   int64_t eval_min_len = 0;         ///< 0: as min_len
@@ -20,8 +23,14 @@ struct TaskOptions {
 };
 
 inline bool is_given(const TaskOptions& task) { return task.name != "none"; }
+/// Whether samples come from the files of data.task.path.
+inline bool reads_files(const TaskOptions& task) {
+  return task.name == "image" || task.name == "rgb_image" || task.name == "retrieval" ||
+         task.name == "pathfinder";
+}
 
-/// The formal languages of arXiv 2405.04517, B.1.1, multi-query associative recall, and nearest neighbor search.
+/// The formal languages of arXiv 2405.04517, B.1.1, multi-query associative recall, nearest neighbor search, and of the
+/// Long Range Arena ListOps, Image (CIFAR-10, grey and in colour), Retrieval and Pathfinder.
 inline const std::vector<std::string>& task_names() {
   static const std::vector<std::string> names = {"parity",
                                                  "even_pairs",
@@ -39,7 +48,12 @@ inline const std::vector<std::string>& task_names() {
                                                  "majority",
                                                  "majority_count",
                                                  "mqar",
-                                                 "nns"};
+                                                 "nns",
+                                                 "listops",
+                                                 "image",
+                                                 "rgb_image",
+                                                 "retrieval",
+                                                 "pathfinder"};
   return names;
 }
 

@@ -13,7 +13,6 @@ namespace {
 
 /// Changes whenever a generator gives other samples, so that a run is not resumed on other data.
 constexpr const char* kTaskVersion = "task-1";
-constexpr int64_t kPaperMinLength = 3;
 constexpr uint64_t kTrainStream = 0, kHeldOutStream = 1;
 
 void check_lengths(const Task& task, const TaskLengths& lengths, const std::string& min_name,
@@ -31,6 +30,18 @@ void check_lengths(const Task& task, const TaskLengths& lengths, const std::stri
   if (task.varies() && lengths.max_len < lengths.min_len)
     fail(max_name, lengths.max_len,
          "at least " + min_name + ", " + std::to_string(lengths.min_len));
+  if (task.varies() && lengths.min_len > task.longest())
+    fail(min_name, lengths.min_len,
+         "at most " + std::to_string(task.longest()) + " for this task");
+}
+
+/// How many samples of files count; `wanted` 0: all.
+int64_t recorded_samples(int64_t there_are, int64_t wanted) {
+  if (wanted > there_are)
+    throw Error(ExitCode::kConfig, "data.task.train_samples is " + std::to_string(wanted) +
+                                       ", expected at most " + std::to_string(there_are) +
+                                       ", all that the files hold");
+  return wanted > 0 ? wanted : there_are;
 }
 
 Batch empty_batch(const Task& task, int64_t count, int64_t length) {
@@ -38,19 +49,17 @@ Batch empty_batch(const Task& task, int64_t count, int64_t length) {
   if (task.features() == 0) return batch;
   batch.num_features = task.features();
   batch.features.assign(static_cast<size_t>(count * length * task.features()), 0);
-  batch.values.assign(static_cast<size_t>(count * length), std::numeric_limits<float>::quiet_NaN());
+  if (task.predicts_numbers())
+    batch.values.assign(static_cast<size_t>(count * length),
+                        std::numeric_limits<float>::quiet_NaN());
   return batch;
 }
 
-void fill_row(const Task& task, const TaskLengths& lengths, Random random, int64_t row,
-              Batch& batch) {
-  const int64_t length =
-      task.varies() ? random.between(lengths.min_len, lengths.max_len) : lengths.max_len;
-  const TaskSample sample = task.sample(random, length);
+void fill_row(const TaskSample& sample, int64_t row, Batch& batch) {
   const auto offset = row * batch.seq_len;
-  if (task.features() > 0) {
-    std::copy(sample.features.begin(), sample.features.end(),
-              batch.features.begin() + offset * task.features());
+  std::copy(sample.features.begin(), sample.features.end(),
+            batch.features.begin() + offset * batch.num_features);
+  if (!batch.values.empty()) {
     std::copy(sample.values.begin(), sample.values.end(), batch.values.begin() + offset);
     batch.num_targets += std::count_if(sample.values.begin(), sample.values.end(),
                                        [](float x) { return !std::isnan(x); });
@@ -63,6 +72,12 @@ void fill_row(const Task& task, const TaskLengths& lengths, Random random, int64
 }
 
 }  // namespace
+
+TaskSample Task::at(Part part, uint64_t seed, int64_t index, const TaskLengths& lengths) const {
+  Random random(seed, part == Part::kTrain ? kTrainStream : kHeldOutStream,
+                static_cast<uint64_t>(index));
+  return sample_between(random, lengths);
+}
 
 TaskSource::TaskSource(std::shared_ptr<const Task> task, const TaskOptions& options,
                        TaskLengths lengths, uint64_t seed, bool shuffle)
@@ -78,7 +93,7 @@ Batch TaskSource::batch(int64_t first_sample, int64_t count) const {
     auto index = static_cast<uint64_t>(first_sample + row);
     if (const auto epoch = static_cast<uint64_t>(options_.train_samples); epoch > 0)
       index = shuffle_ ? permute(index % epoch, epoch, seed_, index / epoch) : index % epoch;
-    fill_row(*task_, lengths_, Random(seed_, kTrainStream, index), row, batch);
+    fill_row(task_->at(Part::kTrain, seed_, static_cast<int64_t>(index), lengths_), row, batch);
   }
   return batch;
 }
@@ -90,7 +105,7 @@ std::string TaskSource::fingerprint() const {
           (options_.random_non_queries ? " random" : "") +
           " lengths=" + std::to_string(lengths_.min_len) + "-" + std::to_string(lengths_.max_len) +
           " samples=" + std::to_string(options_.train_samples) +
-          " shuffle=" + std::to_string(shuffle_) + " seed=" + std::to_string(seed_);
+          " shuffle=" + std::to_string(shuffle_) + " seed=" + std::to_string(seed_) + task_->mark();
   return sha256_hex(text);
 }
 
@@ -101,21 +116,36 @@ TaskSet::TaskSet(std::shared_ptr<const Task> task, const TaskOptions& options, T
 Batch TaskSet::batch(int64_t first_window, int64_t count) const {
   Batch batch = empty_batch(*task_, count, lengths_.max_len);
   for (int64_t row = 0; row < count; ++row)
-    fill_row(*task_, lengths_,
-             Random(seed_, kHeldOutStream, static_cast<uint64_t>(first_window + row)), row, batch);
+    fill_row(task_->at(Part::kHeldOut, seed_, first_window + row, lengths_), row, batch);
   return batch;
 }
 
 std::unique_ptr<Task> make_task(const TaskOptions& options) {
+  if (reads_files(options) && options.path.empty())
+    throw Error(ExitCode::kConfig, "data.task.path is empty, expected the folder of the files of " +
+                                       options.name + " (see the README)");
+  if (!reads_files(options) && !options.path.empty())
+    throw Error(ExitCode::kConfig,
+                "data.task.path is " + options.path + ", but data.task " + options.name +
+                    " reads no files; remove it");
   if (options.name == "mqar") return make_mqar(options);
   if (options.name == "nns") return make_nearest_neighbor();
+  if (options.name == "listops") return make_list_operations(options);
+  if (options.name == "image" || options.name == "rgb_image") return make_cifar10(options);
+  if (options.name == "retrieval") return make_paper_pairs(options);
+  if (options.name == "pathfinder") return make_pathfinder(options);
   if (auto language = make_formal_language(options)) return language;
   throw Error(ExitCode::kConfig, "data.task.name: no task is called " + options.name);
 }
 
-TaskData make_task_data(const TaskOptions& options, int64_t seq_len, uint64_t seed, bool shuffle,
+TaskData make_task_data(const TaskOptions& given, int64_t seq_len, uint64_t seed, bool shuffle,
                         int64_t model_vocab_size, int64_t model_features) {
-  const std::shared_ptr<const Task> task = make_task(options);
+  const std::shared_ptr<const Task> task = make_task(given);
+  TaskOptions options = given;
+  if (const auto recorded = task->num_recorded(Part::kTrain))
+    options.train_samples = recorded_samples(*recorded, given.train_samples);
+  if (const auto recorded = task->num_recorded(Part::kHeldOut))
+    options.eval_samples = std::min(*recorded, given.eval_samples);
   if (task->features() != model_features)
     throw Error(ExitCode::kConfig, "model.input_features is " + std::to_string(model_features) +
                                        ", expected " + std::to_string(task->features()) +
@@ -124,8 +154,11 @@ TaskData make_task_data(const TaskOptions& options, int64_t seq_len, uint64_t se
     throw Error(ExitCode::kConfig, "model.vocab_size is " + std::to_string(model_vocab_size) +
                                        ", expected at least " + std::to_string(task->vocab_size()) +
                                        ", the vocabulary of data.task " + options.name);
-  const int64_t min_len =
-      options.min_len > 0 ? options.min_len : std::max(kPaperMinLength, task->shortest());
+  if (task->predicts_numbers() && model_vocab_size != 1)
+    throw Error(ExitCode::kConfig, "model.vocab_size is " + std::to_string(model_vocab_size) +
+                                       ", expected 1 for data.task " + options.name +
+                                       ": one number is predicted");
+  const int64_t min_len = options.min_len > 0 ? options.min_len : task->usual_min_len();
   const TaskLengths train{min_len, seq_len};
   const TaskLengths held_out{options.eval_min_len > 0 ? options.eval_min_len : min_len,
                              options.eval_len > 0 ? options.eval_len : seq_len};

@@ -1,5 +1,5 @@
 #pragma once
-// A synthetic task as training data and as a held-out set. Samples are padded to one length with token 0 and ignored
+// A task as training data and as a held-out set. Samples are padded to one length with token 0 and ignored
 // targets; each is a document of its own.
 #include <memory>
 
@@ -8,12 +8,8 @@
 
 namespace xlstm::data {
 
-/// Samples of [min_len, max_len] tokens, answers included (those of a task that does not vary: all of max_len).
-struct TaskLengths {
-  int64_t min_len = 3, max_len = 40;
-};
-
-/// Fresh samples for ever, or `train_samples` of them in a new order each epoch.
+/// Fresh samples for ever, or `train_samples` of them in a new order each epoch; of a task that reads files the first
+/// `train_samples`, or all.
 class TaskSource final : public SampleSource {
  public:
   TaskSource(std::shared_ptr<const Task> task, const TaskOptions& options, TaskLengths lengths,
@@ -30,7 +26,7 @@ class TaskSource final : public SampleSource {
   bool shuffle_;
 };
 
-/// `eval_samples` samples that training never draws but by chance.
+/// `eval_samples` samples that training never draws but by chance; of a task that reads files at most those there are.
 class TaskSet final : public HeldOutSet {
  public:
   TaskSet(std::shared_ptr<const Task> task, const TaskOptions& options, TaskLengths lengths,
@@ -40,7 +36,7 @@ class TaskSet final : public HeldOutSet {
   std::string name() const override { return "data.task " + options_.name; }
   int64_t num_features() const override { return task_->features(); }
   std::optional<double> chance() const override {
-    return task_->features() > 0 ? std::nullopt : std::optional(task_->chance());
+    return task_->predicts_numbers() ? std::nullopt : std::optional(task_->chance());
   }
 
  private:

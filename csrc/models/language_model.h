@@ -18,7 +18,7 @@ using BlockState = std::vector<at::Tensor>;
 using ModelState = std::vector<BlockState>;
 
 /// A causal language model over token ids. With the option input_features F > 0 the inputs are (B,T,F) float vectors
-/// instead of ids, the logits (B,T,1) are predictions of numbers, and the loss is the squared error.
+/// instead of ids; if vocab_size is 1 then too, the logits (B,T,1) are predictions of numbers, the loss is the squared error.
 class LanguageModel : public torch::nn::Module {
  public:
   ~LanguageModel() override = default;
@@ -33,7 +33,7 @@ class LanguageModel : public torch::nn::Module {
   /// Logits (...,V) of final hidden vectors (...,D).
   at::Tensor logits(const at::Tensor& h) const;
   /// Cross entropy in nats, without ever holding all logits unless the option `fused` is off: sum over targets != -100
-  /// (reduction "sum") or their mean. With input_features: targets (B,T) float, NaN where none counts.
+  /// (reduction "sum") or their mean. Of predicted numbers: targets (B,T) float, NaN where none counts.
   at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets,
                   const std::optional<at::Tensor>& reset = {}, const char* reduction = "mean");
   /// (V,D) weight of the output head (the embedding's where tied).

@@ -13,7 +13,7 @@ struct ModelOptions {
   std::string kind = "xlstm";
   int64_t vocab_size = 256;
   int64_t input_features =
-      0;  ///< > 0: reads real vectors of this width instead of tokens and predicts one number
+      0;  ///< > 0: reads real vectors of this width instead of tokens; with vocab_size 1 predicts a number
   int64_t embedding_dim = 128;
   int64_t num_blocks = 4;
   int64_t num_heads = 4;

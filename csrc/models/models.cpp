@@ -78,9 +78,8 @@ void check_options(const ModelOptions& o) {
   TORCH_CHECK(is_kind(o.kind), "model.kind: expected one of ", kind_names(), ", got \"", o.kind,
               "\"");
   positive(o.vocab_size, "vocab_size");
-  TORCH_CHECK(o.input_features == 0 || (o.vocab_size == 1 && !o.tie_weights),
-              "model.input_features: works with vocab_size 1, the number that is predicted, and "
-              "without tie_weights");
+  TORCH_CHECK(o.input_features == 0 || !o.tie_weights,
+              "model.input_features: works without tie_weights: there is no embedding");
   positive(o.embedding_dim, "embedding_dim");
   positive(o.num_blocks, "num_blocks");
   positive(o.num_heads, "num_heads");
