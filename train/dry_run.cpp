@@ -187,9 +187,8 @@ void dry_run(const config::Config& given) {
         "data.train or data.task.name)");
     return;
   }
-  if (const std::string missing = first_missing_file(config); !missing.empty()) {
-    print_line("data        " + missing +
-               ".bin is not there: not checked, and no step was run (xlstm-data prepare)");
+  if (const std::string missing = missing_data(config); !missing.empty()) {
+    print_line("data        " + missing + ": not checked, and no step was run");
     return;
   }
   const TrainingData data = open_training_data(config);

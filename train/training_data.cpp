@@ -60,12 +60,19 @@ bool has_data(const config::Config& config) {
          !config.data.train.empty();
 }
 
-std::string first_missing_file(const config::Config& config) {
+std::string missing_data(const config::Config& config) {
+  const data::TaskOptions& task = config.data.task;
+  if (data::is_given(task))
+    return data::reads_files(task) && !task.path.empty() && !fs::exists(task.path)
+               ? task.path + ", the folder of data.task " + task.name + ", is not there"
+               : "";
   if (!config.data.text.empty()) return "";
-  for (const auto& source : config.data.train) {
-    if (!token_file_exists(source.path)) return source.path;
-  }
-  return config.data.val.empty() || token_file_exists(config.data.val) ? "" : config.data.val;
+  std::vector<std::string> files;
+  for (const auto& source : config.data.train) files.push_back(source.path);
+  if (!config.data.val.empty()) files.push_back(config.data.val);
+  for (const std::string& path : files)
+    if (!token_file_exists(path)) return path + ".bin is not there (xlstm-data prepare)";
+  return "";
 }
 
 std::string describe_data(const config::Config& config, const TrainingData& data, int64_t steps) {

@@ -17,8 +17,8 @@ struct TrainingData {
 };
 
 bool has_data(const config::Config& config);
-/// The first token file of data.train or data.val that does not exist; "" where all do.
-std::string first_missing_file(const config::Config& config);
+/// What of data.train, data.val or data.task.path is not there, and how to get it; "" where all is.
+std::string missing_data(const config::Config& config);
 
 /// One line for logs and --dry-run: how much there is of what, and how many epochs `steps` are.
 std::string describe_data(const config::Config& config, const TrainingData& data, int64_t steps);

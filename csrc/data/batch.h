@@ -25,8 +25,10 @@ struct Batch {
   std::vector<uint8_t> reset;   ///< (B,T) 1 where a document starts
   int64_t num_targets = 0;      ///< targets that count
   int64_t num_features = 0;
-  std::vector<float> features;  ///< (B,T,F) real vectors instead of `input`, where there are features
-  std::vector<float> values;    ///< (B,T) numbers instead of `target`, NaN where nothing is; empty: tokens are asked for
+  std::vector<float>
+      features;  ///< (B,T,F) real vectors instead of `input`, where there are features
+  std::vector<float>
+      values;  ///< (B,T) numbers instead of `target`, NaN where nothing is; empty: tokens are asked for
 };
 
 /// What a run trains on: sample i is a pure function of the settings and i, the same for every number of processes,

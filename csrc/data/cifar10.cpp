@@ -57,8 +57,8 @@ class Cifar10 final : public RecordedTask {
         continue;
       }
       for (size_t c = 0; c < 3; ++c)
-        s.features.push_back(static_cast<float>(
-            (red[c * kPixels] / 255.0 - kMean[c]) / kDeviation[c]));
+        s.features.push_back(
+            static_cast<float>((red[c * kPixels] / 255.0 - kMean[c]) / kDeviation[c]));
     }
     return s;
   }
@@ -69,8 +69,8 @@ class Cifar10 final : public RecordedTask {
     const auto size = static_cast<int64_t>(file.size());
     if (size % kRecordBytes != 0)
       refuse(path,
-             std::to_string(size) + " bytes are not a multiple of " +
-                 std::to_string(kRecordBytes) + ", an image with its class",
+             std::to_string(size) + " bytes are not a multiple of " + std::to_string(kRecordBytes) +
+                 ", an image with its class",
              kHowToGet);
     for (int64_t at = 0; at < size; at += kRecordBytes) {
       if (file.data()[at] >= kClasses)

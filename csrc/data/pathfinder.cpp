@@ -48,7 +48,8 @@ class Pathfinder final : public RecordedTask {
     const Images& images = part == Part::kTrain ? train_ : held_out_;
     const int64_t count = images.pixels_each();
     const unsigned char* const first = images.pixels.data + index * count;
-    TaskSample s{{first, first + count}, std::vector<int64_t>(static_cast<size_t>(count), kIgnored)};
+    TaskSample s{{first, first + count},
+                 std::vector<int64_t>(static_cast<size_t>(count), kIgnored)};
     s.target.back() = images.labels[index];
     return s;
   }

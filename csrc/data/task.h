@@ -15,10 +15,11 @@
 namespace xlstm::data {
 
 struct TaskSample {
-  std::vector<int64_t> input;   ///< token ids; token 0 is padding
-  std::vector<int64_t> target;  ///< of the same length; kIgnored where nothing is asked
+  std::vector<int64_t> input;        ///< token ids; token 0 is padding
+  std::vector<int64_t> target;       ///< of the same length; kIgnored where nothing is asked
   std::vector<float> features = {};  ///< instead of the tokens, where features() > 0: (T,F)
-  std::vector<float> values = {};    ///< instead of the targets, where predicts_numbers(): T, NaN where nothing is asked
+  std::vector<float> values =
+      {};  ///< instead of the targets, where predicts_numbers(): T, NaN where nothing is asked
 };
 
 /// Samples of [min_len, max_len] tokens, answers included (those of a task that does not vary: all of max_len).
@@ -35,7 +36,8 @@ class Task {
   virtual TaskSample sample(Random& random, int64_t length) const = 0;
   /// A sample of a length that is drawn evenly, unless the task has lengths of its own.
   virtual TaskSample sample_between(Random& random, const TaskLengths& lengths) const {
-    return sample(random, varies() ? random.between(lengths.min_len, lengths.max_len) : lengths.max_len);
+    return sample(random,
+                  varies() ? random.between(lengths.min_len, lengths.max_len) : lengths.max_len);
   }
   /// Sample `index` of a part, a pure function of the arguments: one of the files of a task that reads some, else drawn.
   virtual TaskSample at(Part part, uint64_t seed, int64_t index, const TaskLengths& lengths) const;

@@ -31,8 +31,7 @@ void check_lengths(const Task& task, const TaskLengths& lengths, const std::stri
     fail(max_name, lengths.max_len,
          "at least " + min_name + ", " + std::to_string(lengths.min_len));
   if (task.varies() && lengths.min_len > task.longest())
-    fail(min_name, lengths.min_len,
-         "at most " + std::to_string(task.longest()) + " for this task");
+    fail(min_name, lengths.min_len, "at most " + std::to_string(task.longest()) + " for this task");
 }
 
 /// How many samples of files count; `wanted` 0: all.
@@ -125,9 +124,8 @@ std::unique_ptr<Task> make_task(const TaskOptions& options) {
     throw Error(ExitCode::kConfig, "data.task.path is empty, expected the folder of the files of " +
                                        options.name + " (see the README)");
   if (!reads_files(options) && !options.path.empty())
-    throw Error(ExitCode::kConfig,
-                "data.task.path is " + options.path + ", but data.task " + options.name +
-                    " reads no files; remove it");
+    throw Error(ExitCode::kConfig, "data.task.path is " + options.path + ", but data.task " +
+                                       options.name + " reads no files; remove it");
   if (options.name == "mqar") return make_mqar(options);
   if (options.name == "nns") return make_nearest_neighbor();
   if (options.name == "listops") return make_list_operations(options);

@@ -3,7 +3,8 @@
 Keys of a description:
   title, source, about   texts of the report; `needs`: what the full size takes
   base                   settings of xlstm-train that all runs share
-  cases                  {name: {label, config, needs}}: tasks or sizes, each crossed with every model; one "all" if absent
+  cases                  {name: {label, config, needs, files}}: tasks or sizes, each crossed with every model; one "all" if
+                         absent; `files`: a path, `needs` counts only where nothing is there
   models                 {name: {label, config, learning_rates, needs, cases}}; `needs`: why it cannot be run, a row without
                          numbers; `cases`: {case: {config, learning_rates, needs}}, the only cases it takes part in
   grid                   [{name: {label, config, learning_rates, needs}}, ...]: further cases, one for each combination of a
@@ -41,7 +42,7 @@ HERE = "{here}"
 MERGED = ("base", "models", "cases")
 KEYS = {"title", "source", "about", "needs", "base", "cases", "grid", "models", "learning_rates", "seeds", "trains", "decay_to",
         "evaluations", "reach", "measure", "better", "columns", "paper", "claims", "figures"}
-PART_KEYS = {"label", "config", "needs", "learning_rates"}
+PART_KEYS = {"label", "config", "needs", "files", "learning_rates"}
 PROGRAMS = ("xlstm-eval", "xlstm-bench")
 CLAIM_KEYS = {"text", "paper", "expect", "case", "asserted"}
 
@@ -201,6 +202,7 @@ class Experiment:
                 known = PART_KEYS | ({"cases"} if kind == "models" else set())
                 unknown = sorted(set(part) - known)
                 expect(not unknown, f"{kind}.{name}: unknown key {unknown[:1]}; expected {sorted(known)}")
+                expect(not part.get("files") or part.get("needs"), f"{kind}.{name}: files without needs, which says what they are")
         for name, model in self.models.items():
             for case, part in model.get("cases", {}).items():
                 expect(case in self.cases, f"models.{name}.cases: there is no case {case}")
@@ -286,7 +288,11 @@ class Experiment:
     def needs_of(self, case, model):
         """Why this pair cannot be run; empty if it can."""
         parts = (self._own(case, model), self.models[model], self.cases[case])
-        return next((part["needs"] for part in parts if part.get("needs")), "")
+        return next((part["needs"] for part in parts if part.get("needs") and not self._has_files(part)), "")
+
+    def _has_files(self, part):
+        """Whether the files are there for want of which a part cannot be run."""
+        return bool(part.get("files")) and Path(replace(part["files"], HERE, str(self.folder.resolve()))).exists()
 
     def rates(self, case, model):
         parts = (self._own(case, model), self.models[model], self.cases[case])

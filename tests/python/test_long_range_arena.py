@@ -1,0 +1,201 @@
+"""The description of the Long Range Arena, its tasks on small files as other programs write them, and the conversion of Pathfinder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = ROOT / "scripts" / "reproduce"
+TRAINER = ROOT / "build" / "bin" / "xlstm-train"
+CONVERT = ROOT / "scripts" / "convert_pathfinder.py"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from sweep import description  # noqa: E402
+
+needs_trainer = pytest.mark.skipif(not TRAINER.exists(), reason="build/bin/xlstm-train is not built")
+#           blocks, width, batch, steps, tokens
+PAPER = {"retrieval": (6, 128, 64, 100_000, 8001), "listops": (8, 128, 32, 80_000, 2000),
+         "pathfinder": (6, 192, 64, 500_000, 1024), "g_image": (6, 512, 64, 180_000, 1024),
+         "rgb_image": (6, 512, 64, 180_000, 1024)}
+RANDOM = np.random.RandomState(3)
+
+
+def load(mini=False):
+    return description.load(EXPERIMENTS, "lra", mini)
+
+
+def write_cifar(folder, images=4):
+    folder.mkdir(parents=True)
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        records = RANDOM.randint(0, 256, (images, 3073), dtype=np.uint8)
+        records[:, 0] %= 10
+        (folder / name).write_bytes(records.tobytes())
+
+
+def write_pairs(folder, lines=6):
+    folder.mkdir(parents=True)
+    for part in ("train", "eval", "test"):
+        texts = ("".join(chr(c) for c in RANDOM.randint(32, 127, 5000)) for _ in range(2 * lines))
+        rows = (f"{i % 2}.0\tP{i}\tQ{i}\t{next(texts)}\t{next(texts)}\n" for i in range(lines))
+        (folder / f"new_aan_pairs.{part}.tsv").write_text("".join(rows))
+
+
+def write_pathfinder(folder, images=6, save=np.savez):
+    folder.mkdir(parents=True)
+    for part in ("train", "test"):
+        save(folder / f"{part}.npz", images=RANDOM.randint(0, 256, (images, 32, 32), dtype=np.uint8), labels=np.arange(images) % 2)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with the data sets in the places that the description names."""
+    write_cifar(tmp_path / "data" / "cifar-10-batches-bin")
+    write_pairs(tmp_path / "data" / "lra" / "tsv_data")
+    write_pathfinder(tmp_path / "data" / "lra" / "pathfinder32")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(folder, settings, *arguments):
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return subprocess.run([TRAINER, "config.yaml", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_sizes_batches_and_steps_are_the_papers():
+    full = load()
+    assert set(full.cases) == set(PAPER) and full.learning_rates == [1e-3, 6e-4, 1e-4]
+    for case, expected in PAPER.items():
+        for model in full.models_of(case):
+            settings = full.settings(description.Job(case, model, 1e-3, 0))
+            train = settings["train"]
+            assert (settings["model"]["num_blocks"], settings["model"]["embedding_dim"], train["global_batch_size"],
+                    train["max_steps"], settings["data"]["seq_len"]) == expected
+            assert settings["optim"]["warmup_steps"] == train["max_steps"] / 10
+            slstm = settings["model"].get("slstm_at", [])
+            assert slstm == ([0, 1, 2, 3, 4, 5] if model == "xlstm" and case.endswith("image") else [])
+
+
+def test_rows_without_their_files_say_what_they_need(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    full = load()
+    assert {job.case for job in full.jobs()} == {"listops"}
+    assert "lra_release.gz" in full.needs_of("retrieval", "xlstm") and "CIFAR-10" in full.needs_of("g_image", "llama")
+    assert "scripts/convert_pathfinder.py" in full.needs_of("pathfinder", "mamba")
+    (tmp_path / "data" / "cifar-10-batches-bin").mkdir(parents=True)
+    assert {job.case for job in full.jobs()} == {"listops", "g_image", "rgb_image"}
+
+
+@needs_trainer
+@pytest.mark.parametrize("case", PAPER)
+def test_the_trainer_takes_every_case_at_full_size(files, case):
+    """The smallest step of xLSTM runs; the other models are built, and their data are read."""
+    full = load()
+    assert {job.case for job in full.jobs()} == set(PAPER)
+    for model in full.models_of(case):
+        settings = full.settings(description.Job(case, model, 1e-3, 0))
+        small = ["train.global_batch_size=1", "train.micro_batch_size=0", "train.dtype=float32", "train.max_steps=30",
+                 "optim.warmup_steps=1", "model.num_blocks=1", "model.slstm_at=[]"]
+        done = train(files, settings, "--dry-run", *(small if model == "xlstm" else small[:1] + small[1:]))
+        assert done.returncode == 0, f"{model}: {done.stderr}"
+        assert f"task {settings['data']['task']['name']}" in done.stdout, f"{model}\n{done.stdout}"
+
+
+@needs_trainer
+def test_a_missing_folder_is_told_before_training(tmp_path):
+    settings = load().settings(description.Job("g_image", "xlstm", 1e-3, 0))
+    done = train(tmp_path, settings, "--dry-run", "train.global_batch_size=1", "train.dtype=float32")
+    assert done.returncode == 0
+    assert "data/cifar-10-batches-bin, the folder of data.task image, is not there: not checked" in done.stdout
+    done = train(tmp_path, settings)
+    assert done.returncode == 3 and "data_batch_1.bin: no such file; data.task.path must be" in done.stderr
+
+
+def classifier(name, path, vocab, length, steps, **model):
+    return {"model": {"vocab_size": vocab, "embedding_dim": 16, "num_blocks": 1, "num_heads": 2, "slstm_at": [0], **model},
+            "data": {"seq_len": length, "task": {"name": name, "path": str(path)}},
+            "train": {"global_batch_size": 4, "max_steps": steps}, "optim": {"warmup_steps": 1, "learning_rate": 2e-2},
+            "log": {"console": "plain", "tensorboard": False, "plot": False}, "ckpt": {"every": 0}, "eval": {"every": 0}}
+
+
+@needs_trainer
+def test_colours_are_learnt_as_vectors(tmp_path):
+    """Red images of class 3, green ones of class 7: the answer is a token, the inputs are real."""
+    folder = tmp_path / "cifar"
+    folder.mkdir()
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        records = RANDOM.randint(0, 60, (8, 3073), dtype=np.uint8)
+        records[:4, 0], records[:4, 1:1025] = 3, 255
+        records[4:, 0], records[4:, 1025:2049] = 7, 255
+        (folder / name).write_bytes(records.tobytes())
+    done = train(tmp_path, classifier("rgb_image", folder, 10, 1024, 25, input_features=3))
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([TRAINER.parent / "xlstm-eval", "--json", "eval.json", "runs/run"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    measured = yaml.safe_load((tmp_path / "eval.json").read_text())
+    assert measured["accuracy"] == 1.0 and "last_error" not in measured
+
+
+@needs_trainer
+def test_archives_of_numpy_are_read(tmp_path):
+    write_pathfinder(tmp_path / "plain")
+    write_pathfinder(tmp_path / "packed", save=np.savez_compressed)
+    done = train(tmp_path, classifier("pathfinder", "plain", 256, 1024, 2), "--dry-run")
+    assert done.returncode == 0 and "task pathfinder, 6 windows" in done.stdout, done.stderr + done.stdout
+    done = train(tmp_path, classifier("pathfinder", "packed", 256, 1024, 2))
+    assert done.returncode == 3 and "packed/train.npz: images.npy is compressed" in done.stderr
+
+
+def write_png_release(folder, image_module):
+    """As in lra_release: metadata in text files called .npy, one image of them empty."""
+    level = folder / "curv_contour_length_14"
+    (level / "metadata").mkdir(parents=True)
+    labels = {}
+    for number in (0, 1):
+        where = level / "imgs" / str(number)
+        where.mkdir(parents=True)
+        lines = []
+        for i in range(11):
+            value = 11 * number + i
+            labels[value] = value % 2
+            image_module.fromarray(np.full((4, 4), value, np.uint8)).save(where / f"sample_{i}.png")
+            lines.append(f"imgs/{number} sample_{i}.png 0 {value % 2} 1 2 3\n")
+        (level / "metadata" / f"{number}.npy").write_text("".join(lines))
+    (level / "imgs" / "0" / "sample_0.png").write_bytes(b"")
+    (level / "imgs" / "1" / "sample_0.png").write_bytes(b"")
+    del labels[0], labels[11]
+    return labels
+
+
+def test_conversion_of_pathfinder(tmp_path):
+    labels = write_png_release(tmp_path / "pathfinder32", pytest.importorskip("PIL.Image"))
+    done = subprocess.run([sys.executable, CONVERT, tmp_path / "pathfinder32", tmp_path / "out"], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    seen = {}
+    sizes = []
+    for part in ("train", "validation", "test"):
+        archive = np.load(tmp_path / "out" / f"{part}.npz")
+        assert archive["images"].dtype == np.uint8 and archive["images"].shape[1:] == (4, 4)
+        sizes.append(len(archive["labels"]))
+        for image, label in zip(archive["images"], archive["labels"]):
+            assert (image == image[0, 0]).all()
+            seen[int(image[0, 0])] = int(label)
+    assert seen == labels and sizes == [16, 2, 2]
+    (tmp_path / "pathfinder32" / "curv_contour_length_14" / "imgs" / "1" / "sample_4.png").unlink()
+    done = subprocess.run([sys.executable, CONVERT, tmp_path / "pathfinder32", tmp_path / "out"], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 1 and "sample_4.png: no such file" in done.stderr
+
+
+def test_the_miniature_is_listops_alone_and_asserts_nothing():
+    mini = load(mini=True)
+    assert {job.case for job in mini.jobs()} == {"listops"} and set(mini.models) == set(load().models)
+    settings = mini.settings(mini.jobs()[0])
+    assert settings["data"]["seq_len"] == 128 and settings["data"]["task"]["max_depth"] == 3
+    assert (settings["model"]["embedding_dim"], settings["model"]["num_blocks"]) == (64, 4)
+    assert not any(claim.get("asserted") for claim in mini.claims)
