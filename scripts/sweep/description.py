@@ -202,7 +202,7 @@ class Experiment:
                 known = PART_KEYS | ({"cases"} if kind == "models" else set())
                 unknown = sorted(set(part) - known)
                 expect(not unknown, f"{kind}.{name}: unknown key {unknown[:1]}; expected {sorted(known)}")
-                expect(not part.get("files") or part.get("needs"), f"{kind}.{name}: files without needs, which says what they are")
+                expect(not part.get("files") or part.get("needs"), f"{kind}.{name}: files, but no needs to say what they are")
         for name, model in self.models.items():
             for case, part in model.get("cases", {}).items():
                 expect(case in self.cases, f"models.{name}.cases: there is no case {case}")

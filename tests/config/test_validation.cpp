@@ -140,14 +140,15 @@ TEST_CASE("what a training run needs") {
        "f.yaml:2: train.micro_batch_size: is 32, expected a divisor of train.global_batch_size 16"},
       {"train: {max_steps: 500}",
        "data.text (default): nothing to train on; set data.text to a file, folder or glob (or "
-       "python-stdlib), data.train to token files, or data.task.name to a synthetic task"},
+       "python-stdlib), data.train to token files, or data.task.name to a task"},
       {"data: {text: a, task: {name: parity}}\ntrain: {max_steps: 500}",
        "f.yaml:1: data.task.name: is given together with data.text, expected one of them"},
       {"data: {task: {name: parity}}\nsample: {prompts: [a]}\ntrain: {max_steps: 500}",
        "f.yaml:2: sample.prompts: works with text only, but data.task.name is parity; remove it"},
       {"data: {text: a, task: {eval_len: 50}}\ntrain: {max_steps: 500}",
-       "f.yaml:1: data.task.eval_len: applies to synthetic tasks only; set data.task.name, or "
-       "remove it"},
+       "f.yaml:1: data.task.eval_len: applies to tasks only; set data.task.name, or remove it"},
+      {"data: {text: a, task: {path: b}}\ntrain: {max_steps: 500}",
+       "f.yaml:1: data.task.path: applies to tasks only; set data.task.name, or remove it"},
       {"data: {task: {name: parity}}\ntrain: {max_steps: 500}", ""},
       {"data: {text: a, train: [{path: b}]}\ntrain: {max_steps: 500}",
        "f.yaml:1: data.text: is given together with data.train, expected one of them; set "

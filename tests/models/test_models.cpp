@@ -265,6 +265,29 @@ TEST_CASE(
   CHECK_THROWS_AS(model->forward(random_ids(2, 5)), c10::Error);
 }
 
+TEST_CASE("real inputs with tokens as answers: the loss is their cross entropy") {
+  torch::manual_seed(3);
+  ModelOptions options = small_options();
+  options.vocab_size = 5;
+  options.input_features = 3;
+  options.tie_weights = false;
+  for (const bool fused : {true, false}) {
+    options.fused = fused;
+    const auto model = make(options);
+    const at::Tensor inputs = at::randn({2, 9, 3}, at::kDouble);
+    at::Tensor targets = at::full({2, 9}, -100, at::kLong);
+    targets[0][8].fill_(4), targets[1][8].fill_(2);
+    const at::NoGradGuard no_grad;
+    const at::Tensor likely = model->forward(inputs).first.log_softmax(2);
+    REQUIRE(likely.sizes() == at::IntArrayRef{2, 9, 5});
+    const double sum = -(likely[0][8][4] + likely[1][8][2]).item<double>();
+    CHECK(model->loss(inputs, targets, {}, "sum").item<double>() == Approx(sum).epsilon(1e-5));
+    CHECK(model->loss(inputs, targets).item<double>() == Approx(sum / 2).epsilon(1e-5));
+  }
+  options.tie_weights = true;
+  CHECK_THROWS_AS(make(options), c10::Error);
+}
+
 TEST_CASE("without fused operators: the same loss, gradients, logits and states") {
   torch::manual_seed(7);
   std::vector<ModelOptions> models = {small_options(), large_options(), ablated_options()};

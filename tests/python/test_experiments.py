@@ -131,6 +131,7 @@ def test_a_miniature_without_a_case_has_no_model_in_it(tmp_path):
 @pytest.mark.parametrize("content, message", [
     ({"models": {"a": {"cases": {"none": {}}}}}, "there is no case none"),
     ({"models": {"a": {"cases": {"all": {"lr": 1}}}}}, "models.a.cases.all: unknown key"),
+    ({"cases": {"all": {"files": "x"}}}, "cases.all: files, but no needs to say what they are"),
     ({"evaluations": {"e": {"program": "xlstm-data"}}}, "program xlstm-data"),
     ({"trains": False, "evaluations": {"e": {"seq_len": 8}}}, "xlstm-eval needs a trained model"),
     ({"trains": False}, "evaluations is missing"),
