@@ -15,6 +15,8 @@ namespace {
 constexpr uint32_t kEndMagic = 0x06054b50, kDirectoryMagic = 0x02014b50, kLocalMagic = 0x04034b50;
 constexpr size_t kEndBytes = 22, kDirectoryBytes = 46, kLocalBytes = 30, kLongestComment = 65535;
 constexpr uint32_t kInZip64 = 0xffffffff;
+/// Of a plain array: one line, padded to a multiple of 64.
+constexpr size_t kLongestHeader = 1024;
 
 template <typename T>
 size_t number(Bytes bytes, size_t at) {
@@ -71,6 +73,7 @@ NumpyArray read_npy(Bytes bytes) {
   const size_t length = first_version ? load_unaligned<uint16_t>(bytes.data + 8)
                                       : load_unaligned<uint32_t>(bytes.data + 8);
   if (length > bytes.size - start) throw std::runtime_error("the array ends in its header");
+  if (length > kLongestHeader) throw std::runtime_error("its header is not one of a plain array");
   const std::string header(reinterpret_cast<const char*>(bytes.data) + start, length);
   static const std::regex fields(
       R"(\{'descr': '([^']*)', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \}\s*)");

@@ -18,8 +18,7 @@ struct TaskSample {
   std::vector<int64_t> input;        ///< token ids; token 0 is padding
   std::vector<int64_t> target;       ///< of the same length; kIgnored where nothing is asked
   std::vector<float> features = {};  ///< instead of the tokens, where features() > 0: (T,F)
-  std::vector<float> values =
-      {};  ///< instead of the targets, where predicts_numbers(): T, NaN where nothing is asked
+  std::vector<float> values = {};    ///< instead of the targets, where predicts_numbers(); or NaN
 };
 
 /// Samples of [min_len, max_len] tokens, answers included (those of a task that does not vary: all of max_len).

@@ -9,7 +9,7 @@ namespace xlstm::data {
 struct TaskOptions {
   std::string name = "none";  ///< one of task_names()
   int64_t vocab_size = 0;     ///< 0: the paper's
-  /// Formal languages: tokens of the shortest sample, answers included; 0: 3, or what the task needs.
+  /// Formal languages, listops: tokens of the shortest sample, answers included; 0: 3, or what the task needs.
   int64_t min_len = 0;
   int64_t key_values = 4;           ///< mqar: pairs before the queries
   bool random_non_queries = false;  ///< mqar: random tokens, not 0, where nothing is asked
