@@ -136,7 +136,7 @@ class Results:
 
     def stale(self):
         """Finished rows that were measured with other settings than the description has now."""
-        now = {job: fingerprint(self.experiment, job)[:SETTINGS_LETTERS] for job in self.experiment.jobs()}
+        now = {job: fingerprint(self.experiment, job)[:SETTINGS_LETTERS] for job in self.experiment.jobs(elsewhere=True)}
         return [row for row in self.rows if row.finished and now.get(row.job) != row.settings]
 
     def seconds(self):

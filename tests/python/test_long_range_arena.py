@@ -15,6 +15,8 @@ CONVERT = ROOT / "scripts" / "convert_pathfinder.py"
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from sweep import description  # noqa: E402
+from sweep.execution import fingerprint  # noqa: E402
+from sweep.results import SETTINGS_LETTERS, Results, Row  # noqa: E402
 
 needs_trainer = pytest.mark.skipif(not TRAINER.exists(), reason="build/bin/xlstm-train is not built")
 #           blocks, width, batch, steps, tokens
@@ -86,8 +88,21 @@ def test_rows_without_their_files_say_what_they_need(tmp_path, monkeypatch):
     assert {job.case for job in full.jobs()} == {"listops"}
     assert "lra_release.gz" in full.needs_of("retrieval", "xlstm") and "CIFAR-10" in full.needs_of("g_image", "llama")
     assert "scripts/convert_pathfinder.py" in full.needs_of("pathfinder", "mamba")
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "reproduce.py", "lra", "--collect", "--out", tmp_path / "out"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "| xLSTM |  |  | 0.906 | not run: needs the ACL Anthology pairs" in done.stdout
+    assert "| xLSTM |  |  | 0.411 | not run: 3 of 3 runs are unfinished |" in done.stdout
     (tmp_path / "data" / "cifar-10-batches-bin").mkdir(parents=True)
     assert {job.case for job in full.jobs()} == {"listops", "g_image", "rgb_image"}
+
+
+def test_results_are_not_stale_where_the_files_are_not(files, monkeypatch):
+    full = load()
+    job = next(job for job in full.jobs() if job.case == "g_image")
+    rows = [Row(job, "done", settings=fingerprint(full, job)[:SETTINGS_LETTERS]), Row(job, "done", settings="other")]
+    monkeypatch.chdir(files / "data")
+    assert job not in full.jobs() and Results(full, rows, None).stale() == rows[1:]
 
 
 @needs_trainer
