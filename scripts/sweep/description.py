@@ -299,7 +299,7 @@ class Experiment:
         return next((part["learning_rates"] for part in parts if part.get("learning_rates")), self.learning_rates)
 
     def jobs(self, models=None, elsewhere=False):
-        """Learning rates and seeds inside, so that a stopped sweep has whole rows. elsewhere: also what lacks its files here."""
+        """Learning rates and seeds inside, so that a stopped sweep has whole rows. elsewhere: also what lacks files here."""
         return [Job(case, model, float(rate), seed)
                 for case in self.cases for model in self.models_of(case)
                 if (models is None or model in models) and (elsewhere or not self.needs_of(case, model))
