@@ -111,7 +111,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
   EvaluationResult result;
   const std::optional<double> chance = data.chance();
   if (groups != nullptr) {
-    if (chance.has_value() || data.num_features() > 0)
+    if (chance.has_value() || models::predicts_numbers(model.options()))
       throw Error(ExitCode::kConfig, data.name() + ": only tokens of texts are judged by group");
     result.groups.resize(static_cast<size_t>(groups->count));
   }
@@ -135,7 +135,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
   result.perplexity = std::exp(result.loss);
   if (data.bytes_per_token() > 0)
     result.bits_per_byte = result.loss / std::log(2.0) / data.bytes_per_token();
-  if (data.num_features() > 0 && !chance.has_value())
+  if (models::predicts_numbers(model.options()))
     result.last_error = total.last_errors / static_cast<double>(windows);
   if (chance.has_value()) {
     result.accuracy = static_cast<double>(total.correct) / static_cast<double>(result.tokens);

@@ -5,6 +5,15 @@
 #include <numbers>
 
 namespace xlstm::train {
+namespace {
+
+/// How much of its own part is done, in (0, 1], when `done` of `steps` steps are, which have `parts` equal parts. In whole
+/// numbers, so that a part ends exactly at 1.
+double share_of_part(int64_t done, int64_t steps, int64_t parts) {
+  return static_cast<double>((done * parts - 1) % steps + 1) / static_cast<double>(steps);
+}
+
+}  // namespace
 
 int64_t total_steps(const config::Config& config) {
   if (config.train.max_steps > 0) return config.train.max_steps;
@@ -25,13 +34,14 @@ double learning_rate(const config::OptimConfig& options, int64_t step, int64_t t
     first = std::max(warmup, total - decay);
     if (step <= first) return peak;
   }
-  const double progress =
-      std::min(1.0, static_cast<double>(step - first) /
-                        static_cast<double>(std::max<int64_t>(1, total - first)));
+  const int64_t remaining = std::max<int64_t>(1, total - first);
+  const int64_t done = std::min(step - first, remaining);
   if (options.schedule == "cosine") {
+    const double progress = share_of_part(done, remaining, options.restarts + 1);
     return options.min_lr +
            (peak - options.min_lr) * 0.5 * (1 + std::cos(std::numbers::pi * progress));
   }
+  const double progress = static_cast<double>(done) / static_cast<double>(remaining);
   return peak + (options.min_lr - peak) * progress;  // linear, and the decay of wsd
 }
 

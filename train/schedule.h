@@ -12,7 +12,8 @@ int64_t total_steps(const config::Config& config);
 ///
 /// Warm-up: learning_rate * step / warmup_steps, so that update warmup_steps has the full rate.
 /// Then, with p in (0, 1] the share of the remaining updates and lr, min_lr the two rates:
-///   cosine    min_lr + (lr - min_lr) * (1 + cos(pi p)) / 2
+///   cosine    min_lr + (lr - min_lr) * (1 + cos(pi p)) / 2; with restarts (arXiv 1608.03983) p is the share of one of
+///             restarts + 1 equal parts of these updates: each part descends to min_lr, and the next begins anew
 ///   linear    lr + (min_lr - lr) * p
 ///   constant  lr
 ///   wsd       lr, then over the last decay_steps updates (0: a tenth of the run) linear to min_lr

@@ -15,6 +15,7 @@
 #include "train/process_setup.h"
 #include "train/signals.h"
 #include "train/trainer.h"
+#include "train/training_data.h"
 
 namespace {
 
@@ -101,6 +102,11 @@ int train_or_report_memory(const xlstm::config::Config& config,
   }
 }
 
+/// --dry-run and --describe also tell of a model alone, without data: nothing else of a training run is judged then.
+void validate_where_it_trains(const xlstm::config::Config& config) {
+  if (train::has_data(config)) xlstm::config::validate_for_training(config);
+}
+
 int run(int argc, char** argv) {
   const train::CommandLine line = train::parse_command_line(argc, argv, kOptions);
   if (line.has("--help")) {
@@ -110,6 +116,7 @@ int run(int argc, char** argv) {
   if (line.has("--describe") && !line.positional.empty()) {
     for (const std::string& path : line.positional) {
       const auto config = xlstm::config::load_config(path, line.overrides);
+      validate_where_it_trains(config);
       std::puts(train::describe_run(config).c_str());
     }
     return 0;
@@ -126,9 +133,11 @@ int run(int argc, char** argv) {
     std::fputs(xlstm::config::print_config(config).c_str(), stdout);
     return 0;
   }
-  // A dry run also describes a model alone, without data.
-  const bool has_data = !config.data.text.empty() || !config.data.train.empty();
-  if (has_data || !line.has("--dry-run")) xlstm::config::validate_for_training(config);
+  if (line.has("--dry-run")) {
+    validate_where_it_trains(config);
+  } else {
+    xlstm::config::validate_for_training(config);
+  }
   const bool quiet = line.has("--quiet");
   train::set_console_verbosity(quiet                 ? train::Verbosity::kQuiet
                                : line.has("--debug") ? train::Verbosity::kDebug

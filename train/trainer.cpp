@@ -278,7 +278,7 @@ void Trainer::Impl::log_step(const StepResult& result) {
                    .loss = result.loss,
                    .grad_norm = result.grad_norm,
                    .learning_rate = result.learning_rate,
-                   .in_nats = config_.model.input_features == 0 || config_.model.vocab_size > 1};
+                   .in_nats = !models::predicts_numbers(config_.model)};
   const StepTimes times = timer_.times();
   if (times.steps > 0) {
     line.tokens_per_s = static_cast<double>(tokens_per_step()) / times.step_s;

@@ -63,6 +63,7 @@ struct OptimConfig {
   double min_lr = 1e-4;
   std::string schedule = "cosine";  ///< "cosine" | "linear" | "constant" | "wsd"
   int64_t warmup_steps = 100;
+  int64_t restarts = 0;     ///< cosine: times it starts again at the full rate
   int64_t decay_steps = 0;  ///< wsd: length of the final decay; 0: a tenth of the run
   double beta1 = 0.9;
   double beta2 = 0.95;

@@ -265,6 +265,8 @@ std::vector<Field> training_fields() {
       XLSTM_FIELD(optim.schedule, one_of({"cosine", "linear", "constant", "wsd"}),
                   "after the warm-up; wsd: constant, then a linear decay over decay_steps"),
       XLSTM_FIELD(optim.warmup_steps, integers(0), "steps of linear warm-up"),
+      XLSTM_FIELD(optim.restarts, integers(0, 1000000),
+                  "cosine: times it starts again at learning_rate, after equal numbers of steps"),
       XLSTM_FIELD(optim.decay_steps, integers(0),
                   "wsd: length of the final decay; 0: a tenth of the run"),
       XLSTM_FIELD(optim.beta1, at_least_below(0, 1), "decay of the mean of the gradient"),

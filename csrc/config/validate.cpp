@@ -244,6 +244,14 @@ void validate_schedule(const Config& config) {
           "optim.warmup_steps",
           "is " + to_string(optim.warmup_steps) + ", expected at most the " + to_string(steps) +
               " steps of the run");
+  require(optim.schedule == "cosine" || optim.restarts == 0, config, "optim.restarts",
+          "applies to optim.schedule cosine only, but the schedule is " + optim.schedule +
+              "; remove it");
+  require(optim.restarts < std::max<int64_t>(1, steps - optim.warmup_steps) ||
+              !must_fit_run(config, "optim.restarts"),
+          config, "optim.restarts",
+          "is " + to_string(optim.restarts) + ", expected less than " +
+              to_string(steps - optim.warmup_steps) + ", the steps after the warm-up");
   require(
       optim.schedule == "wsd" || optim.decay_steps == 0, config, "optim.decay_steps",
       "applies to optim.schedule wsd only, but the schedule is " + optim.schedule + "; remove it");

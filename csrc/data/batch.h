@@ -1,5 +1,5 @@
 #pragma once
-// What training and evaluation read, wherever it comes from: token files (dataset.h) or synthetic tasks (task_source.h).
+// What training and evaluation read, wherever it comes from: token files (dataset.h) or tasks (task_source.h).
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -24,11 +24,11 @@ struct Batch {
   std::vector<int64_t> target;  ///< (B,T) what is to be predicted there; kIgnored where nothing is
   std::vector<uint8_t> reset;   ///< (B,T) 1 where a document starts
   int64_t num_targets = 0;      ///< targets that count
-  int64_t num_features = 0;
-  std::vector<float>
-      features;  ///< (B,T,F) real vectors instead of `input`, where there are features
-  std::vector<float>
-      values;  ///< (B,T) numbers instead of `target`, NaN where nothing is; empty: tokens are asked for
+  int64_t num_features = 0;     ///< F
+  /// (B,T,F) real vectors instead of `input`, where F > 0
+  std::vector<float> features;
+  /// (B,T) numbers instead of `target`, NaN where nothing is to be predicted; empty where tokens are
+  std::vector<float> values;
 };
 
 /// What a run trains on: sample i is a pure function of the settings and i, the same for every number of processes,
@@ -54,8 +54,6 @@ class HeldOutSet {
   virtual std::string name() const = 0;
   /// UTF-8 bytes of text per scored token, for bits per byte; 0 where there is no text.
   virtual double bytes_per_token() const { return 0; }
-  /// Width of the real vectors that are the inputs; 0: tokens are.
-  virtual int64_t num_features() const { return 0; }
   /// Share of answers that guessing gets right; absent where accuracy is not what counts.
   virtual std::optional<double> chance() const { return {}; }
 };

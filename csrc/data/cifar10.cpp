@@ -29,7 +29,8 @@ int64_t grey(int64_t red, int64_t green, int64_t blue) {
 
 class Cifar10 final : public RecordedTask {
  public:
-  explicit Cifar10(const TaskOptions& options) : colour_(options.name == "rgb_image") {
+  explicit Cifar10(const TaskOptions& options)
+      : RecordedTask(kHowToGet), colour_(options.name == "rgb_image") {
     const std::filesystem::path folder = options.path;
     for (int batch = 1; batch <= 5; ++batch)
       add(train_, (folder / ("data_batch_" + std::to_string(batch) + ".bin")).string());
@@ -65,19 +66,15 @@ class Cifar10 final : public RecordedTask {
 
  private:
   void add(std::vector<const unsigned char*>& records, const std::string& path) {
-    MappedFile& file = files_.emplace_back(open(path, kHowToGet));
+    MappedFile& file = files_.emplace_back(open(path));
     const auto size = static_cast<int64_t>(file.size());
     if (size % kRecordBytes != 0)
-      refuse(path,
-             std::to_string(size) + " bytes are not a multiple of " + std::to_string(kRecordBytes) +
-                 ", an image with its class",
-             kHowToGet);
+      refuse(path, std::to_string(size) + " bytes are not a multiple of " +
+                       std::to_string(kRecordBytes) + ", an image with its class");
     for (int64_t at = 0; at < size; at += kRecordBytes) {
       if (file.data()[at] >= kClasses)
-        refuse(path,
-               "image " + std::to_string(at / kRecordBytes) + " has class " +
-                   std::to_string(file.data()[at]) + ", expected 0 to 9",
-               kHowToGet);
+        refuse(path, "image " + std::to_string(at / kRecordBytes) + " has class " +
+                         std::to_string(file.data()[at]) + ", expected 0 to 9");
       records.push_back(file.data() + at);
     }
   }

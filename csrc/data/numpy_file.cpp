@@ -84,7 +84,10 @@ NumpyArray read_npy(Bytes bytes) {
   if (match[2] == "True" && array.shape.size() > 1)
     throw std::runtime_error("stored in columns (Fortran order), expected rows");
   int64_t left = static_cast<int64_t>(bytes.size - start - length) / item_bytes(array.dtype);
-  for (const int64_t extent : array.shape) left = extent > 0 ? left / extent : left;
+  for (const int64_t extent : array.shape) {
+    if (extent == 0) throw std::runtime_error("the array is empty");
+    left /= extent;  // not a product of the extents, which may be too large for one
+  }
   if (left < 1) throw std::runtime_error("the file ends before the array does");
   return array;
 }

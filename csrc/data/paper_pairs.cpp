@@ -28,7 +28,7 @@ struct Pair {
 
 class PaperPairs final : public RecordedTask {
  public:
-  explicit PaperPairs(const TaskOptions& options) {
+  explicit PaperPairs(const TaskOptions& options) : RecordedTask(kHowToGet) {
     const std::filesystem::path folder = options.path;
     add(train_, (folder / "new_aan_pairs.train.tsv").string());
     add(held_out_, (folder / "new_aan_pairs.test.tsv").string());
@@ -59,7 +59,7 @@ class PaperPairs final : public RecordedTask {
   }
 
   void add(std::vector<Pair>& pairs, const std::string& path) {
-    const MappedFile& file = files_.emplace_back(open(path, kHowToGet));
+    const MappedFile& file = files_.emplace_back(open(path));
     std::string_view rest(reinterpret_cast<const char*>(file.data()), file.size());
     for (int64_t number = 1; !rest.empty(); ++number) {
       const size_t end = std::min(rest.find('\n'), rest.size());
@@ -68,7 +68,7 @@ class PaperPairs final : public RecordedTask {
     }
   }
 
-  static Pair parsed(std::string_view line, const std::string& path, int64_t number) {
+  Pair parsed(std::string_view line, const std::string& path, int64_t number) const {
     const std::string place = "line " + std::to_string(number);
     std::array<std::string_view, kColumns> columns;
     size_t count = 0;
@@ -79,14 +79,12 @@ class PaperPairs final : public RecordedTask {
       line.remove_prefix(more ? tab + 1 : line.size());
     }
     if (count != kColumns)
-      refuse(path, place + " has " + std::to_string(count) + " columns, expected 5", kHowToGet);
+      refuse(path, place + " has " + std::to_string(count) + " columns, expected 5");
     const std::string_view label = columns[0];
     const bool yes = label == "1" || label == "1.0", no = label == "0" || label == "0.0";
     if (!yes && !no)
-      refuse(path,
-             place + " has the label \"" + std::string(label.substr(0, 20)) +
-                 "\", expected 0 or 1 (or 0.0, 1.0)",
-             kHowToGet);
+      refuse(path, place + " has the label \"" + std::string(label.substr(0, 20)) +
+                       "\", expected 0 or 1 (or 0.0, 1.0)");
     return {yes, columns[3], columns[4]};
   }
 

@@ -29,12 +29,13 @@ struct Images {
 class Pathfinder final : public RecordedTask {
  public:
   explicit Pathfinder(const TaskOptions& options)
-      : train_(read(options.path, "train")), held_out_(read(options.path, "test")) {
+      : RecordedTask(kHowToGet),
+        train_(read(options.path, "train")),
+        held_out_(read(options.path, "test")) {
     if (train_.pixels_each() != held_out_.pixels_each())
-      refuse(options.path,
-             "the images that train have " + std::to_string(train_.pixels_each()) +
-                 " pixels, those of the test " + std::to_string(held_out_.pixels_each()),
-             kHowToGet);
+      refuse(options.path, "the images that train have " + std::to_string(train_.pixels_each()) +
+                               " pixels, those of the test " +
+                               std::to_string(held_out_.pixels_each()));
   }
   std::optional<int64_t> num_recorded(Part part) const override {
     return (part == Part::kTrain ? train_ : held_out_).count();
@@ -59,7 +60,7 @@ class Pathfinder final : public RecordedTask {
     const std::string archive = (fs::path(folder) / (part + ".npz")).string();
     Images images;
     if (fs::exists(archive)) {
-      const MappedFile& file = files_.emplace_back(open(archive, kHowToGet));
+      const MappedFile& file = files_.emplace_back(open(archive));
       const Bytes bytes{file.data(), file.size()};
       images.pixels = array(archive, [&] { return read_npy(npz_member(bytes, "images")); });
       images.labels = array(archive, [&] { return read_npy(npz_member(bytes, "labels")); });
@@ -68,7 +69,7 @@ class Pathfinder final : public RecordedTask {
     }
     const std::string pixels = (fs::path(folder) / (part + "_images.npy")).string(),
                       labels = (fs::path(folder) / (part + "_labels.npy")).string();
-    if (!fs::exists(pixels)) refuse(archive, "no such file", kHowToGet);
+    if (!fs::exists(pixels)) refuse(archive, "no such file");
     images.pixels = array(pixels, [&] { return whole(pixels); });
     images.labels = array(labels, [&] { return whole(labels); });
     check(images, pixels, labels);
@@ -76,41 +77,37 @@ class Pathfinder final : public RecordedTask {
   }
 
   NumpyArray whole(const std::string& path) {
-    const MappedFile& file = files_.emplace_back(open(path, kHowToGet));
+    const MappedFile& file = files_.emplace_back(open(path));
     return read_npy({file.data(), file.size()});
   }
 
   /// Adds the file's name, and how to get a right one, to what is wrong with its array.
   template <typename Read>
-  static NumpyArray array(const std::string& path, Read read) {
+  NumpyArray array(const std::string& path, Read read) const {
     try {
       return read();
     } catch (const Error&) {
       throw;
     } catch (const std::runtime_error& error) {
-      refuse(path, error.what(), kHowToGet);
+      refuse(path, error.what());
     }
   }
 
-  static void check(const Images& images, const std::string& pixels, const std::string& labels) {
-    if (images.pixels.dtype != "|u1" || images.pixels.shape.size() != 3 || images.count() == 0 ||
-        images.pixels_each() == 0)
-      refuse(pixels,
-             "images of dtype " + images.pixels.dtype + " and " +
-                 std::to_string(images.pixels.shape.size()) +
-                 " dimensions, expected |u1 (uint8) and 3, none of them empty",
-             kHowToGet);
-    if (images.labels.shape.size() != 1 || images.count() != images.pixels.shape[0])
+  void check(const Images& images, const std::string& pixels, const std::string& labels) const {
+    if (images.pixels.dtype != "|u1" || images.pixels.shape.size() != 3)
+      refuse(pixels, "images of dtype " + images.pixels.dtype + " and " +
+                         std::to_string(images.pixels.shape.size()) +
+                         " dimensions, expected |u1 (uint8) and 3");
+    if (images.labels.shape.size() != 1)
       refuse(labels,
-             std::to_string(images.count()) + " labels for " +
-                 std::to_string(images.pixels.shape[0]) + " images",
-             kHowToGet);
+             "labels of " + std::to_string(images.labels.shape.size()) + " dimensions, expected 1");
+    if (images.count() != images.pixels.shape[0])
+      refuse(labels, std::to_string(images.count()) + " labels for " +
+                         std::to_string(images.pixels.shape[0]) + " images");
     for (int64_t i = 0; i < images.count(); ++i)
       if (const int64_t label = images.labels[i]; label != 0 && label != 1)
-        refuse(labels,
-               "image " + std::to_string(i) + " has label " + std::to_string(label) +
-                   ", expected 0 or 1",
-               kHowToGet);
+        refuse(labels, "image " + std::to_string(i) + " has label " + std::to_string(label) +
+                           ", expected 0 or 1");
   }
 
   std::vector<MappedFile> files_;  ///< before what points into them

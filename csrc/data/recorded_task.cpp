@@ -22,16 +22,15 @@ std::string mark_of(const MappedFile& file) {
 
 }  // namespace
 
-void RecordedTask::refuse(const std::string& path, const std::string& what,
-                          const std::string& how_to_get) {
-  throw Error(ExitCode::kData, path + ": " + what + "; " + how_to_get);
+void RecordedTask::refuse(const std::string& path, const std::string& what) const {
+  throw Error(ExitCode::kData, path + ": " + what + "; " + how_to_get_);
 }
 
-MappedFile RecordedTask::open(const std::string& path, const std::string& how_to_get) {
+MappedFile RecordedTask::open(const std::string& path) {
   std::error_code error;
-  if (!std::filesystem::is_regular_file(path, error)) refuse(path, "no such file", how_to_get);
+  if (!std::filesystem::is_regular_file(path, error)) refuse(path, "no such file");
   MappedFile file(path);
-  if (file.size() == 0) refuse(path, "the file is empty", how_to_get);
+  if (file.size() == 0) refuse(path, "the file is empty");
   mark_ += mark_of(file);
   return file;
 }

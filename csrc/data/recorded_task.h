@@ -1,6 +1,7 @@
 #pragma once
 // Tasks whose samples are those of data sets that users have, read from the folder data.task.path.
 #include <string>
+#include <utility>
 
 #include "csrc/core/file.h"
 #include "csrc/data/task.h"
@@ -9,6 +10,8 @@ namespace xlstm::data {
 
 class RecordedTask : public Task {
  public:
+  /// `how_to_get`: which files the task reads and where they come from, the end of every message about them.
+  explicit RecordedTask(std::string how_to_get) : how_to_get_(std::move(how_to_get)) {}
   TaskSample at(Part part, uint64_t /*seed*/, int64_t index,
                 const TaskLengths& lengths) const final {
     return record(part, index, lengths.max_len);
@@ -24,12 +27,13 @@ class RecordedTask : public Task {
   /// Sample `index` of the files, of at most `length` tokens.
   virtual TaskSample record(Part part, int64_t index, int64_t length) const = 0;
 
-  /// Opens a file of data.task.path. Throws Error(kData) that says what the task reads and how to get it, `how_to_get`.
-  MappedFile open(const std::string& path, const std::string& how_to_get);
-  [[noreturn]] static void refuse(const std::string& path, const std::string& what,
-                                  const std::string& how_to_get);
+  /// Opens a file of data.task.path, which then counts for the mark. Throws Error(kData).
+  MappedFile open(const std::string& path);
+  /// Throws Error(kData).
+  [[noreturn]] void refuse(const std::string& path, const std::string& what) const;
 
  private:
+  std::string how_to_get_;
   std::string mark_;  ///< sizes and hashes of the ends of all files opened
 };
 

@@ -34,7 +34,6 @@ class TaskSet final : public HeldOutSet {
   int64_t num_windows() const override { return options_.eval_samples; }
   Batch batch(int64_t first_window, int64_t count) const override;
   std::string name() const override { return "data.task " + options_.name; }
-  int64_t num_features() const override { return task_->features(); }
   std::optional<double> chance() const override {
     return task_->predicts_numbers() ? std::nullopt : std::optional(task_->chance());
   }

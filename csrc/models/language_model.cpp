@@ -49,7 +49,7 @@ at::Tensor LanguageModel::logits(const at::Tensor& h) const {
 
 at::Tensor LanguageModel::loss(const at::Tensor& ids, const at::Tensor& targets,
                                const std::optional<at::Tensor>& reset, const char* reduction) {
-  if (options().input_features > 0 && options().vocab_size == 1)
+  if (predicts_numbers(options()))
     return squared_error(forward(ids, {}, reset).first.squeeze(-1), targets, reduction);
   if (!options().fused) return stepwise_loss(forward(ids, {}, reset).first, targets, reduction);
   const at::Tensor h = hidden(ids, {}, reset).first;

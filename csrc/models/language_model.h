@@ -18,7 +18,7 @@ using BlockState = std::vector<at::Tensor>;
 using ModelState = std::vector<BlockState>;
 
 /// A causal language model over token ids. With the option input_features F > 0 the inputs are (B,T,F) float vectors
-/// instead of ids; if vocab_size is 1 then too, the logits (B,T,1) are predictions of numbers, the loss is the squared error.
+/// instead of ids; where predicts_numbers(), the logits (B,T,1) are the numbers and the loss is the squared error.
 class LanguageModel : public torch::nn::Module {
  public:
   ~LanguageModel() override = default;

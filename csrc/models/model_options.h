@@ -12,8 +12,8 @@ struct ModelOptions {
   /// "linear_attention", "retnet", "gla", "hgrn", "hgrn2", "h3", "hyena"
   std::string kind = "xlstm";
   int64_t vocab_size = 256;
-  int64_t input_features =
-      0;  ///< > 0: reads real vectors of this width instead of tokens; with vocab_size 1 predicts a number
+  /// > 0: reads real vectors of this width instead of tokens; with vocab_size 1 predicts numbers, too
+  int64_t input_features = 0;
   int64_t embedding_dim = 128;
   int64_t num_blocks = 4;
   int64_t num_heads = 4;
@@ -81,5 +81,10 @@ struct ModelOptions {
   double v_dim_factor = 1.0;
   double gate_soft_cap = 15.0;  ///< input and forget gate pre-activations; 0: none
 };
+
+/// Whether the outputs are numbers, judged by their squared error; else they are logits of tokens.
+inline bool predicts_numbers(const ModelOptions& options) {
+  return options.input_features > 0 && options.vocab_size == 1;
+}
 
 }  // namespace xlstm::models

@@ -173,6 +173,12 @@ TEST_CASE("what a training run needs") {
        "cosine; remove it"},
       {data + "train: {max_steps: 500}\noptim: {schedule: wsd, decay_steps: 401}",
        "f.yaml:3: optim.decay_steps: is 401, expected at most 400, the steps after the warm-up"},
+      {data + "train: {max_steps: 500}\noptim: {schedule: linear, restarts: 1}",
+       "f.yaml:3: optim.restarts: applies to optim.schedule cosine only, but the schedule is "
+       "linear; remove it"},
+      {data + "train: {max_steps: 500}\noptim: {restarts: 400}",
+       "f.yaml:3: optim.restarts: is 400, expected less than 400, the steps after the warm-up"},
+      {data + "train: {max_steps: 500}\noptim: {restarts: 399}", ""},
       {data + "train: {max_steps: 500}\nrun: {name: a/b}",
        "f.yaml:3: run.name: got 'a/b', expected a folder name; put the path into run.out_dir"},
       {data + "train: {max_steps: 500}\nrun: {name: ..}",

@@ -119,7 +119,6 @@ TEST_CASE("cifar-10: colours as vectors, less their means over the data set", "[
   const TemporaryFolder folder;
   const auto data =
       make_task_data(named("rgb_image", write_cifar(folder / "cifar")), 1024, 1, false, 10, 3);
-  CHECK(data.held_out->num_features() == 3);
   CHECK(data.held_out->chance() == 0.1);
   const Batch batch = data.train->batch(3, 2);
   REQUIRE((batch.features.size() == 2 * 1024 * 3 && batch.values.empty()));
@@ -267,6 +266,10 @@ TEST_CASE("pathfinder: files that are missing or wrong are named", "[arena]") {
                  "dtype <f8, expected uint8"));
   CHECK(contains(error(npy("<i4", "(4,)", std::string(16, 'x')), labels),
                  "images of dtype <i4 and 1 dimensions, expected |u1"));
+  CHECK(
+      contains(error(npy("|u1", "(0, 2, 3)", ""), labels), "train_images.npy: the array is empty"));
+  CHECK(contains(error(images, npy("|u1", "(4, 1)", std::string(4, '\0'))),
+                 "train_labels.npy: labels of 2 dimensions, expected 1"));
   CHECK(contains(error(images, small_labels(5)), "train_labels.npy: 5 labels for 4 images"));
   CHECK(contains(error(images, npy("|i1", "(4,)", std::string("\0\xff\0\0", 4))),
                  "train_labels.npy: image 1 has label -1, expected 0 or 1"));

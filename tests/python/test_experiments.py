@@ -1,8 +1,8 @@
 """The descriptions in scripts/reproduce: what they say is what the trainer takes, with the paper's parameter counts."""
 
+import functools
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from sweep import description  # noqa: E402
 from sweep.description import DescriptionError, Experiment  # noqa: E402
-from sweep.execution import Programs, reported  # noqa: E402
+from sweep.estimate import describe  # noqa: E402
+from sweep.execution import Programs, SweepError, reported  # noqa: E402
 from sweep.progress import Progress  # noqa: E402
 from sweep.report import table_text  # noqa: E402
 from sweep.results import Results  # noqa: E402
@@ -49,41 +50,61 @@ PAPER_SIZES = {
 }
 
 
+DESCRIPTIONS = [(name, mini) for name in description.experiment_ids(EXPERIMENTS) for mini in (False, True)
+                if not mini or (EXPERIMENTS / name / "mini.yaml").exists()]
+needs_trainer = pytest.mark.skipif(not TRAINER.exists(), reason="build/bin/xlstm-train is not built")
+
+
 def one_job_each(experiment):
-    return {(job.case, job.model): job for job in experiment.jobs()}
+    """{(case, model): its job of the first rate and seed}, of those too whose files are not here."""
+    jobs = {}
+    for job in experiment.jobs(elsewhere=True):
+        jobs.setdefault((job.case, job.model), job)
+    return jobs
 
 
-def trainer(settings, folder, option):
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    return subprocess.run([TRAINER, config, option], capture_output=True, text=True, timeout=300)
+@functools.cache
+def described(name, mini):
+    """{(case, model): what the trainer tells of it}, from one process, which refuses what it would not train."""
+    experiment = description.load(EXPERIMENTS, name, mini)
+    jobs = one_job_each(experiment)
+    numbers = describe(TRAINER, {f"{case}.{model}": experiment.settings(job) for (case, model), job in jobs.items()})
+    return dict(zip(jobs, numbers, strict=True))
 
 
-@pytest.mark.skipif(not TRAINER.exists(), reason="build/bin/xlstm-train is not built")
+@needs_trainer
+@pytest.mark.parametrize("name, mini", DESCRIPTIONS)
+def test_the_trainer_takes_a_job_of_every_case_and_model(name, mini):
+    experiment = description.load(EXPERIMENTS, name, mini)
+    steps = {pair: experiment.steps(job) for pair, job in one_job_each(experiment).items()}
+    assert steps and {pair: numbers["steps"] for pair, numbers in described(name, mini).items()} == steps
+
+
+@needs_trainer
+@pytest.mark.parametrize("spoilt, message", [
+    ({"train": {"global_batch_size": 16, "micro_batch_size": 32}}, "train.micro_batch_size: is 32, expected a divisor of"),
+    ({"data": {"task": {"name": "parity"}, "text": "x"}}, "data.task.name: is given together with data.text"),
+    ({"optim": {"warmup_steps": 21}}, "optim.warmup_steps: is 21, expected at most the 20 steps"),
+    ({"optim": {"schedule": "linear", "restarts": 3}}, "optim.restarts: applies to optim.schedule cosine only"),
+    ({"model": {"kind": "llama", "slstm_at": [0]}}, "model.slstm_at: applies to model.kind xlstm only"),
+])
+def test_a_job_that_would_not_train_is_named(spoilt, message):
+    good = {"data": {"task": {"name": "parity"}}, "train": {"max_steps": 20}, "optim": {"warmup_steps": 1}}
+    with pytest.raises(SweepError, match=f"spoilt.yaml:.*{re.escape(message)}"):
+        describe(TRAINER, {"good": good, "spoilt": description.merge(good, spoilt)})
+
+
+@needs_trainer
 @pytest.mark.parametrize("experiment", sorted(PAPER_SIZES))
-def test_full_size_models_have_the_papers_parameter_counts(experiment, tmp_path):
-    full = description.load(EXPERIMENTS, experiment)
-    jobs = one_job_each(full)
-    for (case, model), job in jobs.items():
-        done = trainer(full.settings(job), tmp_path, "--dry-run")
-        assert done.returncode == 0, f"{case} {model}: {done.stderr}"
-        millions = int(re.search(r"^parameters +([\d,]+) ", done.stdout, re.M)[1].replace(",", "")) / 1e6
+def test_full_size_models_have_the_papers_parameter_counts(experiment):
+    found = described(experiment, False)
+    for (case, model), numbers in found.items():
+        millions = numbers["parameters"] / 1e6
         size = PAPER_SIZES[experiment].get(case, {}).get(model, millions)
         near = 0.5 if isinstance(size, int) else 0.1
         assert abs(millions - size) <= near, f"{case} {model}: {millions} M, expected {size} M"
-    missing = {(c, m) for c, models in PAPER_SIZES[experiment].items() for m in models} - set(jobs)
+    missing = {(c, m) for c, models in PAPER_SIZES[experiment].items() for m in models} - set(found)
     assert not missing
-
-
-@pytest.mark.skipif(not TRAINER.exists(), reason="build/bin/xlstm-train is not built")
-@pytest.mark.parametrize("experiment", [e for e in description.experiment_ids(EXPERIMENTS)
-                                        if (EXPERIMENTS / e / "mini.yaml").exists()])
-def test_settings_of_the_miniatures_are_taken(experiment, tmp_path):
-    mini = description.load(EXPERIMENTS, experiment, mini=True)
-    first_case = {model: (case, job) for (case, model), job in reversed(one_job_each(mini).items())}
-    for model, (case, job) in first_case.items():
-        done = trainer(mini.settings(job), tmp_path, "--print-config")
-        assert done.returncode == 0, f"{case} {model}: {done.stderr}"
 
 
 def write(folder, **content):

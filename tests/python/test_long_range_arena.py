@@ -23,6 +23,7 @@ needs_trainer = pytest.mark.skipif(not TRAINER.exists(), reason="build/bin/xlstm
 PAPER = {"retrieval": (6, 128, 64, 100_000, 8001), "listops": (8, 128, 32, 80_000, 2000),
          "pathfinder": (6, 192, 64, 500_000, 1024), "g_image": (6, 512, 64, 180_000, 1024),
          "rgb_image": (6, 512, 64, 180_000, 1024)}
+RESTARTS = "_restarts"
 RANDOM = np.random.RandomState(3)
 
 
@@ -79,7 +80,19 @@ def test_sizes_batches_and_steps_are_the_papers():
                     train["max_steps"], settings["data"]["seq_len"]) == expected
             assert settings["optim"]["warmup_steps"] == train["max_steps"] / 10
             slstm = settings["model"].get("slstm_at", [])
-            assert slstm == ([0, 1, 2, 3, 4, 5] if model == "xlstm" and case.endswith("image") else [])
+            assert slstm == ([0, 1, 2, 3, 4, 5] if model.startswith("xlstm") and case.endswith("image") else [])
+
+
+def test_every_model_is_trained_by_both_schedules_of_the_paper():
+    full = load()
+    assert {model for model in full.models if not model.endswith(RESTARTS)} == {
+        model.removesuffix(RESTARTS) for model in full.models if model.endswith(RESTARTS)}
+    for case in full.cases:
+        for model in full.models_of(case):
+            settings = full.settings(description.Job(case, model, 1e-3, 0))
+            restarts = settings["optim"].pop("restarts", 0)
+            assert settings["optim"]["schedule"] == "cosine" and restarts == (3 if model.endswith(RESTARTS) else 0)
+            assert settings == full.settings(description.Job(case, model.removesuffix(RESTARTS), 1e-3, 0))
 
 
 def test_rows_without_their_files_say_what_they_need(tmp_path, monkeypatch):
@@ -108,10 +121,12 @@ def test_results_are_not_stale_where_the_files_are_not(files, monkeypatch):
 @needs_trainer
 @pytest.mark.parametrize("case", PAPER)
 def test_the_trainer_takes_every_case_at_full_size(files, case):
-    """A step of one block at the full width and length, on the case's files."""
+    """A step of one block at the full width and length, on the case's files; the schedule has no part in it."""
     full = load()
     assert {job.case for job in full.jobs()} == set(PAPER)
     for model in full.models_of(case):
+        if model.endswith(RESTARTS):
+            continue
         settings = full.settings(description.Job(case, model, 1e-3, 0))
         small = ["train.global_batch_size=1", "train.micro_batch_size=0", "train.dtype=float32", "train.max_steps=30",
                  "optim.warmup_steps=1", "model.num_blocks=1", "model.slstm_at=[]"]
@@ -213,7 +228,8 @@ def test_conversion_of_pathfinder(tmp_path):
 
 def test_the_miniature_is_listops_alone_and_asserts_nothing():
     mini = load(mini=True)
-    assert {job.case for job in mini.jobs()} == {"listops"} and set(mini.models) == set(load().models)
+    assert {job.case for job in mini.jobs()} == {"listops"}
+    assert set(mini.models) == {model for model in load().models if not model.endswith(RESTARTS)}
     settings = mini.settings(mini.jobs()[0])
     assert settings["data"]["seq_len"] == 128 and settings["data"]["task"]["max_depth"] == 3
     assert (settings["model"]["embedding_dim"], settings["model"]["num_blocks"]) == (64, 4)

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <numbers>
 
 #include "tests/support/catch.h"
 #include "train/schedule.h"
@@ -38,6 +39,31 @@ TEST_CASE("schedules after the warm-up") {
   for (const char* schedule : {"cosine", "linear", "wsd"}) {
     CHECK(learning_rate(options(schedule), 110, 110) == Approx(1e-3));
   }
+}
+
+TEST_CASE("cosine with restarts: equal descents to the last rate, each from the full one") {
+  config::OptimConfig given = options("cosine");
+  given.restarts = 3;  // parts of 100 updates after 10 of warm-up
+  CHECK(learning_rate(given, 10, 410) == 1e-2);
+  for (const int64_t start : {10, 110, 210, 310}) {
+    CAPTURE(start);
+    CHECK(learning_rate(given, start + 1, 410) ==
+          Approx(1e-3 + 9e-3 * 0.5 * (1 + std::cos(std::numbers::pi / 100))));
+    CHECK(learning_rate(given, start + 50, 410) == Approx(5.5e-3));
+    CHECK(learning_rate(given, start + 75, 410) ==
+          Approx(1e-3 + 9e-3 * 0.5 * (1 - std::sqrt(0.5))));
+    CHECK(learning_rate(given, start + 100, 410) == Approx(1e-3).epsilon(1e-12));
+  }
+  // Parts that are no whole number of updates: ends at 2.5, 5, 7.5 and 10.
+  given.warmup_steps = 0;
+  const double falls[] = {0.4, 0.8, 0.2, 0.6, 1.0, 0.4, 0.8, 0.2, 0.6, 1.0};
+  for (int64_t step = 1; step <= 10; ++step) {
+    CAPTURE(step);
+    CHECK(learning_rate(given, step, 10) ==
+          Approx(1e-3 + 9e-3 * 0.5 * (1 + std::cos(std::numbers::pi * falls[step - 1]))));
+  }
+  given.restarts = 0;
+  CHECK(learning_rate(given, 4, 10) == learning_rate(options("cosine"), 14, 20));
 }
 
 TEST_CASE("wsd stays at the full rate until its decay") {
