@@ -231,6 +231,6 @@ def test_the_miniature_is_listops_alone_and_asserts_nothing():
     assert {job.case for job in mini.jobs()} == {"listops"}
     assert set(mini.models) == {model for model in load().models if not model.endswith(RESTARTS)}
     settings = mini.settings(mini.jobs()[0])
-    assert settings["data"]["seq_len"] == 128 and settings["data"]["task"]["max_depth"] == 3
-    assert (settings["model"]["embedding_dim"], settings["model"]["num_blocks"]) == (64, 4)
+    assert settings["data"]["seq_len"] == 64 and settings["data"]["task"]["max_depth"] == 3
+    assert (settings["model"]["embedding_dim"], settings["model"]["num_blocks"]) == (64, 2)
     assert not any(claim.get("asserted") for claim in mini.claims)
