@@ -324,7 +324,7 @@ def test_describe_is_the_dry_run_in_numbers(setup, tmp_path):
     assert f"{numbers['parameters']:,}" in train(config, "--dry-run").stdout
     assert not run.exists()
     nowhere = tmp_path / "nowhere.yaml"
-    nowhere.write_text("{data: {train: [{path: nowhere/train}], seq_len: 8}, train: {max_tokens: 1000}}")
+    nowhere.write_text("{data: {train: [{path: nowhere/train}], seq_len: 8}, train: {max_tokens: 1000}, optim: {warmup_steps: 2}}")
     described = train(nowhere, config, "--describe")
     assert described.returncode == 0, described.stderr
     assert [json.loads(line)["steps"] for line in described.stdout.splitlines()] == [8, 12]
