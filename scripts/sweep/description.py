@@ -285,14 +285,14 @@ class Experiment:
         """What the model has for this case alone."""
         return self.models[model].get("cases", {}).get(case, {})
 
-    def needs_of(self, case, model):
-        """Why this pair cannot be run; empty if it can."""
+    def needs_of(self, case, model, elsewhere=False):
+        """Why this pair cannot be run; empty if it can. elsewhere: where the files are that it reads."""
         parts = (self._own(case, model), self.models[model], self.cases[case])
-        return next((part["needs"] for part in parts if part.get("needs") and not self._has_files(part)), "")
+        return next((part["needs"] for part in parts if part.get("needs") and not self._has_files(part, elsewhere)), "")
 
-    def _has_files(self, part):
+    def _has_files(self, part, elsewhere):
         """Whether the files are there for want of which a part cannot be run."""
-        return bool(part.get("files")) and Path(replace(part["files"], HERE, str(self.folder.resolve()))).exists()
+        return bool(part.get("files")) and (elsewhere or Path(replace(part["files"], HERE, str(self.folder.resolve()))).exists())
 
     def rates(self, case, model):
         parts = (self._own(case, model), self.models[model], self.cases[case])
@@ -302,7 +302,7 @@ class Experiment:
         """Learning rates and seeds inside, so that a stopped sweep has whole rows. elsewhere: also what lacks files here."""
         return [Job(case, model, float(rate), seed)
                 for case in self.cases for model in self.models_of(case)
-                if (models is None or model in models) and (elsewhere or not self.needs_of(case, model))
+                if (models is None or model in models) and not self.needs_of(case, model, elsewhere)
                 for rate, seed in itertools.product(self.rates(case, model), self.seeds)]
 
     def settings(self, job, located=True):
