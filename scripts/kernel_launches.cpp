@@ -14,6 +14,7 @@
 
 #include "cuda/block_linear/block_linear.h"
 #include "cuda/causal_conv1d/causal_conv1d_launch.h"
+#include "cuda/gated/gated_recurrence.h"
 #include "cuda/loss/softmax_cross_entropy.h"
 #include "cuda/mlstm/mlstm.h"
 #include "cuda/norm/headwise_norm.h"
@@ -199,6 +200,23 @@ void call_causal_conv1d(Dtype dtype) {
   }
 }
 
+/// Every number of lanes for a column, decays of rows and of columns.
+void call_gated_recurrence() {
+  for (const int32_t across : {32, 64, 128, 256, 512, 1024}) {
+    xlstm::cuda::GatedRecurrenceParams p;
+    p.batch = 16, p.time = 2048, p.num_heads = 4, p.across = across, p.own = 256;
+    p.read = array<float>(0), p.write = array<float>(1), p.weight = array<float>(2);
+    p.decay = array<float>(3), p.out = array<float>(4);
+    for (const bool decays_across : {false, true}) {
+      p.decays_across = decays_across;
+      gated_recurrence(p, nullptr);
+    }
+  }
+  xlstm::cuda::GatedDecayGradientsParams p;
+  p.batch = 16, p.time = 2048, p.num_heads = 4, p.width = 128;
+  gated_decay_gradients(p, nullptr);
+}
+
 void call_slstm(const xlstm::cuda::SlstmProblem& p) {
   namespace cuda = xlstm::cuda;
   const int64_t units = p.num_heads * p.dh;
@@ -305,6 +323,7 @@ int main() {
     for (const DeviceLimits& each : kDevices) {
       device = each;
       device.hopper = each.compute_capability == 90 && hopper;
+      call_gated_recurrence();
       for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32}) {
         call_all(dtype);
         call_causal_conv1d(dtype);

@@ -1,5 +1,5 @@
-// The operator xlstm::gated_linear_attention: CPU kernels with their own backward; elsewhere, and where a chunk length is
-// given, chunks in ATen calls that the backward pass computes again.
+// The operator xlstm::gated_linear_attention: kernels of the CPU and of CUDA with their own backward; where there is none, and
+// where a chunk length is given, chunks in ATen calls that the backward pass computes again.
 #include "csrc/ops/gated_linear_attention.h"
 
 #include <ATen/TensorOperators.h>
@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -14,8 +15,12 @@
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/common.h"
 #include "csrc/ops/cpu/gated_linear_attention_params.h"
+#include "csrc/ops/cuda_device.h"
 #include "csrc/ops/gated_linear_attention_chunks.h"
 #include "csrc/ops/rows.h"
+#ifdef XLSTM_CUDA
+#include "csrc/ops/gated_linear_attention_kernels.h"
+#endif
 
 namespace xlstm::ops {
 namespace {
@@ -87,29 +92,56 @@ struct Inputs {
   }
 };
 
-Outputs forward_chunks(const Arguments& in, std::optional<double> scale, int64_t chunk_size) {
+/// Whether the CUDA kernels take a call; logs the answer.
+bool use_kernels(const GatedChunks& in, int64_t chunk_size) {
+  if (chunk_size > 0 || !in.q.is_cuda()) return false;
+  std::string lack = cuda_kernels_lack(in.q.device());
+#ifdef XLSTM_CUDA
+  if (lack.empty()) lack = gated_linear_attention_kernels_lack(in);
+#endif
+  return takes_kernels(kOp, lack);
+}
+
+Outputs forward_tensors(const GatedChunks& in, int64_t chunk_size) {
+  if (!use_kernels(in, chunk_size)) return gated_linear_attention_chunks(in);
+#ifdef XLSTM_CUDA
+  return gated_linear_attention_kernels(in, current_stream(in.q.device()));
+#endif
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+variable_list backward_tensors(const GatedChunks& in, const Tensor& dh, const Tensor& dstate,
+                               int64_t chunk_size) {
+  if (!use_kernels(in, chunk_size)) return gated_linear_attention_chunks_backward(in, dh, dstate);
+#ifdef XLSTM_CUDA
+  return gated_linear_attention_kernels_backward(in, dh, dstate, current_stream(in.q.device()));
+#endif
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+Outputs forward_any(const Arguments& in, std::optional<double> scale, int64_t chunk_size) {
   check(in, chunk_size);
   const Inputs inputs(in);
   if (in.q.numel() == 0 || in.v.numel() == 0) {
     const Tensor state = in.state0 ? inputs.state0.clone() : inputs.empty_state().zero_();
     return {at::zeros(in.v.sizes(), in.v.options()), state};
   }
-  auto [h, state] = gated_linear_attention_chunks(inputs.chunks(scale_of(in.q, scale), chunk_size));
+  auto [h, state] = forward_tensors(inputs.chunks(scale_of(in.q, scale), chunk_size), chunk_size);
   return {h.to(in.v.scalar_type()), state};
 }
 
-Outputs forward_device(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                       const OptionalTensor& u, const OptionalTensor& state0,
-                       const OptionalTensor& reset, std::optional<double> scale,
-                       int64_t chunk_size) {
-  return forward_chunks({q, k, v, g, u, state0, reset}, scale, chunk_size);
+Outputs forward_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                     const OptionalTensor& u, const OptionalTensor& state0,
+                     const OptionalTensor& reset, std::optional<double> scale, int64_t chunk_size) {
+  const c10::DeviceGuard guard(q.device());
+  return forward_any({q, k, v, g, u, state0, reset}, scale, chunk_size);
 }
 
 Outputs forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                     const OptionalTensor& u, const OptionalTensor& state0,
                     const OptionalTensor& reset, std::optional<double> scale, int64_t chunk_size) {
   const Arguments arguments{q, k, v, g, u, state0, reset};
-  if (chunk_size > 0) return forward_chunks(arguments, scale, chunk_size);
+  if (chunk_size > 0) return forward_any(arguments, scale, chunk_size);
   check(arguments, chunk_size);
   const Inputs in(arguments);
   const Tensor h = in.empty(v.sizes()), state = in.empty_state();
@@ -132,15 +164,24 @@ Gradients cast(const variable_list& d, const Arguments& in) {
           in.state0 ? like(d[5], *in.state0) : none};
 }
 
-Gradients backward_chunks(const OptionalTensor& dh, const OptionalTensor& dstate,
-                          const Arguments& in, std::optional<double> scale, int64_t chunk_size) {
+Gradients backward_any(const OptionalTensor& dh, const OptionalTensor& dstate, const Arguments& in,
+                       std::optional<double> scale, int64_t chunk_size) {
   const Inputs inputs(in);
   const Tensor gh = dh ? inputs.dense(*dh) : at::zeros(in.v.sizes(), inputs.q.options());
   const Tensor gs = dstate ? inputs.dense(*dstate) : inputs.empty_state().zero_();
   if (in.q.numel() == 0 || in.v.numel() == 0) return cast({{}, {}, {}, {}, {}, gs}, in);
-  return cast(gated_linear_attention_chunks_backward(
-                  inputs.chunks(scale_of(in.q, scale), chunk_size), gh, gs),
-              in);
+  return cast(
+      backward_tensors(inputs.chunks(scale_of(in.q, scale), chunk_size), gh, gs, chunk_size), in);
+}
+
+Gradients backward_cuda(const OptionalTensor& dh, const OptionalTensor& dstate, const Tensor& q,
+                        const Tensor& k, const Tensor& v, const Tensor& g, const OptionalTensor& u,
+                        const OptionalTensor& state0, const OptionalTensor& reset,
+                        std::optional<double> scale) {
+  const Arguments arguments{q, k, v, g, u, state0, reset};
+  check(arguments, 0);
+  const c10::DeviceGuard guard(q.device());
+  return backward_any(dh, dstate, arguments, scale, 0);
 }
 
 Gradients backward_cpu(const OptionalTensor& dh, const OptionalTensor& dstate, const Tensor& q,
@@ -204,11 +245,11 @@ class GatedLinearAttention : public torch::autograd::Function<GatedLinearAttenti
     const int64_t chunk_size = ctx->saved_data["chunk_size"].toInt();
     const OptionalTensor u = or_absent(s[4]), state0 = or_absent(s[5]), reset = or_absent(s[6]);
     const OptionalTensor dh = or_absent(d[0]), dstate = or_absent(d[1]);
-    const bool kernel = s[0].is_meta() || (s[0].is_cpu() && chunk_size == 0);
     auto [dq, dk, dv, dg, du, dstate0] =
-        kernel ? by_operator(dh, dstate, {s[0], s[1], s[2], s[3], u, state0, reset}, scale)
-               : backward_chunks(dh, dstate, {s[0], s[1], s[2], s[3], u, state0, reset}, scale,
-                                 chunk_size);
+        s[0].is_meta() || chunk_size == 0
+            ? by_operator(dh, dstate, {s[0], s[1], s[2], s[3], u, state0, reset}, scale)
+            : backward_any(dh, dstate, {s[0], s[1], s[2], s[3], u, state0, reset}, scale,
+                           chunk_size);
     const Tensor none;
     return {dq, dk, dv, dg, u ? du : none, state0 ? dstate0 : none, none, none, none};
   }
@@ -266,7 +307,10 @@ TORCH_LIBRARY_IMPL(xlstm, CPU, m) {
   m.impl("gated_linear_attention", forward_cpu);
   m.impl("gated_linear_attention_backward", backward_cpu);
 }
-TORCH_LIBRARY_IMPL(xlstm, CUDA, m) { m.impl("gated_linear_attention", forward_device); }
+TORCH_LIBRARY_IMPL(xlstm, CUDA, m) {
+  m.impl("gated_linear_attention", forward_cuda);
+  m.impl("gated_linear_attention_backward", backward_cuda);
+}
 TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
   m.impl("gated_linear_attention", forward_autograd);
   m.impl("gated_linear_attention_backward", torch::autograd::autogradNotImplementedFallback());

@@ -77,6 +77,9 @@ BUDGETS = [
     # 144 for blocks of 8 by 8, whose 64 weights stay in registers
     budget(r"block_linear_rows", 128, 144, 16, blocks=3, must=VECTOR),
     budget(r"block_linear_weight", 128, 144, 16, blocks=3, must={"LDG.128"}),
+    # 32 numbers of the state and three orders of the recurrence
+    budget(r"gated_recurrence_columns", 128, 128, 48, blocks=4, must={"LDGSTS"}),
+    budget(r"gated_decay_gradient_rows", 256, 64, 16, blocks=4),
     budget(r"headwise_norm_rows", 256, 64, 16, blocks=4, must=VECTOR),
     budget(r"headwise_norm_gradients", 256, 128, 16, blocks=2, must=VECTOR),
     budget(r"headwise_norm_wide_rows", 512, 64, 16, blocks=2, must=VECTOR),

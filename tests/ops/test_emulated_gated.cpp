@@ -1,0 +1,89 @@
+// Gated linear attention from tensors to the real CUDA kernels and back, on the CPU: csrc/ops/gated_linear_attention_kernels.cpp
+// with the emulator behind it, against the chunks of ATen calls in float64.
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/zeros.h>
+
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "csrc/ops/gated_linear_attention_kernels.h"
+#include "tests/support/catch.h"
+
+namespace xlstm::ops {
+namespace {
+
+using at::Tensor;
+
+void check_close(const std::string& name, const Tensor& got, const Tensor& wanted) {
+  if (!wanted.defined()) {
+    CHECK_FALSE(got.defined());
+    return;
+  }
+  REQUIRE(got.sizes() == wanted.sizes());
+  const double error = at::linalg_vector_norm(got.to(at::kDouble) - wanted).item<double>() /
+                       (at::linalg_vector_norm(wanted).item<double>() + 1e-30);
+  INFO(name << ": relative difference " << error);
+  CHECK(error <= 2e-5);
+}
+
+GatedChunks in_double(GatedChunks x) {
+  for (Tensor* t : {&x.q, &x.k, &x.v, &x.g, &x.u, &x.state0})
+    if (t->defined()) *t = t->to(at::kDouble);
+  return x;
+}
+
+void check(int64_t dk, int64_t dv, bool bonus, bool state, bool resets) {
+  INFO("heads " << dk << " x " << dv << " bonus " << bonus << " state " << state << " resets "
+                << resets);
+  const int64_t batch = 2, time = 37, heads = 2;
+  GatedChunks in;
+  in.q = at::randn({batch, time, heads, dk}), in.k = at::randn({batch, time, heads, dk});
+  in.v = at::randn({batch * time * heads * dv + 1}).narrow(0, 1, batch * time * heads * dv);
+  in.v = in.v.view({batch, time, heads, dv});  // at an odd address
+  in.g = at::rand({batch, time, heads, dk}).log() / 4;
+  in.g.narrow(1, 5, 1).fill_(-std::numeric_limits<float>::infinity());
+  in.scale = 0.3;
+  if (bonus) in.u = at::randn({heads, dk});
+  if (state) in.state0 = at::randn({batch, heads, dk, dv});
+  if (resets) in.reset = at::rand({batch, time}) < 0.1;
+  const Tensor dh = at::randn({batch, time, heads, dv}), ds = at::randn({batch, heads, dk, dv});
+  REQUIRE(gated_linear_attention_kernels_lack(in).empty());
+
+  const auto [h, last] = gated_linear_attention_kernels(in, nullptr);
+  const GatedChunks exact = in_double(in);
+  const auto [wanted_h, wanted_last] = gated_linear_attention_chunks(exact);
+  check_close("h", h, wanted_h);
+  check_close("state", last, wanted_last);
+  const auto got = gated_linear_attention_kernels_backward(in, dh, ds, nullptr);
+  const auto wanted =
+      gated_linear_attention_chunks_backward(exact, dh.to(at::kDouble), ds.to(at::kDouble));
+  const char* names[] = {"dq", "dk", "dv", "dg", "du", "dstate0"};
+  for (size_t i = 0; i < wanted.size(); ++i) check_close(names[i], got[i], wanted[i]);
+}
+
+}  // namespace
+
+TEST_CASE("gated linear attention: kernels agree with chunks in float64", "[gated]") {
+  for (const bool bonus : {false, true})
+    for (const bool state : {false, true}) {
+      check(24, 40, bonus, state, !state);
+      check(7, 5, bonus, state, true);
+    }
+  check(130, 66, true, true, true);
+}
+
+TEST_CASE("gated linear attention: what has no kernel says why", "[gated]") {
+  GatedChunks in;
+  const auto lack = [&](int64_t dk, int64_t dv, at::ScalarType type) {
+    in.q = at::zeros({1, 1, 1, dk}, type), in.v = at::zeros({1, 1, 1, dv}, type);
+    return gated_linear_attention_kernels_lack(in);
+  };
+  CHECK(lack(1024, 8, at::kFloat).empty());
+  CHECK(lack(8, 8, at::kDouble) == "no kernels for float64");
+  CHECK(lack(1025, 8, at::kFloat) == "no kernels for heads this wide");
+}
+
+}  // namespace xlstm::ops
