@@ -86,7 +86,8 @@ def test_gated_linear_attention_on_a_gpu(sizes, decay, bonus, dtype, tolerance):
     inputs = arguments(sizes, decay, bonus, True, dtype)
     inputs[5] = inputs[5].float()
     reset = resets(*sizes[:2])
-    ours, loop = leaves([t if t is None else t.cuda() for t in inputs]), leaves([t if t is None else t.double() for t in inputs])
+    ours = leaves([t if t is None else t.cuda() for t in inputs])
+    loop = leaves([t if t is None else t.double() for t in inputs])
     out = torch.ops.xlstm.gated_linear_attention(*ours, reset=reset.cuda())
     wanted = gated_loop(*loop, reset=reset)
     gradients = [torch.randn_like(t).to(mine.dtype) for t, mine in zip(wanted, out)]
