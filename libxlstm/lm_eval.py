@@ -1,0 +1,145 @@
+"""Trained models in EleutherAI's lm-evaluation-harness, as its model "xlstm". Needs pip install "lm_eval>=0.4".
+
+    python -m libxlstm.lm_eval --model_args pretrained=runs/demo,dtype=bfloat16 --tasks lambada_openai,piqa --batch_size 16
+
+is the harness's own command, with all its options, after this module has made the model known to it; in Python
+`import libxlstm.lm_eval` does that. Keys of --model_args: those of XlstmLM.__init__. What it computes, and how: scoring.py.
+"""
+
+import contextlib
+import sys
+
+import libxlstm
+from libxlstm.scoring import EXIT_CONFIG, Judge, ScoringError
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(f'lm-evaluation-harness is not there ({error}); install it with: pip install "lm_eval>=0.4"') from error
+
+# What a task may ask of generate_until, besides these: until, do_sample, temperature, top_k, top_p.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def generation_options(wanted, max_gen_toks=256):
+    """Judge.generate's arguments from a task's generation_kwargs. What would change the text and is not known is an error."""
+    wanted = dict(wanted)
+    lengths = [value for value in [wanted.pop(name, None) for name in _LENGTHS] if value is not None]
+    until = wanted.pop("until", None) or []
+    temperature = float(wanted.pop("temperature", None) or 0)
+    sample = wanted.pop("do_sample", None)
+    if sample and temperature == 0:
+        temperature = 1.0
+    options = {
+        "until": (until,) if isinstance(until, str) else tuple(until),
+        "max_tokens": int(lengths[0]) if lengths else max_gen_toks,
+        "temperature": 0.0 if sample is False else temperature,
+        "top_k": int(wanted.pop("top_k", None) or 0),
+        "top_p": float(wanted.pop("top_p", None) or 1),
+    }
+    if wanted.pop("num_beams", 1) != 1:
+        raise ScoringError(EXIT_CONFIG, "generation_kwargs: beam search is not there, expected num_beams 1")
+    if wanted:
+        raise ScoringError(EXIT_CONFIG, f"generation_kwargs: unknown {', '.join(sorted(wanted))}")
+    return options
+
+
+@register_model("xlstm")
+class XlstmLM(TemplateLM):
+    """A run or checkpoint folder of libxlstm.
+
+    pretrained    the folder
+    tokenizer     another tokenizer than the checkpoint's: "bytes", tokenizer.json or a folder
+    dtype         float32; bfloat16: autocast, the weights stay float32; bfloat16_weights: they are rounded too
+    device        cpu, cuda, cuda:1, ...; a GPU where there is one unless given
+    batch_size    sequences side by side; "auto" is 16
+    max_length    inputs of one sequence, 0: no limit; the context of the training unless given
+    max_gen_toks  where a task does not say how much to generate
+    verify        check the checkpoint against its checksums
+    """
+
+    def __init__(self, pretrained, tokenizer=None, dtype="float32", device=None, batch_size=16, max_batch_size=None,
+                 max_length=None, max_gen_toks=256, verify=True):
+        super().__init__()
+        del max_batch_size  # the harness hands it on; only "auto" would search up to it
+        batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
+        self.judge = Judge.load(pretrained, tokenizer, verify, device=device or "auto", dtype=dtype, batch_size=batch_size,
+                                max_length=max_length)
+        self.max_gen_toks, self.batch_size, self.max_length = max_gen_toks, batch_size, self.judge.max_length
+        self._device = self.judge.device
+
+    @property
+    def device(self):
+        return self._device
+
+    @property
+    def eot_token_id(self):
+        return self.judge.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self):
+        return self.judge.tokenizer.start_id
+
+    @property
+    def tokenizer_name(self):
+        return self.judge.tokenizer.spec
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+        return self.judge.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+        with self._progress(requests, "loglikelihood", disable_tqdm, lambda request: request[0]) as done:
+            return self.judge.score([(context, continuation) for _, context, continuation in requests], done)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        with self._progress(requests, "loglikelihood_rolling", disable_tqdm, lambda request: request.args) as done:
+            return self.judge.score_rolling([self.tok_encode(request.args[0]) for request in requests], done)
+
+    def generate_until(self, requests, disable_tqdm=False):
+        groups = {}  # generation_kwargs -> indices of the requests that share them
+        for index, request in enumerate(requests):
+            options = generation_options(request.args[1], self.max_gen_toks)
+            groups.setdefault(tuple(options.items()), []).append(index)
+        texts = [None] * len(requests)
+        with self._progress(requests, "generate_until", disable_tqdm, lambda request: request.args) as done:
+            for options, indices in groups.items():
+                prompts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
+
+                def keep(place, text, indices=indices):
+                    texts[indices[place]] = text
+                    done(indices[place], text)
+
+                self.judge.generate(prompts, **dict(options), on_result=keep)
+        return texts
+
+    @contextlib.contextmanager
+    def _progress(self, requests, name, quiet, key):
+        """A progress bar; each result goes into the harness's cache (--use_cache) as it comes."""
+        with tqdm(total=len(requests), desc=name, disable=quiet) as bar:
+
+            def done(index, result):
+                self.cache_hook.add_partial(name, key(requests[index]), result)
+                bar.update()
+
+            yield done
+
+
+def main():
+    from lm_eval.__main__ import cli_evaluate
+
+    arguments = sys.argv[1:]
+    named = any(argument == "--model" or argument.startswith("--model=") for argument in arguments)
+    if arguments and arguments[0] not in ("ls", "validate", "-h", "--help") and not named:
+        sys.argv += ["--model", "xlstm"]
+    try:
+        cli_evaluate()
+    except (ScoringError, libxlstm.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""Log-likelihoods of texts and continuations of prompts under a trained model; lm_eval.py hands them to lm-evaluation-harness.
+
+    judge = Judge.load("runs/demo", dtype="bfloat16")
+    judge.score([(judge.tokenizer.encode("The cell"), judge.tokenizer.encode(" keeps"))])    # [(log-likelihood, greedy)]
+    judge.generate([judge.tokenizer.encode("The cell")], until=["."])                        # [text]
+
+A context is read once, whatever the number of its continuations: each goes on from the state behind it. Contexts of
+different lengths are padded at their beginning, with a reset before their first token, continuations at their end, and
+neither leaves a trace; results do not depend on the batch size but for rounding.
+"""
+
+import collections
+import contextlib
+import json
+import os
+
+import torch
+
+import libxlstm
+from libxlstm import tokenizer_worker
+
+__all__ = ["Judge", "ScoringError", "Tokenizer", "find_tokenizer", "rolling_windows"]
+
+EXIT_CONFIG, EXIT_DATA = 2, 3
+# dtype -> (dtype of the weights, bfloat16 autocast?)
+DTYPES = {"float32": (torch.float32, False), "bfloat16": (torch.float32, True), "bfloat16_weights": (torch.bfloat16, False)}
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+class ScoringError(ValueError):
+    """One line for people, and the exit status of the programs."""
+
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code = code
+
+
+class Tokenizer:
+    """Text <-> token ids as the C++ programs see them. spec: "bytes", a tokenizer.json, or a folder with one, with
+    vocab.json and merges.txt, or with encoder.json and vocab.bpe."""
+
+    def __init__(self, spec):
+        self.spec = str(spec)
+        self._tokenizer = None
+        self.vocab_size, self.eos_id = 256, 0  # of bytes: NUL ends a document
+        if self.spec == "bytes":
+            return
+        try:
+            self._tokenizer = tokenizer_worker.load(self._files())
+        except tokenizer_worker.WorkerError as error:
+            raise ScoringError(EXIT_DATA, f"{self.spec}: {error}") from error
+        about = json.loads(tokenizer_worker.hello(self._tokenizer))
+        self.vocab_size, self.eos_id = about["vocab_size"], about["eos_id"]
+
+    def _files(self):
+        if os.path.isfile(self.spec):
+            return [self.spec]
+        for names in _TOKENIZER_FILES:
+            files = [os.path.join(self.spec, name) for name in names]
+            if all(map(os.path.isfile, files)):
+                return files
+        raise ScoringError(EXIT_DATA, f"{self.spec}: no tokenizer there; say where it is with tokenizer=PATH, a tokenizer.json "
+                                      "or a folder that has one, vocab.json and merges.txt, or encoder.json and vocab.bpe")
+
+    @property
+    def start_id(self):
+        """What a text without a context follows, as in xlstm-generate: a line's end, or the end of the document before."""
+        if self._tokenizer is None:
+            return ord("\n")
+        if self.eos_id < 0:
+            raise ScoringError(EXIT_DATA, f"{self.spec}: no end-of-document token, which texts without a context begin with")
+        return self.eos_id
+
+    def encode(self, text):
+        if self._tokenizer is None:
+            return list(text.encode("utf-8"))
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        if self._tokenizer is None:
+            return bytes(ids).decode("utf-8", "replace")
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def find_tokenizer(folder, configured):
+    """The spec of a checkpoint's tokenizer: the folder's own copy where it has one."""
+    own = any(os.path.isfile(os.path.join(folder, names[0])) for names in _TOKENIZER_FILES)
+    return folder if own and configured != "bytes" else configured
+
+
+def rolling_windows(ids, start, max_length):
+    """(context, continuation) of windows that together score each of `ids` once, the first after `start`. A window has at
+    most max_length inputs (0: there is one window), the last as much context as fits."""
+    ids, windows, done = [start, *ids], [], 1
+    size = max_length or len(ids)
+    while done < len(ids):
+        end = min(done + size, len(ids))
+        first = max(0, end - 1 - size)
+        windows.append((ids[first:done], ids[done:end]))
+        done = end
+    return windows
+
+
+def cut_at(text, stops):
+    """(text before the first of the strings, whether one is there)."""
+    places = [place for place in map(text.find, stops) if place >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+class Judge:
+    """A model and its tokenizer. The model is moved to the device and, for bfloat16_weights, rounded in place.
+
+    device      "cpu", "cuda", "cuda:1", ... or "auto": a GPU where torch sees one
+    dtype       float32; bfloat16: autocast, as train.dtype has it; bfloat16_weights: the weights are rounded too
+    batch_size  sequences side by side
+    max_length  inputs of one sequence, contexts lose their beginning beyond; 0: no limit. None: data.seq_len of the run
+    max_logits  so many logits are held at a time (float32): longer sequences are read piece by piece
+    """
+
+    def __init__(self, model, tokenizer, device="auto", dtype="float32", batch_size=16, max_length=None, max_logits=1 << 27):
+        import yaml  # model.config is YAML
+
+        config = yaml.safe_load(model.config)
+        if config["model"]["input_features"]:
+            raise ScoringError(EXIT_CONFIG, "the model reads numbers (model.input_features), not text")
+        if dtype not in DTYPES:
+            raise ScoringError(EXIT_CONFIG, f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        if batch_size < 1:
+            raise ScoringError(EXIT_CONFIG, f"batch_size: expected a positive number, got {batch_size}")
+        self.max_length = config["data"]["seq_len"] if max_length is None else max_length
+        if self.max_length < 0:
+            raise ScoringError(EXIT_CONFIG, f"max_length: expected 0 or a positive number, got {max_length}")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.vocab_size = config["model"]["vocab_size"]
+        if tokenizer.vocab_size > self.vocab_size:
+            raise ScoringError(EXIT_DATA, f"the {tokenizer.vocab_size} tokens of {tokenizer.spec} exceed the model's "
+                                          f"vocabulary of {self.vocab_size}; use the tokenizer it was trained with")
+        self.model, self.tokenizer, self.batch_size, self.max_logits = model, tokenizer, batch_size, max_logits
+        self.device = torch.device(device)
+        weights, self._autocast = DTYPES[dtype]
+        for parameter in model.parameters().values():
+            parameter.data = parameter.data.to(self.device, weights)
+        self._batch_dims = self._find_batch_dims()
+
+    @classmethod
+    def load(cls, folder, tokenizer=None, verify=True, **options):
+        """Of a run or a checkpoint folder, with the tokenizer it was trained with; `options` as the class takes them."""
+        import yaml
+
+        model = libxlstm.load(folder, verify)
+        configured = yaml.safe_load(model.config)["data"]["tokenizer"]
+        return cls(model, Tokenizer(tokenizer or find_tokenizer(model.folder, configured)), **options)
+
+    def score(self, pairs, on_result=None):
+        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation after its context; pairs of two
+        lists of token ids, neither empty. on_result(index, result) is called as results come."""
+        contexts = {}  # tokens -> indices of the pairs that share them
+        for index, (context, continuation) in enumerate(pairs):
+            self._check(context, "context"), self._check(continuation, "continuation")
+            if self.max_length:
+                context = context[-max(1, self.max_length + 1 - len(continuation)):]
+            contexts.setdefault(tuple(context), []).append(index)
+        results = [None] * len(pairs)
+        with self._computing():
+            for batch in self._batches(sorted(contexts, key=len, reverse=True)):
+                logits, state = self._read(batch)
+                asked = [(row, index) for row, context in enumerate(batch) for index in contexts[context]]
+                asked.sort(key=lambda pair: -len(pairs[pair[1]][1]))
+                for part in self._batches(asked):
+                    rows = torch.tensor([row for row, _ in part], device=self.device)
+                    found = self._score_rows(logits, state, rows, [pairs[index][1] for _, index in part])
+                    for (_, index), result in zip(part, found):
+                        results[index] = result
+                        if on_result:
+                            on_result(index, result)
+        return results
+
+    def score_rolling(self, texts, on_result=None):
+        """The log-likelihood of each text, a list of token ids, all its tokens counted, in windows of max_length."""
+        owners, windows = [], []
+        for index, ids in enumerate(texts):
+            for window in rolling_windows(ids, self.tokenizer.start_id, self.max_length):
+                owners.append(index), windows.append(window)
+        totals, missing = [0.0] * len(texts), collections.Counter(owners)
+
+        def add(window, result):
+            index = owners[window]
+            totals[index] += result[0]
+            missing[index] -= 1
+            if on_result and missing[index] == 0:
+                on_result(index, totals[index])
+
+        self.score(windows, add)
+        return totals
+
+    def generate(self, prompts, until=(), max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, on_result=None):
+        """The text after each prompt (token ids) before the first of the strings `until`, before the end of the document, or of
+        max_tokens. Temperature 0 is greedy; otherwise torch's generator draws, among the top_k likeliest tokens (0: all), or
+        among the likeliest that hold the probability top_p."""
+        if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise ScoringError(EXIT_CONFIG, "expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, "
+                                            f"got {temperature}, {top_k} and {top_p}")
+        for prompt in prompts:
+            self._check(prompt, "prompt")
+        if self.max_length:
+            prompts = [prompt[-self.max_length:] for prompt in prompts]
+        texts = [""] * len(prompts)
+        with self._computing():
+            for batch in self._batches(sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))):
+                found = self._continue([prompts[index] for index in batch], [stop for stop in until if stop], max_tokens,
+                                       lambda logits: draw(logits, temperature, top_k, top_p))
+                for index, text in zip(batch, found):
+                    texts[index] = text
+                    if on_result:
+                        on_result(index, text)
+        return texts
+
+    def _continue(self, prompts, stops, max_tokens, choose):
+        ids, texts = [[] for _ in prompts], [""] * len(prompts)
+        alive = list(range(len(prompts)))  # the prompts that the rows of the state belong to
+        logits, state = self._read(prompts)
+        for step in range(max_tokens):
+            tokens = choose(logits[:, : self.tokenizer.vocab_size])
+            going = []
+            for place, (index, token) in enumerate(zip(alive, tokens.tolist())):
+                if token == self.tokenizer.eos_id:
+                    continue
+                ids[index].append(token)
+                texts[index], stopped = cut_at(self.tokenizer.decode(ids[index]), stops)
+                if not stopped:
+                    going.append(place)
+            if not going or step + 1 == max_tokens:
+                break
+            if len(going) < len(alive):
+                rows = torch.tensor(going, device=self.device)
+                tokens, state, alive = tokens[rows], self._select(state, rows), [alive[place] for place in going]
+            logits, state = self.model(tokens.unsqueeze(1), state)
+            logits = logits[:, -1]
+        return texts
+
+    def _score_rows(self, logits, state, rows, continuations):
+        """Row `rows[i]` of the logits (B,V) and of the state goes on with continuations[i]."""
+        length = max(map(len, continuations))
+        padded = torch.tensor([[*tokens, *[0] * (length - len(tokens))] for tokens in continuations])
+        counted = torch.arange(length) < torch.tensor(list(map(len, continuations))).unsqueeze(1)
+        padded, counted = padded.to(self.device), counted.to(self.device)
+        total = torch.zeros(len(continuations), dtype=torch.float64, device=self.device)
+        greedy = torch.ones(len(continuations), dtype=torch.bool, device=self.device)
+
+        def add(logits, first):
+            span = slice(first, first + logits.size(1))
+            targets, known = padded[:, span], counted[:, span]
+            likelihoods = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double() - logits.logsumexp(-1).double()
+            total.add_(likelihoods.masked_fill(~known, 0).sum(1))
+            greedy.logical_and_(((logits.argmax(-1) == targets) | ~known).all(1))
+
+        add(logits.index_select(0, rows).unsqueeze(1), 0)
+        if length > 1:
+            for first, more, _ in self._pieces(padded[:, :-1], self._select(state, rows)):
+                add(more, first + 1)
+        return list(zip(total.tolist(), greedy.tolist()))
+
+    def _read(self, contexts):
+        """Logits (B,V) of the token after each context, and the state there."""
+        length = max(map(len, contexts))
+        ids = torch.tensor([[*[0] * (length - len(context)), *context] for context in contexts])
+        reset = None
+        if any(len(context) < length for context in contexts):
+            reset = torch.arange(length) == torch.tensor([length - len(context) for context in contexts]).unsqueeze(1)
+        for _, logits, state in self._pieces(ids, None, reset):
+            last = logits[:, -1].clone()
+        return last, state
+
+    def _pieces(self, ids, state, reset=None):
+        """(first position, logits, state behind) of pieces of ids (B,T)."""
+        width = max(1, self.max_logits // (len(ids) * self.vocab_size))
+        for first in range(0, ids.size(1), width):
+            piece = slice(first, first + width)
+            starts = None if reset is None else reset[:, piece].to(self.device)
+            logits, state = self.model(ids[:, piece].to(self.device), state, starts)
+            yield first, logits, state
+
+    def _find_batch_dims(self):
+        """Which dimension of each tensor of the state counts sequences; None: all share it (Hyena's filter)."""
+        with self._computing():
+            states = [self.model(torch.zeros(size, 1, dtype=torch.long, device=self.device))[1] for size in (2, 3)]
+
+        def differing(two, three):
+            return next((dim for dim in range(two.dim()) if two.size(dim) != three.size(dim)), None)
+
+        return [[differing(*tensors) for tensors in zip(*blocks)] for blocks in zip(*states)]
+
+    def _select(self, state, rows):
+        return [[tensor if dim is None else tensor.index_select(dim, rows) for tensor, dim in zip(block, dims)]
+                for block, dims in zip(state, self._batch_dims)]
+
+    def _batches(self, items):
+        return [items[first : first + self.batch_size] for first in range(0, len(items), self.batch_size)]
+
+    def _check(self, ids, name):
+        if len(ids) == 0:
+            raise ScoringError(EXIT_DATA, f"a {name} without a token cannot be scored or continued")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise ScoringError(EXIT_DATA, f"a {name} has tokens from {min(ids)} to {max(ids)}, outside the model's vocabulary "
+                                          f"of {self.vocab_size}; use the tokenizer it was trained with")
+
+    @contextlib.contextmanager
+    def _computing(self):
+        """No gradients; bfloat16 matrix products where wanted, with one bfloat16 copy of the weights meanwhile."""
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            yield
+
+
+def draw(logits, temperature, top_k, top_p):
+    """A token for each row of logits (B,V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double() / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    probabilities = logits.softmax(-1)
+    if top_p < 1:  # the shortest head that holds top_p, at least one token
+        sorted_, order = probabilities.sort(-1, descending=True)
+        sorted_ = sorted_.masked_fill(sorted_.cumsum(-1) - sorted_ >= top_p, 0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, sorted_)
+    return torch.multinomial(probabilities, 1).squeeze(-1)
