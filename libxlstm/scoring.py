@@ -13,6 +13,7 @@ import collections
 import contextlib
 import json
 import os
+import warnings
 
 import torch
 
@@ -155,12 +156,13 @@ class Judge:
     def score(self, pairs, on_result=None):
         """(log-likelihood in nats, whether greedy decoding gives it) of each continuation after its context; pairs of two
         lists of token ids, neither empty. on_result(index, result) is called as results come."""
-        contexts = {}  # tokens -> indices of the pairs that share them
+        num_cut, contexts = 0, {}  # tokens -> indices of the pairs that share them
         for index, (context, continuation) in enumerate(pairs):
             self._check(context, "context"), self._check(continuation, "continuation")
-            if self.max_length:
-                context = context[-max(1, self.max_length + 1 - len(continuation)):]
-            contexts.setdefault(tuple(context), []).append(index)
+            room = max(1, self.max_length + 1 - len(continuation)) if self.max_length else len(context)
+            num_cut += len(context) > room
+            contexts.setdefault(tuple(context[-room:]), []).append(index)
+        self._tell_cut(num_cut, len(pairs))
         results = [None] * len(pairs)
         with self._computing():
             for batch in self._batches(sorted(contexts, key=len, reverse=True)):
@@ -204,6 +206,7 @@ class Judge:
         for prompt in prompts:
             self._check(prompt, "prompt")
         if self.max_length:
+            self._tell_cut(sum(len(prompt) > self.max_length for prompt in prompts), len(prompts))
             prompts = [prompt[-self.max_length:] for prompt in prompts]
         texts = [""] * len(prompts)
         with self._computing():
@@ -298,6 +301,11 @@ class Judge:
     def _batches(self, items):
         return [items[first : first + self.batch_size] for first in range(0, len(items), self.batch_size)]
 
+    def _tell_cut(self, count, total):
+        if count:
+            what = f"contexts longer than max_length={self.max_length} lose their beginning: {count} of {total}"
+            warnings.warn(what, stacklevel=3)
+
     def _check(self, ids, name):
         if len(ids) == 0:
             raise ScoringError(EXIT_DATA, f"a {name} without a token cannot be scored or continued")
@@ -307,7 +315,7 @@ class Judge:
 
     @contextlib.contextmanager
     def _computing(self):
-        """No gradients; bfloat16 matrix products where wanted, with one bfloat16 copy of the weights meanwhile."""
+        """No gradients; bfloat16 matrix products where wanted, with one bfloat16 copy of the weights."""
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             yield
 

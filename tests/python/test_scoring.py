@@ -20,12 +20,15 @@ def make_yaml(kind="xlstm", vocab=260, tokenizer="bytes"):
 
 
 def make_model(kind="xlstm", **options):
-    """With a sharp head: wrong states would move log-likelihoods by far more than rounding."""
+    """With a sharp head: wrong states would move log-likelihoods by far more than rounding. The likeliest token is a byte, and
+    not the one that ends a document."""
     torch.manual_seed(3)
     model = libxlstm._C.make_model(make_yaml(kind, **options))
     model.eval()
     with torch.no_grad():
-        model.parameters()["lm_head.weight"].mul_(10)
+        head = model.parameters()["lm_head.weight"]
+        head.mul_(10)
+        head[0], head[256:] = 0, 0
     return model
 
 
@@ -47,7 +50,7 @@ def greedy_by_hand(model, prompt, count):
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(count):
-            ids.append(model(torch.tensor([ids]))[0][0, -1, :256].argmax().item())
+            ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
     return ids[len(prompt):]
 
 
@@ -57,7 +60,7 @@ def random_ids(length, seed):
 
 def make_pairs(model):
     """Contexts of many lengths, one of them shared; continuations that greedy decoding gives and others."""
-    contexts = [random_ids(length, length) for length in (1, 2, 5, 13, 13, 30, 41)]
+    contexts = [random_ids(length, 50 + i) for i, length in enumerate((1, 2, 5, 13, 13, 30, 41))]
     pairs = [(context, random_ids(1 + i % 4, 100 + i)) for i, context in enumerate(contexts)]
     pairs += [(contexts[3], random_ids(length, length)) for length in (1, 3, 7, 2)]
     pairs += [(contexts[i], greedy_by_hand(model, contexts[i], 3)) for i in (0, 3, 5)]
@@ -105,16 +108,21 @@ def test_results_are_told_as_they_come():
     told = {}
     assert judge.score_rolling(texts, told.__setitem__) == [told[i] for i in range(3)]
     told = {}
-    assert judge.generate(texts, max_tokens=3, on_result=told.__setitem__) == [told[i] for i in range(3)]
+    prompts = [ids[:60] for ids in texts]
+    assert judge.generate(prompts, max_tokens=3, on_result=told.__setitem__) == [told[i] for i in range(3)]
 
 
 def test_contexts_lose_their_beginning_beyond_max_length():
     judge = make_judge(max_length=20)
     context, continuation = random_ids(40, 1), random_ids(5, 2)
-    (total, _), = judge.score([(context, continuation)])
+    with pytest.warns(UserWarning, match="longer than max_length=20 lose their beginning: 1 of 2"):
+        (total, _), = judge.score([(context, continuation), (context[:16], continuation)])[:1]
     assert total == pytest.approx(by_hand(judge.model, context[-16:], continuation)[0], abs=1e-4)
     long = random_ids(30, 3)  # all of it is scored, after one token of context
-    (total, _), = judge.score([(context, long)])
+    with pytest.warns(UserWarning):
+        (total, _), = judge.score([(context, long)])
+    with pytest.warns(UserWarning):
+        assert judge.generate([context], max_tokens=3) == judge.generate([context[-20:]], max_tokens=3)
     assert total == pytest.approx(by_hand(judge.model, context[-1:], long)[0], abs=1e-4)
     judge.max_length = 0
     (total, _), = judge.score([(context * 3, continuation)])
@@ -158,6 +166,18 @@ def test_generation_is_greedy_decoding_step_by_step(kind):
     judge.tokenizer.eos_id = expected[0][5]
     first = judge.generate(prompts[:1], max_tokens=12)
     assert first == [judge.tokenizer.decode(expected[0][:expected[0].index(judge.tokenizer.eos_id)])]
+
+
+def test_generation_stays_within_the_tokenizers_tokens():
+    judge = make_judge()
+    prompt = random_ids(5, 1)
+    likeliest = greedy_by_hand(judge.model, prompt, 1)
+    assert judge.score([(prompt, likeliest)])[0][1]
+    with torch.no_grad():
+        head = judge.model.parameters()["lm_head.weight"]
+        head[258] = 2 * head[likeliest[0]]
+    assert greedy_by_hand(judge.model, prompt, 1) == [258] and not judge.score([(prompt, likeliest)])[0][1]
+    assert judge.generate([prompt], max_tokens=1) == [judge.tokenizer.decode(likeliest)]
 
 
 def test_cut_at_the_first_of_the_strings():
