@@ -8,6 +8,9 @@ is the harness's own command, with all its options, after this module has made t
 
 import contextlib
 import sys
+import warnings
+
+import torch
 
 import libxlstm
 from libxlstm.scoring import EXIT_CONFIG, Judge, ScoringError
@@ -15,6 +18,7 @@ from libxlstm.scoring import EXIT_CONFIG, Judge, ScoringError
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.utils import simple_parse_args_string
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(f'lm-evaluation-harness is not there ({error}); install it with: pip install "lm_eval>=0.4"') from error
@@ -53,8 +57,8 @@ class XlstmLM(TemplateLM):
     pretrained    the folder
     tokenizer     another tokenizer than the checkpoint's: "bytes", tokenizer.json or a folder
     dtype         float32; bfloat16: autocast, the weights stay float32; bfloat16_weights: they are rounded too
-    device        cpu, cuda, cuda:1, ...; a GPU where there is one unless given
-    batch_size    sequences side by side; "auto" is 16
+    device        cpu, cuda, cuda:1, ...; a GPU where there is one unless given, and the CPU where there is none
+    batch_size    sequences side by side; "auto" is 16. The command's own default, --batch_size 1, is slow
     max_length    inputs of one sequence, 0: no limit; the context of the training unless given
     max_gen_toks  where a task does not say how much to generate
     verify        check the checkpoint against its checksums
@@ -64,11 +68,23 @@ class XlstmLM(TemplateLM):
                  max_length=None, max_gen_toks=256, verify=True):
         super().__init__()
         del max_batch_size  # the harness hands it on; only "auto" would search up to it
+        if str(device).startswith("cuda") and not torch.cuda.is_available():  # the command's own default is cuda:0
+            warnings.warn(f"device {device}: torch sees no GPU, the CPU is used", stacklevel=2)
+            device = "cpu"
         batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self.judge = Judge.load(pretrained, tokenizer, verify, device=device or "auto", dtype=dtype, batch_size=batch_size,
                                 max_length=max_length)
         self.max_gen_toks, self.batch_size, self.max_length = max_gen_toks, batch_size, self.judge.max_length
         self._device = self.judge.device
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string, additional_config=None):
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict, additional_config=None):
+        """What --model_args says stands above the harness's options and their defaults."""
+        return cls(**{**{key: value for key, value in (additional_config or {}).items() if value is not None}, **arg_dict})
 
     @property
     def device(self):

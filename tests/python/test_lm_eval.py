@@ -131,7 +131,8 @@ def test_an_error_is_one_line_and_a_status(tasks, tmp_path):
 
 def test_the_model_by_its_name_in_python(checkpoint):
     assert get_model("xlstm") is XlstmLM
-    lm = XlstmLM(str(checkpoint), device="cpu", batch_size="auto", max_batch_size=64, max_length=20)
+    given = {"batch_size": "auto", "max_batch_size": 64, "device": "nowhere"}  # --model_args stand above the options
+    lm = XlstmLM.create_from_arg_string(f"pretrained={checkpoint},device=cpu,max_length=20", given)
     assert lm.batch_size == 16 and lm.max_length == 20 and str(lm.device) == "cpu" and lm.eot_token_id == 0
     cached = []
     lm.cache_hook.add_partial = lambda *call: cached.append(call)
@@ -151,6 +152,9 @@ def test_the_model_by_its_name_in_python(checkpoint):
                                        ("a cell", {"max_gen_toks": 4})), disable_tqdm=True)
     alone = [lm.judge.generate([ids], (), count)[0] for ids, count in ((list(b"the"), 4), ([10], 2), (list(b"a cell"), 4))]
     assert texts == alone
+    if not torch.cuda.is_available():
+        with pytest.warns(UserWarning, match="no GPU"):
+            assert str(XlstmLM.create_from_arg_obj({"pretrained": str(checkpoint)}, {"device": "cuda:0"}).device) == "cpu"
     assert ("generate_until", ("", {"max_gen_toks": 2}), texts[1]) in cached
 
 
