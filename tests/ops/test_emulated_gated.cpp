@@ -1,5 +1,6 @@
 // Gated linear attention from tensors to the real CUDA kernels and back, on the CPU: csrc/ops/gated_linear_attention_kernels.cpp
 // with the emulator behind it, against the chunks of ATen calls in float64.
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
