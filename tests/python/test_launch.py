@@ -123,7 +123,7 @@ def test_the_script_for_one_machine(toy):
 
 def test_the_script_for_one_machine_stops_and_goes_on(toy):
     local = launch_files(toy) / "local.sh"
-    set_trainer(toy, 0.2)
+    set_trainer(toy, 3)  # stopped long before its end, however slow the machine
     process = subprocess.Popen([local], env={**os.environ, "GPUS": "0 1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     started = [toy / "out" / "toy" / name / "starts" for name in RUNS[:2]]
     while not all(path.exists() for path in started):
@@ -164,7 +164,7 @@ def test_the_slurm_array(toy):
     assert subprocess.run(task, env=environment, capture_output=True).returncode == 0
     assert [p.name for p in (toy / "out" / "toy").glob("all/*/*.result.json")] == ["lr0.2_seed0.result.json"]
     assert not (toy / "calls").exists()
-    set_trainer(toy, 0.3)
+    set_trainer(toy, 3)
     process = subprocess.Popen(["bash", folder / "array.sbatch"], env={**environment, "OFFSET": "1"}, stderr=subprocess.DEVNULL)
     started = toy / "out" / "toy" / RUNS[3] / "starts"
     while not started.exists():
