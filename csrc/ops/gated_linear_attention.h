@@ -9,10 +9,10 @@ namespace xlstm::ops {
 struct GatedLinearAttentionOptions {
   std::optional<at::Tensor> reset;  ///< (B,T) bool: the state is empty before that token
   std::optional<double> scale;      ///< applied to q; default DK^-1/2
-  int64_t chunk_size =
-      0;  ///< never changes the result beyond rounding. 0: token by token in kernels of the CPU and of CUDA (heads
-      ///< up to 1024, not float64), in chunks of 16 where there is none; above 0: chunks of this length on
-      ///< every device, for comparison: on a CPU some 40 times slower
+  /// Never changes the result beyond rounding. 0: token by token in kernels of the CPU and of CUDA (heads up to 1024, not
+  /// float64), in chunks of 16 where there is none; above 0: chunks of this length on every device, for comparison: on a
+  /// CPU some 40 times slower.
+  int64_t chunk_size = 0;
 };
 
 /// Linear attention with a decay of its own for each row of the state:
