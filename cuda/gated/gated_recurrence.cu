@@ -20,7 +20,7 @@ struct alignas(16) Four {
 template <int kLanes, bool kDecaysAcross>
 struct RecurrenceTile {
   static constexpr int kAcross = 4 * kGroups * kLanes, kOwn = kThreads / kLanes;
-  static constexpr int kTokens = kLanes <= 2 ? 16 : 32 / kLanes;
+  static constexpr int kTokens = kLanes <= 4 ? 8 : 32 / kLanes;
   struct alignas(16) Stage {
     Four read[kTokens][kAcross / 4], write[kTokens][kAcross / 4];
     Four decay[kTokens][(kDecaysAcross ? kAcross : kOwn) / 4];
