@@ -1,4 +1,5 @@
-"""The mLSTM and sLSTM operators on a GPU against float64 on the CPU. Needs torch and the operators; exit 1 on a difference.
+"""mLSTM, sLSTM and gated linear attention on a GPU against float64 on the CPU. Needs torch and the operators; exit 1 on a
+difference.
 
     python scripts/gpu_ops.py [--small] [--device cuda] [--json FILE] [--expect TEXT]
 
@@ -20,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 
+import gpu_ops_gated  # noqa: E402
 import gpu_ops_slstm  # noqa: E402
 from gpu_cases import ring_of  # noqa: E402
 from gpu_ops_slstm import relative_error  # noqa: E402
@@ -251,6 +253,8 @@ def main(arguments=None):
         if case.decode:
             judge("decoding " + case.title(), case.dtype,
                   lambda c=case, s=seed: gpu_ops_slstm.compare_decoding(c, args.device, s), gpu_ops_slstm.LIMITS)
+    for seed, case in enumerate(gpu_ops_gated.cases(args.small)):
+        judge(case.title(), case.dtype, lambda c=case, s=seed: gpu_ops_gated.compare(c, args.device, s), gpu_ops_gated.LIMITS)
     worst = {}
     for row in rows:
         for name, error in row["errors"].items():

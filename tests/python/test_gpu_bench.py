@@ -177,7 +177,7 @@ def run_gpu_check(folder, failing="nothing", generic="", **environment):
 def test_gpu_check_runs_every_part_and_counts(tmp_path):
     done, summary, calls = run_gpu_check(tmp_path / "well")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert summary["count"] == {"PASS": 19, "FAIL": 0, "SKIP": 0} and summary["device"] == "A GPU"
+    assert summary["count"] == {"PASS": 20, "FAIL": 0, "SKIP": 0} and summary["device"] == "A GPU"
     assert {check["part"] for check in summary["checks"]} == {"build", "conformance", "ops", "sanitizer", "portable", "bench", "slstm"}
     small = [call for call in calls if call[0] == "scripts/gpu_ops.py --small"]
     # Three tools with both kernels, one of the tools on a library of its own; every tensor an allocation.
