@@ -7,12 +7,13 @@
 # --built: what `cmake` and `cmake --install` made elsewhere, with the same torch: FOLDER/python/libxlstm, FOLDER/bin and
 # FOLDER/racecheck/libxlstm (options: configure() below). Then nothing is built here, and nvcc is not needed.
 # Parts (seconds at most): build (900, always first), conformance (180: every primitive against the emulator), ops (300:
-# all operators against float64), sanitizer (300: memcheck, synccheck and racecheck of compute-sanitizer on small shapes),
-# portable (300: both again with the kernels for sm_80, on compute capability 9.0, which has others), bench (560:
-# scripts/bench/gpu_mlstm.py), slstm (560: gpu_slstm.py there). Checks run side by side, benchmarks alone behind them. A
-# part that fails does not stop the others. OUT: folder of summary.json, log.txt and the benchmarks' files (default
-# build/gpu_check); PYTHON: interpreter that has torch; BENCH, SLSTM: options of the benchmarks. Exit 0: all passed, 1:
-# something failed, 2: nothing ran.
+# all operators against float64), sanitizer (300: memcheck, synccheck and racecheck of compute-sanitizer on small shapes;
+# skipped where it is missing), portable (300: both again with the kernels for sm_80, on compute capability 9.0, which has
+# others), bench (560: scripts/bench/gpu_mlstm.py), slstm (560: gpu_slstm.py there). Checks run side by side, benchmarks
+# alone behind them. A part that fails does not stop the others. OUT: folder of summary.json, log.txt and the benchmarks'
+# files (default build/gpu_check). Both grow with every check: where this script is killed, "finished" in summary.json is
+# false and running-*.txt have what was printed meanwhile. PYTHON: interpreter that has torch; BENCH, SLSTM: options of the
+# benchmarks. Exit 0: all passed, 1: something failed, 2: nothing ran.
 set -uo pipefail
 parts='build conformance ops sanitizer portable bench slstm'
 only=$parts
@@ -22,7 +23,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --only) only=${2:-}; [ -n "$only" ] || fail "--only takes parts: ${parts// /, }"; only=${only//,/ }; shift 2 ;;
     --built) built_elsewhere=$(realpath -e "${2:-}") || fail "--built takes a folder"; shift 2 ;;
-    -h|--help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown argument $1 (see --help)" ;;
   esac
 done
@@ -53,15 +54,43 @@ export PATH
 build=${built_elsewhere:-$PWD/build/gpu}
 OUT=${OUT:-$PWD/build/gpu_check}
 mkdir -p "$OUT" "$build"
-results=$build/results.txt
+results=$OUT/results.txt
+rm -f "$OUT"/running-*.txt
 : >"$results"; : >"$OUT/log.txt"
 wants() { [[ " $only " == *" $1 "* ]]; }
-record() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >>"$results"; printf '%-5s %s: %s (%s s)\n' "$3" "$1" "$2" "$4"; }
+# summarise FINISHED: summary.json from what is recorded; printed where FINISHED is true, with exit 1 if anything failed.
+summarise() {
+  "$python" - "$results" "$OUT/summary.json" "${gpu#* }" "$1" <<'END'
+import json
+import os
+import sys
+
+results, summary, device, finished = sys.argv[1:]
+rows = [dict(zip(("part", "check", "result", "seconds"), line.rstrip("\n").split("\t"))) for line in open(results)]
+rows.sort(key=lambda row: "build conformance ops sanitizer portable bench slstm".index(row["part"]))
+rows = [{**row, "seconds": int(row["seconds"])} for row in rows]
+count = {result: sum(row["result"] == result for row in rows) for result in ("PASS", "FAIL", "SKIP")}
+with open(summary + ".new", "w") as file:
+    json.dump({"device": device, "finished": finished == "true", "count": count, "checks": rows}, file, indent=1)
+os.replace(summary + ".new", summary)
+if finished == "true":
+    for row in rows:
+        print(f"{row['result']:5} {row['part']:12} {row['seconds']:4} s  {row['check']}")
+    print(f"{count['PASS']} passed, {count['FAIL']} failed, {count['SKIP']} skipped; details in {summary} and log.txt beside it")
+    sys.exit(count["FAIL"] > 0)
+END
+}
+# record PART NAME RESULT SECONDS, one at a time: under check.lock
+record() {
+  printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >>"$results"
+  printf '%-5s %s: %s (%s s)\n' "$3" "$1" "$2" "$4"
+  summarise false
+}
 # check PART NAME LIMIT COMMAND...: one line of result; what the command prints goes to the log, its end is shown.
 check() {
   local part=$1 name=$2 limit=$3 status=PASS begin=$SECONDS code output
   shift 3
-  output=$(mktemp "$build/output.XXXXXX")
+  output=$(mktemp "$OUT/running-$part-XXXXXX.txt")
   timeout --kill-after=10 "$limit" "$@" >"$output" 2>&1
   code=$?
   [ $code = 0 ] || status=FAIL
@@ -76,7 +105,14 @@ check() {
   rm -f "$output"
   [ $status = PASS ]
 }
-skip() { printf '\n'; record "$1" "$2" SKIP 0; }
+# skip PART WHY
+skip() {
+  {
+    flock 9
+    printf '\n'
+    record "$1" "$2" SKIP 0
+  } 9>"$build/check.lock"
+}
 
 case $capability in
   80) architectures=80-real ;;
@@ -100,7 +136,9 @@ else
     "$build/python" "$architectures" -DXLSTM_BUILD_CONFORMANCE=ON
 fi
 built=$?
-if [ $built = 0 ] && [ -z "$built_elsewhere" ] && { wants sanitizer || wants portable; }; then
+sanitizer_is_there() { command -v compute-sanitizer >/dev/null; }
+if [ $built = 0 ] && [ -z "$built_elsewhere" ] && sanitizer_is_there &&
+  { wants sanitizer || { wants portable && [ "$capability" = 90 ]; }; }; then
   SHOW=3 check build "operators for racecheck" 360 bash -c 'configure "$@"' - "$build/racecheck_build" "$build/racecheck" \
     "$architectures" -DXLSTM_RACECHECK=ON
 fi
@@ -111,22 +149,21 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 7) / 8))} OMP_WAIT_POLI
 
 # check_ops PART NAME LIMIT COMMAND...: the operators, by the kernels and not by the generic path.
 kernels_ran() {
-  local output
-  output=$("$@" 2>&1)
-  local status=$?
-  printf '%s\n' "$output"
-  for kernels in mlstm slstm; do
-    [[ $output == *"$kernels: kernels for CUDA"* && $output != *"$kernels: generic path"* ]] ||
+  local status kernels
+  said=$(mktemp) && trap 'rm -f "$said"' EXIT
+  "$@" 2>&1 | tee "$said"  # at once: nothing is lost where this is stopped
+  status=${PIPESTATUS[0]}
+  for kernels in mlstm slstm gated_linear_attention; do
+    { grep -qF "$kernels: kernels for CUDA" "$said" && ! grep -qF "$kernels: generic path" "$said"; } ||
       { echo "not every call of $kernels was taken by the kernels"; status=1; }
   done
-  return $status
+  return "$status"
 }
 # racecheck reports kernels of cuBLAS, too: a report counts where it names a kernel of ours.
 races() {
-  local output
-  output=$(compute-sanitizer --tool racecheck --print-limit 1000 "$python" scripts/gpu_ops.py --small 2>&1)
-  printf '%s\n' "$output"
-  [[ $output == *"cases, 0 failed"* && $output != *"at "*"xlstm::"* ]]
+  said=$(mktemp) && trap 'rm -f "$said"' EXIT
+  compute-sanitizer --tool racecheck --print-limit 1000 "$python" scripts/gpu_ops.py --small 2>&1 | tee "$said"
+  grep -qF "cases, 0 failed" "$said" && ! grep -q "at .*xlstm::" "$said"
 }
 export -f kernels_ran races
 check_ops() { check "$1" "$2" "$3" bash -c 'kernels_ran "$@"' - "${@:4}"; }
@@ -135,7 +172,7 @@ check_ops() { check "$1" "$2" "$3" bash -c 'kernels_ran "$@"' - "${@:4}"; }
 # engine writes and reports torch's sums of cuBLAS's results.
 check_memory() {
   local tool
-  if ! command -v compute-sanitizer >/dev/null; then check "$1" "compute-sanitizer is there" 5 false; return; fi
+  if ! sanitizer_is_there; then skip "$1" "compute-sanitizer is missing here"; return; fi
   # Without torch's cache every tensor is an allocation of its own, so that a byte beyond it is seen.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck synccheck; do
@@ -197,17 +234,4 @@ if [ $built = 0 ]; then
 fi
 
 printf '\n== summary: %s\n' "${gpu#* }"
-"$python" - "$results" "$OUT/summary.json" "${gpu#* }" <<'END'
-import json
-import sys
-
-rows = [dict(zip(("part", "check", "result", "seconds"), line.rstrip("\n").split("\t"))) for line in open(sys.argv[1])]
-rows.sort(key=lambda row: "build conformance ops sanitizer portable bench slstm".index(row["part"]))
-for row in rows:
-    row["seconds"] = int(row["seconds"])
-    print(f"{row['result']:5} {row['part']:12} {row['seconds']:4} s  {row['check']}")
-count = {result: sum(row["result"] == result for row in rows) for result in ("PASS", "FAIL", "SKIP")}
-json.dump({"device": sys.argv[3], "count": count, "checks": rows}, open(sys.argv[2], "w"), indent=1)
-print(f"{count['PASS']} passed, {count['FAIL']} failed, {count['SKIP']} skipped; details in {sys.argv[2]} and log.txt beside it")
-sys.exit(count["FAIL"] > 0)
-END
+summarise true

@@ -238,6 +238,8 @@ def main(arguments=None):
         if bad:
             print(f"FAIL {title}: {', '.join(bad)}", flush=True)
 
+    for seed, case in enumerate(gpu_ops_gated.cases(args.small)):
+        judge(case.title(), case.dtype, lambda c=case, s=seed: gpu_ops_gated.compare(c, args.device, s), gpu_ops_gated.LIMITS)
     for seed, case in enumerate(small_cases() if args.small else all_cases()):
         judge(case.title(), case.dtype, lambda c=case, s=seed: compare(c, args.device, s),
               moves=lambda c=case, s=seed: movements_of(c, s))
@@ -253,8 +255,6 @@ def main(arguments=None):
         if case.decode:
             judge("decoding " + case.title(), case.dtype,
                   lambda c=case, s=seed: gpu_ops_slstm.compare_decoding(c, args.device, s), gpu_ops_slstm.LIMITS)
-    for seed, case in enumerate(gpu_ops_gated.cases(args.small)):
-        judge(case.title(), case.dtype, lambda c=case, s=seed: gpu_ops_gated.compare(c, args.device, s), gpu_ops_gated.LIMITS)
     worst = {}
     for row in rows:
         for name, error in row["errors"].items():

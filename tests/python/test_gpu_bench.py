@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -144,8 +147,10 @@ if [ "$1" = - ]; then
   {real} "$script" "$@"; exit $?
 fi
 printf '%s|%s|%s|%s\\n' "$*" "${{XLSTM_HOPPER:-}}" "${{PYTHONPATH%%:*}}" "${{PYTORCH_NO_CUDA_MEMORY_CACHING:-}}" >>{calls}
-echo "mlstm: kernels for CUDA"
-[ "$2" = "{generic}" ] || echo "slstm: kernels for CUDA"
+for name in mlstm slstm gated_linear_attention; do
+  [ "$2 $name" = "{generic}" ] || echo "$name: kernels for CUDA"
+done
+case "$*" in {hanging}) until [ -e {calls}.go_on ]; do sleep 0.05; done ;; esac
 echo "42 cases, 0 failed"
 case "$*" in {failing}) exit 1 ;; esac
 """
@@ -156,28 +161,44 @@ while [ "${1#-}" != "$1" ]; do shift 2; done
 """
 
 
-def run_gpu_check(folder, failing="nothing", generic="", **environment):
-    """scripts/gpu_check.sh with stand-ins for everything it starts -> (process, its summary, calls of python)."""
+FAKE_CMAKE = """#!/bin/bash
+echo "$*" >>{calls}
+[ "$1" != --install ] || mkdir -p "$4/libxlstm"
+"""
+
+
+def prepare_gpu_check(folder, failing="nothing", generic="", hanging="nothing", sanitizer=True, **environment):
+    """Stand-ins for everything that scripts/gpu_check.sh starts -> its environment."""
     tools, built, out = folder / "tools", folder / "built", folder / "out"
     for path in (tools, built / "bin", out):
         path.mkdir(parents=True)
     calls = folder / "calls.txt"
-    programs = {tools / "python": FAKE_PYTHON.format(real=sys.executable, calls=calls, failing=failing, generic=generic),
-                tools / "compute-sanitizer": FAKE_SANITIZER,
+    fake = FAKE_PYTHON.format(real=sys.executable, calls=calls, failing=failing, generic=generic, hanging=hanging)
+    programs = {tools / "python": fake, tools / "cmake": FAKE_CMAKE.format(calls=calls),
                 built / "bin/cuda_conformance": "#!/bin/bash\n:>$1\n", built / "bin/host_conformance": "#!/bin/bash\n:>$1\n"}
+    programs |= {tools / name: "#!/bin/bash\n" for name in ("nvcc", "ninja")}
+    if sanitizer:
+        programs[tools / "compute-sanitizer"] = FAKE_SANITIZER
     for path, text in programs.items():
         path.write_text(text)
         path.chmod(0o755)
-    done = subprocess.run([ROOT / "scripts" / "gpu_check.sh", "--built", built], capture_output=True, text=True,
-                          env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"),
-                               "OUT": str(out), "RACE": "", **environment})
-    return done, json.loads((out / "summary.json").read_text()), [line.split("|") for line in calls.read_text().splitlines()]
+    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"), "OUT": str(out), "RACE": "",
+            **environment}
+
+
+def run_gpu_check(folder, **options):
+    """scripts/gpu_check.sh with stand-ins for everything it starts -> (process, its summary, calls of python)."""
+    done = subprocess.run([ROOT / "scripts" / "gpu_check.sh", "--built", folder / "built"], capture_output=True, text=True,
+                          env=prepare_gpu_check(folder, **options))
+    calls = (folder / "calls.txt").read_text().splitlines()
+    return done, json.loads((folder / "out/summary.json").read_text()), [line.split("|") for line in calls]
 
 
 def test_gpu_check_runs_every_part_and_counts(tmp_path):
     done, summary, calls = run_gpu_check(tmp_path / "well")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert summary["count"] == {"PASS": 20, "FAIL": 0, "SKIP": 0} and summary["device"] == "A GPU"
+    assert summary["count"] == {"PASS": 20, "FAIL": 0, "SKIP": 0} and summary["device"] == "A GPU" and summary["finished"]
+    assert not list((tmp_path / "well/out").glob("running-*"))
     assert {check["part"] for check in summary["checks"]} == {"build", "conformance", "ops", "sanitizer", "portable", "bench", "slstm"}
     small = [call for call in calls if call[0] == "scripts/gpu_ops.py --small"]
     # Three tools with both kernels, one of the tools on a library of its own; every tensor an allocation.
@@ -190,7 +211,8 @@ def test_gpu_check_runs_every_part_and_counts(tmp_path):
 
 @pytest.mark.parametrize("options, wrong", [
     (dict(failing="*test_slstm_cuda*"), [("ops", "test_slstm"), ("portable", "test_slstm")]),
-    (dict(generic="--expect"), [("ops", "float64"), ("portable", "float64")]),
+    (dict(generic="--expect slstm"), [("ops", "float64"), ("portable", "float64")]),
+    (dict(generic="--expect gated_linear_attention"), [("ops", "float64"), ("portable", "float64")]),
     (dict(RACE="1"), [("sanitizer", "racecheck"), ("portable", "racecheck")]),
 ])
 def test_gpu_check_sees_what_fails(tmp_path, options, wrong):
@@ -200,6 +222,49 @@ def test_gpu_check_sees_what_fails(tmp_path, options, wrong):
     assert len(failed) == len(wrong), failed
     for part, text in wrong:
         assert any(part == p and text in c for p, c in failed), failed
+
+
+def test_gpu_check_that_is_killed_leaves_what_it_has(tmp_path):
+    """Results of the checks that ended, and what the others have printed."""
+    environment = prepare_gpu_check(tmp_path, hanging="*gpu_ops.py*--expect*")
+    out = tmp_path / "out"
+    process = subprocess.Popen([ROOT / "scripts" / "gpu_check.sh", "--built", tmp_path / "built", "--only", "conformance,ops"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True)
+    try:
+        for _ in range(1200):  # all but that one have ended
+            if (out / "summary.json").exists() and len(json.loads((out / "summary.json").read_text())["checks"]) == 8:
+                break
+            time.sleep(0.1)
+        assert process.poll() is None
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        (tmp_path / "calls.txt.go_on").touch()
+    summary = json.loads((out / "summary.json").read_text())
+    assert not summary["finished"] and summary["count"] == {"PASS": 8, "FAIL": 0, "SKIP": 0}
+    assert {check["part"] for check in summary["checks"]} == {"build", "conformance", "ops"}
+    (printed,) = out.glob("running-ops-*.txt")
+    assert "gated_linear_attention: kernels for CUDA" in printed.read_text()
+
+
+@pytest.mark.parametrize("sanitizer", [True, False])
+def test_gpu_check_builds_and_runs_nothing_for_a_missing_sanitizer(tmp_path, sanitizer):
+    if not sanitizer and shutil.which("compute-sanitizer"):
+        pytest.skip("compute-sanitizer is installed here")
+    environment = prepare_gpu_check(tmp_path, sanitizer=sanitizer)
+    for name in ("scripts/gpu_check.sh", "libxlstm/__init__.py"):  # it builds in its own tree
+        (tmp_path / "tree" / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    done = subprocess.run([tmp_path / "tree/scripts/gpu_check.sh", "--only", "sanitizer"], capture_output=True, text=True,
+                          env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = {(check["part"], check["check"]): check["result"]
+              for check in json.loads((tmp_path / "out/summary.json").read_text())["checks"]}
+    assert ("XLSTM_RACECHECK" in (tmp_path / "calls.txt").read_text()) == sanitizer
+    assert (("build", "operators for racecheck") in checks) == sanitizer
+    expected = [("memcheck", "PASS"), ("racecheck", "PASS"), ("synccheck", "PASS")]
+    missing = [("compute-sanitizer is missing here", "SKIP")]
+    assert sorted((c, r) for (p, c), r in checks.items() if p == "sanitizer") == (expected if sanitizer else missing)
 
 
 def test_tiny_models(tmp_path, monkeypatch):
