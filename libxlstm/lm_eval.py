@@ -13,7 +13,8 @@ import warnings
 import torch
 
 import libxlstm
-from libxlstm.scoring import EXIT_CONFIG, Judge, ScoringError
+from libxlstm.scoring import Judge, ScoringError
+from libxlstm.task_requests import generation_groups, named_arguments, scoring_pairs
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -22,32 +23,6 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(f'lm-evaluation-harness is not there ({error}); install it with: pip install "lm_eval>=0.4"') from error
-
-# What a task may ask of generate_until, besides these: until, do_sample, temperature, top_k, top_p.
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-
-
-def generation_options(wanted, max_gen_toks=256):
-    """Judge.generate's arguments from a task's generation_kwargs. What would change the text and is not known is an error."""
-    wanted = dict(wanted)
-    lengths = [value for value in [wanted.pop(name, None) for name in _LENGTHS] if value is not None]
-    until = wanted.pop("until", None) or []
-    temperature = float(wanted.pop("temperature", None) or 0)
-    sample = wanted.pop("do_sample", None)
-    if sample and temperature == 0:
-        temperature = 1.0
-    options = {
-        "until": (until,) if isinstance(until, str) else tuple(until),
-        "max_tokens": int(lengths[0]) if lengths else max_gen_toks,
-        "temperature": 0.0 if sample is False else temperature,
-        "top_k": int(wanted.pop("top_k", None) or 0),
-        "top_p": float(wanted.pop("top_p", None) or 1),
-    }
-    if wanted.pop("num_beams", 1) != 1:
-        raise ScoringError(EXIT_CONFIG, "generation_kwargs: beam search is not there, expected num_beams 1")
-    if wanted:
-        raise ScoringError(EXIT_CONFIG, f"generation_kwargs: unknown {', '.join(sorted(wanted))}")
-    return options
 
 
 @register_model("xlstm")
@@ -107,17 +82,14 @@ class XlstmLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         with self._progress(requests, "loglikelihood", disable_tqdm, lambda request: request[0]) as done:
-            return self.judge.score([(context, continuation) for _, context, continuation in requests], done)
+            return self.judge.score(scoring_pairs(requests, self.prefix_token_id), done)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         with self._progress(requests, "loglikelihood_rolling", disable_tqdm, lambda request: request.args) as done:
             return self.judge.score_rolling([self.tok_encode(request.args[0]) for request in requests], done)
 
     def generate_until(self, requests, disable_tqdm=False):
-        groups = {}  # generation_kwargs -> indices of the requests that share them
-        for index, request in enumerate(requests):
-            options = generation_options(request.args[1], self.max_gen_toks)
-            groups.setdefault(tuple(options.items()), []).append(index)
+        groups = generation_groups([request.args for request in requests], self.max_gen_toks)
         texts = [None] * len(requests)
         with self._progress(requests, "generate_until", disable_tqdm, lambda request: request.args) as done:
             for options, indices in groups.items():
@@ -145,10 +117,7 @@ class XlstmLM(TemplateLM):
 def main():
     from lm_eval.__main__ import cli_evaluate
 
-    arguments = sys.argv[1:]
-    named = any(argument == "--model" or argument.startswith("--model=") for argument in arguments)
-    if arguments and arguments[0] not in ("ls", "validate", "-h", "--help") and not named:
-        sys.argv += ["--model", "xlstm"]
+    sys.argv[1:] = named_arguments(sys.argv[1:])
     try:
         cli_evaluate()
     except (ScoringError, libxlstm.Error) as error:

@@ -6,11 +6,12 @@
 
 A context is read once, whatever the number of its continuations: each goes on from the state behind it. Contexts of
 different lengths are padded at their beginning, with a reset before their first token, continuations at their end, and
-neither leaves a trace; results do not depend on the batch size but for rounding.
+neither leaves a trace; results do not depend on the batch size but for rounding. Where positions are learned (gpt), padding
+would use them up: only contexts of one length are read side by side.
 """
 
-import collections
 import contextlib
+import itertools
 import json
 import os
 import warnings
@@ -114,7 +115,8 @@ class Judge:
     device      "cpu", "cuda", "cuda:1", ... or "auto": a GPU where torch sees one
     dtype       float32; bfloat16: autocast, as train.dtype has it; bfloat16_weights: the weights are rounded too
     batch_size  sequences side by side
-    max_length  inputs of one sequence, contexts lose their beginning beyond; 0: no limit. None: data.seq_len of the run
+    max_length  inputs of one sequence, contexts lose their beginning beyond; 0: no limit. None: data.seq_len of the run. Of
+                gpt it is at most model.max_positions
     max_logits  so many logits are held at a time (float32): longer sequences are read piece by piece
     """
 
@@ -131,6 +133,13 @@ class Judge:
         self.max_length = config["data"]["seq_len"] if max_length is None else max_length
         if self.max_length < 0:
             raise ScoringError(EXIT_CONFIG, f"max_length: expected 0 or a positive number, got {max_length}")
+        kind = config["model"]["kind"]
+        self._positions = config["model"]["max_positions"] if kind == "gpt" else 0  # learned ones; 0: there are none
+        if self._positions:
+            self.max_length = min(self.max_length or self._positions, self._positions)
+        self._trained_length = config["data"]["seq_len"] if kind == "llama" else 0  # where attention knows no farther places
+        # With both settings no loss follows the end of a document as an input, neither at once nor through the state.
+        self._end_is_taught = not (config["data"]["reset_state_at_document"] and config["data"]["mask_loss_across_documents"])
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.vocab_size = config["model"]["vocab_size"]
@@ -155,17 +164,52 @@ class Judge:
 
     def score(self, pairs, on_result=None):
         """(log-likelihood in nats, whether greedy decoding gives it) of each continuation after its context; pairs of two
-        lists of token ids, neither empty. on_result(index, result) is called as results come."""
+        lists of token ids, neither empty. on_result(index, result) is called as results come. After a context that is but the
+        end of a document the first token is scored there, the others from the first on with an empty state, if that is how
+        documents begin in training (data.reset_state_at_document, data.mask_loss_across_documents)."""
+        return self._score_groups([self._as_trained(*pair) for pair in pairs], on_result)
+
+    def score_rolling(self, texts, on_result=None):
+        """The log-likelihood of each text, a list of token ids, all its tokens counted, in windows of max_length."""
+        groups = [[part for window in rolling_windows(ids, self.tokenizer.start_id, self.max_length)
+                   for part in self._as_trained(*window)] for ids in texts]
+        results = self._score_groups(groups, on_result and (lambda index, result: on_result(index, result[0])))
+        return [total for total, _ in results]
+
+    def _as_trained(self, context, continuation):
+        """The pair, or those that take its place: training reads no token before a document's first one."""
+        if self._end_is_taught or list(context) != [self.tokenizer.eos_id] or len(continuation) < 2:
+            return [(context, continuation)]
+        return [(context, continuation[:1]), (continuation[:1], continuation[1:])]
+
+    def _score_groups(self, groups, on_result):
+        """(sum of the log-likelihoods, whether all are greedy) of the pairs of each group."""
+        owners = [index for index, group in enumerate(groups) for _ in group]
+        results, missing = [(0.0, True)] * len(groups), list(map(len, groups))
+
+        def add(place, result):
+            index = owners[place]
+            results[index] = (results[index][0] + result[0], results[index][1] and result[1])
+            missing[index] -= 1
+            if on_result and missing[index] == 0:
+                on_result(index, results[index])
+
+        self._score_pairs([pair for group in groups for pair in group], add)
+        return results
+
+    def _score_pairs(self, pairs, on_result):
         num_cut, contexts = 0, {}  # tokens -> indices of the pairs that share them
         for index, (context, continuation) in enumerate(pairs):
             self._check(context, "context"), self._check(continuation, "continuation")
+            if self._positions and len(continuation) > self._positions:
+                raise ScoringError(EXIT_DATA, f"a continuation has {len(continuation)} tokens, but the model has learned "
+                                              f"positions for {self._positions} (model.max_positions)")
             room = max(1, self.max_length + 1 - len(continuation)) if self.max_length else len(context)
             num_cut += len(context) > room
             contexts.setdefault(tuple(context[-room:]), []).append(index)
-        self._tell_cut(num_cut, len(pairs))
-        results = [None] * len(pairs)
+        self._tell_cut(num_cut, len(pairs), f"max_length={self.max_length}")
         with self._computing():
-            for batch in self._batches(sorted(contexts, key=len, reverse=True)):
+            for batch in self._batches(sorted(contexts, key=len, reverse=True), len):
                 logits, state = self._read(batch)
                 asked = [(row, index) for row, context in enumerate(batch) for index in contexts[context]]
                 asked.sort(key=lambda pair: -len(pairs[pair[1]][1]))
@@ -173,44 +217,22 @@ class Judge:
                     rows = torch.tensor([row for row, _ in part], device=self.device)
                     found = self._score_rows(logits, state, rows, [pairs[index][1] for _, index in part])
                     for (_, index), result in zip(part, found):
-                        results[index] = result
-                        if on_result:
-                            on_result(index, result)
-        return results
-
-    def score_rolling(self, texts, on_result=None):
-        """The log-likelihood of each text, a list of token ids, all its tokens counted, in windows of max_length."""
-        owners, windows = [], []
-        for index, ids in enumerate(texts):
-            for window in rolling_windows(ids, self.tokenizer.start_id, self.max_length):
-                owners.append(index), windows.append(window)
-        totals, missing = [0.0] * len(texts), collections.Counter(owners)
-
-        def add(window, result):
-            index = owners[window]
-            totals[index] += result[0]
-            missing[index] -= 1
-            if on_result and missing[index] == 0:
-                on_result(index, totals[index])
-
-        self.score(windows, add)
-        return totals
+                        on_result(index, result)
 
     def generate(self, prompts, until=(), max_tokens=256, temperature=0.0, top_k=0, top_p=1.0, on_result=None):
         """The text after each prompt (token ids) before the first of the strings `until`, before the end of the document, or of
         max_tokens. Temperature 0 is greedy; otherwise torch's generator draws, among the top_k likeliest tokens (0: all), or
-        among the likeliest that hold the probability top_p."""
+        among the likeliest that hold the probability top_p. Prompts of gpt leave room for max_tokens."""
         if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ScoringError(EXIT_CONFIG, "expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, "
                                             f"got {temperature}, {top_k} and {top_p}")
         for prompt in prompts:
             self._check(prompt, "prompt")
-        if self.max_length:
-            self._tell_cut(sum(len(prompt) > self.max_length for prompt in prompts), len(prompts))
-            prompts = [prompt[-self.max_length:] for prompt in prompts]
+        prompts = self._with_room(prompts, max_tokens)
         texts = [""] * len(prompts)
         with self._computing():
-            for batch in self._batches(sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))):
+            indices = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+            for batch in self._batches(indices, lambda index: len(prompts[index])):
                 found = self._continue([prompts[index] for index in batch], [stop for stop in until if stop], max_tokens,
                                        lambda logits: draw(logits, temperature, top_k, top_p))
                 for index, text in zip(batch, found):
@@ -218,6 +240,25 @@ class Judge:
                     if on_result:
                         on_result(index, text)
         return texts
+
+    def _with_room(self, prompts, max_tokens):
+        """The prompts, cut where they must be."""
+        room, why = self.max_length, f"max_length={self.max_length}"
+        if self._positions and self._positions - max_tokens + 1 < room:  # the last token is not read
+            room = self._positions - max_tokens + 1
+            why = f"{room}, which leaves max_tokens={max_tokens} of the {self._positions} learned positions,"
+        if self._positions and room < 1:
+            raise ScoringError(EXIT_CONFIG, f"max_tokens={max_tokens} leaves no room for a prompt: the model has learned "
+                                            f"positions for {self._positions} tokens (model.max_positions)")
+        if room:
+            self._tell_cut(sum(len(prompt) > room for prompt in prompts), len(prompts), why)
+            prompts = [prompt[-room:] for prompt in prompts]
+        beyond = sum(len(prompt) + max_tokens - 1 > self._trained_length for prompt in prompts) if self._trained_length else 0
+        if beyond:
+            warnings.warn(f"a prompt and max_tokens={max_tokens} together may exceed the {self._trained_length} tokens of the "
+                          f"model's training: {beyond} of {len(prompts)}; a smaller max_length or max_tokens avoids that",
+                          stacklevel=3)
+        return prompts
 
     def _continue(self, prompts, stops, max_tokens, choose):
         ids, texts = [[] for _ in prompts], [""] * len(prompts)
@@ -298,13 +339,14 @@ class Judge:
         return [[tensor if dim is None else tensor.index_select(dim, rows) for tensor, dim in zip(block, dims)]
                 for block, dims in zip(state, self._batch_dims)]
 
-    def _batches(self, items):
-        return [items[first : first + self.batch_size] for first in range(0, len(items), self.batch_size)]
+    def _batches(self, items, length=None):
+        """Of what is to be read from its beginning, and is sorted by its length: of equal ones where positions are learned."""
+        alike = [list(group) for _, group in itertools.groupby(items, length)] if length and self._positions else [items]
+        return [group[first : first + self.batch_size] for group in alike for first in range(0, len(group), self.batch_size)]
 
-    def _tell_cut(self, count, total):
+    def _tell_cut(self, count, total, limit):
         if count:
-            what = f"contexts longer than max_length={self.max_length} lose their beginning: {count} of {total}"
-            warnings.warn(what, stacklevel=3)
+            warnings.warn(f"contexts longer than {limit} lose their beginning: {count} of {total}", stacklevel=4)
 
     def _check(self, ids, name):
         if len(ids) == 0:

@@ -1,5 +1,8 @@
-"""libxlstm.lm_eval in lm-evaluation-harness itself, where that is installed: tasks from local files, nothing is downloaded."""
+"""libxlstm.lm_eval in lm-evaluation-harness itself, where that is installed: tasks from local files, nothing is downloaded;
+the adapter also over a stand-in for what it uses of the harness."""
 
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -11,16 +14,12 @@ import pytest
 import torch
 
 import libxlstm
-
-pytest.importorskip("lm_eval")
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.api.registry import get_model  # noqa: E402
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
-
-from libxlstm.lm_eval import XlstmLM, generation_options  # noqa: E402
-from libxlstm.scoring import Judge, ScoringError, rolling_windows  # noqa: E402
+import lm_eval_stand_in
+from libxlstm.scoring import Judge, rolling_windows
 
 ROOT = Path(__file__).resolve().parents[2]
+ADAPTER = "libxlstm.lm_eval"
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 YAML = """
 model: {vocab_size: 256, embedding_dim: 32, num_blocks: 2, num_heads: 2, slstm_at: [1]}
 data: {seq_len: 48}
@@ -70,6 +69,22 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+def stand_in(monkeypatch):
+    """The adapter over the stand-in, until the test ends."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name, module in lm_eval_stand_in.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, ADAPTER, None)  # so that what stands there now is put back
+    del sys.modules[ADAPTER]
+    return importlib.import_module(ADAPTER)
+
+
+@pytest.fixture(params=["stand-in", pytest.param("lm_eval", marks=needs_harness)])
+def adapter(request, monkeypatch):
+    return stand_in(monkeypatch) if request.param == "stand-in" else importlib.import_module(ADAPTER)
+
+
 @pytest.fixture
 def tasks(tmp_path):
     folder = tmp_path / "tasks"
@@ -90,6 +105,7 @@ def harness(tmp_path, *arguments):
                           env=environment, cwd=tmp_path)
 
 
+@needs_harness
 def test_the_harness_runs_tasks_of_every_kind(checkpoint, tasks, tmp_path):
     done = harness(tmp_path, "--tasks", ",".join(TASKS), "--include_path", tasks, "--batch_size", 2, "--log_samples",
                    "--model_args", f"pretrained={checkpoint},device=cpu,dtype=float32", "--output_path", tmp_path / "out")
@@ -123,14 +139,27 @@ def test_the_harness_runs_tasks_of_every_kind(checkpoint, tasks, tmp_path):
     assert [sample["resps"][0][0] for sample in samples["tiny_generation"]] == generated and any(generated)
 
 
+@needs_harness
 def test_an_error_is_one_line_and_a_status(tasks, tmp_path):
     done = harness(tmp_path, "--tasks", "tiny_choices", "--include_path", tasks,
                    "--model_args", "pretrained=nowhere,device=cpu")
     assert done.returncode == 4 and done.stderr.strip().splitlines()[-1].startswith("error: nowhere: no such folder")
 
 
-def test_the_model_by_its_name_in_python(checkpoint):
-    assert get_model("xlstm") is XlstmLM
+@pytest.mark.parametrize("name", [[], ["--model", "xlstm"], ["-M", "xlstm"]])
+def test_the_command_names_the_model(checkpoint, monkeypatch, capsys, name):
+    main = stand_in(monkeypatch).main
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "--tasks", "piqa", "-b", "3", "-a", f"pretrained={checkpoint},device=cpu",
+                                      *name])
+    assert main() == 0 and capsys.readouterr().out == "xlstm for piqa, 3 side by side\n"
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "--tasks", "piqa", "--model_args", "pretrained=nowhere,device=cpu", *name])
+    assert main() == 4 and capsys.readouterr().err.startswith("error: nowhere: no such folder")
+
+
+def test_the_model_by_its_name_in_python(checkpoint, adapter):
+    Instance = importlib.import_module("lm_eval.api.instance").Instance
+    XlstmLM = adapter.XlstmLM
+    assert importlib.import_module("lm_eval.api.registry").get_model("xlstm") is XlstmLM
     given = {"batch_size": "auto", "max_batch_size": 64, "device": "nowhere"}  # --model_args stand above the options
     lm = XlstmLM.create_from_arg_string(f"pretrained={checkpoint},device=cpu,max_length=20", given)
     assert lm.batch_size == 16 and lm.max_length == 20 and str(lm.device) == "cpu" and lm.eot_token_id == 0
@@ -140,11 +169,13 @@ def test_the_model_by_its_name_in_python(checkpoint):
     def requests(kind, *arguments):
         return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
 
-    # Without a context a text follows what one starts with; spaces at a context's end belong to the continuation.
-    found = lm.loglikelihood(requests("loglikelihood", ("", "word"), ("the  ", "cell"), ("the", "  cell")), disable_tqdm=True)
+    # Without a context a text follows what one starts with; spaces at a context's end belong to the continuation, so that a
+    # context of nothing else is none.
+    pairs = [("", "word"), ("the  ", "cell"), ("the", "  cell"), (" \n", "word"), ("", " \nword")]
+    found = lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
     assert found[0] == pytest.approx(lm.judge.score([([10], list(b"word"))])[0]) and found[1] == pytest.approx(found[2])
-    assert sorted(cached) == sorted(("loglikelihood", pair, result) for pair, result in zip(
-        [("", "word"), ("the  ", "cell"), ("the", "  cell")], found))
+    assert found[3] == pytest.approx(found[4])
+    assert sorted(cached) == sorted(("loglikelihood", pair, result) for pair, result in zip(pairs, found))
     text = "a text that is longer than the window of twenty bytes"
     total, = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), disable_tqdm=True)
     assert total == pytest.approx(sum(r[0] for r in lm.judge.score(rolling_windows(list(text.encode()), 10, 20))))
@@ -158,22 +189,11 @@ def test_the_model_by_its_name_in_python(checkpoint):
     assert ("generate_until", ("", {"max_gen_toks": 2}), texts[1]) in cached
 
 
+@needs_harness
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 29])
 def test_windows_are_those_of_the_harness(length):
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
     ids = list(range(1, length + 1))
     theirs = map(make_disjoint_window, get_rolling_token_windows(ids, 0, 8, 1))
     assert rolling_windows(ids, 0, 8) == list(theirs)
-
-
-def test_generation_options():
-    greedy = {"until": (), "max_tokens": 256, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
-    assert generation_options({}) == greedy == generation_options({"do_sample": False, "temperature": 0.7})
-    assert generation_options({"until": "\n", "max_new_tokens": 3}, 9) == {**greedy, "until": ("\n",), "max_tokens": 3}
-    assert generation_options({"until": ["a", "b"], "num_beams": 1}, 9) == {**greedy, "until": ("a", "b"), "max_tokens": 9}
-    sampled = generation_options({"do_sample": True, "top_p": 0.9, "top_k": 5})
-    assert sampled == {**greedy, "temperature": 1.0, "top_p": 0.9, "top_k": 5}
-    assert generation_options({"temperature": 0.7})["temperature"] == 0.7
-    with pytest.raises(ScoringError, match="beam search"):
-        generation_options({"num_beams": 4})
-    with pytest.raises(ScoringError, match="unknown colour"):
-        generation_options({"colour": 1})

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from libxlstm.scoring import Judge, ScoringError, Tokenizer, cut_at, draw, find_
 
 YAML = """
 model: {{kind: {kind}, vocab_size: {vocab}, embedding_dim: 32, num_blocks: 2, num_heads: 2{more}}}
-data: {{seq_len: 64, tokenizer: {tokenizer}}}
+data: {{seq_len: 64, tokenizer: {tokenizer}{data}}}
 """
+MORE = {"xlstm": ", slstm_at: [1]", "gpt": ", max_positions: 64"}
 
 
-def make_yaml(kind="xlstm", vocab=260, tokenizer="bytes"):
-    return YAML.format(kind=kind, vocab=vocab, tokenizer=tokenizer, more=", slstm_at: [1]" if kind == "xlstm" else "")
+def make_yaml(kind="xlstm", vocab=260, tokenizer="bytes", data=""):
+    return YAML.format(kind=kind, vocab=vocab, tokenizer=tokenizer, data=data, more=MORE.get(kind, ""))
 
 
 def make_model(kind="xlstm", **options):
@@ -32,8 +34,8 @@ def make_model(kind="xlstm", **options):
     return model
 
 
-def make_judge(kind="xlstm", **options):
-    return Judge(make_model(kind), Tokenizer("bytes"), device="cpu", **options)
+def make_judge(kind="xlstm", data="", **options):
+    return Judge(make_model(kind, data=data), Tokenizer("bytes"), device="cpu", **options)
 
 
 def by_hand(model, context, continuation):
@@ -68,7 +70,7 @@ def make_pairs(model):
     return pairs
 
 
-@pytest.mark.parametrize("kind", ["xlstm", "xlstm_large", "llama", "mamba", "hyena"])
+@pytest.mark.parametrize("kind", ["xlstm", "xlstm_large", "llama", "gpt", "mamba", "hyena"])
 def test_scores_are_those_of_single_sequences(kind):
     judge = make_judge(kind)
     pairs = make_pairs(judge.model)
@@ -150,7 +152,54 @@ def test_rolling_is_the_sum_of_windows():
     assert judge.score_rolling(texts[1:2]) == pytest.approx([by_hand(judge.model, [10], texts[1])[0]], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["xlstm", "llama", "hyena"])
+def test_learned_positions_are_enough_for_windows_of_all_of_them():
+    judge = make_judge("gpt", batch_size=8)
+    assert judge.max_length == make_judge("gpt", max_length=0).max_length == make_judge("gpt", max_length=65).max_length == 64
+    texts = [random_ids(length, length) for length in (4, 64, 65, 150, 31)]
+    expected = [sum(by_hand(judge.model, *window)[0] for window in rolling_windows(ids, 10, 64)) for ids in texts]
+    assert judge.score_rolling(texts) == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    pairs = [(random_ids(length, length), random_ids(count, count)) for length, count in ((60, 5), (3, 62), (64, 1), (3, 5))]
+    expected = [by_hand(judge.model, *pair)[0] for pair in pairs]
+    assert [total for total, _ in judge.score(pairs)] == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    with pytest.raises(ScoringError, match="a continuation has 65 tokens, but the model has learned positions for 64"):
+        judge.score([([1], random_ids(65, 1))])
+
+
+@pytest.mark.parametrize("data, apart", [("", True), (", mask_loss_across_documents: false", False),
+                                         (", reset_state_at_document: false", False)])
+def test_texts_begin_as_documents_do_in_training(data, apart):
+    """Where states are emptied at documents and no loss crosses their borders, an end of a document is never an input."""
+    judge = make_judge(data=data, max_length=10)
+    end = judge.tokenizer.eos_id = judge.tokenizer.start_id
+    texts = [random_ids(length, length) for length in (1, 2, 8, 35)]
+
+    def of_packed_documents(context, continuation):
+        ids, reset = [*context, *continuation[:-1]], None
+        if apart and context == [end]:
+            reset = torch.arange(len(ids)).unsqueeze(0) == 1
+        with torch.no_grad():
+            logits = judge.model(torch.tensor([ids]), None, reset)[0][0, len(context) - 1:].double()
+        targets = torch.tensor(continuation)
+        return (logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).sum().item(), bool((logits.argmax(-1) == targets).all()))
+
+    first = greedy_by_hand(judge.model, [end], 1)
+    greedy = first + greedy_by_hand(judge.model, first if apart else [end, *first], 4)
+    pairs = [([end], text) for text in [*texts[:3], greedy, [*first, *texts[0]]]] + [([end, 7], texts[2]), ([7], texts[2])]
+    told = {}
+    expected = [of_packed_documents(*pair) for pair in pairs]
+    found = judge.score(pairs, told.__setitem__)
+    assert found == [told[i] for i in range(len(pairs))]
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], rel=1e-5, abs=1e-4)
+    assert [right for _, right in found] == [right for _, right in expected] and found[3][1] and not found[4][1]
+    plain = by_hand(judge.model, *pairs[2])[0]
+    assert (abs(plain - found[2][0]) > 1e-2) == apart, "what is read before must matter for this test to see it"
+    told = {}
+    expected = [sum(of_packed_documents(*window)[0] for window in rolling_windows(ids, end, 10)) for ids in texts]
+    assert judge.score_rolling(texts, told.__setitem__) == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    assert len(told) == len(texts)
+
+
+@pytest.mark.parametrize("kind", ["xlstm", "llama", "gpt", "hyena"])
 def test_generation_is_greedy_decoding_step_by_step(kind):
     judge = make_judge(kind)
     prompts = [random_ids(length, length) for length in (3, 17, 1, 8)]
@@ -166,6 +215,32 @@ def test_generation_is_greedy_decoding_step_by_step(kind):
     judge.tokenizer.eos_id = expected[0][5]
     first = judge.generate(prompts[:1], max_tokens=12)
     assert first == [judge.tokenizer.decode(expected[0][:expected[0].index(judge.tokenizer.eos_id)])]
+
+
+def test_prompts_leave_room_where_positions_are_learned():
+    judge = make_judge("gpt")
+    prompts = [random_ids(60, 1), random_ids(53, 2)]  # 53 and the first 11 of 12 new tokens are 64
+    expected = [judge.tokenizer.decode(greedy_by_hand(judge.model, prompt[-53:], 12)) for prompt in prompts]
+    with pytest.warns(UserWarning, match="longer than 53, which leaves max_tokens=12 of the 64 learned .*: 1 of 2"):
+        assert judge.generate(prompts, max_tokens=12) == expected
+    with pytest.warns(UserWarning):
+        assert judge.generate(prompts[:1], max_tokens=64) == [
+            judge.tokenizer.decode(greedy_by_hand(judge.model, prompts[0][-1:], 64))]
+    with pytest.raises(ScoringError, match="max_tokens=65 leaves no room for a prompt") as caught:
+        judge.generate(prompts, max_tokens=65)
+    assert caught.value.code == 2
+
+
+def test_rotated_positions_beyond_the_training_are_told():
+    prompts = [random_ids(60, 1), random_ids(53, 2)]
+    judge = make_judge("llama")
+    with pytest.warns(UserWarning, match="max_tokens=12 together may exceed the 64 tokens of the model's training: 1 of 2"):
+        texts = judge.generate(prompts, max_tokens=12)
+    assert texts[0] == judge.tokenizer.decode(greedy_by_hand(judge.model, prompts[0], 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judge.generate(prompts[1:], max_tokens=12)
+        make_judge().generate(prompts, max_tokens=12)  # a recurrent state has no positions
 
 
 def test_generation_stays_within_the_tokenizers_tokens():
