@@ -1,0 +1,193 @@
+#include "train/distributed.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/tensor.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <optional>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <utility>
+
+#include "csrc/config/text.h"
+#include "csrc/core/error.h"
+#include "train/distributed_backends.h"
+
+namespace xlstm::train {
+namespace {
+
+/// As long as the others may be busy: process 0 saves, or prepares the data.
+constexpr std::chrono::minutes kPatience{30};
+constexpr std::chrono::minutes kTimeToMeet{10};
+/// Gradients are summed in parts of this size: while one is on its way the next is packed.
+constexpr int64_t kBucketBytes = int64_t{32} << 20;
+
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value != nullptr ? value : "";
+}
+
+int64_t whole_number(const char* name) {
+  const std::string text = variable(name);
+  const auto value = config::parse_int(text);
+  if (!value || *value < 0)
+    throw Error(ExitCode::kConfig,
+                std::string("WORLD_SIZE is set, but ") + name + " is " +
+                    (text.empty() ? "not" : config::in_quotes(text)) +
+                    "; torchrun sets both: torchrun --nproc-per-node N --no-python xlstm-train "
+                    "CONFIG.yaml (unset WORLD_SIZE for one process)");
+  return *value;
+}
+
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+c10::intrusive_ptr<c10d::Store> open_store(const ProcessPlace& place) {
+  const std::string host = variable("MASTER_ADDR");
+  c10d::TCPStoreOptions options;
+  options.port = static_cast<std::uint16_t>(whole_number("MASTER_PORT"));
+  // torchrun's agent serves it already.
+  options.isServer = place.leads() && variable("TORCHELASTIC_USE_AGENT_STORE") != "True";
+  options.numWorkers = static_cast<size_t>(place.size);
+  options.waitWorkers = false;
+  options.timeout = kTimeToMeet;
+  const auto store =
+      c10::make_intrusive<c10d::TCPStore>(host.empty() ? "localhost" : host, options);
+  // What an earlier attempt left there is not read.
+  return c10::make_intrusive<c10d::PrefixStore>(
+      "libxlstm/attempt-" + variable("TORCHELASTIC_RESTART_COUNT"), store);
+}
+
+}  // namespace
+
+ProcessPlace place_from_environment() {
+  if (variable("WORLD_SIZE").empty()) return {};
+  ProcessPlace place;
+  place.size = whole_number("WORLD_SIZE");
+  if (place.size <= 1) return {};
+  place.rank = whole_number("RANK");
+  place.local_rank = whole_number("LOCAL_RANK");
+  if (place.rank >= place.size)
+    throw Error(ExitCode::kConfig, "RANK is " + std::to_string(place.rank) + ", but WORLD_SIZE is " +
+                                       std::to_string(place.size));
+  return place;
+}
+
+void take_own_gpu(const ProcessPlace& place) {
+  if (place.alone() || !at::hasCUDA()) return;
+  const c10::impl::VirtualGuardImpl guard(at::kCUDA);
+  const int64_t gpus = guard.deviceCount();
+  if (place.local_rank >= gpus)
+    throw Error(ExitCode::kConfig,
+                "this machine has " + std::to_string(gpus) +
+                    " GPUs, too few for one per process; start torchrun with --nproc-per-node " +
+                    std::to_string(gpus) + ", or train with run.device=cpu");
+  guard.setDevice({at::kCUDA, static_cast<at::DeviceIndex>(place.local_rank)});
+}
+
+struct ProcessGroup::Impl {
+  c10::intrusive_ptr<c10d::Store> store;
+  BackendPtr host;    ///< numbers and tensors of the CPU
+  BackendPtr device;  ///< tensors of the GPU; null for a run on the CPU
+
+  c10d::Backend& of(const at::Tensor& tensor) const { return tensor.is_cpu() ? *host : *device; }
+};
+
+template <typename Work>
+auto ProcessGroup::guarded(Work&& work) {
+  try {
+    return work();
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    throw Error(ExitCode::kPeer, "process " + std::to_string(place_.rank) + " of " +
+                                     std::to_string(place_.size) +
+                                     ": another process failed or does not answer; its own "
+                                     "message says why (here: " +
+                                     first_line(error.what()) + ")");
+  }
+}
+
+ProcessGroup::ProcessGroup(const ProcessPlace& place, at::Device device) : place_(place) {
+  if (place.alone()) return;
+  guarded([&] {
+    impl_ = std::make_unique<Impl>();
+    impl_->store = open_store(place);
+    const auto join = [&](auto make, const char* name) {
+      return make(c10::make_intrusive<c10d::PrefixStore>(name, impl_->store),
+                  static_cast<int>(place.rank), static_cast<int>(place.size), kPatience);
+    };
+    impl_->host = join(make_gloo, "host");
+    if (!device.is_cpu()) impl_->device = join(make_nccl, "device");
+  });
+}
+
+ProcessGroup::~ProcessGroup() = default;
+
+int64_t ProcessGroup::sum(int64_t value) {
+  if (place_.alone()) return value;
+  const at::Tensor all = at::tensor(value, at::kLong);
+  sum(std::vector<at::Tensor>{all});
+  return all.item<int64_t>();
+}
+
+void ProcessGroup::sum(std::vector<double>& values) {
+  if (place_.alone()) return;
+  sum(std::vector<at::Tensor>{
+      at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, at::kDouble)});
+}
+
+void ProcessGroup::sum(const std::vector<at::Tensor>& tensors) {
+  if (place_.alone()) return;
+  guarded([&] {
+    std::vector<c10::intrusive_ptr<c10d::Work>> under_way;
+    std::vector<at::Tensor> bucket;
+    int64_t bytes = 0;
+    const auto send = [&] {
+      if (bucket.empty()) return;
+      under_way.push_back(impl_->of(bucket.front()).allreduce_coalesced(bucket));
+      bucket.clear();
+      bytes = 0;
+    };
+    for (const at::Tensor& tensor : tensors) {
+      const auto size = static_cast<int64_t>(tensor.nbytes());
+      if (bytes + size > kBucketBytes ||
+          (!bucket.empty() && bucket.front().scalar_type() != tensor.scalar_type()))
+        send();
+      bucket.push_back(tensor);
+      bytes += size;
+    }
+    send();
+    for (const auto& work : under_way) work->wait();
+  });
+}
+
+bool ProcessGroup::any(bool value) { return sum(int64_t{value}) > 0; }
+
+void ProcessGroup::broadcast(const std::vector<at::Tensor>& tensors) {
+  if (place_.alone()) return;
+  guarded([&] {
+    for (const at::Tensor& tensor : tensors) {
+      std::vector<at::Tensor> one{tensor};
+      impl_->of(tensor).broadcast(one)->wait();
+    }
+  });
+}
+
+std::string ProcessGroup::broadcast(const std::string& text) {
+  if (place_.alone()) return text;
+  const at::Tensor length = at::tensor(static_cast<int64_t>(text.size()), at::kLong);
+  broadcast(std::vector<at::Tensor>{length});
+  std::string all = text;
+  all.resize(static_cast<size_t>(length.item<int64_t>()));
+  if (!all.empty())
+    broadcast(std::vector<at::Tensor>{
+        at::from_blob(all.data(), {static_cast<int64_t>(all.size())}, at::kByte)});
+  return all;
+}
+
+void ProcessGroup::barrier() { sum(0); }
+
+}  // namespace xlstm::train

@@ -1,0 +1,57 @@
+#pragma once
+// Data parallel training: the processes that torchrun starts for one run.
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace xlstm::train {
+
+/// Which of the processes of a run this one is.
+struct ProcessPlace {
+  int64_t rank = 0, size = 1;
+  int64_t local_rank = 0;  ///< among those of this machine: which GPU it takes
+  bool alone() const { return size == 1; }
+  bool leads() const { return rank == 0; }  ///< logs, saves and prints
+};
+
+/// From RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; a run of one process where there is no WORLD_SIZE.
+/// Throws Error(kConfig) where they make no sense.
+ProcessPlace place_from_environment();
+
+/// Makes the GPU of this place the current one. Throws Error(kConfig) where the machine has fewer GPUs than processes.
+void take_own_gpu(const ProcessPlace& place);
+
+/// The processes of a run, each with the whole model. Every function here is called by all of them, in the same order;
+/// with one process they do nothing. Numbers of the host travel by Gloo, tensors of a GPU by NCCL. Throws Error(kPeer)
+/// when another process has failed or does not answer.
+class ProcessGroup {
+ public:
+  /// Meets the others at MASTER_ADDR:MASTER_PORT.
+  ProcessGroup(const ProcessPlace& place, at::Device device);
+  ~ProcessGroup();
+  ProcessGroup(const ProcessGroup&) = delete;
+  ProcessGroup& operator=(const ProcessGroup&) = delete;
+
+  const ProcessPlace& place() const { return place_; }
+  int64_t sum(int64_t value);
+  void sum(std::vector<double>& values);
+  /// Dense tensors of one device, in place. On a GPU it is enqueued on the current stream.
+  void sum(const std::vector<at::Tensor>& tensors);
+  bool any(bool value);
+  /// Those of process 0 for all, in place.
+  void broadcast(const std::vector<at::Tensor>& tensors);
+  std::string broadcast(const std::string& text);
+  void barrier();
+
+ private:
+  struct Impl;
+  template <typename Work>
+  auto guarded(Work&& work);
+  ProcessPlace place_;
+  std::unique_ptr<Impl> impl_;  ///< null with one process
+};
+
+}  // namespace xlstm::train
