@@ -70,8 +70,8 @@ ProcessPlace place_from_environment() {
   place.rank = whole_number("RANK");
   place.local_rank = whole_number("LOCAL_RANK");
   if (place.rank >= place.size)
-    throw Error(ExitCode::kConfig, "RANK is " + std::to_string(place.rank) + ", but WORLD_SIZE is " +
-                                       std::to_string(place.size));
+    throw Error(ExitCode::kConfig, "RANK is " + std::to_string(place.rank) +
+                                       ", but WORLD_SIZE is " + std::to_string(place.size));
   return place;
 }
 

@@ -20,9 +20,10 @@ BackendPtr make_nccl(const c10::intrusive_ptr<c10d::Store>& store, int rank, int
 #else
 
 BackendPtr make_nccl(const c10::intrusive_ptr<c10d::Store>&, int, int, std::chrono::milliseconds) {
-  throw Error(ExitCode::kConfig,
-              "several processes on GPUs need NCCL, which this build has not: build it where nvcc and "
-              "torch's NCCL headers are (pip's nvidia-nccl), or train with run.device=cpu");
+  throw Error(
+      ExitCode::kConfig,
+      "several processes on GPUs need NCCL, which this build has not: build it where nvcc and "
+      "torch's NCCL headers are (pip's nvidia-nccl), or train with run.device=cpu");
 }
 
 #endif

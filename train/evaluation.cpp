@@ -91,11 +91,24 @@ Score score(models::LanguageModel& model, data::Batch& batch, at::Device device,
           (logits.argmax(1) == wanted).sum().item<int64_t>()};
 }
 
+/// What the processes found together.
+void sum_over_processes(ProcessGroup& processes, Score& total, EvaluationResult& result) {
+  std::vector<double> numbers{total.nats, static_cast<double>(total.correct), total.last_errors,
+                              static_cast<double>(result.tokens)};
+  for (const GroupLoss& group : result.groups)
+    numbers.insert(numbers.end(), {group.nats, static_cast<double>(group.tokens)});
+  processes.sum(numbers);
+  total = {numbers[0], static_cast<int64_t>(numbers[1]), numbers[2]};
+  result.tokens = static_cast<int64_t>(numbers[3]);
+  for (size_t i = 0; i < result.groups.size(); ++i)
+    result.groups[i] = {numbers[4 + 2 * i], static_cast<int64_t>(numbers[5 + 2 * i])};
+}
+
 }  // namespace
 
 EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
                           int64_t batch_size, int64_t max_batches, bool bfloat16,
-                          bool show_progress, const TokenGroups* groups) {
+                          bool show_progress, const TokenGroups* groups, ProcessGroup* processes) {
   if (batch_size < 1)
     throw Error(ExitCode::kConfig,
                 "evaluation needs a batch size >= 1, got " + std::to_string(batch_size));
@@ -116,7 +129,8 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
     result.groups.resize(static_cast<size_t>(groups->count));
   }
   Score total;
-  for (int64_t first = 0; first < windows; first += batch_size) {
+  const ProcessPlace place = processes != nullptr ? processes->place() : ProcessPlace();
+  for (int64_t first = place.rank * batch_size; first < windows; first += place.size * batch_size) {
     data::Batch batch = data.batch(first, std::min(batch_size, windows - first));
     if (batch.num_targets > 0) {
       const Score part = score(model, batch, device, chance.has_value(), groups, result.groups);
@@ -128,6 +142,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
     if (progress) progress->update(std::min(first + batch_size, windows));
   }
   if (progress) progress->finish();
+  if (processes != nullptr && !place.alone()) sum_over_processes(*processes, total, result);
   if (result.tokens == 0)
     throw Error(ExitCode::kData,
                 data.name() + ": no token to score; each document needs at least two");

@@ -6,6 +6,7 @@
 
 #include "csrc/data/batch.h"
 #include "csrc/models/language_model.h"
+#include "train/distributed.h"
 
 namespace xlstm::train {
 
@@ -34,9 +35,11 @@ struct EvaluationResult {
 
 /// Token-weighted mean over a fixed set, without gradients. max_batches 0: the whole set. The model's training mode is
 /// put back afterwards. show_progress: a bar on standard error. groups: targets by their token, of a set of texts.
+/// processes: each judges a share of the batches, and all know the result.
 EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
                           int64_t batch_size, int64_t max_batches = 0, bool bfloat16 = false,
-                          bool show_progress = false, const TokenGroups* groups = nullptr);
+                          bool show_progress = false, const TokenGroups* groups = nullptr,
+                          ProcessGroup* processes = nullptr);
 
 struct JudgedSet {
   std::string name;

@@ -27,10 +27,11 @@ TrainBatch::TrainBatch(data::Batch&& source, bool pinned) : host(std::move(sourc
 }
 
 Prefetcher::Prefetcher(const data::SampleSource& source, int64_t first_sample, int64_t batch_size,
-                       bool pinned)
+                       bool pinned, int64_t stride)
     : source_(source),
       next_sample_(first_sample),
       batch_size_(batch_size),
+      stride_(stride > 0 ? stride : batch_size),
       pinned_(pinned),
       thread_([this] { work(); }) {}
 
@@ -57,7 +58,7 @@ void Prefetcher::work() {
   try {
     while (true) {
       auto batch = std::make_unique<TrainBatch>(source_.batch(next_sample_, batch_size_), pinned_);
-      next_sample_ += batch_size_;
+      next_sample_ += stride_;
       std::unique_lock lock(mutex_);
       changed_.wait(lock, [this] { return stop_ || ready_ == nullptr; });
       if (stop_) return;

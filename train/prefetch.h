@@ -26,8 +26,10 @@ struct TrainBatch {
 /// Reads one batch ahead on a thread of its own while the step before runs.
 class Prefetcher {
  public:
+  /// Batches of `batch_size` samples from first_sample on; `stride`: from one's first sample to the next one's, where
+  /// other processes read what is between (0: none).
   Prefetcher(const data::SampleSource& source, int64_t first_sample, int64_t batch_size,
-             bool pinned = false);
+             bool pinned = false, int64_t stride = 0);
   ~Prefetcher();
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;
@@ -37,7 +39,7 @@ class Prefetcher {
  private:
   void work();
   const data::SampleSource& source_;
-  int64_t next_sample_, batch_size_;
+  int64_t next_sample_, batch_size_, stride_;
   bool pinned_;
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -76,21 +76,26 @@ std::string first_non_finite(const NamedTensors& tensors) {
   return "";
 }
 
-TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const config::Config& config)
+TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const config::Config& config,
+                     ProcessGroup* group)
     : model_(model),
       optimizer_(optimizer),
       config_(config),
+      group_(group != nullptr && !group->place().alone() ? group : nullptr),
       parameters_(named_parameters(model)),
       total_steps_(total_steps(config)),
       device_(model.head_weight().device()),
       halted_(at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device_))),
-      may_record_(config.train.cuda_graph && !device_.is_cpu() && StepGraph::available()) {}
+      may_record_(config.train.cuda_graph && group_ == nullptr && !device_.is_cpu() &&
+                  StepGraph::available()) {}
 
 /// On a CPU the batch's own memory is read. On a GPU it is copied to where the recorded step looks for it.
 void TrainStep::set_inputs(const TrainBatch& batch, double learning_rate) {
   at::Tensor scalars = at::empty({2}, host_numbers(device_));
   auto* numbers = scalars.mutable_data_ptr<double>();
-  numbers[0] = 1 / static_cast<double>(std::max<int64_t>(1, batch.host.num_targets));
+  const int64_t targets =
+      group_ != nullptr ? group_->sum(batch.host.num_targets) : batch.host.num_targets;
+  numbers[0] = 1 / static_cast<double>(std::max<int64_t>(1, targets));
   numbers[1] = learning_rate;
   Inputs next{batch.ids, batch.targets, batch.reset, scalars};
   if (device_.is_cpu()) {
@@ -140,6 +145,18 @@ at::Tensor TrainStep::accumulate(const Inputs& inputs) {
   return sum;
 }
 
+/// Which parameters have a gradient depends on the model alone: it is the same ones everywhere.
+void TrainStep::sum_over_processes(at::Tensor& loss) {
+  std::vector<at::Tensor> sums{loss};
+  for (auto& [name, parameter] : parameters_) {
+    at::Tensor& gradient = parameter.mutable_grad();
+    if (!gradient.defined()) continue;
+    gradient = gradient.contiguous();
+    sums.push_back(gradient);
+  }
+  group_->sum(sums);
+}
+
 double TrainStep::accumulate_gradients(const TrainBatch& batch) {
   set_inputs(batch, 0);
   const at::Tensor loss = accumulate(inputs_);
@@ -149,7 +166,9 @@ double TrainStep::accumulate_gradients(const TrainBatch& batch) {
 /// Phases 2 to 6, enqueued on the device: what a graph records. Returns the numbers of a result.
 at::Tensor TrainStep::work(int64_t step) {
   // 2 forward and backward
-  const at::Tensor loss = accumulate(inputs_) * inputs_.scalars.select(0, 0);
+  at::Tensor loss = accumulate(inputs_);
+  if (group_ != nullptr) sum_over_processes(loss);
+  loss = loss * inputs_.scalars.select(0, 0);
   if (failpoint_at("trainer.nan_grad", step)) {
     const at::NoGradGuard no_grad;
     parameters_.front().second.mutable_grad().fill_(std::numeric_limits<float>::quiet_NaN());
@@ -223,7 +242,8 @@ std::optional<StepResult> TrainStep::run(const TrainBatch& batch, int64_t step,
   StepResult result;
   result.step = step;
   result.first_sample = first_sample;
-  result.last_sample = first_sample + batch.host.batch_size - 1;
+  const int64_t processes = group_ != nullptr ? group_->place().size : 1;
+  result.last_sample = first_sample + processes * batch.host.batch_size - 1;
   result.learning_rate = learning_rate(config_.optim, step, total_steps_);  // 5
   set_inputs(batch, result.learning_rate);
   run_or_replay(step);

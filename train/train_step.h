@@ -8,6 +8,7 @@
 
 #include "csrc/config/config.h"
 #include "csrc/models/language_model.h"
+#include "train/distributed.h"
 #include "train/optimizer.h"
 #include "train/prefetch.h"
 #include "train/step_graph.h"
@@ -29,11 +30,16 @@ struct StepResult {
 /// device; whether to update is decided there too. The host reads results of a GPU one step late, while the next step
 /// runs, so that the GPU never waits for it. With train.nonfinite=stop nothing is updated from the first step on that is
 /// not finite. On a GPU, where batches have one size, the whole step is recorded as a CUDA graph (train.cuda_graph).
+/// Of several processes each has its share of the batch; gradients and losses are summed before anything is judged, so
+/// that all of them do the same update. Their steps are not recorded.
 class TrainStep {
  public:
-  TrainStep(models::LanguageModel& model, AdamW& optimizer, const config::Config& config);
+  /// group: the processes that train together; null for one.
+  TrainStep(models::LanguageModel& model, AdamW& optimizer, const config::Config& config,
+            ProcessGroup* group = nullptr);
   /// Does one step and returns the oldest result that is known by now and was not returned before: that of this step on
-  /// a CPU, that of the one before on a GPU (none at first).
+  /// a CPU, that of the one before on a GPU (none at first). batch: this process's share of the samples from
+  /// first_sample on.
   std::optional<StepResult> run(const TrainBatch& batch, int64_t step, int64_t first_sample = 0);
   /// The result that run() still owes; waits for the device.
   std::optional<StepResult> finish();
@@ -55,6 +61,7 @@ class TrainStep {
   void set_inputs(const TrainBatch& batch, double learning_rate);
   at::Tensor work(int64_t step);
   at::Tensor accumulate(const Inputs& inputs);
+  void sum_over_processes(at::Tensor& loss);
   void run_or_replay(int64_t step);
   void record(int64_t step);
   Pending send(StepResult result) const;
@@ -63,6 +70,7 @@ class TrainStep {
   models::LanguageModel& model_;
   AdamW& optimizer_;
   const config::Config& config_;
+  ProcessGroup* group_;  ///< null where there is one process
   NamedTensors parameters_;
   int64_t total_steps_;
   at::Device device_;

@@ -2,6 +2,10 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -13,8 +17,10 @@
 
 #include "train/checkpoint.h"
 #include "train/device.h"
+#include "train/distributed.h"
 #include "train/evaluation.h"
 #include "train/failpoint.h"
+#include "train/held_out.h"
 #include "train/log.h"
 #include "train/metrics.h"
 #include "train/plot.h"
@@ -56,9 +62,14 @@ class Trainer::Impl {
 
  private:
   void open();
+  void open_run_folder();
+  void open_data();
   std::vector<at::Generator> generators() const;
   void resume_or_start();
   void load(const std::string& folder);
+  void start_metrics(const std::string& checkpoint);
+  void share_state();
+  void seed_own_stream();
   void announce() const;
   ExitCode train();
   void one_step(Prefetcher& prefetcher);
@@ -68,8 +79,16 @@ class Trainer::Impl {
   void evaluate_now();
   void write_samples();
   void save();
+  void check_weights();
+  void write_checkpoint();
+  const char* stop_agreed();
   ExitCode stop(const char* signal);
   ExitCode finish();
+  void print_result() const;
+  void write_event(const std::string& name, int64_t step,
+                   const std::vector<std::pair<std::string, std::string>>& fields = {});
+  void write_metrics(int64_t step, const Metrics& metrics);
+  bool leads() const { return group_->place().leads(); }
   bool due(int64_t every) const { return every > 0 && state_.step % every == 0; }
   int64_t tokens_per_step() const { return config_.train.global_batch_size * config_.data.seq_len; }
   bool finished() const { return state_.step >= total_steps_; }
@@ -77,7 +96,8 @@ class Trainer::Impl {
   config::Config config_;
   TrainerOptions options_;
   int64_t total_steps_;
-  std::optional<RunFolder> folder_;
+  std::optional<ProcessGroup> group_;
+  std::optional<RunFolder> folder_;  ///< of the process that leads, as all that writes
   TrainingData data_;
   std::shared_ptr<models::LanguageModel> model_;
   at::Device device_ = at::kCPU;
@@ -92,7 +112,7 @@ class Trainer::Impl {
   std::optional<Console> console_;
   std::optional<SampleWriter> samples_;
   StepTimer timer_;
-  bool logged_any_ = false;
+  bool logged_any_ = false, stopping_ = false;
 };
 
 Trainer::Trainer(const config::Config& config, const TrainerOptions& options)
@@ -116,13 +136,20 @@ ExitCode Trainer::Impl::run() {
 
 /// Everything that can fail for outer reasons comes before the first step.
 void Trainer::Impl::open() {
+  const ProcessPlace place = place_from_environment();
+  if (config_.train.global_batch_size % place.size != 0)
+    throw Error(ExitCode::kConfig,
+                "train.global_batch_size " + std::to_string(config_.train.global_batch_size) +
+                    " cannot be shared by " + std::to_string(place.size) +
+                    " processes; make it a multiple of " + std::to_string(place.size));
+  if (!place.leads()) set_console_verbosity(Verbosity::kQuiet);
+  if (config_.run.device != "cpu") take_own_gpu(place);
   device_ = choose_device(config_.run.device, "run.device");
   use_own_stream(device_);
   if (config_.run.num_threads > 0) at::set_num_threads(static_cast<int>(config_.run.num_threads));
-  folder_.emplace(config_.run, options_.fresh);
-  open_log_file(folder_->file("run.log"));
-  if (!folder_->moved_to().empty()) log_info("moved the earlier run to " + folder_->moved_to());
-  data_ = open_training_data(config_);
+  group_.emplace(place, device_);
+  if (leads()) open_run_folder();
+  open_data();
 
   for (at::Generator generator : generators())
     generator.set_current_seed(static_cast<uint64_t>(config_.run.seed));
@@ -130,12 +157,32 @@ void Trainer::Impl::open() {
   model_->train();
   const NamedTensors parameters = named_parameters(*model_);
   optimizer_.emplace(parameters, config_.optim);
+  if (!leads()) return;
   const int64_t needed = 3 * parameter_bytes(parameters);
   const int64_t free_bytes = free_disk_bytes(folder_->path());
   if (free_bytes >= 0 && free_bytes < needed) {
     log_warning(folder_->path() + ": " + format_mib(free_bytes) +
                 " free, but one checkpoint needs " + format_mib(needed) + ": saves will fail");
   }
+}
+
+void Trainer::Impl::open_run_folder() {
+  folder_.emplace(config_.run, options_.fresh);
+  open_log_file(folder_->file("run.log"));
+  if (!folder_->moved_to().empty()) log_info("moved the earlier run to " + folder_->moved_to());
+}
+
+/// Process 0 prepares data.text; the others then find it in the cache.
+void Trainer::Impl::open_data() {
+  if (!leads()) group_->barrier();
+  data_ = open_training_data(config_);
+  if (leads()) group_->barrier();
+  const std::string own = data_.train->fingerprint();
+  if (group_->any(own != group_->broadcast(own)))
+    throw Error(ExitCode::kData,
+                "the processes of this run do not read the same training data (this one has " +
+                    data_.train->fingerprint() +
+                    "); give all of them the same files and data settings");
 }
 
 /// torch's default generators of the CPU and, where the run is on one, of the GPU. Handles: what is set through them is
@@ -147,15 +194,23 @@ std::vector<at::Generator> Trainer::Impl::generators() const {
 }
 
 void Trainer::Impl::resume_or_start() {
-  const std::optional<std::string> checkpoint = choose_checkpoint(*folder_, config_);
-  if (checkpoint.has_value()) {
-    load(*checkpoint);
-    set_aside_later_checkpoints(*folder_, state_.step);
-  } else {
-    state_.data_fingerprint = data_.train->fingerprint();
-    if (folder_->held_run())
+  state_.data_fingerprint = data_.train->fingerprint();
+  if (leads()) {
+    const std::optional<std::string> checkpoint = choose_checkpoint(*folder_, config_);
+    if (checkpoint.has_value()) {
+      load(*checkpoint);
+      set_aside_later_checkpoints(*folder_, state_.step);
+    } else if (folder_->held_run()) {
       log_info("no checkpoint in " + folder_->path() + " yet: starting at step 0");
+    }
+    start_metrics(checkpoint.value_or(""));
   }
+  console_.emplace(options_.quiet || !leads() ? "off" : config_.log.console);
+  share_state();
+}
+
+/// Files of the run's course, cut to where it goes on. checkpoint: "" at a start.
+void Trainer::Impl::start_metrics(const std::string& checkpoint) {
   try {
     write_run_header(*folder_, config_, options_.command, models::count_parameters(config_.model));
     truncate_jsonl(folder_->file("metrics.jsonl"), state_.step);
@@ -165,14 +220,38 @@ void Trainer::Impl::resume_or_start() {
                 "run folder " + folder_->path() + ": cannot be written: " + error.what());
   }
   jsonl_.emplace(folder_->file("metrics.jsonl"));
-  jsonl_->write_event(checkpoint.has_value() ? "resume" : "start", state_.step,
-                      {{"checkpoint", checkpoint.value_or("")}, {"command", options_.command}});
-  if (config_.log.tensorboard && !finished()) {
-    tensorboard_.emplace(folder_->file("tensorboard"),
-                         checkpoint.has_value() ? state_.step + 1 : 0);
-  }
+  const bool resumed = !checkpoint.empty();
+  write_event(resumed ? "resume" : "start", state_.step,
+              {{"checkpoint", checkpoint}, {"command", options_.command}});
+  if (config_.log.tensorboard && !finished())
+    tensorboard_.emplace(folder_->file("tensorboard"), resumed ? state_.step + 1 : 0);
   samples_.emplace(config_, folder_->file("samples.jsonl"));
-  console_.emplace(options_.quiet ? "off" : config_.log.console);
+}
+
+/// Weights, optimizer and counters of process 0, which alone reads checkpoints, for all.
+void Trainer::Impl::share_state() {
+  if (group_->place().alone()) return;
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> tensors;
+  for (const auto& [name, tensor] : named_model_tensors(*model_)) tensors.push_back(tensor);
+  for (const auto& [name, tensor] : optimizer_->state()) tensors.push_back(tensor);
+  const at::Tensor counters = at::tensor(
+      {state_.step, state_.tokens, state_.samples_consumed, state_.skipped_updates}, at::kLong);
+  tensors.push_back(counters);
+  group_->broadcast(tensors);
+  const int64_t* numbers = counters.const_data_ptr<int64_t>();
+  state_.step = numbers[0], state_.tokens = numbers[1];
+  state_.samples_consumed = numbers[2], state_.skipped_updates = numbers[3];
+}
+
+/// With several processes the random numbers of a step are a function of the seed, the step and the process: a
+/// checkpoint need not hold a stream of each.
+void Trainer::Impl::seed_own_stream() {
+  const ProcessPlace& place = group_->place();
+  if (place.alone()) return;
+  const int64_t draw = state_.step * place.size + place.rank + 1;
+  const uint64_t seed = static_cast<uint64_t>(config_.run.seed) + 0x9E3779B97F4A7C15U * draw;
+  for (at::Generator generator : generators()) generator.set_current_seed(seed);
 }
 
 void Trainer::Impl::load(const std::string& folder) {
@@ -204,16 +283,22 @@ void Trainer::Impl::load(const std::string& folder) {
 void Trainer::Impl::announce() const {
   const double count = static_cast<double>(models::count_parameters(config_.model));
   log_info("run " + folder_->path() + " | " + format_count(count) + " parameters | " +
-           describe(device_) + " | " + config_.train.dtype);
+           describe(device_) +
+           (group_->place().alone()
+                ? ""
+                : " in each of " + std::to_string(group_->place().size) + " processes") +
+           " | " + config_.train.dtype);
   log_info("data " + describe_data(config_, data_, total_steps_) + " | " +
            std::to_string(total_steps_) + " steps of " + format_thousands(tokens_per_step()) +
            " tokens");
 }
 
 ExitCode Trainer::Impl::train() {
-  train_step_.emplace(*model_, *optimizer_, config_);
-  Prefetcher prefetcher(*data_.train, state_.samples_consumed, config_.train.global_batch_size,
-                        !device_.is_cpu());
+  const ProcessPlace& place = group_->place();
+  const int64_t global = config_.train.global_batch_size, share = global / place.size;
+  train_step_.emplace(*model_, *optimizer_, config_, &*group_);
+  Prefetcher prefetcher(*data_.train, state_.samples_consumed + place.rank * share, share,
+                        !device_.is_cpu(), global);
   while (!finished()) {
     one_step(prefetcher);                                           // 1 to 7
     if (due(config_.eval.every) && !finished()) evaluate_now();     // 8
@@ -221,7 +306,7 @@ ExitCode Trainer::Impl::train() {
     if (due(config_.ckpt.every) && !finished()) save();             // 10
     failpoint("trainer.step_end", state_.step);
     if (failpoint_at("trainer.raise_sigterm", state_.step)) std::raise(SIGTERM);
-    if (const char* signal = stop_requested()) return stop(signal);  // 11
+    if (const char* signal = stop_agreed()) return stop(signal);  // 11
   }
   save();  // before the final evaluation: nothing that comes now can lose the run
   evaluate_now();
@@ -233,11 +318,12 @@ void Trainer::Impl::one_step(Prefetcher& prefetcher) {
   timer_.begin_step();
   const std::unique_ptr<TrainBatch> batch = prefetcher.next();
   timer_.data_ready();
+  seed_own_stream();
   const auto result = train_step_->run(*batch, state_.step + 1, state_.samples_consumed);
   if (result && !result->finite) handle_non_finite(*result);
   ++state_.step;
-  state_.samples_consumed += batch->host.batch_size;
-  state_.tokens += batch->host.batch_size * batch->host.seq_len;
+  state_.samples_consumed += config_.train.global_batch_size;
+  state_.tokens += config_.train.global_batch_size * batch->host.seq_len;
   timer_.end_step();
   if (result) log_step(*result);
 }
@@ -257,13 +343,14 @@ void Trainer::Impl::handle_non_finite(const StepResult& result) {
       (result.bad_parameter.empty() ? "none alone" : result.bad_parameter) + ", samples " +
       std::to_string(result.first_sample) + " to " + std::to_string(result.last_sample);
   if (config_.train.nonfinite != "skip") {
-    jsonl_->write_event("nonfinite", result.step, {{"message", what}});
+    write_event("nonfinite", result.step, {{"message", what}});
     throw Error(ExitCode::kNonFinite,
                 what +
                     "; nothing was updated. Lower optim.learning_rate, lengthen "
                     "optim.warmup_steps, or skip such steps with train.nonfinite=skip");
   }
   ++state_.skipped_updates;
+  if (!leads()) return;
   log_warning(what + "; this update is skipped (" + std::to_string(state_.skipped_updates) +
               " so far)");
 }
@@ -300,8 +387,7 @@ void Trainer::Impl::log_step(const StepResult& result) {
                                    {"perf/data_ms", 1e3 * times.data_s}});
   }
   metrics.emplace_back("mem/peak_gib", peak_memory_gib(device_));
-  jsonl_->write_metrics(result.step, metrics);
-  if (tensorboard_) tensorboard_->write_metrics(result.step, metrics);
+  write_metrics(result.step, metrics);
   timer_.restart_means();
 }
 
@@ -313,49 +399,56 @@ void Trainer::Impl::evaluate_now() {
   const bool progress = console_->has_bar();
   if (progress) console_->finish();
   evaluation_ = evaluate(*model_, *data_.held_out, batch, config_.eval.batches,
-                         config_.train.dtype == "bfloat16", progress);
+                         config_.train.dtype == "bfloat16", progress, nullptr, &*group_);
   evaluated_step_ = state_.step;
-  Metrics metrics = {{"val/loss", evaluation_.loss}};
-  std::string line = "step " + std::to_string(state_.step) + " | held-out loss " +
-                     format("%.4f", evaluation_.loss);
-  if (evaluation_.last_error.has_value()) {
-    metrics.emplace_back("val/last_error", *evaluation_.last_error);
-    line += " (squared error) | at the last position " + format("%.4f", *evaluation_.last_error);
-  } else {
-    metrics.emplace_back("val/ppl", evaluation_.perplexity);
-    line += " | ppl " + format("%.2f", evaluation_.perplexity);
-  }
-  if (evaluation_.bits_per_byte > 0) {
-    metrics.emplace_back("val/bits_per_byte", evaluation_.bits_per_byte);
-    line += " | bits per byte " + format("%.4f", evaluation_.bits_per_byte);
-  }
-  if (evaluation_.accuracy.has_value()) {
-    metrics.emplace_back("val/accuracy", *evaluation_.accuracy);
-    metrics.emplace_back("val/scaled_accuracy", *evaluation_.scaled_accuracy);
-    line += " | accuracy " + format("%.4f", *evaluation_.accuracy) + ", scaled " +
-            format("%.4f", *evaluation_.scaled_accuracy);
-  }
-  log_info(line + " | " + format_count(static_cast<double>(evaluation_.tokens)) + " tokens");
-  jsonl_->write_metrics(state_.step, metrics);
-  if (tensorboard_) tensorboard_->write_metrics(state_.step, metrics);
+  log_info("step " + std::to_string(state_.step) + " | " + held_out_line(evaluation_));
+  write_metrics(state_.step, held_out_metrics(evaluation_));
 }
 
 void Trainer::Impl::write_samples() {
   settle();
-  samples_->write(*model_, state_.step);
+  if (samples_) samples_->write(*model_, state_.step);
 }
 
-/// Saves this step. A full disk or a lost file system is survived until it happened
-/// ckpt.max_failed_saves times in a row; the checkpoint of the last step must succeed.
+/// Saves this step, which process 0 does for all.
 void Trainer::Impl::save() {
   settle();
-  if (saved_step_ == state_.step) return;
+  if (!group_->any(saved_step_ != state_.step)) return;
+  check_weights();
+  if (!leads()) {
+    saved_step_ = state_.step;
+  } else if (saved_step_ != state_.step) {
+    write_checkpoint();
+  }
+}
+
+/// Of what is to be saved: finite, and the same in all processes.
+void Trainer::Impl::check_weights() {
   if (const std::string bad = first_non_finite(named_parameters(*model_)); !bad.empty()) {
     throw Error(ExitCode::kNonFinite,
                 "step " + std::to_string(state_.step) + ": parameter " + bad +
                     " is not finite after the update; no checkpoint of it is written. Lower "
                     "optim.learning_rate and run the same command again");
   }
+  if (group_->place().alone()) return;
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> sums;
+  for (const auto& [name, parameter] : named_parameters(*model_))
+    sums.push_back(parameter.sum(at::kDouble));
+  const double own = at::stack(sums).sum().item<double>();
+  const at::Tensor first = at::scalar_tensor(own, at::kDouble);
+  group_->broadcast({first});
+  if (group_->any(first.item<double>() != own))
+    throw Error(ExitCode::kPeer,
+                "step " + std::to_string(state_.step) +
+                    ": the processes' weights have come apart; no checkpoint of it "
+                    "is written. One of the GPUs or its links computes wrongly, or "
+                    "they are of different kinds; run the same command again");
+}
+
+/// A full disk or a lost file system is survived until it happened ckpt.max_failed_saves times in a row; the checkpoint
+/// of the last step must succeed.
+void Trainer::Impl::write_checkpoint() {
   const double start = monotonic_seconds();
   const auto random = generators();
   state_.rng_state = random[0].get_state();
@@ -377,8 +470,8 @@ void Trainer::Impl::save() {
                              " not saved: " + error.what() + " (about " +
                              format_mib(3 * parameter_bytes(named_parameters(*model_))) +
                              " needed, " + format_mib(free_disk_bytes(folder_->path())) + " free)";
-    jsonl_->write_metrics(state_.step, metrics);
-    const bool last = finished() || stop_requested() != nullptr;
+    write_metrics(state_.step, metrics);
+    const bool last = finished() || stopping_;
     if (last || failed_saves_in_a_row_ >= config_.ckpt.max_failed_saves) {
       throw Error(ExitCode::kCheckpoint,
                   what +
@@ -390,14 +483,31 @@ void Trainer::Impl::save() {
                 (saved_step_ >= 0 ? "that of step " + std::to_string(saved_step_) : "none yet"));
     return;
   }
-  jsonl_->write_metrics(state_.step, metrics);
-  if (tensorboard_) tensorboard_->write_metrics(state_.step, metrics);
+  write_metrics(state_.step, metrics);
+}
+
+void Trainer::Impl::write_event(const std::string& name, int64_t step,
+                                const std::vector<std::pair<std::string, std::string>>& fields) {
+  if (jsonl_) jsonl_->write_event(name, step, fields);
+}
+
+void Trainer::Impl::write_metrics(int64_t step, const Metrics& metrics) {
+  if (jsonl_) jsonl_->write_metrics(step, metrics);
+  if (tensorboard_) tensorboard_->write_metrics(step, metrics);
+}
+
+/// The signal that asked this process or another one to stop; null where none has. All stop after the same step.
+const char* Trainer::Impl::stop_agreed() {
+  const char* signal = stop_requested();
+  if (!group_->any(signal != nullptr)) return nullptr;
+  return signal != nullptr ? signal : "a signal to another process";
 }
 
 ExitCode Trainer::Impl::stop(const char* signal) {
   console_->finish();
+  stopping_ = true;
   save();
-  jsonl_->write_event("stop", state_.step, {{"signal", signal}});
+  write_event("stop", state_.step, {{"signal", signal}});
   log_info(std::string("stopped by ") + signal + " at step " + std::to_string(state_.step) +
            " of " + std::to_string(total_steps_) +
            ", everything is saved; to go on, run the same command again: " + options_.command);
@@ -406,25 +516,22 @@ ExitCode Trainer::Impl::stop(const char* signal) {
 
 ExitCode Trainer::Impl::finish() {
   console_->finish();
-  jsonl_->write_event("end", state_.step);
+  group_->barrier();  // none leaves while another one is still at work
+  write_event("end", state_.step);
+  if (leads()) print_result();
+  return ExitCode::kOk;
+}
+
+void Trainer::Impl::print_result() const {
   if (config_.log.plot) draw_loss_plot(folder_->path());
   log_info("run folder: " + folder_->path() + " | checkpoint of step " +
            std::to_string(saved_step_) + " in ckpt/");
   if (evaluated_step_ < 0) {
     print_line("final training loss: " +
                format("%.4f", last_value(folder_->file("metrics.jsonl"), "train/loss")));
-  } else if (evaluation_.last_error.has_value()) {
-    print_line("held-out squared error: " + format("%.4f", evaluation_.loss) +
-               ", at the last position " + format("%.4f", *evaluation_.last_error));
-  } else if (evaluation_.accuracy.has_value()) {
-    print_line("held-out accuracy: " + format("%.4f", *evaluation_.accuracy) + ", scaled " +
-               format("%.4f", *evaluation_.scaled_accuracy));
-  } else if (evaluation_.bits_per_byte > 0) {
-    print_line("held-out bits per byte: " + format("%.2f", evaluation_.bits_per_byte));
   } else {
-    print_line("held-out perplexity: " + format("%.2f", evaluation_.perplexity));
+    print_line(held_out_result(evaluation_));
   }
-  return ExitCode::kOk;
 }
 
 }  // namespace xlstm::train

@@ -1,0 +1,156 @@
+"""xlstm-train by several processes: the same run as one process, stopped and killed together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from test_train import PROGRAM, corpus, fingerprint, losses, records, setup, train  # noqa: F401
+
+pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="build/bin/xlstm-train is not built")
+
+TWO_MICRO_BATCHES = "train.micro_batch_size=2"  # of the 4 samples of a step: as two processes have them
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start(config, *arguments, size=2, own=None, failpoint=""):
+    """The processes as torchrun starts them; own: {rank: arguments of that process alone}."""
+    environment = {**os.environ, "XLSTM_PYTHON": sys.executable, "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
+                   "MASTER_PORT": str(free_port())}
+    environment.pop("XLSTM_FAILPOINT", None)
+    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    if failpoint:
+        environment["XLSTM_FAILPOINT"] = failpoint
+    return [subprocess.Popen([PROGRAM, config, *arguments, *(own or {}).get(rank, [])], text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(size)]
+
+
+def finish(processes):
+    """(exit status, standard output, standard error) of each."""
+    try:
+        return [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def together(*arguments, **options):
+    return finish(start(*arguments, **options))
+
+
+def wait_for_step(run, step):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run does not come that far")
+
+
+def test_two_processes_are_one_with_two_micro_batches(setup):  # noqa: F811
+    config, run = setup
+    done = train(config, TWO_MICRO_BATCHES, "run.name=alone")
+    assert done.returncode == 0, done.stderr
+    (out, err, status), (other_out, other_err, other_status) = together(config)
+    assert status == other_status == 0, err + other_err
+    assert other_out == other_err == ""  # one process speaks for all
+    assert "in each of 2 processes" in err and out.splitlines()[-1] == done.stdout.splitlines()[-1]
+    alone = run.parent / "alone"
+    assert losses(run) == losses(alone) and len(losses(run)) == 12
+    assert fingerprint(run, 12) == fingerprint(alone, 12)
+    held_out = [[r["val/loss"] for r in records(folder) if "val/loss" in r] for folder in (run, alone)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-12) and len(held_out[0]) == 3
+
+
+def test_four_processes_differ_by_rounding_alone(setup):  # noqa: F811
+    config, run = setup
+    assert train(config, "run.name=alone").returncode == 0
+    assert [status for _, _, status in together(config, size=4)] == [0] * 4
+    here, alone = ([float.fromhex(x) for x in losses(folder).values()] for folder in (run, run.parent / "alone"))
+    assert here == pytest.approx(alone, rel=1e-4)
+
+
+def test_torchrun(setup):  # noqa: F811
+    config, run = setup
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "--no-python", PROGRAM, config, "train.max_steps=3"], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "XLSTM_PYTHON": sys.executable})
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(run)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_stops_all_and_one_alone_goes_on(setup, rank):  # noqa: F811
+    config, run = setup
+    assert train(config, TWO_MICRO_BATCHES, "run.name=alone", "train.max_steps=400").returncode == 0
+    processes = start(config, "train.max_steps=400")
+    wait_for_step(run, 20)
+    processes[rank].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [status for _, _, status in ended] == [75, 75], ended
+    assert "everything is saved" in ended[0][1]
+    assert 20 <= max(losses(run)) < 400
+    done = train(config, TWO_MICRO_BATCHES, "train.max_steps=400")  # the number of processes may change
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(run.parent / "alone")
+    assert fingerprint(run, 400) == fingerprint(run.parent / "alone", 400)
+
+
+def test_dropout_goes_on_as_if_never_stopped(setup):  # noqa: F811
+    config, run = setup
+    options = ["model.dropout=0.2", "model.add_embedding_dropout=true"]
+    assert [status for _, _, status in together(config, *options)] == [0, 0]
+    options.append("run.name=stopped")
+    assert [status for _, _, status in together(config, *options, failpoint="trainer.raise_sigterm=6")] == [75, 75]
+    assert [status for _, _, status in together(config, *options)] == [0, 0]
+    assert losses(run.parent / "stopped") == losses(run)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_is_killed_the_other_ends_and_says_so(setup, rank):  # noqa: F811
+    config, run = setup
+    processes = start(config, "train.max_steps=100000")
+    wait_for_step(run, 8)
+    processes[rank].kill()
+    start_time = time.monotonic()
+    ended = finish(processes)
+    assert time.monotonic() - start_time < 10
+    assert ended[1 - rank][2] == 6, ended
+    assert f"process {1 - rank} of 2: another process failed" in ended[1 - rank][1]
+    done = together(config, "train.max_steps=20000", own={0: ["--quiet"]}, failpoint="trainer.raise_sigterm=12")
+    assert [status for _, _, status in done] == [75, 75]  # from the last checkpoint, once more
+
+
+def test_what_one_cannot_do_ends_all(setup, corpus, tmp_path):  # noqa: F811
+    config, run = setup
+    other = tmp_path / "other.txt"
+    other.write_text((corpus / "text.txt").read_text()[:-50])
+    ended = together(config, own={1: [f"data.text={other}"]})
+    assert [status for _, _, status in ended] == [3, 3] and "the same training data" in ended[1][1]
+    ended = together(config, "train.max_steps=5", failpoint="trainer.nan_grad=3")
+    assert [status for _, _, status in ended] == [5, 5]
+    ended = together(config, size=3)
+    assert [status for _, _, status in ended] == [2, 2, 2] and "multiple of 3" in ended[0][1]
+    run.rename(run.parent / "moved")
+    run.write_text("in the way")
+    ended = together(config)
+    assert [status for _, _, status in ended] == [4, 6]
+
+
+def test_an_environment_that_makes_no_sense(setup):  # noqa: F811
+    config, _ = setup
+    for variables, message in (({"WORLD_SIZE": "2"}, "RANK is not"), ({"WORLD_SIZE": "2", "RANK": "x"}, 'RANK is "x"'),
+                               ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "RANK is 2, but WORLD_SIZE is 2")):
+        done = subprocess.run([PROGRAM, config], capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "XLSTM_PYTHON": sys.executable, **variables})
+        assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -1,0 +1,57 @@
+#include "train/held_out.h"
+
+#include <cstdio>
+
+#include "train/log.h"
+
+namespace xlstm::train {
+namespace {
+
+std::string format(const char* pattern, double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, pattern, value);
+  return text;
+}
+
+}  // namespace
+
+std::string held_out_line(const EvaluationResult& result) {
+  std::string line = "held-out loss " + format("%.4f", result.loss);
+  line += result.last_error.has_value()
+              ? " (squared error) | at the last position " + format("%.4f", *result.last_error)
+              : " | ppl " + format("%.2f", result.perplexity);
+  if (result.bits_per_byte > 0) line += " | bits per byte " + format("%.4f", result.bits_per_byte);
+  if (result.accuracy.has_value())
+    line += " | accuracy " + format("%.4f", *result.accuracy) + ", scaled " +
+            format("%.4f", *result.scaled_accuracy);
+  return line + " | " + format_count(static_cast<double>(result.tokens)) + " tokens";
+}
+
+Metrics held_out_metrics(const EvaluationResult& result) {
+  Metrics metrics = {{"val/loss", result.loss}};
+  if (result.last_error.has_value()) {
+    metrics.emplace_back("val/last_error", *result.last_error);
+  } else {
+    metrics.emplace_back("val/ppl", result.perplexity);
+  }
+  if (result.bits_per_byte > 0) metrics.emplace_back("val/bits_per_byte", result.bits_per_byte);
+  if (result.accuracy.has_value()) {
+    metrics.emplace_back("val/accuracy", *result.accuracy);
+    metrics.emplace_back("val/scaled_accuracy", *result.scaled_accuracy);
+  }
+  return metrics;
+}
+
+std::string held_out_result(const EvaluationResult& result) {
+  if (result.last_error.has_value())
+    return "held-out squared error: " + format("%.4f", result.loss) + ", at the last position " +
+           format("%.4f", *result.last_error);
+  if (result.accuracy.has_value())
+    return "held-out accuracy: " + format("%.4f", *result.accuracy) + ", scaled " +
+           format("%.4f", *result.scaled_accuracy);
+  if (result.bits_per_byte > 0)
+    return "held-out bits per byte: " + format("%.2f", result.bits_per_byte);
+  return "held-out perplexity: " + format("%.2f", result.perplexity);
+}
+
+}  // namespace xlstm::train

@@ -1,0 +1,17 @@
+#pragma once
+// How a run tells what an evaluation of its held-out data found.
+#include <string>
+
+#include "train/evaluation.h"
+#include "train/metrics.h"
+
+namespace xlstm::train {
+
+/// "held-out loss 1.2345 | ppl 3.44 | bits per byte 1.7810 | 102.4k tokens", or what else the data is judged by.
+std::string held_out_line(const EvaluationResult& result);
+/// The same as val/... metrics.
+Metrics held_out_metrics(const EvaluationResult& result);
+/// The run's last line: "held-out bits per byte: 1.78", or its perplexity, accuracy or squared error.
+std::string held_out_result(const EvaluationResult& result);
+
+}  // namespace xlstm::train
