@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from sweep.description import DescriptionError, experiment_ids, load, load_all  # noqa: E402
-from sweep.estimate import MFU_PERCENT, PEAK_TFLOPS, Device, costs, estimate_text, parse_mfu  # noqa: E402
+from sweep.dry_run import dry_run_text, rows  # noqa: E402
+from sweep.estimate import MFU_PERCENT, PEAK_TFLOPS, Device, TrainedBefore, costs, estimate_text, parse_mfu  # noqa: E402
 from sweep.execution import ASKED_TO_STOP, Programs, Run, SweepError  # noqa: E402
 from sweep.launch import command_line, write_files  # noqa: E402
 from sweep.machine import visible_gpus  # noqa: E402
@@ -82,6 +83,8 @@ def add_what_is_no_sweep(parser):
     without.add_argument("--collect", action="store_true",
                          help="run nothing: table and figures of what has been measured so far")
     without.add_argument("--estimate", action="store_true", help="GPU time of all runs, from xlstm-train --describe")
+    without.add_argument("--dry-run", action="store_true",
+                         help="parameters, tokens, steps and memory of every model in every case, from xlstm-train --describe")
     without.add_argument("--print-jobs", action="store_true", help="the command of every run, to be started anywhere")
     without.add_argument("--launch", type=Path, metavar="DIR",
                          help="write a SLURM array and a script for a machine with several GPUs, one run per GPU")
@@ -200,9 +203,11 @@ def check(options, results):
 def run_job(options):
     """One run of a sweep, in its place in the sweep's folder."""
     experiment = loaded(options)[0][0]
-    job = next((job for job in experiment.jobs() if job.name == options.job), None)
+    job = next((job for job in experiment.jobs(elsewhere=True) if job.name == options.job), None)
     if job is None:
         raise DescriptionError(f"--job: {experiment.name} has no {options.job}; --print-jobs lists them")
+    if needs := experiment.needs_of(job.case, job.model):
+        raise DescriptionError(f"--job: {experiment.name}/{job.name} needs {needs}")
     programs = programs_of(options, jobs_of(options)[0])
     programs.check(experiment)
     folder = SweepFolder(options.out.resolve() / experiment.name)
@@ -221,15 +226,26 @@ def run_job(options):
 def estimate(options):
     device, programs = Device(options.peak_tflops, parse_mfu(options.mfu), options.step_ms), programs_of(options)
     print(f"{device}\n")
+    before = TrainedBefore()
     for experiment in loaded(options)[0]:
-        found = costs(experiment, programs, chosen_models(experiment, options.only)) if experiment.trains else []
-        print(estimate_text(experiment, found, device))
+        models = chosen_models(experiment, options.only)
+        found = costs(experiment, programs, models, elsewhere=True) if experiment.trains else []
+        print(estimate_text(experiment, found, device, before.add(experiment, models)))
+    return 0
+
+
+def dry_run(options):
+    """Weights: float32, with gradients and the optimizer's two numbers per weight where it trains."""
+    programs = programs_of(options)
+    print("weights GiB: with gradients and AdamW's moments, where it trains; activations GiB: of a micro batch; -: not known\n")
+    for experiment in loaded(options)[0]:
+        print(dry_run_text(experiment, rows(experiment, programs, chosen_models(experiment, options.only))))
     return 0
 
 
 def launch(options):
     experiment = loaded(options)[0][0]
-    jobs = experiment.jobs(chosen_models(experiment, options.only))
+    jobs = experiment.jobs(chosen_models(experiment, options.only), elsewhere=True)
     if not jobs:
         raise DescriptionError(f"{experiment.name}: none of its runs can be run; see `needs` in {experiment.source_file}")
     if options.print_jobs:
@@ -259,8 +275,8 @@ def main(arguments=None):
             return report(options)
         if options.id is None and not options.all:
             return list_experiments(options)
-        action = (estimate if options.estimate else launch if options.print_jobs or options.launch else
-                  run_job if options.job else run)
+        action = (estimate if options.estimate else dry_run if options.dry_run else
+                  launch if options.print_jobs or options.launch else run_job if options.job else run)
         return action(options)
     except (DescriptionError, SweepError) as error:
         print(f"reproduce: error: {error}", file=sys.stderr)

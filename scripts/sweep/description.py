@@ -1,10 +1,12 @@
 """Experiments: scripts/reproduce/<id>/experiment.yaml (full size) and mini.yaml (what differs in the miniature).
 
 Keys of a description:
-  title, source, about   texts of the report; `needs`: what the full size takes
+  title, source, about   texts of the report
+  needs, files, gpu      what it takes, a text. Where one of `files` (paths) is missing or, with `gpu: true`, no GPU is seen
+                         (CUDA_VISIBLE_DEVICES, nvidia-smi), nothing is run and the rows tell `needs`; "": neither counts
   base                   settings of xlstm-train that all runs share
   cases                  {name: {label, config, needs, files}}: tasks or sizes, each crossed with every model; one "all" if
-                         absent; `files`: a path, `needs` counts only where nothing is there
+                         absent; `files`: a path or several, `needs` counts only where one of them is missing
   models                 {name: {label, config, learning_rates, needs, cases}}; `needs`: why it cannot be run, a row without
                          numbers; `cases`: {case: {config, learning_rates, needs}}, the only cases it takes part in
   grid                   [{name: {label, config, learning_rates, needs}}, ...]: further cases, one for each combination of a
@@ -16,6 +18,7 @@ Keys of a description:
                          --json is measured as <name>.<metric>, within groups <name>.<group>.<metric>
   reach                  {name: {metric, at_least}}: first step whose held-out metric is that good, measured as <name>
   measure, better        the measure that decides (a held-out metric, accuracy, or one of the above); higher | lower
+  measure_at             a step: held-out metrics are those of the evaluation there, not of the last one
   columns                further measures of the table
   paper                  {case: {model: value of `measure`}}
   claims                 [{text, paper, expect, case, asserted}], see claims.py
@@ -36,12 +39,13 @@ import yaml
 from . import figures
 from .claims import ClaimError, evaluate, names
 from .execution import METRICS
+from .machine import visible_gpus
 
 FIRST_SHUFFLE_SEED = 1234
 HERE = "{here}"
 MERGED = ("base", "models", "cases")
 KEYS = {"title", "source", "about", "needs", "base", "cases", "grid", "models", "learning_rates", "seeds", "trains", "decay_to",
-        "evaluations", "reach", "measure", "better", "columns", "paper", "claims", "figures"}
+        "evaluations", "reach", "measure", "measure_at", "better", "columns", "paper", "claims", "figures", "files", "gpu"}
 PART_KEYS = {"label", "config", "needs", "files", "learning_rates"}
 PROGRAMS = ("xlstm-eval", "xlstm-bench")
 CLAIM_KEYS = {"text", "paper", "expect", "case", "asserted"}
@@ -168,7 +172,10 @@ class Experiment:
             if not content.get(key):
                 raise DescriptionError(f"{self.source_file}: {key} is missing")
         self.title, self.source = content["title"], content["source"]
-        self.about, self.needs = content.get("about", ""), content.get("needs", "")
+        self.about, self.needs = content.get("about", ""), content.get("needs") or ""
+        self.files, self.gpu = content.get("files"), content.get("gpu", False)
+        if (self.files or self.gpu) and content.get("needs") is None:
+            raise DescriptionError(f"{self.source_file}: files or gpu, but no needs to say what is missing without them")
         self.base = content["base"]
         self.cases = content.get("cases") or {"all": {}}
         self.models = content["models"]
@@ -177,6 +184,7 @@ class Experiment:
         self.evaluations = content.get("evaluations") or {}
         self.reach = content.get("reach") or {}
         self.measure, self.better = content["measure"], content.get("better", "higher")
+        self.measure_at = content.get("measure_at")
         self.columns = content.get("columns") or []
         self.paper, self.claims = content.get("paper") or {}, content.get("claims") or []
         self.figures = content.get("figures", {self.measure.replace(".", "_"): {"kind": "bars"}}) or {}
@@ -223,6 +231,8 @@ class Experiment:
         for measure in (self.measure, *self.columns):
             expect(self.is_measured(measure), f"nothing measures {measure}; expected {self._measures_text()}")
         self._check_jobs(expect)
+        if self.measure_at is not None:
+            self._check_measure_at(expect)
         for claim in self.claims:
             self._check_claim(claim, expect)
         for name, figure in self.figures.items():
@@ -244,6 +254,14 @@ class Experiment:
                 different = set()
             expect(isinstance(values, list) and 0 < len(different) == len(values),
                    f"{name}: expected a list of different numbers, got {values}")
+
+    def _check_measure_at(self, expect):
+        """It is a step of every run, and evaluated there."""
+        expect(self.trains and self.measure in METRICS, f"measure_at: {self.measure} is not measured while it trains")
+        for job in self.jobs(elsewhere=True):
+            every, steps = self.setting("eval.every", job.case, job.model), self.steps(job)
+            expect(every and 0 < self.measure_at <= steps and (self.measure_at == steps or self.measure_at % every == 0),
+                   f"measure_at: {job.case}.{job.model} is evaluated every {every} of {steps} steps, not at {self.measure_at}")
 
     def _check_claim(self, claim, expect):
         expect(isinstance(claim, dict) and {"text", "expect"} <= claim.keys(), "every claim needs text and expect")
@@ -286,13 +304,25 @@ class Experiment:
         return self.models[model].get("cases", {}).get(case, {})
 
     def needs_of(self, case, model, elsewhere=False):
-        """Why this pair cannot be run; empty if it can. elsewhere: where the files are that it reads."""
+        """Why this pair cannot be run; empty if it can. elsewhere: where there are a GPU and the files that it reads."""
         parts = (self._own(case, model), self.models[model], self.cases[case])
-        return next((part["needs"] for part in parts if part.get("needs") and not self._has_files(part, elsewhere)), "")
+        own = next((part["needs"] for part in parts if part.get("needs") and not self._has_files(part, elsewhere)), "")
+        return own or ("" if elsewhere else self._missing_here)
+
+    @functools.cached_property
+    def _missing_here(self):
+        """Why nothing of the experiment can be run on this machine; empty if it can."""
+        if self.needs and not self._all_there(self.files or []):
+            return self.needs
+        return f"{self.needs}; no GPU is seen here" if self.needs and self.gpu and not visible_gpus() else ""
 
     def _has_files(self, part, elsewhere):
         """Whether the files are there for want of which a part cannot be run."""
-        return bool(part.get("files")) and (elsewhere or Path(replace(part["files"], HERE, str(self.folder.resolve()))).exists())
+        return bool(part.get("files")) and (elsewhere or self._all_there(part["files"]))
+
+    def _all_there(self, files):
+        paths = replace(files if isinstance(files, list) else [files], HERE, str(self.folder.resolve()))
+        return all(Path(path).exists() for path in paths)
 
     def rates(self, case, model):
         parts = (self._own(case, model), self.models[model], self.cases[case])

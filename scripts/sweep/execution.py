@@ -109,9 +109,10 @@ def held_out(records):
     return series
 
 
-def last_evaluation(records):
-    """metric -> value of the last held-out evaluation, None where it is not finite; {} without one."""
-    last = next((record for record in reversed(records) if any(key.startswith("val/") for key in record)), {})
+def last_evaluation(records, at=None):
+    """metric -> value of the last held-out evaluation, or of that at a step; None where it is not finite; {} without one."""
+    last = next((record for record in reversed(records) if any(key.startswith("val/") for key in record)
+                 and at in (None, record["step"])), {})
     return {key.removeprefix("val/"): value if _finite(value) else None
             for key, value in last.items() if key.startswith("val/")}
 
@@ -127,8 +128,9 @@ def training_seconds(records):
 
 
 def measures_of(experiment, records):
-    """The last held-out metrics, and the first steps at which they were as good as the description asks."""
-    measures = {metric: value for metric, value in last_evaluation(records).items() if value is not None}
+    """The held-out metrics at the end or where the description has them read, and the first steps at which they were as good
+    as it asks."""
+    measures = {metric: value for metric, value in last_evaluation(records, experiment.measure_at).items() if value is not None}
     series = held_out(records)
     for name, goal in experiment.reach.items():
         steps = [s for s, value in series.get(goal["metric"], {}).items() if value >= goal["at_least"]]
@@ -152,6 +154,8 @@ def fingerprint(experiment, job):
     """Of all that a result depends on; the folder may be moved."""
     told = [RESULT_VERSION, yaml.safe_dump(experiment.settings(job, located=False)), experiment.evaluations,
             experiment.reach]
+    if experiment.measure_at is not None:
+        told.append(experiment.measure_at)
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -320,7 +324,7 @@ class Run:
             self.failure = self._describe_failure(status)
 
     def _ended_without_a_number(self):
-        last = last_evaluation(self.records())
+        last = last_evaluation(self.records(), self.experiment.measure_at)
         return None in (last.get("loss", 0), last.get(self.experiment.measure, 0))
 
     def _describe_failure(self, status):

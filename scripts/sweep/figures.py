@@ -13,7 +13,7 @@ A figure of a description, `figures: {name: {...}}`:
             parameters           of the model
             a.setting            value of a setting, as model.embedding_dim or data.seq_len
   series  what has a colour, or a row of a heatmap: models (default), cases or a.setting
-  panels  what has a plot of its own: cases, models or a.setting; absent: one plot
+  panels  what has a plot of its own: cases, models, a.setting or a list of these; absent: one plot
   models, cases   lists: these alone
   log     x, y or xy: logarithmic axes; title, x_label, y_label: texts
 Values are means over the seeds, whiskers their least and largest; crosses are the paper's values, where y is the measure
@@ -72,8 +72,9 @@ def problem(figure, experiment):
     if unknown := sorted(set(figure) - KEYS):
         return f"unknown key {unknown[0]}; expected {', '.join(sorted(KEYS))}"
     for key, words in WORDS.items():
-        if key in figure and figure[key] not in words and "." not in str(figure[key]):
-            return f"{key}: {figure[key]} is neither a setting nor one of {', '.join(words)}"
+        for what in _parts(figure[key]) if key in figure else ():
+            if what not in words and "." not in str(what) or what != figure[key] and key != "panels":
+                return f"{key}: {figure[key]} is neither a setting nor one of {', '.join(words)}"
     for key, known in (("models", experiment.models), ("cases", experiment.cases)):
         if unknown := [name for name in figure.get(key, []) if name not in known]:
             return f"{key}: there is no {unknown[0]}"
@@ -129,10 +130,17 @@ def _panel_and_series(figure, experiment, case, model):
     return [_coordinate(experiment, what, case, model) for what in (figure.get("panels"), series)]
 
 
+def _parts(panels):
+    return panels if isinstance(panels, list) else [panels]
+
+
 def _coordinate(experiment, what, case, model):
     """Label of a pair in a series, a panel or along an axis; None where the setting is not there."""
     if what is None:
         return ""
+    if isinstance(what, list):
+        labels = [_coordinate(experiment, part, case, model) for part in what]
+        return None if None in labels else ", ".join(labels)
     if what == "cases":
         return experiment.case_label(case)
     if what == "models":

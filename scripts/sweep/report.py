@@ -55,6 +55,8 @@ def notes(results):
         told.append(f"Means over seeds {seeds} at the best learning rate (in parentheses: least to largest)" if
                     len(experiment.seeds) > 1 else f"One seed, {seeds}, at the best learning rate")
         told[-1] += "; steps: of one run; cost: training time of all runs of a row."
+    if experiment.measure_at is not None:
+        told.append(f"Held-out metrics are those of step {experiment.measure_at:,}.")
     if left := [row for row in results.rows if not row.finished]:
         failed = sum(row.status == "failed" for row in left)
         told.append(f"{len(left)} of {len(results.rows)} runs are not finished"

@@ -73,7 +73,7 @@ class Results:
             read_curves(folder / "curves.csv", {row.job: row for row in rows})
         experiment.seeds = sorted({row.job.seed for row in rows}) or experiment.seeds
         there = {row.job.model for row in rows}
-        everything = {job.model for job in experiment.jobs()} <= there
+        everything = {job.model for job in experiment.jobs(elsewhere=True)} <= there
         return cls(experiment, rows, None if everything else sorted(there))
 
     def of(self, case, model):

@@ -14,9 +14,9 @@ EXPERIMENTS = ROOT / "scripts" / "reproduce"
 TRAINER = ROOT / "build" / "bin" / "xlstm-train"
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from sweep import description  # noqa: E402
-from sweep.description import DescriptionError, Experiment  # noqa: E402
-from sweep.estimate import describe  # noqa: E402
+from sweep import description, dry_run, execution  # noqa: E402
+from sweep.describe import describe  # noqa: E402
+from sweep.description import DescriptionError, Experiment, Job  # noqa: E402
 from sweep.execution import Programs, SweepError, reported  # noqa: E402
 from sweep.progress import Progress  # noqa: E402
 from sweep.report import table_text  # noqa: E402
@@ -55,29 +55,30 @@ DESCRIPTIONS = [(name, mini) for name in description.experiment_ids(EXPERIMENTS)
 needs_trainer = pytest.mark.skipif(not TRAINER.exists(), reason="build/bin/xlstm-train is not built")
 
 
-def one_job_each(experiment):
-    """{(case, model): its job of the first rate and seed}, of those too whose files are not here."""
-    jobs = {}
-    for job in experiment.jobs(elsewhere=True):
-        jobs.setdefault((job.case, job.model), job)
-    return jobs
-
-
 @functools.cache
-def described(name, mini):
-    """{(case, model): what the trainer tells of it}, from one process, which refuses what it would not train."""
+def dry_rows(name, mini):
+    """(experiment, its rows): the trainer is asked once for all tests, and refuses what it would not train."""
     experiment = description.load(EXPERIMENTS, name, mini)
-    jobs = one_job_each(experiment)
-    numbers = describe(TRAINER, {f"{case}.{model}": experiment.settings(job) for (case, model), job in jobs.items()})
-    return dict(zip(jobs, numbers, strict=True))
+    return experiment, dry_run.rows(experiment, Programs(TRAINER.parent, 1))
 
 
 @needs_trainer
 @pytest.mark.parametrize("name, mini", DESCRIPTIONS)
 def test_the_trainer_takes_a_job_of_every_case_and_model(name, mini):
-    experiment = description.load(EXPERIMENTS, name, mini)
-    steps = {pair: experiment.steps(job) for pair, job in one_job_each(experiment).items()}
-    assert steps and {pair: numbers["steps"] for pair, numbers in described(name, mini).items()} == steps
+    """Where a row cannot be run anywhere, it may have no numbers; files may be missing."""
+    experiment, rows = dry_rows(name, mini)
+    assert [(row.case, row.model) for row in rows] == [
+        (case, model) for case in experiment.cases for model in experiment.models_of(case)]
+    possible = [row for row in rows if not experiment.needs_of(row.case, row.model, elsewhere=True)]
+    assert possible and all(row.needs for row in rows if row not in possible)
+    for row in possible:
+        job = Job(row.case, row.model, 1.0, 0)
+        assert row.parameters > 0 and row.weights > 0 and (row.activations is None or row.activations > 0), row
+        if experiment.trains:
+            assert row.steps == experiment.steps(job) > 0, row
+            assert row.tokens == experiment.steps(job) * experiment.tokens_per_step(job) > 0, row
+        else:
+            assert row.steps is None and row.tokens is None
 
 
 @needs_trainer
@@ -97,9 +98,9 @@ def test_a_job_that_would_not_train_is_named(spoilt, message):
 @needs_trainer
 @pytest.mark.parametrize("experiment", sorted(PAPER_SIZES))
 def test_full_size_models_have_the_papers_parameter_counts(experiment):
-    found = described(experiment, False)
-    for (case, model), numbers in found.items():
-        millions = numbers["parameters"] / 1e6
+    found = {(row.case, row.model): row.parameters for row in dry_rows(experiment, False)[1]}
+    for (case, model), parameters in found.items():
+        millions = parameters / 1e6
         size = PAPER_SIZES[experiment].get(case, {}).get(model, millions)
         near = 0.5 if isinstance(size, int) else 0.1
         assert abs(millions - size) <= near, f"{case} {model}: {millions} M, expected {size} M"
@@ -127,6 +128,66 @@ def test_a_model_with_cases_takes_part_in_those_alone(tmp_path):
         ("small", "a", 0.1), ("large", "a", 0.1), ("large", "b", 0.3)]
     assert experiment.settings(experiment.jobs()[2])["model"] == {"num_blocks": 3}
     assert experiment.models_of("small") == ["a", "c"] and experiment.needs_of("small", "c") == "time"
+
+
+def test_what_an_experiment_needs(tmp_path, monkeypatch):
+    """Files and a GPU: nothing is run without them, but counted elsewhere; a miniature that needs nothing has none."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    needy = {"needs": "text and a GPU", "files": [str(tmp_path / "a"), "{here}/b"], "gpu": True,
+             "models": {"a": {}, "b": {"needs": "time"}}}
+    folder = tmp_path / "toy"
+    assert toy(tmp_path, **needy).needs_of("all", "b") == "time"
+    for name in ("a", "toy/b"):
+        experiment = Experiment(folder)
+        assert experiment.needs_of("all", "a") == "text and a GPU" and experiment.jobs() == []
+        assert [job.model for job in experiment.jobs(elsewhere=True)] == ["a"]
+        (tmp_path / name).touch()
+    assert Experiment(folder).needs_of("all", "a") == "text and a GPU; no GPU is seen here"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert Experiment(folder).needs_of("all", "a") == "" and len(Experiment(folder).jobs()) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (folder / "mini.yaml").write_text('needs: ""')
+    assert [job.model for job in Experiment(folder, mini=True).jobs()] == ["a"]
+
+
+def test_full_sizes_of_language_models_need_files_and_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    without = {name for name in PAPER_SIZES if not description.load(EXPERIMENTS, name).jobs()}
+    assert without == set(PAPER_SIZES) - {"generation"}
+    for text in ("slimpajama", "wikitext103"):
+        (tmp_path / "data" / text).mkdir(parents=True)
+        for part in ("train", "validation", "test"):
+            (tmp_path / "data" / text / f"{part}.bin").touch()
+    (tmp_path / "data" / "gpt2").mkdir()
+    assert all(description.load(EXPERIMENTS, name).jobs() for name in PAPER_SIZES)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not any(description.load(EXPERIMENTS, name).jobs() for name in PAPER_SIZES)
+    assert all(description.load(EXPERIMENTS, name, mini=True).jobs() for name in description.experiment_ids(EXPERIMENTS))
+
+
+def measured_at(step, every=5, steps=10):
+    return {"base": {"train": {"max_steps": steps}, "eval": {"every": every}}, "measure_at": step}
+
+
+def test_metrics_are_read_at_the_step_that_the_description_tells(tmp_path):
+    experiment = toy(tmp_path, **measured_at(5))
+    records = [{"step": 5, "val/loss": 3.0, "val/ppl": 20.1}, {"step": 6, "train/loss": 1.0}, {"step": 10, "val/ppl": 7.4}]
+    assert execution.measures_of(experiment, records) == {"loss": 3.0, "ppl": 20.1}
+    assert execution.measures_of(experiment, records[1:]) == {}
+    job = experiment.jobs()[0]
+    others = [Experiment(write(tmp_path / name, base=experiment.base, models={"a": {}}, learning_rates=[0.1], measure="ppl",
+                               **content)) for name, content in (("last", {}), ("end", {"measure_at": 10}))]
+    assert execution.measures_of(others[0], records) == {"ppl": 7.4}
+    assert len({execution.fingerprint(each, job) for each in (experiment, *others)}) == 3
+    assert "Held-out metrics are those of step 5." in table_text(Results(experiment, []))
+
+
+def test_tables_1_2_and_8_are_read_after_an_epoch():
+    """At 28,170 steps of 256 sequences, as the paper's, and the miniatures at their end."""
+    for name in ("slimpajama15b", "ablation_architecture", "ablation_gating", "ablation_block"):
+        assert description.load(EXPERIMENTS, name).measure_at == 28_170
+    assert not any(description.load(EXPERIMENTS, name, mini).measure_at for name, mini in DESCRIPTIONS if mini)
 
 
 def test_the_last_rate_follows_the_first_and_here_is_the_descriptions_folder(tmp_path):
@@ -157,6 +218,11 @@ def test_a_miniature_without_a_case_has_no_model_in_it(tmp_path):
     ({"trains": False, "evaluations": {"e": {"seq_len": 8}}}, "xlstm-eval needs a trained model"),
     ({"trains": False}, "evaluations is missing"),
     ({"claims": [{"text": "t", "expect": "b.ppl < 1"}]}, "claim t: there is no model"),
+    ({"files": ["x"]}, "files or gpu, but no needs"),
+    ({"gpu": True}, "files or gpu, but no needs"),
+    (measured_at(7), "measure_at: all.a is evaluated every 5 of 10 steps, not at 7"),
+    (measured_at(15), "evaluated every 5 of 10 steps, not at 15"),
+    ({**measured_at(5), "evaluations": {"e": {}}, "measure": "e.ppl"}, "measure_at: e.ppl is not measured while it trains"),
 ])
 def test_descriptions_that_do_not_fit_are_refused(content, message, tmp_path):
     with pytest.raises(DescriptionError, match=message):

@@ -47,6 +47,46 @@ def test_estimate_of_a_choice_and_of_all(toy):
     assert done.returncode == 0 and "toy: 8 runs" in done.stdout and "other: 8 runs" in done.stdout
 
 
+def test_the_estimate_says_what_was_never_measured_and_what_is_counted_twice(toy):
+    edit(toy, "model: {kind: a, skill: 1.0}", "model: {kind: xlstm, skill: 1.0}")
+    (toy / "experiments" / "other").mkdir()
+    (toy / "experiments" / "other" / "experiment.yaml").write_text(
+        (toy / "experiments" / "toy" / "experiment.yaml").read_text().replace("skill: 0.5", "skill: 0.4"))
+    other, toys = reproduce(toy, "--all", "--estimate").stdout.split("\ntoy: ")
+    assert "15.4 % were measured at one model, xLSTM[1:0]" in other and "utilisation never measured: bad\n" in toys
+    assert "4 of these runs are runs of other, but each experiment trains its own" in toys and "of these runs" not in other
+    assert "never measured" not in reproduce(toy, "toy", "--estimate", "--mfu", "20,bad=3").stdout
+    edit(toy, "kind: xlstm, skill: 1.0", "kind: xlstm, slstm_at: [0], skill: 1.0")
+    assert "utilisation never measured: Good, bad\n" in reproduce(toy, "toy", "--estimate").stdout
+
+
+def test_dry_run(toy):
+    done = reproduce(toy, "toy", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "all good 0.00 M 0.00 M 10 3 2 5".split() in lines_of(done.stdout)
+    assert "all bad 0.00 M 0.00 M 10 5 - -".split() in lines_of(done.stdout)  # of other activations nothing is known
+    assert "all later - - - - - - (1)".split() in lines_of(done.stdout)  # a description without a model
+    assert "(1) not run here: needs a larger machine" in done.stdout and not (toy / "out").exists()
+    edit(toy, "title: Toy", "title: Toy\nneeds: a text\nfiles: nowhere/text.bin")
+    edit(toy, "later: {", "later: {config: {model: {kind: a, skill: 1.0}}, ")
+    done = reproduce(toy, "--all", "--dry-run")
+    assert done.returncode == 0 and "toy: 3 rows" in done.stdout
+    assert "all good 0.00 M 0.00 M 10 3 2 5 (1)".split() in lines_of(done.stdout)
+    assert "all later 0.00 M 0.00 M 10 3 2 5 (2)".split() in lines_of(done.stdout)
+    assert "(1) not run here: needs a text" in done.stdout
+
+
+def test_without_its_files_an_experiment_is_not_run_but_counted(toy):
+    edit(toy, "title: Toy", "title: Toy\nneeds: a text\nfiles: nowhere/text.bin")
+    done = reproduce(toy, "toy")
+    assert done.returncode == 0 and done.stdout.count("not run: needs a text") == 2 and "failed" not in done.stderr
+    assert not (toy / "out" / "toy" / "all").exists()
+    assert "toy: 8 runs" in reproduce(toy, "toy", "--estimate").stdout
+    assert len(reproduce(toy, "toy", "--print-jobs").stdout.splitlines()) == 8 and launch_files(toy).exists()
+    done = reproduce(toy, "toy", "--job", RUNS[0])
+    assert done.returncode == 2 and f"toy/{RUNS[0]} needs a text" in done.stderr
+
+
 def test_utilisation_and_times():
     assert parse_mfu("")[None] == 15.4 and parse_mfu("20,a=3") == {None: 20, "a": 3}
     for text in ("x", "0", "a=101", "a="):

@@ -36,7 +36,7 @@ ABLATIONS = ["ablation_architecture", "ablation_block", "ablation_gating"]
 def settings(experiment):
     """{(case, model): settings} of the only run of each."""
     full = description.load(ROOT / "scripts" / "reproduce", experiment)
-    jobs = full.jobs()
+    jobs = full.jobs(elsewhere=True)
     assert len({(job.case, job.model) for job in jobs}) == len(jobs)
     return {(job.case, job.model): full.settings(job) for job in jobs}
 

@@ -35,6 +35,7 @@ DESCRIPTION = {
                {"text": "Others", "case": "t64_d32", "expect": "later.accuracy > 0"}],
     "figures": {
         "width": {"kind": "lines", "x": "model.embedding_dim", "panels": "data.seq_len", "log": "x", "title": "Recall"},
+        "both": {"kind": "bars", "x": "models", "series": "models", "panels": ["data.seq_len", "model.embedding_dim"]},
         "rates": {"kind": "lines", "x": "learning_rate", "panels": "cases", "log": "x"},
         "lengths": {"kind": "lines", "x": "evaluation.seq_len", "y": "ppl", "cases": ["t64_d32"]},
         "courses": {"kind": "lines", "x": "tokens", "y": "loss", "cases": ["t64_d32"]},
@@ -94,6 +95,13 @@ def test_lines_along_a_setting_and_the_papers_values(results):
     assert xlstm.points[0].high - xlstm.points[0].low == pytest.approx(0.001)  # of the seeds
 
 
+def test_a_panel_for_each_combination_of_settings(results):
+    figure = resolved(results, "both")
+    assert [panel.label for panel in figure.panels] == [
+        f"seq len {t}, embedding dim {d}" for t in (64, 128) for d in (32, 64)]
+    assert series(figure, 1)["llama"] == [("llama", pytest.approx(0.5 - 1 / 64 - 0.0005))]
+
+
 def test_every_learning_rate(results):
     figure = resolved(results, "rates")
     assert len(figure.panels) == 4
@@ -131,6 +139,8 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     ({"kind": "pie"}, "kind is one of bars, heatmap, lines"),
     ({"kind": "bars", "why": 1}, "unknown key why"),
     ({"kind": "bars", "x": "sizes"}, "x: sizes is neither a setting nor one of"),
+    ({"kind": "bars", "panels": ["data.seq_len", "sizes"]}, "neither a setting nor one of models, cases"),
+    ({"kind": "bars", "series": ["data.seq_len"]}, "series: ['data.seq_len'] is neither a setting nor one of"),
     ({"kind": "bars", "models": ["gpt"]}, "there is no gpt"),
     ({"kind": "lines", "x": "cases"}, "lines want numbers along x"),
     ({"kind": "lines", "x": "model.kind", "panels": "cases"}, "lines want numbers along x, model.kind is xlstm"),

@@ -64,12 +64,15 @@ def steps_so_far(folder):
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("*/*/*/metrics.jsonl"))
 
 
-def kill_at_random_moments(start, sweep, moments, rest, seed):
-    """SIGKILL to the process group of the command `start`, each time a little after another random number of steps, and after
-    one step at least that this start made."""
+def kill_at_random_moments(start, sweep, moments, rest):
+    """SIGKILL to the process group of the command `start`, each time a little after another random number of steps below `rest`,
+    one from each of as many equal parts, and after one step at least that this start made. XLSTM_FAULT_SEED replays the
+    moments of an earlier test."""
+    seed = int(os.environ.get("XLSTM_FAULT_SEED", random.SystemRandom().randrange(1 << 32)))
+    print(f"XLSTM_FAULT_SEED={seed}")
     chance = random.Random(seed)
-    for threshold in sorted(chance.sample(range(1, rest), moments)):
-        threshold = max(threshold, steps_so_far(sweep) + 1)
+    for part in range(moments):
+        threshold = max(round(rest * (part + chance.random()) / moments), steps_so_far(sweep) + 1)
         process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         while steps_so_far(sweep) < threshold and process.poll() is None:
             time.sleep(0.002)
@@ -83,10 +86,17 @@ def without_times(path):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(open(path))]
 
 
+def table_without_cost(path):
+    """Of the models' table, which has that column last."""
+    lines = path.read_text().splitlines()
+    assert any(line.endswith("| steps | cost |") for line in lines)
+    return [line.rsplit("|", 2)[0] if line.startswith("|") else line for line in lines]
+
+
 def test_a_sweep_killed_at_ten_random_moments_has_the_same_results(toy):
     assert reproduce(toy, "toy", out="whole").returncode == 0
     set_trainer(toy, 0.03)
-    kill_at_random_moments(command(toy, "toy", "--resume", "--jobs", "2"), toy / "out" / "toy", 10, 8 * 10 - 2, seed=1)
+    kill_at_random_moments(command(toy, "toy", "--resume", "--jobs", "2"), toy / "out" / "toy", 10, 60)
     assert reproduce(toy, "toy", "--resume", "--jobs", "2").returncode == 0
     whole, killed = (without_times(toy / out / "toy" / "results.csv") for out in ("whole", "out"))
     assert killed == whole and len(killed) == 8
@@ -218,7 +228,7 @@ def test_what_a_running_sweep_has_measured(toy):
 
 
 @pytest.mark.skipif(not (ROOT / "build/bin/xlstm-train").exists(), reason="build/bin/xlstm-train is not built")
-def test_a_real_sweep_killed_at_random_moments_has_the_same_results(tmp_path):
+def test_a_real_sweep_killed_at_ten_random_moments_has_the_same_results(tmp_path):
     folder = tmp_path / "experiments" / "tiny"
     folder.mkdir(parents=True)
     (folder / "experiment.yaml").write_text("""
@@ -227,28 +237,34 @@ source: test
 base:
   model: {vocab_size: 3, embedding_dim: 8, num_blocks: 1, num_heads: 1}
   data: {seq_len: 12, task: {name: parity, eval_min_len: 8, eval_len: 16, eval_samples: 32}}
-  train: {global_batch_size: 4, max_steps: 40}
+  train: {global_batch_size: 4, max_steps: 120}
   optim: {warmup_steps: 2}
-  ckpt: {every: 10, keep_last: 1}
-  eval: {every: 10}
+  ckpt: {every: 30, keep_last: 1}
+  eval: {every: 30}
   log: {every: 1, console: plain, tensorboard: false, plot: false}
 models: {lstm: {config: {model: {kind: lstm}}}, xlstm: {}}
 learning_rates: [1.0e-2]
+seeds: [0, 1, 2]
+reach: {steps_to_0: {metric: accuracy, at_least: 0.0}}
 evaluations: {longer: {seq_len: 20, min_len: 20}}
 measure: loss
 better: lower
+columns: [longer.loss, steps_to_0]
 figures: {}
 """)
 
     def sweep(out):
         return [sys.executable, str(SCRIPT), "tiny", "--experiments", str(folder.parent), "--out", str(tmp_path / out),
-                "--resume"]
+                "--resume", "--jobs", "2"]
 
-    kill_at_random_moments(sweep("killed"), tmp_path / "killed" / "tiny", 2, 76, seed=2)
+    kill_at_random_moments(sweep("killed"), tmp_path / "killed" / "tiny", 10, 4 * 120)
     for out in ("killed", "whole"):
         done = subprocess.run(sweep(out), capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
     killed, whole = (without_times(tmp_path / out / "tiny" / "results.csv") for out in ("killed", "whole"))
-    assert killed == whole and all(row["status"] == "done" and row["longer.loss"] for row in killed)
+    assert killed == whole and len(killed) == 6
+    assert all(row["status"] == "done" and row["longer.loss"] for row in killed)
+    killed, whole = (table_without_cost(tmp_path / out / "tiny" / "table.md") for out in ("killed", "whole"))
+    assert killed == whole
     curves = [(tmp_path / out / "tiny" / "curves.csv").read_text() for out in ("killed", "whole")]
-    assert curves[0] == curves[1] and len(curves[0].splitlines()) == 1 + 2 * 4
+    assert curves[0] == curves[1] and len(curves[0].splitlines()) == 1 + 6 * 4
