@@ -52,6 +52,8 @@ def parse(arguments):
     sweep.add_argument("--jobs", type=positive, metavar="N",
                        help="runs at once, which share the cores and take the GPUs in turn (1; with --mini one per GPU, "
                             "without any one per core); where speed is measured, 1")
+    sweep.add_argument("--processes", type=positive, default=1, metavar="N",
+                       help="that train one run together, a GPU each where there are any; torchrun starts them (1)")
     places = parser.add_argument_group("places")
     places.add_argument("--bin", type=Path, default=ROOT / "build" / "bin", metavar="DIR", help="folder of xlstm-train")
     places.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="folder of the sweeps")
@@ -87,7 +89,7 @@ def add_what_is_no_sweep(parser):
                          help="parameters, tokens, steps and memory of every model in every case, from xlstm-train --describe")
     without.add_argument("--print-jobs", action="store_true", help="the command of every run, to be started anywhere")
     without.add_argument("--launch", type=Path, metavar="DIR",
-                         help="write a SLURM array and a script for a machine with several GPUs, one run per GPU")
+                         help="write a SLURM array and a script for a machine with several GPUs, --processes GPUs per run")
     without.add_argument("--job", metavar="NAME", help="one run alone, beside others in the same folder; makes no table")
     without.add_argument("--report", type=Path, nargs="+", metavar="FOLDER",
                          help="make report.html anew from folders with results.csv, or from folders of such folders")
@@ -122,14 +124,14 @@ def loaded(options):
 def jobs_of(options):
     """How many runs go at once, and the GPUs they are dealt to."""
     cores = len(os.sched_getaffinity(0))
-    if options.job or options.jobs == 1 or not (options.jobs or options.mini):
+    if options.job or options.jobs == 1 or options.processes > 1 or not (options.jobs or options.mini):
         return options.jobs or 1, []
     gpus = visible_gpus()
     return options.jobs or len(gpus) or cores, gpus
 
 
 def programs_of(options, jobs=1):
-    return Programs(options.bin, max(1, len(os.sched_getaffinity(0)) // jobs))
+    return Programs(options.bin, max(1, len(os.sched_getaffinity(0)) // (jobs * options.processes)), options.processes)
 
 
 def prepare(options, experiments, jobs):

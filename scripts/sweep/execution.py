@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from . import machine
 
 RESULT_VERSION = 1
 DIVERGED = 5  # xlstm-train: a loss or gradient is not finite
+NEIGHBOUR_FAILED = 6  # xlstm-train: another of its processes ended
 ASKED_TO_STOP = 75  # a program, and reproduce.py: the next start goes on
 PR_SET_PDEATHSIG = 1
 DYING_SECONDS = 30
@@ -159,12 +161,25 @@ def fingerprint(experiment, job):
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
+def trainer_status(status, log):
+    """What the trainer ended with where torchrun, which has a status of its own, tells those of the processes: the first that
+    is not that of one whose neighbour failed."""
+    told = [int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", log)] if status != 0 else []
+    return next((code for code in told if code not in (0, NEIGHBOUR_FAILED)), status)
+
+
 class Programs:
-    def __init__(self, folder, threads):
-        self.folder, self.threads = Path(folder), threads
+    def __init__(self, folder, threads, processes=1):
+        self.folder, self.threads, self.processes = Path(folder), threads, processes
 
     def path(self, name):
         return self.folder / name
+
+    def trainer(self):
+        """The command that trains, by as many processes as wanted."""
+        started = [] if self.processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                  "--nproc-per-node", str(self.processes), "--no-python"]
+        return [*started, str(self.path("xlstm-train"))]
 
     def check(self, experiment):
         names = {options.get("program", "xlstm-eval") for options in experiment.evaluations.values()}
@@ -236,7 +251,7 @@ class Run:
         return 0
 
     def _train_command(self):
-        return [str(self.programs.path("xlstm-train")), str(self.config), f"run.num_threads={self.programs.threads}"]
+        return [*self.programs.trainer(), str(self.config), f"run.num_threads={self.programs.threads}"]
 
     def _evaluation_path(self, name):
         return self.folder / f"evaluation-{name}.json"
@@ -315,6 +330,8 @@ class Run:
             self._attempt(functools.partial(self._ended, status))
 
     def _ended(self, status):
+        if self.stage == "train" and self.programs.processes > 1:
+            status = trainer_status(status, self.log.read_text(encoding="utf-8", errors="replace"))
         if self.stage == "train" and (status == DIVERGED or status == 0 and self._ended_without_a_number()):
             self.diverged = True
             self._finish()

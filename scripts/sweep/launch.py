@@ -1,9 +1,9 @@
 """Files that start the runs of an experiment elsewhere: a SLURM array and a script for one machine with several GPUs.
 
-xlstm-train is one process on one GPU: there is no data, tensor or pipeline parallelism and nothing for torchrun to start. A
-model must fit one GPU (micro batches and model.activation_checkpointing save memory), and a job takes as long as it takes
-there; what runs side by side are the jobs of the sweep. Both scripts start `reproduce.py ID --job NAME`, which goes on where
-that job was left; --collect makes the table at the end.
+A job takes as many GPUs of one machine as --processes says, and torchrun starts a process of xlstm-train on each: every one
+holds the whole model (micro batches and model.activation_checkpointing save memory) and takes a share of each batch. Jobs
+run side by side. Both scripts start `reproduce.py ID --job NAME`, which goes on where that job was left; --collect makes the
+table at the end.
 """
 
 import shlex
@@ -12,7 +12,7 @@ from .execution import write_atomically
 
 ARRAY_LIMIT = 1000  # tasks; SLURM's default MaxArraySize is 1001
 
-HEADER = """# {count} jobs of {name}, listed in jobs.txt; a GPU each: xlstm-train is one process on one GPU. Start:
+HEADER = """# {count} jobs of {name}, listed in jobs.txt, with {processes} GPU(s) each. Start:
 #   {start}
 # Start it again to go on: finished jobs are skipped, others go on from their newest checkpoint. Table:
 #   {collect}
@@ -20,9 +20,9 @@ HEADER = """# {count} jobs of {name}, listed in jobs.txt; a GPU each: xlstm-trai
 SLURM = """#!/usr/bin/env bash
 {header}{parts}#SBATCH --job-name={name}
 #SBATCH --array=1-{array}
-#SBATCH --gres=gpu:1
-#SBATCH --cpus-per-task=8
-#SBATCH --mem=64G
+#SBATCH --gres=gpu:{processes}
+#SBATCH --cpus-per-task={cpus}
+#SBATCH --mem={memory}G
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --signal=TERM@300
@@ -39,8 +39,10 @@ exit $status
 LOCAL = """#!/usr/bin/env bash
 {header}set -uo pipefail
 cd {root} || exit 2
-read -ra gpus <<<"${{GPUS:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ' ')}}"
-[ ${{#gpus[@]}} -gt 0 ] || {{ echo "no GPU found: GPUS=\"0 1\" names them" >&2; exit 2; }}
+read -ra all <<<"${{GPUS:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ' ')}}"
+gpus=()  # {processes} for each job, joined by commas
+for ((i = 0; i + {processes} <= ${{#all[@]}}; i += {processes})); do gpus+=("$(IFS=,; echo "${{all[*]:i:{processes}}}")"); done
+[ ${{#gpus[@]}} -gt 0 ] || {{ echo "fewer than {processes} GPU(s) found: GPUS=\"0 1\" names them" >&2; exit 2; }}
 mapfile -t jobs <{jobs}
 taken=$(mktemp -d)
 trap 'rm -rf "$taken"' EXIT
@@ -49,7 +51,7 @@ trap 'touch "$taken/stop"; kill -TERM "${{workers[@]}}" 2>/dev/null' INT TERM
 # A wait that a signal ends comes back early.
 wait_for() {{ local status; wait "$1"; status=$?; while kill -0 "$1" 2>/dev/null; do sleep 0.2; done; return $status; }}
 
-worker() {{  # GPU: takes the next job that none has taken
+worker() {{  # GPUs: takes the next job that none has taken
   local failed=0 i child=
   trap 'if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; fi' TERM
   for i in "${{!jobs[@]}}"; do
@@ -79,6 +81,7 @@ def command_line(options, script, python, *more):
     parts += ["--mini"] if options.mini else []
     parts += ["--seeds", str(options.seeds)] if options.seeds else []
     parts += ["--only", options.only] if options.only else []
+    parts += ["--processes", str(options.processes)] if options.processes > 1 else []
     for name in ("bin", "out", "experiments"):
         parts += [f"--{name}", str(getattr(options, name).resolve())]
     return shlex.join(map(str, [*parts, *more]))
@@ -90,7 +93,8 @@ def write_files(folder, experiment, jobs, options, script, python):
     files = {name: folder.resolve() / name for name in ("jobs.txt", "array.sbatch", "local.sh")}
     told = {"name": experiment.name, "count": len(jobs), "root": shlex.quote(str(script.parents[1])),
             "collect": command_line(options, script, python, "--collect"), "jobs": shlex.quote(str(files["jobs.txt"])),
-            "command": command_line(options, script, python), "array": min(len(jobs), ARRAY_LIMIT), "parts": ""}
+            "command": command_line(options, script, python), "array": min(len(jobs), ARRAY_LIMIT), "parts": "",
+            "processes": options.processes, "cpus": 8 * options.processes, "memory": 64 * options.processes}
     local, array = (shlex.quote(str(files[name])) for name in ("local.sh", "array.sbatch"))
     for offset in range(ARRAY_LIMIT, len(jobs), ARRAY_LIMIT):
         told["parts"] += f"#   OFFSET={offset} sbatch --array=1-{min(len(jobs) - offset, ARRAY_LIMIT)} {array}\n"

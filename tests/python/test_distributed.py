@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_train import PROGRAM, corpus, fingerprint, losses, records, setup, train  # noqa: F401
+from test_train import PROGRAM, ROOT, corpus, fingerprint, losses, records, setup, train  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="build/bin/xlstm-train is not built")
 
@@ -87,6 +87,37 @@ def test_torchrun(setup):  # noqa: F811
                           env={**os.environ, "XLSTM_PYTHON": sys.executable})
     assert done.returncode == 0, done.stderr
     assert sorted(losses(run)) == [1, 2, 3]
+
+
+EXPERIMENT = """
+title: Two processes
+source: nowhere
+base:
+  model: {{vocab_size: 256, embedding_dim: 16, num_blocks: 1, num_heads: 1}}
+  data: {{text: {text}, cache_dir: {cache}, seq_len: 16}}
+  train: {{global_batch_size: 4, max_steps: 4}}
+  optim: {{warmup_steps: 0, min_lr: 0}}
+  eval: {{batches: 2}}
+models: {{xlstm: {{}}}}
+learning_rates: [0.01]
+measure: loss
+better: lower
+"""
+
+
+def test_a_sweep_whose_runs_have_two_processes(tmp_path, corpus):  # noqa: F811
+    folder = tmp_path / "experiments" / "two"
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text(EXPERIMENT.format(text=corpus / "text.txt", cache=corpus / "cache"))
+    command = [sys.executable, ROOT / "scripts" / "reproduce.py", "two", "--experiments", folder.parent, "--bin", PROGRAM.parent,
+               "--processes", "2", "--out"]
+    done = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "out" / "two" / "all" / "xlstm" / "lr0.01_seed0.log").read_text()
+    assert "in each of 2 processes" in log
+    done = subprocess.run([*command, tmp_path / "bad"], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "XLSTM_FAILPOINT": "trainer.nan_grad:3"})
+    assert "diverged" in (tmp_path / "bad" / "two" / "results.csv").read_text(), done.stderr
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from sweep import sweeps  # noqa: E402
 from sweep.estimate import Device, hours_text, parse_mfu  # noqa: E402
-from sweep.execution import SweepError  # noqa: E402
+from sweep.execution import SweepError, trainer_status  # noqa: E402
 
 RUNS = [f"all/{model}/lr{rate}_seed{seed}" for model in ("good", "bad") for rate in (0.1, 0.2) for seed in (0, 1)]
 
@@ -216,6 +216,26 @@ def test_the_slurm_array(toy):
     assert (toy / "calls").read_text() == "requeue 77_3\n"
     beyond = subprocess.run(task, env={**environment, "OFFSET": "8"}, capture_output=True, text=True)
     assert beyond.returncode == 2 and "no such line" in beyond.stderr
+
+
+def test_several_gpus_for_a_run(toy):
+    assert reproduce(toy, "toy", "--launch", str(toy / "launch"), "--processes", "2").returncode == 0
+    text = (toy / "launch" / "array.sbatch").read_text()
+    assert "--gres=gpu:2\n" in text and "--cpus-per-task=16\n" in text and "--processes 2 " in text
+    lines = (toy / "launch" / "local.sh").read_text().splitlines()
+    first, end = (next(i for i, line in enumerate(lines) if line.startswith(word)) for word in ("read -ra", "mapfile"))
+    dealt = "\n".join(lines[first:end]) + '\nprintf "%s\\n" "${gpus[@]}"'
+    done = subprocess.run(["bash", "-c", dealt], env={**os.environ, "GPUS": "0 1 5 6 7"}, capture_output=True, text=True)
+    assert done.stdout.split() == ["0,1", "5,6"]
+    done = subprocess.run(["bash", "-c", dealt], env={**os.environ, "GPUS": "0"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "fewer than 2" in done.stderr
+
+
+def test_what_the_trainer_ended_with_under_torchrun():
+    told = "Root Cause (first observed failure):\n[0]:\n  rank      : 1 (local_rank: 1)\n  exitcode  : {} (pid: 12)\n"
+    assert [trainer_status(1, told.format(code)) for code in (5, 75, -9)] == [5, 75, -9]
+    assert trainer_status(1, "[1]:\n  exitcode  : 6 (pid: 3)\n" + told.format(4)) == 4
+    assert trainer_status(0, told.format(5)) == 0 and trainer_status(1, "no torchrun") == 1
 
 
 def test_arrays_beyond_the_usual_limit_come_in_parts(toy):
