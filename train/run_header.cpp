@@ -9,6 +9,7 @@
 
 #include "csrc/core/file.h"
 #include "train/device.h"
+#include "train/distributed.h"
 #include "train/run_folder.h"
 
 namespace xlstm::train {
@@ -27,6 +28,7 @@ void write_run_header(const RunFolder& folder, const config::Config& config,
       {"time", time_text},
       {"host", host},
       {"pid", ::getpid()},
+      {"processes", place_from_environment().size},
       {"threads", at::get_num_threads()},
       {"device", choose_device(config.run.device, "run.device").str()},
       {"cpu_capability", at::get_cpu_capability()},
