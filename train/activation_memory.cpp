@@ -206,17 +206,27 @@ Kept dropped(const Sizes& s) {
   return {0, s.drops() ? (once ? 1 : 2) * s.dim : 0};
 }
 
+/// Bytes of all logits of a token where they are held, in float32; 0: never at once.
+double logits_bytes(const Sizes& s) {
+  const bool held = !s.model.fused || models::predicts_numbers(s.model);
+  return held ? 4 * static_cast<double>(s.model.vocab_size) : 0;
+}
+
 /// Tokens and what lies outside of the blocks: the last norm, the head and the loss.
 double bytes_around(const Sizes& s, double narrow_bytes) {
   const double tokens =
-      s.model.input_features > 0 ? 4.0 * static_cast<double>(s.model.input_features) : 8;
-  const bool stepwise = !s.model.fused || models::predicts_numbers(s.model);
-  const double logits =
-      static_cast<double>(s.model.vocab_size) * (s.model.output_logit_soft_cap > 0 ? 2 : 1);
-  const double norms = (s.model.add_out_norm ? 1 : 0) + (s.model.kind.starts_with("rwkv") ? 1 : 0);
-  const double masks = s.drops() && s.model.add_embedding_dropout ? 1 : 0;
-  return tokens + 4 * (norms + masks) * s.dim + narrow_bytes * s.dim +
-         4 * (stepwise ? logits : s.dim);
+      s.model.input_features > 0 ? 4 * static_cast<double>(s.model.input_features) : 8;
+  const double wide = (s.model.add_out_norm ? 1 : 0) + (s.model.kind.starts_with("rwkv") ? 1 : 0) +
+                      (s.drops() && s.model.add_embedding_dropout ? 1 : 0);
+  const double logits = logits_bytes(s) * (s.model.output_logit_soft_cap > 0 ? 2 : 1);
+  return tokens + (4 * wide + narrow_bytes) * s.dim + (logits > 0 ? logits : 4 * s.dim);
+}
+
+/// Gradients on their way, of the loss through the head or of the stream and a branch through a block, where H3's products
+/// take twice what the block keeps.
+double bytes_moving(const Sizes& s, double largest_block) {
+  const double logits = logits_bytes(s) * (s.model.output_logit_soft_cap > 0 ? 2 : 1);
+  return std::max({16 * s.dim, logits, s.model.kind == "h3" ? 2 * largest_block : 0});
 }
 
 }  // namespace
@@ -239,11 +249,9 @@ std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu) 
   const double kept = model.activation_checkpointing
                           ? 4 * blocks * s.dim + largest
                           : slstm_blocks * slstm + (blocks - slstm_blocks) * other;
-  // Gradients: of the stream and of a branch; those of H3's products take twice what the block keeps.
-  const double moving = model.kind == "h3" ? 2 * largest : 16 * s.dim;
   const int64_t sequences = config.train.micro_batch_size > 0 ? config.train.micro_batch_size
                                                               : config.train.global_batch_size;
-  return static_cast<int64_t>((kept + moving + bytes_around(s, narrow)) *
+  return static_cast<int64_t>((kept + bytes_around(s, narrow) + bytes_moving(s, largest)) *
                               static_cast<double>(sequences) * s.length);
 }
 
