@@ -163,12 +163,12 @@ void measure_generation(const CommandLine& line, models::LanguageModel& model, J
   const at::NoGradGuard no_grad;
   const EvalModeGuard eval_mode(model);
   const int64_t prompt = line.get_int("--prompt", 16, 1);
-  const int64_t tokens = line.get_int("--tokens", 64, 1);
   const auto positions = line.get_growing("--positions"), batches = line.get_growing("--batches");
   if (!positions.empty())
     report["generation"] = generation_json(model, prompt, positions, lazy_fold(line));
   if (!batches.empty())
-    report["throughput"] = throughput_json(model, prompt, tokens, batches, lazy_fold(line));
+    report["throughput"] =
+        throughput_json(model, prompt, line.get_int("--tokens", 64, 1), batches, lazy_fold(line));
 }
 
 int body(int argc, char** argv) {

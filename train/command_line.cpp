@@ -18,6 +18,8 @@ namespace {
 
 using config::in_quotes;
 
+constexpr auto kOtherError = static_cast<ExitCode>(1);
+
 [[noreturn]] void fail(const std::string& what) {
   throw Error(ExitCode::kConfig, "command line: " + what);
 }
@@ -87,9 +89,16 @@ int report(const char* program, const std::string& message, ExitCode code) {
   return static_cast<int>(code);
 }
 
-int report_no_memory(const char* program, const std::string& detail) {
+/// What an exception of torch says in its first line, without its backtrace.
+std::string short_message(const std::exception& error) {
+  const auto* of_torch = dynamic_cast<const c10::Error*>(&error);
+  return of_torch != nullptr ? first_line(of_torch->what_without_backtrace()) : error.what();
+}
+
+int report_no_memory(const char* program, const std::exception& error) {
+  const bool of_torch = dynamic_cast<const c10::Error*>(&error) != nullptr;
   return report(program,
-                "out of memory" + (detail.empty() ? "" : " (" + detail + ")") +
+                "out of memory" + (of_torch ? " (" + short_message(error) + ")" : "") +
                     "; lower train.micro_batch_size or data.seq_len, or set "
                     "model.activation_checkpointing=true",
                 ExitCode::kMemory);
@@ -190,24 +199,29 @@ int run_main(const char* program, const std::function<int()>& body) {
     return body();
   } catch (const Error& error) {
     return report(program, error.what(), error.code);
-  } catch (const std::bad_alloc&) {
-    return report_no_memory(program, "");
-  } catch (const c10::OutOfMemoryError& error) {
-    return report_no_memory(program, first_line(error.what_without_backtrace()));
-  } catch (const c10::Error& error) {
-    const std::string what = first_line(error.what_without_backtrace());
-    // The CPU allocator of torch has no error class of its own.
-    const bool memory = what.find("allocate memory") != std::string::npos ||
-                        what.find("not enough memory") != std::string::npos;
-    return memory ? report_no_memory(program, what) : report(program, what, ExitCode::kConfig);
   } catch (const std::system_error& error) {
-    if (is_file_error(error.code())) return report(program, error.what(), ExitCode::kCheckpoint);
-    return report(program, error.what(), static_cast<ExitCode>(1));
+    return report(program, error.what(),
+                  is_file_error(error.code()) ? ExitCode::kCheckpoint : kOtherError);
   } catch (const std::exception& error) {
-    return report(program, error.what(), static_cast<ExitCode>(1));
+    if (is_out_of_memory(error)) return report_no_memory(program, error);
+    const bool value = dynamic_cast<const c10::ValueError*>(&error) != nullptr;
+    return report(program, short_message(error), value ? ExitCode::kConfig : kOtherError);
   } catch (...) {
-    return report(program, "unknown exception", static_cast<ExitCode>(1));
+    return report(program, "unknown exception", kOtherError);
   }
+}
+
+bool is_out_of_memory(const std::exception& error) {
+  if (dynamic_cast<const std::bad_alloc*>(&error) != nullptr ||
+      dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr)
+    return true;
+  if (dynamic_cast<const c10::Error*>(&error) == nullptr) return false;
+  // The CPU allocator of torch has no error class of its own, nor have libraries on the GPU.
+  const std::string what = short_message(error);
+  for (const char* text :
+       {"allocate memory", "not enough memory", "out of memory", "posix_memalign"})
+    if (what.find(text) != std::string::npos) return true;
+  return false;
 }
 
 }  // namespace xlstm::train

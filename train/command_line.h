@@ -2,6 +2,7 @@
 // The command line shared by all programs: `program POSITIONAL... [--flag] [--option VALUE]
 // [key.sub=value ...]`.
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <map>
 #include <string>
@@ -41,8 +42,11 @@ std::string format_options(const std::vector<OptionSpec>& options);
 
 /// Runs a program's body and turns what it throws into one line `program: error: ...` on standard
 /// error and the exit status: Error -> its code, no memory -> 7 with advice, a failed file
-/// operation -> 4, c10::Error -> its first line and 2, other -> 1. SIGPIPE is ignored: a closed
-/// pipe is an error of the write.
+/// operation -> 4, c10::ValueError (a value that a model refuses) -> 2, other -> 1; of c10::Error
+/// the first line. SIGPIPE is ignored: a closed pipe is an error of the write.
 int run_main(const char* program, const std::function<int()>& body);
+
+/// Whether there was not enough memory, of the machine or of a GPU.
+bool is_out_of_memory(const std::exception& error);
 
 }  // namespace xlstm::train

@@ -9,6 +9,7 @@
 #include "csrc/core/progress.h"
 #include "csrc/data/prepare.h"
 #include "csrc/data/token_file.h"
+#include "csrc/data/tokenizer_spec.h"
 #include "train/command_line.h"
 
 namespace xlstm {
@@ -19,9 +20,7 @@ using train::OptionSpec;
 
 const std::vector<OptionSpec> kOptions = {
     {"--output", "PREFIX", "prepare: writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json"},
-    {"--tokenizer", "SPEC",
-     "prepare: bytes (default), a tokenizer.json, or a folder with tokenizer.json or vocab.json "
-     "and merges.txt"},
+    {"--tokenizer", "SPEC", std::string("prepare: ") + data::kTokenizerSpecs + " (default: bytes)"},
     {"--glob", "PATTERN",
      "prepare: which files of folders are read, by name, such as '*.py' (default: all)"},
     {"--no-eos", "", "prepare: documents do not end in the tokenizer's end-of-document token"},

@@ -39,6 +39,9 @@ int64_t available_host_bytes() {
 }  // namespace
 
 at::Device choose_device(const std::string& name, const std::string& setting) {
+  if (name != "auto" && name != "cpu" && name != "cuda")
+    throw Error(ExitCode::kConfig, setting + ": expected auto, cpu or cuda, got " + name +
+                                       "; CUDA_VISIBLE_DEVICES picks the GPU");
   const bool has_gpu = at::hasCUDA();
   if (name == "cpu" || (name == "auto" && !has_gpu)) return at::kCPU;
   if (!has_gpu)

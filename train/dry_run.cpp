@@ -1,13 +1,14 @@
 #include "train/dry_run.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 
+#include "train/activation_memory.h"
 #include "train/device.h"
 #include "train/flops.h"
 #include "train/log.h"
@@ -43,42 +44,13 @@ int64_t micro_batch(const config::Config& config) {
                                            : config.train.global_batch_size;
 }
 
-/// Numbers kept per token by the backward pass of one mLSTM block: block input, normed input, the
-/// two branches, the convolved one, q, k, v, h, normed h, gated h; and the matrix states between
-/// chunks.
-double mlstm_block_numbers(const models::ModelOptions& model) {
-  const double width = static_cast<double>(model.embedding_dim);
-  const bool large = model.kind == "xlstm_large";
-  const double value_width = large ? width * model.v_dim_factor : width * model.mlstm.proj_factor;
-  const double key_width = large ? width * model.qk_dim_factor : value_width;
-  const double chunk = model.chunk_size > 0 ? static_cast<double>(model.chunk_size) : 64;
-  const double states = key_width * value_width / static_cast<double>(model.num_heads) / chunk;
-  const double feed_forward = large ? 3 * model.feed_forward.proj_factor * width + 2 * width : 0;
-  return 2 * width + 2 * key_width + 8 * value_width + states + feed_forward;
+/// Whether a run computes on a GPU; unlike choose_device, no error where the one that it asks for is elsewhere.
+bool on_gpu(const config::Config& config) {
+  return config.run.device == "cuda" || (config.run.device == "auto" && at::hasCUDA());
 }
 
-/// The same for one sLSTM block: inputs and norms, convolution, four gates, four states, and the
-/// gated feed-forward.
-double slstm_block_numbers(const models::ModelOptions& model) {
-  return static_cast<double>(model.embedding_dim) * (14 + 4 * model.feed_forward.proj_factor);
-}
-
-int64_t activation_bytes(const config::Config& config) {
-  const models::ModelOptions& model = config.model;
-  const auto slstm_blocks = static_cast<double>(model.kind == "xlstm" ? model.slstm_at.size() : 0);
-  const double mlstm_blocks = static_cast<double>(model.num_blocks) - slstm_blocks;
-  const double mlstm = mlstm_block_numbers(model),
-               slstm = slstm_blocks > 0 ? slstm_block_numbers(model) : 0;
-  double numbers = mlstm_blocks * mlstm + slstm_blocks * slstm;
-  if (model.activation_checkpointing) {
-    // Each block keeps its input; one at a time is recomputed in full.
-    numbers = static_cast<double>(model.num_blocks * model.embedding_dim) + std::max(mlstm, slstm);
-  }
-  numbers +=
-      4 * static_cast<double>(model.embedding_dim);  // embedding, last norm, and their gradients
-  const double bytes = config.train.dtype == "bfloat16" ? 2 : 4;
-  return static_cast<int64_t>(numbers * bytes *
-                              static_cast<double>(micro_batch(config) * config.data.seq_len));
+bool has_length(const config::Config& config) {
+  return config.train.max_steps > 0 || config.train.max_tokens > 0;
 }
 
 void print_model(const config::Config& config) {
@@ -91,11 +63,12 @@ void print_model(const config::Config& config) {
 }
 
 void print_memory(const MemoryEstimate& memory, int64_t available) {
-  print_line("memory      " + format_gib(memory.total()) + " estimated (" +
+  print_line("memory      " + format_gib(memory.known()) +
+             (memory.activations ? " estimated (" : " and the activations (") +
              (available >= 0 ? format_gib(available) + " available)" : "available: unknown)"));
   print_line("  weights " + format_gib(memory.weights) + ", gradients " +
              format_gib(memory.gradients) + ", optimizer " + format_gib(memory.optimizer) +
-             ", activations " + format_gib(memory.activations));
+             ", activations " + (memory.activations ? format_gib(*memory.activations) : "unknown"));
 }
 
 void print_schedule(const config::Config& config) {
@@ -105,8 +78,10 @@ void print_schedule(const config::Config& config) {
              " tokens: " + std::to_string(config.train.global_batch_size) + " sequences of " +
              format_thousands(config.data.seq_len) + " in micro batches of " +
              std::to_string(micro_batch(config)));
-  print_line("whole run   " + format_thousands(steps) + " steps, " +
-             format_thousands(steps * per_step) + " tokens");
+  print_line("whole run   " + (has_length(config)
+                                   ? format_thousands(steps) + " steps, " +
+                                         format_thousands(steps * per_step) + " tokens"
+                                   : "length not given"));
 }
 
 void print_data(const config::Config& config, const TrainingData& data) {
@@ -149,7 +124,7 @@ ParameterCount count_parameters_by_part(const models::ModelOptions& options) {
 
 MemoryEstimate estimate_memory(const config::Config& config) {
   const int64_t weights = 4 * count_parameters_by_part(config.model).total();
-  return {weights, weights, 2 * weights, activation_bytes(config)};
+  return {weights, weights, 2 * weights, activation_bytes(config, on_gpu(config))};
 }
 
 std::string describe_run(const config::Config& config) {
@@ -158,18 +133,21 @@ std::string describe_run(const config::Config& config) {
   const int64_t steps = total_steps(config);
   const int64_t per_step = config.train.global_batch_size * config.data.seq_len;
   const double forward = forward_flops_per_token(config.model, config.data.seq_len);
-  const nlohmann::ordered_json numbers = {
+  using Json = nlohmann::ordered_json;
+  const auto given = [](bool known, const auto& number) { return known ? Json(number) : Json(); };
+  const bool length = has_length(config);
+  const Json numbers = {
       {"parameters", count.total()},
       {"parameters_embedding", count.embedding},
       {"parameters_head", count.head},
       {"forward_flops_per_token", forward},
-      {"training_flops", 3 * forward * static_cast<double>(steps * per_step)},
-      {"memory_bytes", memory.total()},
-      {"activation_bytes", memory.activations},
+      {"training_flops", given(length, 3 * forward * static_cast<double>(steps * per_step))},
+      {"memory_bytes", given(memory.activations.has_value(), memory.known())},
+      {"activation_bytes", given(memory.activations.has_value(), memory.activations.value_or(0))},
       {"micro_batch_size", micro_batch(config)},
       {"tokens_per_step", per_step},
-      {"steps", steps},
-      {"tokens", steps * per_step}};
+      {"steps", given(length, steps)},
+      {"tokens", given(length, steps * per_step)}};
   return numbers.dump();
 }
 
@@ -193,7 +171,7 @@ void dry_run(const config::Config& given) {
   }
   const TrainingData data = open_training_data(config);
   print_data(config, data);
-  if (available >= 0 && memory.total() > available) {
+  if (available >= 0 && memory.known() > available) {
     print_line("one step    not run: it would need more memory than there is");
     return;
   }

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "csrc/config/config.h"
@@ -15,15 +16,16 @@ struct ParameterCount {
 ParameterCount count_parameters_by_part(const models::ModelOptions& options);
 
 /// Bytes a training step needs. Weights, gradients and optimizer state are exact, activations an
-/// estimate: what the blocks keep for their backward pass, per token of a micro batch.
+/// estimate (train/activation_memory.h), which not every model has.
 struct MemoryEstimate {
-  int64_t weights = 0, gradients = 0, optimizer = 0, activations = 0;
-  int64_t total() const { return weights + gradients + optimizer + activations; }
+  int64_t weights = 0, gradients = 0, optimizer = 0;
+  std::optional<int64_t> activations;
+  int64_t known() const { return weights + gradients + optimizer + activations.value_or(0); }
 };
 MemoryEstimate estimate_memory(const config::Config& config);
 
 /// The same without data and without a step, as a line of JSON: parameters, floating point operations (train/flops.h), memory, tokens
-/// and steps. Any size.
+/// and steps; null for what is not known or not given. Any size.
 std::string describe_run(const config::Config& config);
 
 /// Prints what a run would do, checks its data, and makes one real step where data and memory

@@ -1,7 +1,7 @@
 // Which checkpoint a run goes on from, and whether its settings allow that.
 #include <filesystem>
-#include <sstream>
 
+#include "csrc/config/schema.h"
 #include "csrc/core/error.h"
 #include "train/checkpoint.h"
 #include "train/log.h"
@@ -42,78 +42,6 @@ std::string choose_named(const RunFolder& folder, const std::vector<std::string>
   }
   throw Error(ExitCode::kCheckpoint, "run folder " + folder.path() + ": no checkpoint " + name +
                                          "; there is " + (known.empty() ? "none" : known));
-}
-
-/// Collects "name: now vs. then" comparisons and reports the first difference.
-class Comparison {
- public:
-  explicit Comparison(std::string saved_in) : saved_in_(std::move(saved_in)) {}
-
-  template <typename Value>
-  void same(const char* name, const Value& now, const Value& saved) {
-    if (now == saved) return;
-    throw Error(ExitCode::kConfig, std::string(name) + ": " + text(now) + " now, but the run in " +
-                                       saved_in_ + " was trained with " + text(saved) +
-                                       "; put it back, or start over with --fresh");
-  }
-
- private:
-  template <typename Value>
-  static std::string text(const Value& value) {
-    std::ostringstream out;
-    if constexpr (requires { value.begin(); } && !std::is_same_v<Value, std::string>) {
-      out << "[";
-      for (size_t i = 0; i < value.size(); ++i) out << (i > 0 ? ", " : "") << value[i];
-      out << "]";
-    } else {
-      out << std::boolalpha << value;
-    }
-    return out.str();
-  }
-  std::string saved_in_;
-};
-
-void compare_models(Comparison& compare, const models::ModelOptions& now,
-                    const models::ModelOptions& saved) {
-  compare.same("model.kind", now.kind, saved.kind);
-  compare.same("model.vocab_size", now.vocab_size, saved.vocab_size);
-  compare.same("model.input_features", now.input_features, saved.input_features);
-  compare.same("model.embedding_dim", now.embedding_dim, saved.embedding_dim);
-  compare.same("model.num_blocks", now.num_blocks, saved.num_blocks);
-  compare.same("model.num_heads", now.num_heads, saved.num_heads);
-  compare.same("model.max_positions", now.max_positions, saved.max_positions);
-  compare.same("model.tie_weights", now.tie_weights, saved.tie_weights);
-  compare.same("model.output_logit_soft_cap", now.output_logit_soft_cap,
-               saved.output_logit_soft_cap);
-  compare.same("model.dropout", now.dropout, saved.dropout);
-  compare.same("model.add_embedding_dropout", now.add_embedding_dropout,
-               saved.add_embedding_dropout);
-  compare.same("model.add_out_norm", now.add_out_norm, saved.add_out_norm);
-  compare.same("model.norm_eps", now.norm_eps, saved.norm_eps);
-  compare.same("model.mlstm_eps", now.mlstm_eps, saved.mlstm_eps);
-  compare.same("model.slstm_at", now.slstm_at, saved.slstm_at);
-  compare.same("model.bias", now.bias, saved.bias);
-  compare.same("model.mlstm.proj_factor", now.mlstm.proj_factor, saved.mlstm.proj_factor);
-  compare.same("model.mlstm.round_proj_up_to_multiple_of", now.mlstm.round_proj_up_to_multiple_of,
-               saved.mlstm.round_proj_up_to_multiple_of);
-  compare.same("model.mlstm.conv1d_kernel_size", now.mlstm.conv1d_kernel_size,
-               saved.mlstm.conv1d_kernel_size);
-  compare.same("model.mlstm.qkv_proj_blocksize", now.mlstm.qkv_proj_blocksize,
-               saved.mlstm.qkv_proj_blocksize);
-  compare.same("model.mlstm.input_gate", now.mlstm.input_gate, saved.mlstm.input_gate);
-  compare.same("model.mlstm.normalize", now.mlstm.normalize, saved.mlstm.normalize);
-  compare.same("model.slstm.conv1d_kernel_size", now.slstm.conv1d_kernel_size,
-               saved.slstm.conv1d_kernel_size);
-  compare.same("model.slstm.cell", now.slstm.cell, saved.slstm.cell);
-  compare.same("model.feed_forward.proj_factor", now.feed_forward.proj_factor,
-               saved.feed_forward.proj_factor);
-  compare.same("model.feed_forward.round_up_to_multiple_of",
-               now.feed_forward.round_up_to_multiple_of,
-               saved.feed_forward.round_up_to_multiple_of);
-  compare.same("model.feed_forward.act_fn", now.feed_forward.act_fn, saved.feed_forward.act_fn);
-  compare.same("model.qk_dim_factor", now.qk_dim_factor, saved.qk_dim_factor);
-  compare.same("model.v_dim_factor", now.v_dim_factor, saved.v_dim_factor);
-  compare.same("model.gate_soft_cap", now.gate_soft_cap, saved.gate_soft_cap);
 }
 
 }  // namespace
@@ -162,17 +90,16 @@ void set_aside_later_checkpoints(const RunFolder& folder, int64_t step) {
 
 void check_same_run(const config::Config& now, const config::Config& saved,
                     const std::string& saved_in) {
-  Comparison compare(saved_in);
-  compare_models(compare, now.model, saved.model);
-  compare.same("train.global_batch_size", now.train.global_batch_size,
-               saved.train.global_batch_size);
-  compare.same("data.seq_len", now.data.seq_len, saved.data.seq_len);
-  compare.same("data.shuffle", now.data.shuffle, saved.data.shuffle);
-  compare.same("data.shuffle_seed", now.data.shuffle_seed, saved.data.shuffle_seed);
-  compare.same("data.reset_state_at_document", now.data.reset_state_at_document,
-               saved.data.reset_state_at_document);
-  compare.same("data.mask_loss_across_documents", now.data.mask_loss_across_documents,
-               saved.data.mask_loss_across_documents);
+  config::Config a = now, b = saved;  // a field refers to a Config that could be written
+  for (const config::Field& field : config::schema()) {
+    if (!field.identity) continue;
+    const std::string value = config::format_value(field.ref(a)),
+                      before = config::format_value(field.ref(b));
+    if (value != before)
+      throw Error(ExitCode::kConfig, field.name + ": " + value + " now, but the run in " +
+                                         saved_in + " was trained with " + before +
+                                         "; put it back, or start over with --fresh");
+  }
 }
 
 }  // namespace xlstm::train

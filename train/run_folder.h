@@ -59,8 +59,8 @@ int64_t checkpoint_step(const std::string& folder);
 /// Moves checkpoints beyond `step` to <run>/ckpt-old-N: the run is about to write those steps anew.
 void set_aside_later_checkpoints(const RunFolder& folder, int64_t step);
 
-/// Throws Error(kConfig) naming the first setting that must not change when a run goes on: model,
-/// global batch, sequence length, data order. `saved_in`: the checkpoint, for the message.
+/// Throws Error(kConfig) naming the first setting that must not change when a run goes on, which the
+/// schema says (config::Field::identity). `saved_in`: the checkpoint, for the message.
 void check_same_run(const config::Config& now, const config::Config& saved,
                     const std::string& saved_in);
 

@@ -1,9 +1,7 @@
 // xlstm-train: trains a language model from a YAML file.
 #include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
 
 #include <cstdio>
-#include <new>
 #include <string>
 #include <vector>
 
@@ -41,11 +39,11 @@ void print_help() {
   std::printf(
       "usage: xlstm-train CONFIG.yaml [key.sub=value ...] [options]\n\n"
       "Trains a language model. The same command again goes on where the run stopped.\n\n%s\n"
-      "Exit status: 0 done, 2 configuration or command line, 3 data, 4 checkpoint, run folder or "
-      "disk, 5 a loss or\n"
-      "gradient is not finite, 6 another process failed, 7 out of memory, 75 asked to stop "
-      "(SIGTERM, SIGINT, SIGUSR1)\n"
-      "with everything saved: run the same command again.\n\nSettings:\n%s",
+      "Exit status: 0 done, 1 an error of another kind, 2 configuration or command line, 3 data, "
+      "4 checkpoint, run folder or disk,\n"
+      "5 a loss or gradient is not finite, 6 another process failed, 7 out of memory, 75 asked to "
+      "stop (SIGTERM, SIGINT,\n"
+      "SIGUSR1) with everything saved: run the same command again.\n\n%s",
       train::format_options(kOptions).c_str(), xlstm::config::config_help().c_str());
 }
 
@@ -62,14 +60,6 @@ std::string shell_command(int argc, char** argv) {
     command += (i > 0 ? " " : "") + (plain ? argument : quoted + "'");
   }
   return command;
-}
-
-bool is_allocation_failure(const std::string& message) {
-  for (const char* text :
-       {"not enough memory", "can't allocate memory", "out of memory", "posix_memalign"}) {
-    if (message.find(text) != std::string::npos) return true;
-  }
-  return false;
 }
 
 Error memory_error(const xlstm::config::Config& config) {
@@ -94,10 +84,8 @@ int train_or_report_memory(const xlstm::config::Config& config,
     }
     train::install_signal_handlers();
     return static_cast<int>(train::Trainer(config, options).run());
-  } catch (const std::bad_alloc&) {
-    throw memory_error(config);
-  } catch (const c10::Error& error) {
-    if (is_allocation_failure(error.what())) throw memory_error(config);
+  } catch (const std::exception& error) {
+    if (train::is_out_of_memory(error)) throw memory_error(config);
     throw;
   }
 }

@@ -268,7 +268,8 @@ void Trainer::Impl::load(const std::string& folder) {
     throw Error(ExitCode::kConfig, "data: the training data is not that of " + folder +
                                        " (fingerprint " + checkpoint.state.data_fingerprint +
                                        ", now " + fingerprint +
-                                       "); put the data back, or start over with --fresh");
+                                       "); put the data back, start over with --fresh, or choose "
+                                       "another run.name");
   }
   optimizer_->load_state(checkpoint.optimizer);
   state_ = checkpoint.state;

@@ -1,5 +1,7 @@
 #include "csrc/config/schema.h"
 
+#include "csrc/data/tokenizer_spec.h"
+
 namespace xlstm::config {
 namespace {
 
@@ -61,10 +63,24 @@ std::vector<std::string> task_choices() {
   return choices;
 }
 
+/// A run that goes on may have another value: it changes rounding, memory or time alone, or first weights.
+Field may_change(Field field) {
+  field.identity = false;
+  return field;
+}
+/// What else but the model makes a run what it is.
+Field identity(Field field) {
+  field.identity = true;
+  return field;
+}
+
 // The name is the member's own path, so that the two cannot differ.
-#define XLSTM_FIELD(member, limits, doc)                                             \
-  Field {                                                                            \
-#member, [](Config & config) -> FieldRef { return &config.member; }, limits, doc \
+#define XLSTM_FIELD(member, limits, doc)                                                           \
+  Field {                                                                                          \
+#member,                                                                                       \
+        [](Config &                                                                                \
+           config) -> FieldRef { return &config.member; }, limits, doc,                            \
+                                                        std::string(#member).starts_with("model.") \
   }
 
 std::vector<Field> run_fields() {
@@ -80,6 +96,7 @@ std::vector<Field> run_fields() {
   };
 }
 
+/// All of them identities of a run, unless it is said beside one that it may change.
 std::vector<Field> model_fields() {
   return {
       XLSTM_FIELD(
@@ -97,23 +114,25 @@ std::vector<Field> model_fields() {
       XLSTM_FIELD(model.num_blocks, integers(1, 10000), "residual blocks"),
       XLSTM_FIELD(model.num_heads, integers(1, 65536), "heads of every cell"),
       XLSTM_FIELD(model.tie_weights, any(), "the output head shares the embedding's weight"),
-      XLSTM_FIELD(model.embedding_init_std, at_least(0),
-                  "standard deviation of the embedding's first weights; 0: "
-                  "sqrt(2 / (5 embedding_dim))"),
+      may_change(XLSTM_FIELD(model.embedding_init_std, at_least(0),
+                             "standard deviation of the embedding's first weights; 0: "
+                             "sqrt(2 / (5 embedding_dim))")),
       XLSTM_FIELD(model.output_logit_soft_cap, at_least(0), "c in c*tanh(logits/c); 0: none"),
       XLSTM_FIELD(model.dropout, at_least_below(0, 1),
                   "probability of dropping a value in training"),
       XLSTM_FIELD(model.add_embedding_dropout, any(), "dropout behind the embedding too"),
       XLSTM_FIELD(model.add_out_norm, any(), "norm after the last block"),
       XLSTM_FIELD(model.norm_eps, above(0), "epsilon of all norms"),
-      XLSTM_FIELD(model.activation_checkpointing, any(),
-                  "recompute each block in the backward pass: less memory, more time"),
-      XLSTM_FIELD(model.chunk_size, integers(0, 65536),
-                  "length of an mLSTM chunk; 0: automatic; never changes the result"),
-      XLSTM_FIELD(model.fused, any(),
-                  "false: convolution, SiLU, norm, skip, gate, head and loss one after the other "
-                  "instead of in fused operators, to compare with; all logits are held; "
-                  "changes the result by rounding alone"),
+      may_change(XLSTM_FIELD(model.activation_checkpointing, any(),
+                             "recompute each block in the backward pass: less memory, more time")),
+      may_change(XLSTM_FIELD(
+          model.chunk_size, integers(0, 65536),
+          "length of an mLSTM chunk; 0: automatic; never changes the result beyond rounding")),
+      may_change(XLSTM_FIELD(
+          model.fused, any(),
+          "false: convolution, SiLU, norm, skip, gate, head and loss one after the other "
+          "instead of in fused operators, to compare with; all logits are held; "
+          "changes the result by rounding alone")),
       XLSTM_FIELD(model.mlstm_eps, at_least(0), "epsilon of the mLSTM normaliser"),
       XLSTM_FIELD(model.max_positions, integers(1, kMaxSize),
                   "kind gpt: learned positions, the longest sequence"),
@@ -165,14 +184,15 @@ std::vector<Field> model_fields() {
       XLSTM_FIELD(
           model.slstm.gate_proj, one_of({"headwise", "dense"}),
           "matrices from the input to the four gates: headwise: block-diagonal; dense: full"),
-      XLSTM_FIELD(model.slstm.bias_init,
-                  one_of({"powerlaw_blockdependent", "small_init", "zeros", "standard"}),
-                  "initialisation of the forget gate's bias"),
-      XLSTM_FIELD(model.slstm.recurrent_weight_init, one_of({"zeros", "standard"}),
-                  "initialisation of the recurrent weights"),
-      XLSTM_FIELD(model.slstm.recompute, any(),
-                  "compute the gates again in the backward pass: same values, less memory with "
-                  "bfloat16, more time"),
+      may_change(XLSTM_FIELD(model.slstm.bias_init,
+                             one_of({"powerlaw_blockdependent", "small_init", "zeros", "standard"}),
+                             "initialisation of the forget gate's bias")),
+      may_change(XLSTM_FIELD(model.slstm.recurrent_weight_init, one_of({"zeros", "standard"}),
+                             "initialisation of the recurrent weights")),
+      may_change(
+          XLSTM_FIELD(model.slstm.recompute, any(),
+                      "compute the gates again in the backward pass: same values, less memory with "
+                      "bfloat16, more time")),
       XLSTM_FIELD(model.slstm.recurrent_clip, at_least(0),
                   "bound of every entry of the gradient that flows back through the recurrent "
                   "weights into the previous output (often 10); 0: none"),
@@ -205,14 +225,16 @@ std::vector<Field> data_fields() {
       XLSTM_FIELD(data.train, above(0),
                   "prepared token files (prefixes of .bin/.idx), mixed by weight"),
       XLSTM_FIELD(data.val, any(), "prepared held-out token file (prefix of .bin/.idx)"),
-      XLSTM_FIELD(data.tokenizer, text(),
-                  "bytes, a tokenizer.json, or a folder with vocab.json and merges.txt"),
-      XLSTM_FIELD(data.seq_len, integers(1, kMaxSize), "tokens per training sequence"),
-      XLSTM_FIELD(data.shuffle, any(), "visit the sequences in random order, new in each epoch"),
-      XLSTM_FIELD(data.shuffle_seed, integers(0), "seed of that order, and of a task's samples"),
-      XLSTM_FIELD(data.reset_state_at_document, any(), "empty the state where a document starts"),
-      XLSTM_FIELD(data.mask_loss_across_documents, any(),
-                  "never predict the first token of the next document"),
+      XLSTM_FIELD(data.tokenizer, text(), data::kTokenizerSpecs),
+      identity(XLSTM_FIELD(data.seq_len, integers(1, kMaxSize), "tokens per training sequence")),
+      identity(XLSTM_FIELD(data.shuffle, any(),
+                           "visit the sequences in random order, new in each epoch")),
+      identity(XLSTM_FIELD(data.shuffle_seed, integers(0),
+                           "seed of that order, and of a task's samples")),
+      identity(XLSTM_FIELD(data.reset_state_at_document, any(),
+                           "empty the state where a document starts")),
+      identity(XLSTM_FIELD(data.mask_loss_across_documents, any(),
+                           "never predict the first token of the next document")),
       XLSTM_FIELD(data.verify, one_of({"none", "sizes", "sha256"}),
                   "check of the token files at the start"),
       XLSTM_FIELD(data.task.name, one_of(task_choices()),
@@ -247,7 +269,8 @@ std::vector<Field> data_fields() {
 
 std::vector<Field> training_fields() {
   return {
-      XLSTM_FIELD(train.global_batch_size, integers(1, kMaxSize), "sequences per optimizer step"),
+      identity(XLSTM_FIELD(train.global_batch_size, integers(1, kMaxSize),
+                           "sequences per optimizer step")),
       XLSTM_FIELD(train.micro_batch_size, integers(0, kMaxSize),
                   "sequences per forward pass, a divisor of global_batch_size; 0: all of them"),
       XLSTM_FIELD(train.max_steps, integers(0),

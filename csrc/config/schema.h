@@ -31,6 +31,8 @@ struct Field {
   FieldRef (*ref)(Config&);
   Limits limits;
   std::string doc;  ///< one line
+  /// A run that goes on must have the value that it began with.
+  bool identity = false;
 };
 
 struct Section {

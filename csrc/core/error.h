@@ -5,7 +5,7 @@
 
 namespace xlstm {
 
-/// Exit status of every xlstm-* program.
+/// Exit status of every xlstm-* program; 1 is an error of another kind.
 enum class ExitCode : int {
   kOk = 0,
   kConfig = 2,      ///< configuration or command line

@@ -5,6 +5,7 @@
 #include "csrc/core/error.h"
 #include "csrc/core/sha256.h"
 #include "csrc/data/tokenizer_process.h"
+#include "csrc/data/tokenizer_spec.h"
 
 namespace xlstm::data {
 namespace {
@@ -57,19 +58,13 @@ std::vector<std::string> tokenizer_files(const std::string& spec) {
   std::error_code error;
   if (is_file(path)) return {spec};
   if (!std::filesystem::is_directory(path, error))
-    throw Error(ExitCode::kData,
-                spec +
-                    ": no such tokenizer; give \"bytes\", a tokenizer.json, or a folder with "
-                    "tokenizer.json or vocab.json and merges.txt");
+    throw Error(ExitCode::kData, spec + ": no such tokenizer; give " + kTokenizerSpecs);
   if (is_file(path / "tokenizer.json")) return {path / "tokenizer.json"};
   if (is_file(path / "vocab.json") && is_file(path / "merges.txt"))
     return {path / "vocab.json", path / "merges.txt"};
   if (is_file(path / "encoder.json") && is_file(path / "vocab.bpe"))
     return {path / "encoder.json", path / "vocab.bpe"};
-  throw Error(ExitCode::kData,
-              spec +
-                  ": this folder holds no tokenizer; it needs tokenizer.json, or vocab.json and "
-                  "merges.txt, or encoder.json and vocab.bpe");
+  throw Error(ExitCode::kData, spec + ": this folder holds no tokenizer; give " + kTokenizerSpecs);
 }
 
 std::string tokenizer_sha256(const std::string& spec) {

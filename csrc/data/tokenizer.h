@@ -7,7 +7,7 @@
 
 namespace xlstm::data {
 
-/// Text <-> token ids. "bytes" is built in; anything else runs `python -m libxlstm.tokenizer_worker` as a child process.
+/// Text <-> token ids. "bytes" is built in; anything else runs libxlstm/tokenizer_worker.py in a child process.
 class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
@@ -26,8 +26,8 @@ class Tokenizer {
   virtual std::string sha256() const = 0;
 };
 
-/// spec: "bytes", a tokenizer.json, or a folder with tokenizer.json, or with vocab.json + merges.txt, or with GPT-2's
-/// original names encoder.json + vocab.bpe. Special tokens written out in the text become their ids; none is added.
+/// spec: one of kTokenizerSpecs (csrc/data/tokenizer_spec.h; encoder.json and vocab.bpe are GPT-2's original names).
+/// Special tokens written out in the text become their ids; none is added.
 /// Throws Error(kData): missing or unreadable files, no Python, no `tokenizers` package.
 std::unique_ptr<Tokenizer> make_tokenizer(const std::string& spec);
 

@@ -42,7 +42,7 @@ class LanguageModel : public torch::nn::Module {
 };
 
 /// Builds and initialises a model. Initialisation draws from torch's default CPU generator: seed it first
-/// (torch::manual_seed). Throws c10::Error naming the option when sizes do not fit together.
+/// (torch::manual_seed). Throws c10::ValueError naming the option when sizes do not fit.
 /// On device "meta" nothing is allocated, which counts the parameters of any size.
 std::shared_ptr<LanguageModel> make_language_model(const ModelOptions& options,
                                                    at::Device device = at::kCPU);

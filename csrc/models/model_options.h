@@ -25,7 +25,7 @@ struct ModelOptions {
   bool add_out_norm = true;               ///< norm after the last block
   double norm_eps = 1e-5;                 ///< pre-norms, out norm, head-wise norms (7B: 1e-6)
   bool activation_checkpointing = false;  ///< recompute each block in the backward pass
-  int64_t chunk_size = 0;   ///< mLSTM chunk length; 0: automatic; never changes the result
+  int64_t chunk_size = 0;   ///< mLSTM chunk length; 0: automatic; changes rounding alone
   bool fused = true;        ///< operators that do several steps at once; changes rounding alone
   double mlstm_eps = 1e-6;  ///< epsilon of the mLSTM normaliser
 

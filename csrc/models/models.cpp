@@ -3,8 +3,8 @@
 
 #include "csrc/models/baselines.h"
 #include "csrc/models/language_model.h"
-#include "csrc/nn/checkpoint.h"
 #include "csrc/nn/mlstm_post.h"
+#include "csrc/nn/recompute.h"
 #include "csrc/nn/slstm.h"
 #include "csrc/nn/transformer.h"
 #include "csrc/nn/xlstm_large.h"
@@ -290,8 +290,9 @@ class BlockModel : public LanguageModel {
                        const std::optional<at::Tensor>& reset) const {
     const BlockState& attention = state.empty() ? BlockState{} : state[0];
     const int64_t past = attention.empty() ? 0 : attention[0].size(2), length = ids.size(1);
-    TORCH_CHECK(past + length <= options_.max_positions, "model.max_positions: ", past + length,
-                " tokens, but the model has learned positions for ", options_.max_positions);
+    TORCH_CHECK_VALUE(past + length <= options_.max_positions,
+                      "model.max_positions: ", past + length,
+                      " tokens, but the model has learned positions for ", options_.max_positions);
     const at::Tensor starts = nn::document_starts(attention, length, ids, reset);
     return at::embedding(positions_->weight,
                          at::arange(past, past + length, starts.options()) - starts);
@@ -326,13 +327,21 @@ class BlockModel : public LanguageModel {
   std::shared_ptr<nn::Norm> out_norm_;  ///< null without
 };
 
+/// What the parts of a model refuse are values of its options.
+std::shared_ptr<BlockModel> build(const ModelOptions& options, at::Device device) {
+  try {
+    check_options(options);
+    return std::make_shared<BlockModel>(options, device);
+  } catch (const c10::Error& error) {
+    throw c10::ValueError(error.msg(), error.backtrace());
+  }
+}
+
 }  // namespace
 
 std::shared_ptr<LanguageModel> make_language_model(const ModelOptions& options, at::Device device) {
-  check_options(options);
   // Drawn on the CPU for every device: one seed, one model.
-  auto model =
-      std::make_shared<BlockModel>(options, device.is_meta() ? device : at::Device(at::kCPU));
+  auto model = build(options, device.is_meta() ? device : at::Device(at::kCPU));
   if (!device.is_meta() && !device.is_cpu()) model->to(device);
   return model;
 }

@@ -74,7 +74,7 @@ class BlockLinear : public torch::nn::Module {
   at::Tensor weight, bias;  ///< bias (features), undefined when absent
 };
 
-/// Norm over the last dimension (num_heads > 1: over each head's part of it); weight starts at one, bias at zero.
+/// Norm over the last dimension; weight starts at one, bias at zero.
 class Norm : public torch::nn::Module {
  public:
   /// kind "layer" | "rms".

@@ -167,6 +167,8 @@ def test_bench_tells_how_fast_a_model_generates(tmp_path):
     assert generation["token_3_ms"] > 0 and 0 < generation["until_3_s"] < generation["until_40_s"]
     assert throughput["max"] == max(throughput["batch_1"], throughput["batch_2"]) > 0
     program("xlstm-bench", config, "--positions", "0", "--steps", 0, check=2)
+    program("xlstm-bench", config, "--steps", 0, "--tokens", 0, "--positions", "3", check=0)
+    program("xlstm-bench", config, "--steps", 0, "--tokens", 0, "--batches", "1", check=2)
 
 
 def test_a_tokenizer_is_learned_from_text(tmp_path):

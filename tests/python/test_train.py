@@ -321,6 +321,7 @@ def test_describe_is_the_dry_run_in_numbers(setup, tmp_path):
     numbers = json.loads(train(config, "--describe").stdout)
     assert (numbers["steps"], numbers["tokens_per_step"], numbers["tokens"]) == (12, 64, 768)
     assert numbers["training_flops"] == 3 * numbers["forward_flops_per_token"] * 768 > 0
+    assert numbers["memory_bytes"] == 16 * numbers["parameters"] + numbers["activation_bytes"]
     assert f"{numbers['parameters']:,}" in train(config, "--dry-run").stdout
     assert not run.exists()
     nowhere = tmp_path / "nowhere.yaml"
@@ -329,6 +330,12 @@ def test_describe_is_the_dry_run_in_numbers(setup, tmp_path):
     assert described.returncode == 0, described.stderr
     assert [json.loads(line)["steps"] for line in described.stdout.splitlines()] == [8, 12]
     assert "configuration file" in train("--describe").stderr
+    nowhere.write_text("{model: {kind: lstm}, data: {reset_state_at_document: false}, run: {device: cuda}}")
+    numbers = json.loads(train(nowhere, "--describe").stdout)
+    unknown = [name for name, number in numbers.items() if number is None]
+    assert unknown == ["training_flops", "memory_bytes", "activation_bytes", "steps", "tokens"]
+    done = train(nowhere, "--dry-run", "run.device=cpu")
+    assert done.returncode == 0 and re.search(r"^whole run +length not given$", done.stdout, re.M)
 
 
 def test_print_config_and_help(setup):
@@ -337,6 +344,8 @@ def test_print_config_and_help(setup):
     assert printed.returncode == 0 and "max_steps: 77" in printed.stdout
     done = subprocess.run([PROGRAM, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "optim.learning_rate" in done.stdout and "75" in done.stdout
+    assert done.stdout.count("Settings:") == 1 and "0 done, 1 an error of another kind, 2 config" in done.stdout
+    assert "tokenizer.json, with vocab.json and merges.txt, or with encoder.json" in done.stdout
 
 
 def test_plot(setup, tmp_path):

@@ -10,6 +10,7 @@
 #include <system_error>
 
 #include "csrc/core/error.h"
+#include "csrc/models/language_model.h"
 #include "tests/support/catch.h"
 #include "train/command_line.h"
 
@@ -178,7 +179,26 @@ TEST_CASE("run_main turns exceptions into one line and the documented exit statu
         TORCH_CHECK(false, "q: expected 4 axes, got 3\nsecond line");
         return 0;
       },
-      2, head + "q: expected 4 axes, got 3\n");
+      1, head + "q: expected 4 axes, got 3\n");
+  check(
+      []() -> int {
+        TORCH_CHECK_VALUE(false, "model.max_positions: 9 tokens\nsecond line");
+        return 0;
+      },
+      2, head + "model.max_positions: 9 tokens\n");
+  check(
+      []() -> int {
+        models::ModelOptions options;
+        options.num_heads = 3;
+        models::make_language_model(options, at::kMeta);
+        return 0;
+      },
+      2, head + "num_heads: expected a divisor of the mLSTM's inner width 256, got 3\n");
+  check(
+      []() -> int {
+        throw c10::OutOfMemoryError({__func__, __FILE__, 1}, "CUDA out of memory. Tried 2 GiB");
+      },
+      7, head + "out of memory (CUDA out of memory. Tried 2 GiB)" + advice);
   check([]() -> int { throw std::system_error(ENOSPC, std::generic_category(), "runs/x"); }, 4,
         head + "runs/x: No space left on device\n");
   check([]() -> int { throw std::system_error(EAGAIN, std::generic_category(), "thread"); }, 1,
@@ -188,6 +208,18 @@ TEST_CASE("run_main turns exceptions into one line and the documented exit statu
   CHECK(outcome_of([]() -> int {
           return static_cast<int>(std::filesystem::file_size("/nonexistent/x"));
         }).status == 4);
+}
+
+TEST_CASE("no memory, by class or by what torch says") {
+  const auto says = [](const std::string& text) {
+    return is_out_of_memory(c10::Error(text, nullptr));
+  };
+  CHECK(is_out_of_memory(std::bad_alloc()));
+  CHECK(says("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"));
+  CHECK(says("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"));
+  CHECK(says("CUDA error: out of memory"));
+  CHECK(!says("q: expected 4 axes, got 3"));
+  CHECK(!is_out_of_memory(std::runtime_error("out of memory")));
 }
 
 TEST_CASE("run_main survives a closed pipe") {

@@ -2,7 +2,9 @@
 
 #include <fstream>
 #include <functional>
+#include <set>
 
+#include "csrc/config/schema.h"
 #include "csrc/core/error.h"
 #include "tests/support/catch.h"
 #include "tests/support/temporary_folder.h"
@@ -130,6 +132,56 @@ TEST_CASE("checkpoints beyond the resumed step are set aside") {
   CHECK(!fs::exists(run.file("ckpt/step-00000020")));
   CHECK(fs::exists(run.file("ckpt-old-1/step-00000020")));
   CHECK(fs::exists(run.file("ckpt-old-1/step-00000030")));
+}
+
+namespace {
+
+/// Another value of a setting, whatever its type.
+struct Changer {
+  void operator()(int64_t* value) const { *value += 2; }
+  void operator()(double* value) const { *value += 0.125; }
+  void operator()(bool* value) const { *value = !*value; }
+  void operator()(std::string* value) const { *value += "x"; }
+  void operator()(std::vector<int64_t>* value) const { value->push_back(1); }
+  void operator()(std::vector<std::string>* value) const { value->push_back("x"); }
+  void operator()(std::vector<config::DataSource>* value) const { value->push_back({"x", 1}); }
+};
+
+}  // namespace
+
+TEST_CASE("a run goes on with its own model and data alone, and everything else may change") {
+  const std::set<std::string> may_change = {
+      // rounding, memory or time
+      "model.activation_checkpointing", "model.chunk_size", "model.fused", "model.slstm.recompute",
+      // first weights
+      "model.embedding_init_std", "model.slstm.bias_init", "model.slstm.recurrent_weight_init"};
+  const std::set<std::string> others = {"train.global_batch_size",
+                                        "data.seq_len",
+                                        "data.shuffle",
+                                        "data.shuffle_seed",
+                                        "data.reset_state_at_document",
+                                        "data.mask_loss_across_documents"};
+  size_t refused = 0;
+  for (const config::Field& field : config::schema()) {
+    config::Config now, saved;
+    std::visit(Changer(), field.ref(now));
+    const auto [message, code] = error_of([&] { check_same_run(now, saved, "runs/a"); });
+    INFO(field.name);
+    const bool model = field.name.starts_with("model.") && may_change.count(field.name) == 0;
+    if (!model && others.count(field.name) == 0) {
+      CHECK(message.empty());
+      continue;
+    }
+    ++refused;
+    CHECK(code == ExitCode::kConfig);
+    CHECK(message == field.name + ": " + config::format_value(field.ref(now)) +
+                         " now, but the run in runs/a was trained with " +
+                         config::format_value(field.ref(saved)) +
+                         "; put it back, or start over with --fresh");
+  }
+  CHECK(refused > 35);
+  for (const auto* names : {&may_change, &others})
+    for (const std::string& name : *names) CHECK(config::find_field(name) != nullptr);
 }
 
 TEST_CASE("settings that must not change are named") {

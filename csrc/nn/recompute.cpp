@@ -1,4 +1,4 @@
-#include "csrc/nn/checkpoint.h"
+#include "csrc/nn/recompute.h"
 
 #include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
