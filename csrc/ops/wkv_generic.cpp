@@ -3,7 +3,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/exp.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/stack.h>
@@ -61,32 +60,39 @@ Tensor exponents(const Tensor& k, const Tensor& w, const Tensor& first, const Te
   return p;
 }
 
-/// Of the block's tokens, in the dtype of accumulation, (B,L,D) unless it says otherwise.
+/// Of the block's tokens, (B,L,D) in the dtype of accumulation unless it says otherwise. Exponents are float64 within a block:
+/// they come from sums of several w, whose rounding would enter the weights.
 struct Block {
-  Block(const WkvArguments& in, int64_t first, int64_t count, const State& from) {
-    const at::ScalarType type = accumulate_type(in.k.scalar_type());
-    const Tensor w = in.w.to(type);
-    k = in.k.narrow(1, first, count).to(type), v = in.v.narrow(1, first, count).to(type);
+  Block(const WkvArguments& in, int64_t first, int64_t count, const State& from)
+      : type(accumulate_type(in.k.scalar_type())) {
+    const Tensor w = in.w.to(at::kDouble);
+    k = in.k.narrow(1, first, count).to(at::kDouble);
+    v = in.v.narrow(1, first, count).to(type);
     if (in.reset) reset = in.reset->narrow(1, first, count);
-    exponent = exponents(k, w, from.exponent, reset);
-    before = shifted(from.exponent, exponent);
+    const Tensor entering = from.exponent.to(at::kDouble);
+    exponent = exponents(k, w, entering, reset);
+    const Tensor leaving = exponent.select(1, last());
+    leaving.copy_(leaving.to(type));  // as it is returned: sums count in units of it
+    before = shifted(entering, exponent);
     if (reset.defined()) before.masked_fill_(reset.unsqueeze(-1), kWkvEmpty);
-    kept = at::exp(before - w - exponent).unsqueeze(2);
-    entered = at::exp(k - exponent);
+    kept = power(before - w - exponent).unsqueeze(2);
+    entered = power(k - exponent);
     sums = at::stack({entered * v, entered}, 2);
     add_passed(sums.select(1, 0), kept.select(1, 0), from.sums, reset_of_token(reset, 0, 3));
     sums = scan_block(sums, kept, reset, false);
   }
   int64_t last() const { return k.size(1) - 1; }
+  Tensor power(const Tensor& exponent) const { return exponent.to(type).exp(); }
   /// Copies, so that the block is not kept alive.
   State state() const {
     return {sums.select(1, last()).clone(at::MemoryFormat::Contiguous),
-            exponent.select(1, last()).clone(at::MemoryFormat::Contiguous)};
+            exponent.select(1, last()).to(type, /*non_blocking=*/false, /*copy=*/true)};
   }
 
-  Tensor k, v;
+  at::ScalarType type;
+  Tensor k, v;              ///< k in float64
   Tensor reset;             ///< (B,L), undefined where absent
-  Tensor before, exponent;  ///< of the states before and after every token
+  Tensor before, exponent;  ///< of the states before and after every token, float64
   Tensor kept,
       entered;  ///< weights (B,L,1,D) of the state before, and of the token in the state after it
   Tensor sums;  ///< after every token (B,L,2,D)
@@ -95,8 +101,8 @@ struct Block {
 /// How the tokens of a block are read.
 struct Read {
   Read(const Block& block, const Tensor& u, const State& from) {
-    const Tensor now = block.k + u, peak = at::maximum(block.before, now);
-    old = at::exp(block.before - peak), fresh = at::exp(now - peak);
+    const Tensor now = block.k + u.to(at::kDouble), peak = at::maximum(block.before, now);
+    old = block.power(block.before - peak), fresh = block.power(now - peak);
     sums = shifted(from.sums, block.sums);
     if (block.reset.defined()) sums.masked_fill_(block.reset.unsqueeze(-1).unsqueeze(-1), 0);
     norm = old * sums.select(2, 1) + fresh;
@@ -123,7 +129,7 @@ Tensor backward_block(const WkvArguments& in, int64_t first, const State& from, 
                       const Tensor& dstate, Sums& sums) {
   const int64_t count = dy.size(1);
   const Block block(in, first, count, from);
-  const Read read(block, in.u.to(dy.scalar_type()), from);
+  const Read read(block, in.u, from);
   const Tensor dsum = dy / read.norm, dnorm = -dsum * read.y;
   const Tensor dgate = (dsum * block.v + dnorm) * read.fresh;
   sums.du.add_(dgate.sum({0, 1}));
@@ -149,10 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> wkv_generic(const WkvArguments& in, i
   const FullPrecision precision;
   const Tensor y = at::empty(in.k.sizes(), in.k.options());
   State state = first_state(in);
-  const Tensor u = in.u.to(state.sums.scalar_type());
   each_block(in.k.size(1), block, [&](int64_t first, int64_t count) {
     const Block now(in, first, count, state);
-    y.narrow(1, first, count).copy_(Read(now, u, state).y);
+    y.narrow(1, first, count).copy_(Read(now, in.u, state).y);
     state = now.state();
   });
   return {y, state.sums.select(1, 0).clone(), state.sums.select(1, 1).clone(), state.exponent};
