@@ -23,7 +23,7 @@
 #include "csrc/ops/wkv_generic.h"
 #include "tests/support/catch.h"
 
-namespace xlstm::test {
+namespace xlstm::scan_test {
 
 using at::Tensor;
 using namespace xlstm::ops;
@@ -65,10 +65,10 @@ inline Results by_autograd(const Case& c, const Tensors& inputs, const Tensors& 
     defined.push_back(leaves[i].requires_grad_());
   }
   Results r{(loop ? c.loop : c.cpu)(leaves, c.reset), {}};
-  Tensors given;
+  Tensors cast;
   for (size_t i = 0; i < weights.size(); ++i)
-    given.push_back(weights[i].to(r.outputs[i].scalar_type()));
-  r.gradients = torch::autograd::grad(r.outputs, defined, given, std::nullopt, false, true);
+    cast.push_back(weights[i].to(r.outputs[i].scalar_type()));
+  r.gradients = torch::autograd::grad(r.outputs, defined, cast, std::nullopt, false, true);
   for (size_t i = 0; i < defined.size(); ++i)
     if (!r.gradients[i].defined()) r.gradients[i] = at::zeros_like(defined[i]);
   return r;
@@ -265,4 +265,4 @@ inline Case wkv_case(int64_t time, bool state, bool with_resets, double spread,
   return c;
 }
 
-}  // namespace xlstm::test
+}  // namespace xlstm::scan_test
