@@ -206,7 +206,7 @@ if [ $built = 0 ]; then
   if wants conformance; then check_conformance & fi
   if wants ops; then
     check_ops ops "all operators against float64" 200 "$python" scripts/gpu_ops.py --expect $expected &
-    check_suites ops tests/python/test_{mlstm,slstm,pointwise,gated}_cuda.py
+    check_suites ops tests/python/test_{mlstm,slstm,pointwise,gated,baselines}_cuda.py
   fi
   if wants sanitizer; then (check_memory sanitizer; wait) & fi
   if wants portable; then

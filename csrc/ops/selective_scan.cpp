@@ -1,12 +1,10 @@
-// The operator xlstm::selective_scan: CPU kernels with their own backward; elsewhere a loop over tokens in ATen calls.
+// The operator xlstm::selective_scan: CPU kernels with their own backward; elsewhere both in ATen calls, block by block.
 #include "csrc/ops/selective_scan.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/exp.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -16,6 +14,7 @@
 #include "csrc/ops/common.h"
 #include "csrc/ops/cpu/recurrence_params.h"
 #include "csrc/ops/rows.h"
+#include "csrc/ops/selective_scan_generic.h"
 
 namespace xlstm::ops {
 namespace {
@@ -26,11 +25,7 @@ using Outputs = std::tuple<at::Tensor, at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                              at::Tensor>;  // dx, ddelta, da, db, dc, dskip, dstate0
 
-/// Everything but the state; the operators' own order.
-struct Arguments {
-  const at::Tensor &x, &delta, &a, &b, &c, &skip;
-  const OptionalTensor &state0, &reset;
-};
+using Arguments = SelectiveScanArguments;
 
 void check(const Arguments& in) {
   constexpr const char* kOp = "selective_scan";
@@ -125,26 +120,22 @@ Gradients selective_scan_backward_cpu(const OptionalTensor& dy, const OptionalTe
           dstate0.transpose(1, 2).contiguous()};
 }
 
-/// Token by token, differentiable through ATen; for devices without a kernel.
-Outputs selective_scan_steps(const at::Tensor& x_in, const at::Tensor& delta_in,
-                             const at::Tensor& a_in, const at::Tensor& b_in, const at::Tensor& c_in,
-                             const at::Tensor& skip_in, const OptionalTensor& state0,
-                             const OptionalTensor& reset) {
-  check({x_in, delta_in, a_in, b_in, c_in, skip_in, state0, reset});
-  const at::ScalarType type = accumulate_type(x_in.scalar_type());
-  const at::Tensor x = x_in.to(type), delta = delta_in.to(type), a = a_in.to(type),
-                   b = b_in.to(type), c = c_in.to(type), skip = skip_in.to(type);
-  at::Tensor h =
-      state0 ? state0->to(type) : at::zeros({x.size(0), x.size(2), a.size(1)}, x.options());
-  std::vector<at::Tensor> rows;
-  for (int64_t t = 0; t < x.size(1); ++t) {
-    if (reset) h = h.masked_fill(reset->select(1, t).view({-1, 1, 1}), 0);
-    const at::Tensor step = delta.select(1, t).unsqueeze(-1), xt = x.select(1, t);
-    h = at::exp(step * a) * h + step * xt.unsqueeze(-1) * b.select(1, t).unsqueeze(1);
-    rows.push_back((h * c.select(1, t).unsqueeze(1)).sum(-1) + skip * xt);
-  }
-  const at::Tensor y = rows.empty() ? at::zeros(x.sizes(), x.options()) : at::stack(rows, 1);
-  return {y.to(x_in.scalar_type()), h};
+Outputs selective_scan_any(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& a,
+                           const at::Tensor& b, const at::Tensor& c, const at::Tensor& skip,
+                           const OptionalTensor& state0, const OptionalTensor& reset) {
+  const Arguments arguments{x, delta, a, b, c, skip, state0, reset};
+  check(arguments);
+  return selective_scan_generic(arguments);
+}
+
+Gradients selective_scan_backward_any(const OptionalTensor& dy, const OptionalTensor& dstate,
+                                      const at::Tensor& x, const at::Tensor& delta,
+                                      const at::Tensor& a, const at::Tensor& b, const at::Tensor& c,
+                                      const at::Tensor& skip, const OptionalTensor& state0,
+                                      const OptionalTensor& reset) {
+  const Arguments arguments{x, delta, a, b, c, skip, state0, reset};
+  check(arguments);
+  return selective_scan_generic_backward(dy, dstate, arguments);
 }
 
 Gradients selective_scan_backward_op(const OptionalTensor& dy, const OptionalTensor& dstate,
@@ -184,8 +175,6 @@ Outputs selective_scan_autograd(const at::Tensor& x, const at::Tensor& delta, co
                                 const at::Tensor& b, const at::Tensor& c, const at::Tensor& skip,
                                 const OptionalTensor& state0, const OptionalTensor& reset) {
   if (recording(x, delta, a, b, c, skip, state0)) {
-    if (!x.is_cpu() && !x.is_meta())
-      return selective_scan_steps(x, delta, a, b, c, skip, state0, reset);
     const variable_list out = SelectiveScan::apply(x, delta, a, b, c, skip, state0, reset);
     return {out[0], out[1]};
   }
@@ -230,7 +219,10 @@ TORCH_LIBRARY_IMPL(xlstm, CPU, m) {
   m.impl("selective_scan", selective_scan_cpu);
   m.impl("selective_scan_backward", selective_scan_backward_cpu);
 }
-TORCH_LIBRARY_IMPL(xlstm, CUDA, m) { m.impl("selective_scan", selective_scan_steps); }
+TORCH_LIBRARY_IMPL(xlstm, CUDA, m) {
+  m.impl("selective_scan", selective_scan_any);
+  m.impl("selective_scan_backward", selective_scan_backward_any);
+}
 TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
   m.impl("selective_scan", selective_scan_autograd);
   m.impl("selective_scan_backward", torch::autograd::autogradNotImplementedFallback());

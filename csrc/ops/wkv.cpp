@@ -1,14 +1,10 @@
-// The operator xlstm::wkv: CPU kernels with their own backward; elsewhere a loop over tokens in ATen calls.
+// The operator xlstm::wkv: CPU kernels with their own backward; elsewhere both in ATen calls, block by block.
 #include "csrc/ops/wkv.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/exp.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/maximum.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -16,6 +12,7 @@
 #include "csrc/ops/common.h"
 #include "csrc/ops/cpu/recurrence_params.h"
 #include "csrc/ops/rows.h"
+#include "csrc/ops/wkv_generic.h"
 
 namespace xlstm::ops {
 namespace {
@@ -25,8 +22,6 @@ using torch::autograd::variable_list;
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-constexpr double kEmpty = -1e38;  // exponent of a state that holds nothing
 
 void check(const at::Tensor& k, const at::Tensor& v, const at::Tensor& w, const at::Tensor& u,
            const OptionalTensor& a0, const OptionalTensor& b0, const OptionalTensor& p0,
@@ -118,33 +113,20 @@ Gradients wkv_backward_cpu(const OptionalTensor& dy, const OptionalTensor& da,
           db0};
 }
 
-/// Token by token, differentiable through ATen; for devices without a kernel.
-Outputs wkv_steps(const at::Tensor& k_in, const at::Tensor& v_in, const at::Tensor& w_in,
-                  const at::Tensor& u_in, const OptionalTensor& a0, const OptionalTensor& b0,
-                  const OptionalTensor& p0, const OptionalTensor& reset) {
-  check(k_in, v_in, w_in, u_in, a0, b0, p0, reset);
-  const at::ScalarType type = accumulate_type(k_in.scalar_type());
-  const at::Tensor k = k_in.to(type), v = v_in.to(type), w = w_in.to(type), u = u_in.to(type);
-  const at::IntArrayRef sizes{k.size(0), k.size(2)};
-  at::Tensor a = a0 ? a0->to(type) : at::zeros(sizes, k.options()),
-             b = b0 ? b0->to(type) : at::zeros(sizes, k.options()),
-             p = p0 ? p0->to(type).detach() : at::full(sizes, kEmpty, k.options());
-  std::vector<at::Tensor> rows;
-  for (int64_t t = 0; t < k.size(1); ++t) {
-    if (reset) {
-      const at::Tensor empty = reset->select(1, t).unsqueeze(-1);
-      a = a.masked_fill(empty, 0), b = b.masked_fill(empty, 0), p = p.masked_fill(empty, kEmpty);
-    }
-    const at::Tensor kt = k.select(1, t), vt = v.select(1, t), now = u + kt;
-    const at::Tensor peak = at::maximum(p, now).detach();
-    const at::Tensor old = at::exp(p - peak), in = at::exp(now - peak);
-    rows.push_back((old * a + in * vt) / (old * b + in));
-    const at::Tensor next = at::maximum(p - w, kt).detach();
-    const at::Tensor kept = at::exp(p - w - next), entered = at::exp(kt - next);
-    a = kept * a + entered * vt, b = kept * b + entered, p = next;
-  }
-  const at::Tensor y = rows.empty() ? at::zeros(k.sizes(), k.options()) : at::stack(rows, 1);
-  return {y.to(k_in.scalar_type()), a, b, p};
+Outputs wkv_any(const at::Tensor& k, const at::Tensor& v, const at::Tensor& w, const at::Tensor& u,
+                const OptionalTensor& a0, const OptionalTensor& b0, const OptionalTensor& p0,
+                const OptionalTensor& reset) {
+  check(k, v, w, u, a0, b0, p0, reset);
+  return wkv_generic({k, v, w, u, a0, b0, p0, reset});
+}
+
+Gradients wkv_backward_any(const OptionalTensor& dy, const OptionalTensor& da,
+                           const OptionalTensor& db, const at::Tensor& k, const at::Tensor& v,
+                           const at::Tensor& w, const at::Tensor& u, const OptionalTensor& a0,
+                           const OptionalTensor& b0, const OptionalTensor& p0,
+                           const OptionalTensor& reset) {
+  check(k, v, w, u, a0, b0, p0, reset);
+  return wkv_generic_backward(dy, da, db, {k, v, w, u, a0, b0, p0, reset});
 }
 
 Gradients wkv_backward_op(const OptionalTensor& dy, const OptionalTensor& da,
@@ -186,7 +168,6 @@ Outputs wkv_autograd(const at::Tensor& k, const at::Tensor& v, const at::Tensor&
                      const at::Tensor& u, const OptionalTensor& a0, const OptionalTensor& b0,
                      const OptionalTensor& p0, const OptionalTensor& reset) {
   if (recording(k, v, w, u, a0, b0)) {
-    if (!k.is_cpu() && !k.is_meta()) return wkv_steps(k, v, w, u, a0, b0, p0, reset);
     const variable_list out = Wkv::apply(k, v, w, u, a0, b0, p0, reset);
     return {out[0], out[1], out[2], out[3]};
   }
@@ -230,7 +211,10 @@ TORCH_LIBRARY_IMPL(xlstm, CPU, m) {
   m.impl("wkv", wkv_cpu);
   m.impl("wkv_backward", wkv_backward_cpu);
 }
-TORCH_LIBRARY_IMPL(xlstm, CUDA, m) { m.impl("wkv", wkv_steps); }
+TORCH_LIBRARY_IMPL(xlstm, CUDA, m) {
+  m.impl("wkv", wkv_any);
+  m.impl("wkv_backward", wkv_backward_any);
+}
 TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
   m.impl("wkv", wkv_autograd);
   m.impl("wkv_backward", torch::autograd::autogradNotImplementedFallback());

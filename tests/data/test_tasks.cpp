@@ -1,12 +1,13 @@
 // The synthetic tasks: every answer against a solver that knows the definition alone, the numbers themselves against
-// recorded ones, and the query distances of MQAR against draws by the definition.
+// recorded ones, drawn one after the other and by several threads at once.
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <map>
-#include <random>
 #include <set>
 #include <string>
+#include <thread>
 
 #include "csrc/core/error.h"
 #include "csrc/core/sha256.h"
@@ -235,6 +236,16 @@ std::string hash(const Batch& batch) {
   return xlstm::sha256_hex(text).substr(0, 16);
 }
 
+/// Bit by bit, so that NaN equals itself.
+bool same_bytes(const Batch& a, const Batch& b) {
+  const auto same = [](const auto& x, const auto& y) {
+    return x.size() == y.size() &&
+           (x.empty() || std::memcmp(x.data(), y.data(), x.size() * sizeof(x[0])) == 0);
+  };
+  return a.num_targets == b.num_targets && same(a.input, b.input) && same(a.target, b.target) &&
+         same(a.reset, b.reset) && same(a.features, b.features) && same(a.values, b.values);
+}
+
 }  // namespace
 
 TEST_CASE("formal languages: every answer is the solver's, every length is used", "[tasks]") {
@@ -281,100 +292,6 @@ TEST_CASE("formal languages: chances are the paper's", "[tasks]") {
   for (const auto& [name, chance] : chances) CHECK(make_task(named(name))->chance() == chance);
 }
 
-TEST_CASE("mqar: pairs, then every key once, answered by its value", "[tasks]") {
-  TaskOptions options = named("mqar");
-  options.key_values = 8, options.vocab_size = 512;
-  const auto task = make_task(options);
-  for (uint64_t i = 0; i < 2000; ++i) {
-    Random random(1, 0, i);
-    const TaskSample sample = task->sample(random, 64);
-    REQUIRE(sample.input.size() == 64);
-    std::map<int64_t, int64_t> value;
-    std::set<int64_t> values;
-    for (size_t pair = 0; pair < 8; ++pair) {
-      const int64_t key = sample.input[2 * pair];
-      REQUIRE((key >= 1 && key < 256));
-      value[key] = sample.input[2 * pair + 1];
-      REQUIRE((value[key] >= 256 && value[key] < 512));
-      values.insert(value[key]);
-    }
-    REQUIRE((value.size() == 8 && values.size() == 8));
-    for (size_t t = 0; t < 64; ++t) {
-      const bool query = t >= 16 && sample.input[t] != 0;
-      REQUIRE(sample.target[t] == (query ? value.at(sample.input[t]) : kIgnored));
-      REQUIRE((!query || t % 2 == 0));
-      if (query) value.erase(sample.input[t]);
-    }
-    REQUIRE(value.empty());
-  }
-}
-
-TEST_CASE("mqar: random tokens stand where nothing is asked", "[tasks]") {
-  TaskOptions options = named("mqar");
-  options.vocab_size = 64;
-  const auto zeros = make_task(options);
-  options.random_non_queries = true;
-  const auto filled = make_task(options);
-  std::vector<int> counts(64);
-  int places = 0;
-  for (uint64_t i = 0; i < 2000; ++i) {
-    Random random(1, 0, i), same(1, 0, i);
-    const TaskSample plain = zeros->sample(random, 64), sample = filled->sample(same, 64);
-    REQUIRE(sample.target == plain.target);
-    for (size_t t = 0; t < 64; ++t) {
-      if (plain.input[t] != 0) {
-        REQUIRE(sample.input[t] == plain.input[t]);
-      } else {
-        ++counts[static_cast<size_t>(sample.input[t])];
-        ++places;
-      }
-    }
-  }
-  // Chi-square with 63 degrees of freedom; 103 is passed once in 1000.
-  double chi = 0;
-  for (const int count : counts) chi += std::pow(count - places / 64.0, 2) / (places / 64.0);
-  CAPTURE(chi);
-  CHECK(chi < 103);
-}
-
-TEST_CASE("mqar: distances of the queries follow the power law, without replacement", "[tasks]") {
-  constexpr int kSpace = 12, kPairs = 4, kSamples = 20000;
-  TaskOptions options = named("mqar");
-  options.key_values = kPairs, options.vocab_size = 64;
-  const auto task = make_task(options);
-  // By the definition: draws with p(i) ~ i^(0.01 - 1), a place that is taken is drawn again. Of every key by its rank,
-  // since the first ones take the near places.
-  std::mt19937 engine(7);
-  std::vector<double> weights;
-  for (int i = 1; i <= kSpace; ++i) weights.push_back(0.01 * std::pow(i, 0.01 - 1));
-  std::discrete_distribution<int> draw(weights.begin(), weights.end());
-  double wanted[kPairs][kSpace] = {}, got[kPairs][kSpace] = {};
-  for (uint64_t i = 0; i < kSamples; ++i) {
-    std::vector<int> taken;
-    while (taken.size() < kPairs) {
-      const int place = draw(engine);
-      if (std::find(taken.begin(), taken.end(), place) != taken.end()) continue;
-      ++wanted[taken.size()][place];
-      taken.push_back(place);
-    }
-    Random random(3, 0, i);
-    const TaskSample sample = task->sample(random, 2 * (kSpace + kPairs));
-    for (int pair = 0; pair < kPairs; ++pair)
-      for (int place = 0; place < kSpace; ++place)
-        got[pair][place] += sample.input[static_cast<size_t>(2 * (kPairs + place))] ==
-                            sample.input[static_cast<size_t>(2 * pair)];
-  }
-  // Two samples of counts from one distribution: chi-square with 11 degrees of freedom; 31.3 is passed once in 1000.
-  for (int pair = 0; pair < kPairs; ++pair) {
-    double chi = 0;
-    for (int place = 0; place < kSpace; ++place)
-      chi += std::pow(got[pair][place] - wanted[pair][place], 2) /
-             std::max(1.0, got[pair][place] + wanted[pair][place]);
-    CAPTURE(pair, chi);
-    CHECK(chi < 31.3);
-  }
-}
-
 TEST_CASE("tasks: recorded samples, the same for every platform and every cut into batches",
           "[tasks]") {
   const std::map<std::string, std::string> recorded = {
@@ -408,6 +325,43 @@ TEST_CASE("tasks: recorded samples, the same for every platform and every cut in
       REQUIRE(part.target[i] == all.target[17 * 40 + i]);
     }
     CHECK(hash(data.held_out->batch(0, 64)) != hash(all));
+  }
+}
+
+TEST_CASE("tasks: four threads that draw all of them at once get the same bytes", "[tasks]") {
+  std::vector<std::string> names;
+  for (const std::string& name : task_names())
+    if (!reads_files(named(name))) names.push_back(name);
+  const auto make = [](const std::string& name) {
+    TaskOptions options = named(name);
+    if (name == "listops") options.min_len = 5, options.max_depth = 4;
+    const bool real = name == "nns";
+    return make_task_data(options, 40, 77, true, real ? 1 : 8192, real ? 3 : 0);
+  };
+  constexpr size_t kThreads = 4;
+  std::vector<TaskData> shared;
+  for (const std::string& name : names) shared.push_back(make(name));
+  struct Drawn {
+    Batch train, held_out;
+  };
+  // The threads meet at every task; nothing is drawn before them, so that they also meet whatever is made on first use.
+  std::vector<std::vector<Drawn>> drawn(kThreads, std::vector<Drawn>(names.size()));
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < kThreads; ++i)
+    threads.emplace_back([&, i] {
+      for (size_t task = 0; task < names.size(); ++task)
+        drawn[i][task] = {shared[task].train->batch(0, 64), shared[task].held_out->batch(0, 64)};
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (size_t task = 0; task < names.size(); ++task) {
+    CAPTURE(names[task]);
+    const TaskData alone = make(names[task]);
+    const Batch train = alone.train->batch(0, 64), held_out = alone.held_out->batch(0, 64);
+    CHECK((train.num_targets > 0 && !same_bytes(train, held_out)));
+    for (size_t i = 0; i < kThreads; ++i) {
+      CHECK(same_bytes(drawn[i][task].train, train));
+      CHECK(same_bytes(drawn[i][task].held_out, held_out));
+    }
   }
 }
 

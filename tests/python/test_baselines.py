@@ -115,6 +115,25 @@ def test_operators_keep_torchs_contract(name):
         operator(*[arguments[0][0], *arguments[1:]])
 
 
+@pytest.mark.parametrize("name", ["wkv", "selective_scan"])
+def test_the_inputs_alone_are_saved(name):
+    """On every device: states of tokens are computed again in the backward pass."""
+    arguments = with_gradients(wkv_arguments(2, 100, 6, True) if name == "wkv" else scan_arguments(2, 100, 6, 16, True))
+    reset, saved = resets(2, 100), []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = getattr(torch.ops.xlstm, name)(*arguments, reset=reset)
+    given = {t.data_ptr() for t in [*arguments, reset]}
+    assert {t.data_ptr() for t in saved} == given
+    first = torch.autograd.grad(out[0].sum(), arguments[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=f"{name}_backward"):  # no second derivative
+        torch.autograd.grad(first.sum(), arguments[0])
+
+
 def model(kind, vocab, dim, blocks, heads, extra=""):
     yaml = f"model: {{kind: {kind}, vocab_size: {vocab}, embedding_dim: {dim}, num_blocks: {blocks}, num_heads: {heads}{extra}}}"
     ours = libxlstm._C.make_model(yaml)
