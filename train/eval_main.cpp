@@ -39,8 +39,9 @@ const std::vector<OptionSpec> kOptions{
     {"--batch-size", "N", "windows per forward pass (as in training, fewer for longer windows)"},
     {"--batches", "N", "stop after so many batches of every set; 0: the whole set (0)"},
     {"--fill-last", "",
-     "the last window of a text begins earlier, so that it is as long as the others; what has been "
-     "judged before does not count again"},
+     "every document is judged alone: its windows begin with it, and the last of a longer one "
+     "begins earlier, so that it is as long as the others; what has been judged before does not "
+     "count again"},
     {"--frequency-buckets", "N,...",
      "also the perplexity of tokens by how often they occur in the training text: 10,100 judges "
      "those that occur 0 to 9 times, 10 to 99 times, and more often"},
@@ -177,6 +178,10 @@ EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t
   if (data::is_given(config.data.task) && !line.has("--text") && !line.has("--data")) {
     if (line.has("--fill-last"))
       throw Error(ExitCode::kConfig, "--fill-last is for texts, not for a data.task");
+    if (line.has("--min-len") && data::reads_files(config.data.task))
+      throw Error(ExitCode::kConfig,
+                  "--min-len is for a data.task whose samples are drawn; those of " +
+                      config.data.task.name + " are read from files");
     choice.sources.push_back({"", task_set(line, config, seq_len)});
     choice.name = choice.sources[0].set->name();
     return choice;
@@ -195,7 +200,8 @@ EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t
     data::prepare(options);
   } else {
     choice.name = line.has("--data") ? line.get("--data", "") : held_out_prefix(loaded);
-    choice.by_source = fs::is_directory(choice.name);
+    // A folder of the prefix's own name may stand beside it: what is named is the prefix.
+    choice.by_source = fs::is_directory(choice.name) && !fs::exists(choice.name + ".idx");
     prefixes = choice.by_source ? prefixes_in(choice.name) : std::vector{choice.name};
   }
   data::DatasetOptions options;

@@ -174,6 +174,16 @@ void validate_length(const Config& config) {
               to_string(train.global_batch_size));
 }
 
+/// Samples that are read have the lengths and tokens of their files.
+void validate_recorded_task(const Config& config) {
+  for (const char* name : {"data.task.vocab_size", "data.task.min_len", "data.task.eval_min_len",
+                           "data.task.key_values", "data.task.random_non_queries",
+                           "data.task.max_depth", "data.task.max_args"})
+    require(is_default(config, name), config, name,
+            "applies to tasks whose samples are drawn, but those of data.task.name " +
+                config.data.task.name + " are read from files; remove it");
+}
+
 void validate_data(const Config& config) {
   const auto& data = config.data;
   const bool text = !data.text.empty(), prepared = !data.train.empty();
@@ -183,6 +193,7 @@ void validate_data(const Config& config) {
                 ", expected one of them");
     require(config.sample.prompts.empty(), config, "sample.prompts",
             "works with text only, but data.task.name is " + data.task.name + "; remove it");
+    if (xlstm::data::reads_files(data.task)) validate_recorded_task(config);
     return;
   }
   for (const std::string& name : settings_below({"data.task"})) {

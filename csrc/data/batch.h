@@ -40,7 +40,9 @@ class SampleSource {
   virtual int64_t samples_per_epoch() const = 0;
   /// Samples [first, first+count).
   virtual Batch batch(int64_t first_sample, int64_t count) const = 0;
-  /// Changes whenever a sample does.
+  /// Changes whenever the settings or the version of the order or of the generators do, and where files do so as far as
+  /// their marks tell: the hash in a token file's sidecar (TokenFile::fingerprint; without one their sizes), for tasks
+  /// the hash of parts of large files (recorded_task.cpp).
   virtual std::string fingerprint() const = 0;
 };
 

@@ -1,8 +1,8 @@
 // CIFAR-10 in its binary version: five files that train and one that is held out, of records of 3073 bytes: the class, then
 // the 32 x 32 pixels, row by row, of red, of green and of blue.
 //   image      the Arena's: grey pixels as tokens 0 to 255
-//   rgb_image  as in LRU and S5 (arXiv 2303.06349, 2208.04933): pixels as vectors of three colours, less their means over
-//              the training set and divided by their deviations
+//   rgb_image  pixels as vectors of three colours, as in LRU and S5 (arXiv 2303.06349, 2208.04933), less their means over
+//              the training set and divided by their deviations there, in the four digits usual with torchvision
 // Asked at the last pixel is the class, 0 to 9.
 #include <array>
 #include <filesystem>

@@ -125,10 +125,26 @@ EvalSet::EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& op
   if (file_->num_tokens() < 2)
     throw Error(ExitCode::kData, file_->prefix() + ".bin: " + std::to_string(file_->num_tokens()) +
                                      " tokens; a held-out set needs at least 2, give more text");
+  if (!options.fill_last_window) return;
+  for (int64_t d = 0; d < file_->num_documents(); ++d) {
+    const int64_t start = file_->document_start(d), last = file_->document_start(d + 1) - 1;
+    for (int64_t at = start; at < last; at += options.seq_len) {
+      const int64_t count = std::min(options.seq_len, last - at);
+      const int64_t before = std::min(at - start, options.seq_len - count);
+      windows_.push_back({at - before, before + count, before});
+    }
+  }
 }
 
 int64_t EvalSet::num_windows() const {
+  if (options_.fill_last_window) return std::ssize(windows_);
   return (file_->num_tokens() - 1 + options_.seq_len - 1) / options_.seq_len;
+}
+
+EvalSet::Window EvalSet::window(int64_t index) const {
+  if (options_.fill_last_window) return windows_[static_cast<size_t>(index)];
+  const int64_t first = index * options_.seq_len;
+  return {first, std::min(options_.seq_len, file_->num_tokens() - 1 - first), 0};
 }
 
 Batch EvalSet::batch(int64_t first_window, int64_t count) const {
@@ -140,14 +156,11 @@ Batch EvalSet::batch(int64_t first_window, int64_t count) const {
   std::vector<int64_t> tokens;
   std::vector<uint8_t> starts;
   for (int64_t row = 0; row < count; ++row) {
-    const int64_t first = (first_window + row) * options_.seq_len;
-    const int64_t length = std::min(options_.seq_len, file_->num_tokens() - 1 - first);
-    const int64_t before =
-        options_.fill_last_window ? std::min(first, options_.seq_len - length) : 0;
-    fill_row(*file_, options_, first - before, before + length, row, tokens, starts, batch);
+    const Window cut = window(first_window + row);
+    fill_row(*file_, options_, cut.first, cut.count, row, tokens, starts, batch);
     const auto targets = batch.target.begin() + row * options_.seq_len;
-    batch.num_targets -= before - std::count(targets, targets + before, kIgnored);
-    std::fill(targets, targets + before, kIgnored);
+    batch.num_targets -= cut.before;
+    std::fill(targets, targets + cut.before, kIgnored);
   }
   return batch;
 }
@@ -155,7 +168,7 @@ Batch EvalSet::batch(int64_t first_window, int64_t count) const {
 double EvalSet::bytes_per_token() const {
   if (!file_->sidecar() || file_->sidecar()->num_bytes == 0) return 0;
   int64_t scored = file_->num_tokens() - 1;
-  if (options_.mask_loss_across_documents) {
+  if (options_.mask_loss_across_documents || options_.fill_last_window) {
     scored = 0;
     for (int64_t d = 0; d < file_->num_documents(); ++d)
       scored += std::max<int64_t>(0, file_->document_start(d + 1) - file_->document_start(d) - 1);

@@ -16,7 +16,8 @@ struct DatasetOptions {
   uint64_t seed = 1234;
   bool reset_state_at_document = true;
   bool mask_loss_across_documents = true;
-  /// Of held-out sets: the last window begins earlier, so that it is full; what was scored before does not count again.
+  /// Of held-out sets: each document is judged alone, whatever stands above. Its windows begin with it, and the last of a
+  /// longer one begins earlier, so that it is full; what was scored before does not count again.
   bool fill_last_window = false;
 };
 
@@ -50,7 +51,8 @@ class Dataset final : public SampleSource {
 };
 
 /// A held-out file in order, once: window w is tokens [w*T, w*T+T], the last one shorter (windows are padded with
-/// target -100) or begun earlier, so that every token but the first of each document is scored exactly once.
+/// target -100), so that every token but the first of each document is scored exactly once; with fill_last_window each
+/// document is cut so.
 class EvalSet final : public HeldOutSet {
  public:
   EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& options);
@@ -61,8 +63,15 @@ class EvalSet final : public HeldOutSet {
   std::string name() const override { return file_->prefix(); }
 
  private:
+  struct Window {
+    int64_t first = 0, count = 0;  ///< its inputs
+    int64_t before = 0;            ///< of them, whose targets do not count
+  };
+  Window window(int64_t index) const;
+
   std::shared_ptr<const TokenFile> file_;
   DatasetOptions options_;
+  std::vector<Window> windows_;  ///< with fill_last_window alone
 };
 
 /// Bijection of [0, n) keyed by (seed, epoch): four Feistel rounds with cycle walking, O(1) memory.

@@ -14,7 +14,9 @@ namespace {
 // the headers of a member there and before its bytes. All numbers are little-endian.
 constexpr uint32_t kEndMagic = 0x06054b50, kDirectoryMagic = 0x02014b50, kLocalMagic = 0x04034b50;
 constexpr size_t kEndBytes = 22, kDirectoryBytes = 46, kLocalBytes = 30, kLongestComment = 65535;
+/// In place of a number that stands in a record of zip64; Python's zipfile, and so numpy, writes those beyond 2 GiB, not 4.
 constexpr uint32_t kInZip64 = 0xffffffff;
+constexpr const char* kTooLarge = "larger than 2 GiB; write .npy files (numpy.save)";
 /// Of a plain array: one line, padded to a multiple of 64.
 constexpr size_t kLongestHeader = 1024;
 
@@ -95,9 +97,10 @@ NumpyArray read_npy(Bytes bytes) {
 Bytes npz_member(Bytes archive, const std::string& name) {
   const size_t end = end_record(archive), members = number<uint16_t>(archive, end + 10);
   size_t at = number<uint32_t>(archive, end + 16);
+  if (at == kInZip64) throw std::runtime_error(std::string("the archive is ") + kTooLarge);
   for (size_t i = 0; i < members; ++i) {
     if (number<uint32_t>(archive, at) != kDirectoryMagic)
-      throw std::runtime_error("the archive is damaged, or larger than 4 GiB");
+      throw std::runtime_error("the archive is damaged");
     const size_t name_bytes = number<uint16_t>(archive, at + 28);
     const size_t skipped = number<uint16_t>(archive, at + 30) + number<uint16_t>(archive, at + 32);
     if (archive.size - at < kDirectoryBytes + name_bytes)
@@ -113,7 +116,7 @@ Bytes npz_member(Bytes archive, const std::string& name) {
     const size_t size = number<uint32_t>(archive, at + 20);
     const size_t local = number<uint32_t>(archive, at + 42);
     if (size == kInZip64 || local == kInZip64)
-      throw std::runtime_error(found + " is larger than 4 GiB; write .npy files");
+      throw std::runtime_error(found + ", or what stands before it, is " + kTooLarge);
     if (number<uint32_t>(archive, local) != kLocalMagic)
       throw std::runtime_error("the archive is damaged");
     const size_t start = local + kLocalBytes + number<uint16_t>(archive, local + 26) +

@@ -34,7 +34,7 @@ class RecordedTask : public Task {
 
  private:
   std::string how_to_get_;
-  std::string mark_;  ///< sizes and hashes of the ends of all files opened
+  std::string mark_;  ///< sizes of all files opened and hashes of parts of them
 };
 
 }  // namespace xlstm::data

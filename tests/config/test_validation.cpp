@@ -150,6 +150,10 @@ TEST_CASE("what a training run needs") {
       {"data: {text: a, task: {path: b}}\ntrain: {max_steps: 500}",
        "f.yaml:1: data.task.path: applies to tasks only; set data.task.name, or remove it"},
       {"data: {task: {name: parity}}\ntrain: {max_steps: 500}", ""},
+      {"data: {task: {name: image, path: b, eval_len: 2000}}\ntrain: {max_steps: 500}", ""},
+      {"data: {task: {name: image, path: b, vocab_size: 9}}\ntrain: {max_steps: 500}",
+       "f.yaml:1: data.task.vocab_size: applies to tasks whose samples are drawn, but those of "
+       "data.task.name image are read from files; remove it"},
       {"data: {text: a, train: [{path: b}]}\ntrain: {max_steps: 500}",
        "f.yaml:1: data.text: is given together with data.train, expected one of them; set "
        "data.text=\"\" or "
@@ -191,6 +195,23 @@ TEST_CASE("what a training run needs") {
   CHECK(training_message(
             data + "train: {max_steps: 500}\noptim: {learning_rate: 1e-5, schedule: constant}") ==
         "");
+}
+
+TEST_CASE("tasks that read files refuse the settings of those that draw samples") {
+  for (const std::string name : {"image", "rgb_image", "retrieval", "pathfinder", "listops"})
+    for (const std::string setting :
+         {"vocab_size: 16", "min_len: 20", "eval_min_len: 20", "key_values: 8",
+          "random_non_queries: true", "max_depth: 3", "max_args: 3"}) {
+      const std::string path = name == "listops" ? "" : ", path: b";
+      const std::string message = training_message("data: {task: {name: " + name + path + ", " +
+                                                   setting + "}}\ntrain: {max_steps: 500}");
+      INFO(name << ", " << setting << ": " << message);
+      const std::string refusal = "f.yaml:1: data.task." + setting.substr(0, setting.find(':')) +
+                                  ": applies to tasks whose samples are drawn, but those of "
+                                  "data.task.name " +
+                                  name + " are read from files; remove it";
+      CHECK(message == (name == "listops" ? "" : refusal));
+    }
 }
 
 TEST_CASE("the command line may cut a run short of its warm-up") {

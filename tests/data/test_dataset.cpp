@@ -247,24 +247,34 @@ TEST_CASE("the fingerprint covers data, order and settings") {
   CHECK(fingerprints.size() == datasets.size());
 }
 
-TEST_CASE("a last window that is filled begins earlier and scores nothing twice") {
+TEST_CASE("windows of documents alone: the last one begins earlier and scores nothing twice") {
   TemporaryFolder folder;
-  const std::vector<std::vector<int64_t>> documents{{1, 2, 3, 4, 5}, {6, 7, 8, 9, 10, 11}};
+  const std::vector<std::vector<int64_t>> documents{
+      {1, 2, 3, 4, 5}, {60}, {6, 7, 8, 9, 10, 11}, {70, 71}};
   const auto file = open_tokens(write_tokens(folder / "t", 256, documents, 90));
   DatasetOptions options = options_of(4);
   options.fill_last_window = true;
-  const EvalSet set(file, options);
-  REQUIRE(set.num_windows() == 3);
-  const Batch batch = set.batch(0, 3);
-  CHECK(batch.input == std::vector<int64_t>{1, 2, 3, 4, 5, 6, 7, 8, 7, 8, 9, 10});
-  CHECK(batch.target == std::vector<int64_t>{2, 3, 4, 5, -100, 7, 8, 9, -100, -100, 10, 11});
-  CHECK(batch.num_targets == 9);
-  CHECK(set.batch(2, 1).num_targets == 2);
+  for (const bool apart : {true, false}) {  // what training does at documents is of no account
+    options.reset_state_at_document = options.mask_loss_across_documents = apart;
+    const EvalSet set(file, options);
+    REQUIRE(set.num_windows() == 4);
+    const Batch batch = set.batch(0, 4);
+    CHECK(batch.input == std::vector<int64_t>{1, 2, 3, 4, 6, 7, 8, 9, 7, 8, 9, 10, 70, 0, 0, 0});
+    CHECK(batch.target == std::vector<int64_t>{2, 3, 4, 5, 7, 8, 9, 10, -100, -100, -100, 11, 71,
+                                               -100, -100, -100});
+    for (size_t t = 0; t < 16; ++t) CHECK(batch.reset[t] == (t % 4 == 0));
+    CHECK(batch.num_targets == 10);
+    CHECK(set.batch(2, 1).num_targets == 1);
+    CHECK(set.bytes_per_token() == Approx(9));
+  }
 
-  options.seq_len = 50;  // longer than the file: nothing lies before
-  const Batch all = EvalSet(file, options).batch(0, 1);
-  CHECK(all.num_targets == 9);
-  CHECK((all.input[0] == 1 && all.target[9] == 11 && all.target[10] == -100));
+  options.seq_len = 50;  // longer than a document: nothing lies before
+  const Batch all = EvalSet(file, options).batch(0, 3);
+  CHECK(all.num_targets == 10);
+  CHECK((all.input[50] == 6 && all.target[54] == 11 && all.target[55] == -100));
+  CHECK(
+      EvalSet(open_tokens(write_tokens(folder / "ones", 256, {{1}, {2}})), options).num_windows() ==
+      0);
 }
 
 TEST_CASE("held-out tokens are scored exactly once") {
@@ -273,9 +283,11 @@ TEST_CASE("held-out tokens are scored exactly once") {
       {1, 2, 3, 4, 5}, {6}, {7, 8, 9}, {10, 11, 12, 13}};
   const auto file = open_tokens(write_tokens(folder / "t", 256, documents, 90));
   for (const int64_t seq_len : {1, 2, 3, 4, 5, 6, 7, 12, 13, 50}) {
-    for (const bool mask : {true, false}) {
+    for (const auto& [mask, fill] :
+         {std::pair(true, false), std::pair(false, false), std::pair(false, true)}) {
       DatasetOptions options = options_of(seq_len);
       options.mask_loss_across_documents = mask;
+      options.fill_last_window = fill;
       const EvalSet set(file, options);
       std::multiset<int64_t> scored;
       int64_t counted = 0;
@@ -290,8 +302,8 @@ TEST_CASE("held-out tokens are scored exactly once") {
         }
       }
       const std::multiset<int64_t> want =
-          mask ? std::multiset<int64_t>{2, 3, 4, 5, 8, 9, 11, 12, 13}
-               : std::multiset<int64_t>{2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
+          mask || fill ? std::multiset<int64_t>{2, 3, 4, 5, 8, 9, 11, 12, 13}
+                       : std::multiset<int64_t>{2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
       CHECK(scored == want);
       CHECK(counted == static_cast<int64_t>(want.size()));
       CHECK(set.bytes_per_token() == Approx(90.0 / static_cast<double>(want.size())));

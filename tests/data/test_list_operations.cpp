@@ -89,6 +89,18 @@ Read evaluated(const Tokens& tokens) {
   return read;
 }
 
+/// Of the counts of tokens [first, last] against equal shares.
+double chi_square_of_even(const std::map<int64_t, int64_t>& counts, int64_t first, int64_t last) {
+  double total = 0, chi = 0;
+  for (int64_t token = first; token <= last; ++token)
+    total += static_cast<double>(counts.at(token));
+  const double share = total / static_cast<double>(last - first + 1);
+  for (int64_t token = first; token <= last; ++token)
+    chi += std::pow(static_cast<double>(counts.at(token)) - share, 2) / share;
+  CHECK(share > 1000);
+  return chi;
+}
+
 /// Tokens of an expression of the Arena's generator; 1 is a digit.
 size_t arena_length(std::mt19937& engine, int depth, int max_depth, int max_args) {
   if (depth == max_depth || std::uniform_real_distribution<>()(engine) > 0.25) return 1;
@@ -128,6 +140,10 @@ TEST_CASE("listops: values, depths and numbers of arguments", "[arena]") {
   CHECK((shortest == 4 && longest > 100 && longest < 200));
   CHECK(answers.size() == 10);
   CHECK((tokens.size() == 15 && tokens.begin()->first == 1 && tokens.rbegin()->first == 15));
+  // Each operator is one of four and each digit one of ten, drawn apart from all lengths: chi-square with 3 and 9 degrees of
+  // freedom, which passes 16.27 and 27.88 once in 1000.
+  CHECK(chi_square_of_even(tokens, 11, 14) < 16.27);
+  CHECK(chi_square_of_even(tokens, 1, 10) < 27.88);
 }
 
 TEST_CASE("listops: lengths are distributed as those of the Arena's generator", "[arena]") {

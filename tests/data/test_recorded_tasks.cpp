@@ -169,6 +169,26 @@ TEST_CASE("recorded tasks: an epoch has every sample once, and a part where that
         data.train->fingerprint());
 }
 
+TEST_CASE("recorded tasks: a change of a sixteenth of a large file is seen wherever it is",
+          "[arena]") {
+  const TemporaryFolder folder;
+  const TaskOptions options = named("image", write_cifar(folder / "cifar"));
+  std::string records;
+  for (int i = 0; i < 3000; ++i) records += cifar_record(i % 10);  // 9 MB, not all of which is read
+  const auto fingerprint = [&](const std::string& bytes) {
+    write_bytes(folder / "cifar/data_batch_4.bin", bytes);
+    return make_task_data(options, 1024, 1, true, 256).train->fingerprint();
+  };
+  const std::string before = fingerprint(records);
+  CHECK(fingerprint(records) == before);
+  for (size_t part = 0; part < 16; ++part) {
+    std::string other = records;
+    for (size_t i = 3073 * 188 * part; i < std::min(other.size(), 3073 * 188 * (part + 1)); ++i)
+      if (i % 3073 != 0) other[i] = static_cast<char>(other[i] + 1);  // the classes stay
+    CHECK(fingerprint(other) != before);
+  }
+}
+
 TEST_CASE("cifar-10: files that are missing or wrong are named", "[arena]") {
   const TemporaryFolder folder;
   const std::string path = write_cifar(folder / "cifar");
@@ -293,6 +313,17 @@ TEST_CASE("pathfinder: files that are missing or wrong are named", "[arena]") {
   CHECK(contains(archive_error(zip({{"images.npy", images, 8}, {"labels.npy", labels}})),
                  "images.npy is compressed; write the archive with numpy.savez"));
   CHECK(contains(archive_error(good.substr(100)), "train.npz: the archive is damaged"));
+  // Beyond 2 GiB numpy writes this number in place of a size or an offset, and the true one elsewhere.
+  const auto in_zip64 = [&](size_t at) {
+    std::string bytes = good;
+    return archive_error(bytes.replace(at, 4, "\xff\xff\xff\xff"));
+  };
+  const size_t directory = good.find(little_endian(0x02014b50, 4));
+  for (const size_t field : {size_t{20}, size_t{42}})
+    CHECK(contains(in_zip64(directory + field),
+                   "images.npy, or what stands before it, is larger than 2 GiB; write .npy files"));
+  CHECK(contains(in_zip64(good.rfind(little_endian(0x06054b50, 4)) + 16),
+                 "train.npz: the archive is larger than 2 GiB; write .npy files"));
   write_bytes(folder / "train.npz", good);
   CHECK_NOTHROW(make_task_data(options, 6, 1, true, 256));
 }

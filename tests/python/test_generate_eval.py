@@ -121,6 +121,8 @@ def test_eval_of_a_folder_of_sources(run, tmp_path):
     assert re.search(r"^code +loss .*\nprose +loss .*\nmean perplexity of the 2 sources ", out)
     filled, _ = judged(tmp_path / "sources", "--fill-last")
     assert filled["tokens"] == tokens and filled["loss"] != together["loss"]
+    (tmp_path / "sources" / "code").mkdir()  # beside the prefix of the same name
+    assert judged(tmp_path / "sources" / "code")[0] == alone["code"]
     (tmp_path / "empty").mkdir()
     assert "holds no prepared token file" in program("xlstm-eval", run.path, "--data", tmp_path / "empty", check=3).stderr
 

@@ -169,6 +169,9 @@ def test_colours_are_learnt_as_vectors(tmp_path):
     assert done.returncode == 0, done.stderr
     measured = yaml.safe_load((tmp_path / "eval.json").read_text())
     assert measured["accuracy"] == 1.0 and "last_error" not in measured
+    done = subprocess.run([TRAINER.parent / "xlstm-eval", "--min-len", "5", "runs/run"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 2 and "--min-len is for a data.task whose samples are drawn" in done.stderr
 
 
 @needs_trainer
@@ -214,16 +217,48 @@ def test_conversion_of_pathfinder(tmp_path):
     seen = {}
     sizes = []
     for part in ("train", "validation", "test"):
-        archive = np.load(tmp_path / "out" / f"{part}.npz")
-        assert archive["images"].dtype == np.uint8 and archive["images"].shape[1:] == (4, 4)
-        sizes.append(len(archive["labels"]))
-        for image, label in zip(archive["images"], archive["labels"]):
+        images, marks = (np.load(tmp_path / "out" / f"{part}_{name}.npy") for name in ("images", "labels"))
+        assert images.dtype == np.uint8 and images.shape[1:] == (4, 4)
+        sizes.append(len(marks))
+        for image, label in zip(images, marks):
             assert (image == image[0, 0]).all()
             seen[int(image[0, 0])] = int(label)
     assert seen == labels and sizes == [16, 2, 2]
-    (tmp_path / "pathfinder32" / "curv_contour_length_14" / "imgs" / "1" / "sample_4.png").unlink()
+    if TRAINER.exists():
+        done = train(tmp_path, classifier("pathfinder", "out", 256, 16, 2), "--dry-run")
+        assert done.returncode == 0 and "task pathfinder, 16 windows" in done.stdout, done.stderr + done.stdout
+    (tmp_path / "out" / "test.npz").touch()
     done = convert(tmp_path)
-    assert done.returncode == 1 and "sample_4.png: no such file" in done.stderr
+    assert done.returncode == 1 and "test.npz: would be read instead of what is written now; remove it" in done.stderr
+
+
+def test_conversion_names_what_is_wrong(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    write_png_release(tmp_path / "pathfinder32", image_module)
+    level = tmp_path / "pathfinder32" / "curv_contour_length_14"
+
+    def refused(path, content, expected):
+        before = path.read_bytes()
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        done = convert(tmp_path)
+        path.write_bytes(before)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"{path}: {expected}"), done.stderr
+
+    metadata, image = level / "metadata" / "1.npy", level / "imgs" / "1" / "sample_4.png"
+    lines = metadata.read_bytes()
+    refused(metadata, lines + b"\n", "line 12 has 0 columns, expected folder, name, number and label")
+    refused(metadata, b"imgs/1 sample_4.png\n" + lines, "line 1 has 2 columns")
+    refused(metadata, lines.replace(b"0 1 1 2 3", b"0 2 1 2 3", 1), "label 2 of sample_")
+    refused(image, None, "no such file, but ")
+    for end in (10, 50):
+        refused(image, image.read_bytes()[:end], "not a whole image (")
+    image_module.fromarray(np.zeros((5, 4), np.uint8)).save(tmp_path / "other.png")
+    refused(image, (tmp_path / "other.png").read_bytes(), "4 x 5 pixels, but ")
+    assert not (tmp_path / "out").exists() and convert(tmp_path).returncode == 0
 
 
 def test_the_miniature_is_listops_alone_and_asserts_nothing():
