@@ -2,9 +2,9 @@
 
 Importing registers the operators as torch.ops.xlstm.*; load() gives a trained model:
 
-    model = libxlstm.load("runs/demo")            # a checkpoint or run folder
-    logits, state = model(ids)                    # ids (B,T) int64 -> logits (B,T,V)
-    logits, state = model(next_ids, state)        # goes on from there, any number of tokens
+    model = libxlstm.load("runs/demo", device="cuda")    # a checkpoint or run folder
+    logits, state = model(ids)                           # ids (B,T) int64 -> logits (B,T,V)
+    logits, state = model(next_ids, state)               # goes on from there, any number of tokens
 """
 
 import importlib.machinery
@@ -70,17 +70,20 @@ def _load_module():
     return module
 
 
-def load(checkpoint_dir, verify=True):
+def load(checkpoint_dir, verify=True, device="cpu", dtype=None):
     """The model of a checkpoint folder, or of a run folder (its newest good checkpoint), in eval mode.
 
     The result is called as model(ids, state=None, reset=None) -> (logits, state): ids (B,T) int64, T >= 0, logits
     (B,T,V) float32, state one list of tensors per block (None: before the first token), reset (B,T) bool: the state
-    is empty before that token. Gradients flow where torch's grad mode is on. model.parameters() are the model's own
-    tensors by name, model.config its settings as YAML. verify: check every file against its sha256.
+    is empty before that token. Gradients flow where torch's grad mode is on. The rest is as torch.nn.Module has it:
+    parameters(), named_parameters(), to(device, dtype), train(), eval(); loss(ids, targets) trains, save(folder) keeps
+    what it learned, model.config are the settings of its run as YAML.
+
+    verify: check every file against its sha256. device, dtype: where the parameters shall be; dtype None: float32.
 
     Raises libxlstm.Error (a RuntimeError) naming the file and what is wrong with it.
     """
-    return _load_module().load(str(checkpoint_dir), verify)
+    return _load_module().load(str(checkpoint_dir), verify).to(torch.device(device), dtype)
 
 
 def __getattr__(name):
