@@ -120,6 +120,12 @@ void save_safetensors(const std::string& path, const py::dict& tensors) {
   xlstm::save_safetensors(path, named, {{"format", "pt"}});
 }
 
+void save_model(const PyModel& self, const py::object& folder) {
+  const std::string path = py::str(folder);
+  py::gil_scoped_release no_lock;
+  self.save(path);
+}
+
 /// model.to() as torch has it: a device, a dtype, or both, the device also by name.
 PyModel& move_model(PyModel& self, py::object device, py::object dtype) {
   const py::module_ torch = py::module_::import("torch");
@@ -188,7 +194,7 @@ PYBIND11_MODULE(_C, m) {
       .def("to", &move_model, py::arg("device") = py::none(), py::arg("dtype") = py::none(),
            "Moves the parameters, in place, to a device, a floating-point dtype, or both; gives "
            "the model.")
-      .def("save", &PyModel::save, py::arg("folder"), no_lock(),
+      .def("save", &save_model, py::arg("folder"),
            "Writes a checkpoint folder for load() and the programs, tokenizer included.")
       .def("train", &PyModel::train, py::arg("mode") = true)
       .def("eval", [](PyModel& self) { self.train(false); })
