@@ -18,8 +18,9 @@ __all__ = ["Error", "load", "__version__"]
 __version__ = "0.1.0"
 
 _PACKAGE = Path(__file__).resolve().parent
-# Installed: the operators in lib/, the module beside this file. In the source tree: where CMake puts what it builds.
-_FOLDERS = (_PACKAGE / "lib", _PACKAGE, _PACKAGE.parent / "build" / "lib")
+# Installed: the operators in lib/, the module beside this file. In the source tree: where CMake puts what it builds,
+# all of it or (preset ops) the operators alone.
+_FOLDERS = (_PACKAGE / "lib", _PACKAGE, _PACKAGE.parent / "build" / "lib", _PACKAGE.parent / "build-ops" / "lib")
 
 
 def _find(*names):

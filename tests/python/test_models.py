@@ -119,7 +119,8 @@ def test_to_moves_the_parameters_in_place(tmp_path):
     assert torch.equal(weight.grad.float(), gradient)
     wide = model(ids)[0]
     assert wide.dtype == torch.float64
-    torch.testing.assert_close(model.to(torch.device("cpu"), torch.float32)(ids)[0], wide.float(), rtol=1e-4, atol=1e-5)
+    model.to(torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(model(ids)[0], wide.float(), rtol=1e-4, atol=1e-5)
     model.to(torch.bfloat16)
     assert weight.dtype == torch.bfloat16 and model(ids)[0].dtype == torch.float32
     for wrong in ({"dtype": torch.int64}, {"device": "nowhere"}):
