@@ -66,7 +66,7 @@ def read_config(config):
         if config.get(name, value) != value:
             raise ConvertError(EXIT_CONFIG, f"config.{name}: {config[name]!r} is not {other} {value}")
     kernel = section.take("chunkwise_kernel", "")
-    if "siging" in kernel:  # sigmoid input gate
+    if "siging" in str(kernel):
         raise ConvertError(EXIT_CONFIG, f"config.chunkwise_kernel: {kernel!r} cannot be imported: its input gate is a sigmoid")
     section.take("use_bias", False, choices=(False,))
     section.take("add_out_norm", True, choices=(True,))
