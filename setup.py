@@ -21,7 +21,9 @@ TARGETS = ["xlstm-train", "xlstm-generate", "xlstm-eval", "xlstm-data", "xlstm-b
 class CMakeBuild(build_ext):
     def run(self):
         build = ROOT / "build"
+        # All of them: an earlier configuration of build/ may have cached other values.
         options = ["-DCMAKE_BUILD_TYPE=Release", "-DXLSTM_CPU_VARIANTS=all", f"-DPython3_EXECUTABLE={sys.executable}"]
+        options += ["-DXLSTM_BUILD_TRAIN=ON", "-DXLSTM_BUILD_PYTHON=ON"]
         options += [f"-DXLSTM_CUDA={os.environ.get('XLSTM_CUDA', 'AUTO')}"]
         if not (build / "CMakeCache.txt").exists():
             options += ["-G", "Ninja"]

@@ -2,9 +2,9 @@
 
 Importing registers the operators as torch.ops.xlstm.*; load() gives a trained model:
 
-    model = libxlstm.load("runs/demo")            # a checkpoint or run folder
-    logits, state = model(ids)                    # ids (B,T) int64 -> logits (B,T,V)
-    logits, state = model(next_ids, state)        # goes on from there, any number of tokens
+    model = libxlstm.load("runs/demo", device="cuda")    # a checkpoint or run folder
+    logits, state = model(ids)                           # ids (B,T) int64 -> logits (B,T,V)
+    logits, state = model(next_ids, state)               # goes on from there, any number of tokens
 """
 
 import importlib.machinery
@@ -18,8 +18,9 @@ __all__ = ["Error", "load", "__version__"]
 __version__ = "0.1.0"
 
 _PACKAGE = Path(__file__).resolve().parent
-# Installed: the operators in lib/, the module beside this file. In the source tree: where CMake puts what it builds.
-_FOLDERS = (_PACKAGE / "lib", _PACKAGE, _PACKAGE.parent / "build" / "lib")
+# Installed: the operators in lib/, the module beside this file. In the source tree: where CMake puts what it builds,
+# all of it or (preset ops) the operators alone.
+_FOLDERS = (_PACKAGE / "lib", _PACKAGE, _PACKAGE.parent / "build" / "lib", _PACKAGE.parent / "build-ops" / "lib")
 
 
 def _find(*names):
@@ -70,17 +71,20 @@ def _load_module():
     return module
 
 
-def load(checkpoint_dir, verify=True):
+def load(checkpoint_dir, verify=True, device="cpu", dtype=None):
     """The model of a checkpoint folder, or of a run folder (its newest good checkpoint), in eval mode.
 
     The result is called as model(ids, state=None, reset=None) -> (logits, state): ids (B,T) int64, T >= 0, logits
     (B,T,V) float32, state one list of tensors per block (None: before the first token), reset (B,T) bool: the state
-    is empty before that token. Gradients flow where torch's grad mode is on. model.parameters() are the model's own
-    tensors by name, model.config its settings as YAML. verify: check every file against its sha256.
+    is empty before that token. Gradients flow where torch's grad mode is on. The rest is as torch.nn.Module has it:
+    parameters(), named_parameters(), to(device, dtype), train(), eval(); loss(ids, targets) trains, save(folder) keeps
+    what it learned, model.config are the settings of its run as YAML.
+
+    verify: check every file against its sha256. device, dtype: where the parameters shall be; dtype None: float32.
 
     Raises libxlstm.Error (a RuntimeError) naming the file and what is wrong with it.
     """
-    return _load_module().load(str(checkpoint_dir), verify)
+    return _load_module().load(str(checkpoint_dir), verify).to(torch.device(device), dtype)
 
 
 def __getattr__(name):

@@ -21,7 +21,7 @@ import torch
 import libxlstm
 from libxlstm import tokenizer_worker
 
-__all__ = ["Judge", "ScoringError", "Tokenizer", "find_tokenizer", "rolling_windows"]
+__all__ = ["Judge", "ScoringError", "Tokenizer", "find_tokenizer", "has_tokenizer", "rolling_windows"]
 
 EXIT_CONFIG, EXIT_DATA = 2, 3
 # dtype -> (dtype of the weights, bfloat16 autocast?)
@@ -83,11 +83,23 @@ class Tokenizer:
             return bytes(ids).decode("utf-8", "replace")
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def token(self, token_id):
+        """The text of a token of its own, such as the end of a document."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def save(self, path):
+        """Writes a tokenizer.json. Bytes have none."""
+        self._tokenizer.save(path)
+
+
+def has_tokenizer(folder):
+    """Whether the files of a tokenizer are there."""
+    return any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in _TOKENIZER_FILES)
+
 
 def find_tokenizer(folder, configured):
     """The spec of a checkpoint's tokenizer: the folder's own copy where it has one."""
-    own = any(os.path.isfile(os.path.join(folder, names[0])) for names in _TOKENIZER_FILES)
-    return folder if own and configured != "bytes" else configured
+    return folder if configured != "bytes" and has_tokenizer(folder) else configured
 
 
 def rolling_windows(ids, start, max_length):
@@ -149,8 +161,7 @@ class Judge:
         self.model, self.tokenizer, self.batch_size, self.max_logits = model, tokenizer, batch_size, max_logits
         self.device = torch.device(device)
         weights, self._autocast = DTYPES[dtype]
-        for parameter in model.parameters().values():
-            parameter.data = parameter.data.to(self.device, weights)
+        model.to(self.device, weights)
         self._batch_dims = self._find_batch_dims()
 
     @classmethod

@@ -4,6 +4,8 @@
 # TORCH_VERSION picks another torch (2.11 or newer); PYTHON another interpreter.
 
 TORCH_VERSION=${TORCH_VERSION:-2.15.0}
+# What training, plots, tokenizers, conversions and the experiments' runner need besides torch.
+RUNNER_PACKAGES=(numpy matplotlib safetensors tokenizers pyyaml)
 VENV=$PWD/.venv
 
 say() { printf '\n== %s\n' "$*"; }
@@ -96,7 +98,9 @@ build_project() {
   [ $# -gt 0 ] && shift
   export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
   say "building (build/)"
-  cmake -S . -B build -G Ninja -DPython3_EXECUTABLE="$VENV/bin/python" "${options[@]}" >"$LOGS/cmake.log" 2>&1 ||
+  # Named, because an earlier configuration of build/ may have cached other values.
+  cmake -S . -B build -G Ninja -DPython3_EXECUTABLE="$VENV/bin/python" -DCMAKE_BUILD_TYPE=Release \
+    -DXLSTM_BUILD_TRAIN=ON -DXLSTM_BUILD_PYTHON=ON "${options[@]}" >"$LOGS/cmake.log" 2>&1 ||
     { tail -n 30 "$LOGS/cmake.log" >&2; die "cmake failed (build/logs/cmake.log)"; }
   ninja -C build "$@" || die "the build failed; the first error above says where"
 }

@@ -18,8 +18,8 @@ done
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 WITH_TESTS=1
-setup_environment numpy matplotlib safetensors tokenizers \
-  pytest pyyaml zstandard nvidia-cuda-nvdisasm==13.2.86 clang-format==14.0.6 xlstm==2.0.6 mlstm_kernels==2.0.6 flashrnn==1.0.8 transformers==5.23.0 rwkv==0.8.32
+setup_environment "${RUNNER_PACKAGES[@]}" \
+  pytest zstandard nvidia-cuda-nvdisasm==13.2.86 clang-format==14.0.6 xlstm==2.0.6 mlstm_kernels==2.0.6 flashrnn==1.0.8 transformers==5.23.0 rwkv==0.8.32
 build_project -DXLSTM_BUILD_TESTS=ON -DXLSTM_CPU_VARIANTS=all -DXLSTM_CUDA="${XLSTM_CUDA:-AUTO}"
 
 rm -rf build/junit; mkdir -p build/junit

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
-setup_environment numpy matplotlib safetensors tokenizers
+setup_environment "${RUNNER_PACKAGES[@]}"
 # A first build takes the kernels for this machine alone; test.sh and pip build them for every instruction set.
 variants=(); [ -e build/CMakeCache.txt ] || variants=(-DXLSTM_CPU_VARIANTS=native)
 # CUDA kernels take minutes to build: only where a GPU is there to run them, or XLSTM_CUDA=ON asks for them.

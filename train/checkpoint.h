@@ -49,7 +49,8 @@ std::vector<std::string> list_checkpoints(const std::string& run_dir);
 /// Deletes what keep_last and keep_every allow, and folders that were never committed. A failed delete is only logged.
 void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t keep_every);
 
-/// Loads weights into `model` (names, shapes and dtypes must match, each mismatch named) and returns the rest.
+/// Loads weights into `model` (names, shapes and dtypes must match, each mismatch named; float32 takes half precision
+/// too) and returns the rest.
 Checkpoint load_checkpoint(const std::string& folder, models::LanguageModel& model, bool verify);
 
 /// A model ready to run from a checkpoint folder, or from a run folder (its newest good checkpoint).

@@ -69,6 +69,11 @@ std::string shape_text(const at::Tensor& tensor) {
   return text + ")";
 }
 
+/// Imported and rounded weights may be of half precision: the model's float32 holds each of their values.
+bool widens(at::ScalarType from, at::ScalarType to) {
+  return to == at::kFloat && (from == at::kBFloat16 || from == at::kHalf);
+}
+
 void check_fit(const std::string& path, const NamedTensors& expected,
                const std::map<std::string, at::Tensor>& found) {
   Mismatch bad;
@@ -81,7 +86,8 @@ void check_fit(const std::string& path, const NamedTensors& expected,
     } else if (it->second.sizes() != tensor.sizes()) {
       bad.note(bad.shape, name + " has shape " + shape_text(it->second) + ", the model's is " +
                               shape_text(tensor));
-    } else if (it->second.scalar_type() != tensor.scalar_type()) {
+    } else if (it->second.scalar_type() != tensor.scalar_type() &&
+               !widens(it->second.scalar_type(), tensor.scalar_type())) {
       bad.note(bad.dtype, name + " is " + c10::toString(it->second.scalar_type()) +
                               ", the model's is " + c10::toString(tensor.scalar_type()));
     }

@@ -92,7 +92,7 @@ def our_training_step(vocab, dim, blocks, slstm_at, ids, targets):
 
     model = libxlstm._C.make_model(
         f"model: {{vocab_size: {vocab}, embedding_dim: {dim}, num_blocks: {blocks}, num_heads: 4, slstm_at: {slstm_at}}}")
-    optimizer = torch.optim.AdamW([p for p in model.parameters().values()], lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     return _step(model, optimizer, lambda: model.loss(ids, targets))
 
 

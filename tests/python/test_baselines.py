@@ -143,7 +143,7 @@ def model(kind, vocab, dim, blocks, heads, extra=""):
 
 def copy_weights(ours, theirs, names):
     """names: ours -> theirs; every parameter of ours must be named."""
-    parameters = ours.parameters()
+    parameters = dict(ours.named_parameters())
     state = theirs.state_dict()
     assert set(parameters) == set(names), set(parameters) ^ set(names)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_gpt_is_transformers_gpt2():
     ours = model("gpt", 31, 32, 2, 4, ", tie_weights: true, max_positions: 64, "
                  "feed_forward: {proj_factor: 4, round_up_to_multiple_of: 1}")
     state = theirs.state_dict()
-    parameters = ours.parameters()
+    parameters = dict(ours.named_parameters())
     filled = set()
 
     def put(name, value):
@@ -271,7 +271,7 @@ def test_stacked_lstm_is_torchs():
     torch.manual_seed(0)
     theirs = torch.nn.LSTM(24, 24, num_layers=2, batch_first=True)
     ours = model("lstm", 31, 24, 2, 1, ", add_out_norm: false")
-    parameters = ours.parameters()
+    parameters = dict(ours.named_parameters())
     with torch.no_grad():
         for layer in range(2):
             for mine, other in (("weight_ih", "weight_ih"), ("weight_hh", "weight_hh"), ("bias_ih", "bias_ih"),

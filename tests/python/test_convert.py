@@ -13,7 +13,8 @@ import torch
 import yaml
 
 import libxlstm
-from libxlstm import convert
+from libxlstm import convert, convert_xlstm
+from libxlstm.scoring import Judge, Tokenizer, find_tokenizer
 
 xlstm = pytest.importorskip("xlstm")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -143,6 +144,41 @@ def test_command_line(tmp_path):
     check_logits(model, tmp_path / "out")
 
 
+def test_context_length_and_tokenizer(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"<|endoftext|>": 0, **{letter: index for index, letter in enumerate("abcdefghij", 1)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.save(str(tmp_path / "small.json"))
+    config = make_config()
+    tensors = state_dict_of(make_model(config))
+    done = run_tool(tmp_path, config, tensors, "--tokenizer", str(tmp_path / "small.json"))
+    assert done.returncode == 0 and done.stderr == ""
+    data = yaml.safe_load(libxlstm.load(tmp_path / "out").config)["data"]
+    assert data["seq_len"] == LENGTH and data["tokenizer"] == str(tmp_path / "small.json")
+    assert Tokenizer(find_tokenizer(str(tmp_path / "out"), data["tokenizer"])).encode("cab") == [3, 1, 2]
+    (tmp_path / "small.json").unlink()  # the folder has its own copy
+    assert Judge.load(tmp_path / "out", device="cpu").tokenizer.encode("cab") == [3, 1, 2]
+
+    done = run_tool(tmp_path, config, tensors, "--seq-len", "7", "--tokenizer", "no-such-file")
+    assert done.returncode == 3 and "no-such-file" in done.stderr
+    done = run_tool(tmp_path, config, tensors, "--seq-len", "7")
+    assert done.returncode == 0 and done.stderr == "", "23 tokens: no text model"
+    assert yaml.safe_load(libxlstm.load(tmp_path / "out").config)["data"]["seq_len"] == 7
+
+
+def test_more_tokens_than_bytes_want_a_tokenizer(tmp_path):
+    config = make_config(vocab_size=300)
+    tensors = state_dict_of(make_model(config))
+    done = run_tool(tmp_path, config, tensors)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: no tokenizer was given") and "300" in done.stderr and "--tokenizer" in done.stderr
+    done = run_tool(tmp_path, config, tensors, "--tokenizer", "bytes")
+    assert done.returncode == 0 and done.stderr == ""
+    config = make_config(vocab_size=200)
+    done = run_tool(tmp_path, config, state_dict_of(make_model(config)), "--tokenizer", "bytes")
+    assert done.returncode == 2 and "bytes has 256 tokens, the model 200" in done.stderr
+
+
 def test_tied_weights(tmp_path):
     config = make_config(tie_weights=True)
     model = make_model(config)
@@ -150,7 +186,7 @@ def test_tied_weights(tmp_path):
     done = run_tool(tmp_path, config, tensors)
     assert done.returncode == 0, done.stderr
     check_logits(model, tmp_path / "out")
-    assert "lm_head.weight" not in libxlstm.load(tmp_path / "out").parameters()
+    assert "lm_head.weight" not in dict(libxlstm.load(tmp_path / "out").named_parameters())
 
     tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
     done = run_tool(tmp_path, config, tensors)
@@ -216,7 +252,7 @@ def test_missing_and_unknown_weights_are_named(tmp_path):
 )
 def test_configuration_errors(changes, part):
     with pytest.raises(convert.ConvertError, match="(?s).*") as caught:
-        convert.read_config(make_config(**changes))
+        convert_xlstm.read_config(make_config(**changes))
     assert part in str(caught.value) and caught.value.code == 2
 
 

@@ -17,7 +17,7 @@ def model(kind, extra=""):
                                   f"num_blocks: {BLOCKS}, num_heads: {HEADS}{extra}}}")
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in ours.parameters().values():
+        for parameter in ours.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     ours.train(False)
     return ours
@@ -30,7 +30,7 @@ class Weights:
         self.ours, self.prefix = ours, prefix
 
     def __getitem__(self, name):
-        return self.ours.parameters()[self.prefix + name].detach().double()
+        return dict(self.ours.named_parameters())[self.prefix + name].detach().double()
 
     def below(self, name):
         return Weights(self.ours, self.prefix + name + ".")
@@ -137,7 +137,7 @@ def hyena(w, x, bound):
 def reference(ours, mixer, ids):
     w = Weights(ours)
     share = torch.zeros(BLOCKS, DIM, dtype=torch.float64)
-    if "lower_bounds.logits" in ours.parameters():
+    if "lower_bounds.logits" in dict(ours.named_parameters()):
         share = torch.softmax(w["lower_bounds.logits"], 0)
     x = w["embedding.weight"][ids]
     for i in range(BLOCKS):
@@ -193,7 +193,7 @@ def test_rwkv_is_the_packages(version, tmp_path, monkeypatch):
     from rwkv.model import RWKV
 
     ours = model(f"rwkv{version}")
-    parameters = {name: p.detach() for name, p in ours.parameters().items()}
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
     names = {"embedding.weight": "emb.weight", "lm_head.weight": "head.weight"}
     names |= {f"{a}.{p}": f"{b}.{p}" for a, b in (("in_norm", "blocks.0.ln0"), ("out_norm", "ln_out")) for p in ("weight", "bias")}
     for i in range(BLOCKS):

@@ -1,5 +1,6 @@
 """`import libxlstm`: what it registers, what it refuses, and what it does not load."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import libxlstm
 
 OPERATORS = [
     "mlstm_chunkwise", "mlstm_step", "mlstm_step_lazy", "mlstm_fold", "slstm", "causal_conv1d", "causal_conv1d_step",
-    "headwise_norm", "residual_norm", "block_linear", "linear_cross_entropy",
+    "headwise_norm", "residual_norm", "block_linear", "linear_cross_entropy", "gated_linear_attention", "gated_scan",
+    "selective_scan", "wkv",
 ]  # fmt: skip
 BUILD = Path(torch.ops.loaded_libraries.__iter__().__next__()).parent
 
@@ -29,6 +31,16 @@ def test_operators_are_registered(name):
 def test_import_loads_the_operators_and_not_the_models():
     done = run("import sys, libxlstm; print('libxlstm._C' in sys.modules); libxlstm.Error; print('libxlstm._C' in sys.modules)")
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_one_version():
+    """It stands in three files: CMake's goes into checkpoints, the others into the package."""
+    root = Path(libxlstm.__file__).resolve().parent.parent
+    if not (root / "CMakeLists.txt").is_file():
+        pytest.skip("not the source tree")
+    built = re.search(r"project\(libxlstm VERSION (\S+) ", (root / "CMakeLists.txt").read_text()).group(1)
+    packaged = re.search(r'^version = "(.+)"$', (root / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    assert built == packaged == libxlstm.__version__
 
 
 def test_unknown_attributes():

@@ -28,7 +28,7 @@ def make_model(kind="xlstm", **options):
     model = libxlstm._C.make_model(make_yaml(kind, **options))
     model.eval()
     with torch.no_grad():
-        head = model.parameters()["lm_head.weight"]
+        head = dict(model.named_parameters())["lm_head.weight"]
         head.mul_(10)
         head[0], head[256:] = 0, 0
     return model
@@ -249,7 +249,7 @@ def test_generation_stays_within_the_tokenizers_tokens():
     likeliest = greedy_by_hand(judge.model, prompt, 1)
     assert judge.score([(prompt, likeliest)])[0][1]
     with torch.no_grad():
-        head = judge.model.parameters()["lm_head.weight"]
+        head = dict(judge.model.named_parameters())["lm_head.weight"]
         head[258] = 2 * head[likeliest[0]]
     assert greedy_by_hand(judge.model, prompt, 1) == [258] and not judge.score([(prompt, likeliest)])[0][1]
     assert judge.generate([prompt], max_tokens=1) == [judge.tokenizer.decode(likeliest)]
@@ -292,7 +292,7 @@ def test_dtypes():
     exact = [total for total, _ in make_judge().score(pairs)]
     autocast = [total for total, _ in make_judge(dtype="bfloat16").score(pairs)]
     rounded = make_judge(dtype="bfloat16_weights")
-    assert {p.dtype for p in rounded.model.parameters().values()} == {torch.bfloat16}
+    assert {p.dtype for p in rounded.model.parameters()} == {torch.bfloat16}
     weights = [total for total, _ in rounded.score(pairs)]
     model = make_model()
     with torch.autocast("cpu", torch.bfloat16):
@@ -304,7 +304,7 @@ def test_dtypes():
 
 def test_of_a_checkpoint_folder_with_bytes(tmp_path):
     model = make_model()
-    libxlstm._C.save_model_folder(str(tmp_path / "model"), make_yaml(), {k: v.detach() for k, v in model.parameters().items()})
+    libxlstm._C.save_model_folder(str(tmp_path / "model"), make_yaml(), {k: v.detach() for k, v in model.named_parameters()})
     judge = Judge.load(tmp_path / "model", device="cpu")
     assert judge.max_length == 64 and judge.tokenizer.spec == "bytes" and judge.tokenizer.start_id == ord("\n")
     encode = judge.tokenizer.encode
@@ -330,7 +330,7 @@ def test_a_checkpoint_has_its_own_tokenizer(tmp_path):
     words.save(str(tmp_path / "words.json"))
     yaml = make_yaml(vocab=280, tokenizer=tmp_path / "words.json")
     model = make_model(vocab=280, tokenizer=tmp_path / "words.json")
-    libxlstm._C.save_model_folder(str(tmp_path / "model"), yaml, {k: v.detach() for k, v in model.parameters().items()})
+    libxlstm._C.save_model_folder(str(tmp_path / "model"), yaml, {k: v.detach() for k, v in model.named_parameters()})
     (tmp_path / "words.json").rename(tmp_path / "other.json")
     judge = Judge.load(tmp_path / "model", device="cpu")
     assert judge.tokenizer.spec == str(tmp_path / "model") and judge.tokenizer.vocab_size == 275

@@ -1,0 +1,298 @@
+"""xLSTM checkpoints of transformers, in and out: the same logits and the same greedy text from the same weights."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import libxlstm
+from libxlstm import convert, convert_hf
+
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+tokenizers = pytest.importorskip("tokenizers")
+if not hasattr(transformers, "xLSTMForCausalLM"):
+    pytest.skip("this transformers has no xLSTM", allow_module_level=True)
+
+VOCABULARY = 90
+SHARDS = {"max_shard_size": "200KB"}
+SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 16,
+    "autocast_kernel_dtype": "float32", "chunkwise_kernel": "chunkwise--native_autograd",
+    "sequence_kernel": "native_sequence__native", "step_kernel": "native",
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def make_model(**changes):
+    """transformers' model with random weights everywhere, gates and norms included."""
+    torch.manual_seed(1)
+    model = transformers.xLSTMForCausalLM(transformers.xLSTMConfig(**{**SMALL, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=1.0 if name.endswith("bias") else 0.15)
+    return model
+
+
+def run_tool(*arguments):
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        code = convert.main(list(map(str, arguments)))
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
+
+
+def import_(source, out, *more):
+    return run_tool("--from", "hf", "--weights", source, "--out", out, *more)
+
+
+def check_logits(theirs, ours, tolerance=1e-4):
+    torch.manual_seed(2)
+    ids = torch.randint(VOCABULARY, (2, 45))
+    with torch.no_grad():
+        expected, (logits, _) = theirs(ids).logits.float(), ours(ids)
+    assert expected.abs().max() > 0.5
+    assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def greedy(model, ids, count):
+    with torch.no_grad():
+        logits, state = model(ids)
+        for _ in range(count):
+            token = logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, token], 1)
+            logits, state = model(token, state)
+    return ids
+
+
+def write_tokenizer(folder):
+    vocabulary = {"<|endoftext|>": 0, **{chr(code): code - 31 for code in range(32, 32 + VOCABULARY - 1)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        ({"gate_soft_cap": 4.0, "output_logit_soft_cap": 2.0, "norm_eps": 1e-3, "eps": 1e-2}, SHARDS),
+        ({"qk_dim_factor": 1.0, "v_dim_factor": 2.0, "ffn_proj_factor": 1.71, "ffn_round_up_to_multiple_of": 24}, {}),
+        ({"hidden_size": 96, "num_heads": 3, "qk_dim_factor": 0.5}, {}),  # 48: 64 without the xlstm package
+    ],
+)
+def test_import_gives_the_same_logits_and_text(changes, options, tmp_path):
+    theirs = make_model(**changes)
+    theirs.save_pretrained(tmp_path / "theirs", **options)
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == bool(options)
+    done = import_(tmp_path / "theirs", tmp_path / "ours")
+    assert done.returncode == 0 and done.stderr == ""
+    assert f" {theirs.num_parameters()} parameters" in done.stdout
+    ours = libxlstm.load(tmp_path / "ours")
+    check_logits(theirs, ours)
+    ids = torch.randint(1, VOCABULARY, (1, 21))
+    config = theirs.generation_config
+    config.eos_token_id = None
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    assert torch.equal(greedy(ours, ids, 24), expected)
+
+
+def test_tokenizer_comes_along(tmp_path):
+    theirs = make_model()
+    theirs.save_pretrained(tmp_path / "theirs")
+    write_tokenizer(tmp_path / "theirs")
+    done = import_(tmp_path / "theirs", tmp_path / "ours", "--seq-len", 77)
+    assert done.returncode == 0, done.stderr
+    data = yaml.safe_load(libxlstm.load(tmp_path / "ours").config)["data"]
+    assert data["seq_len"] == 77
+    build = Path(next(iter(torch.ops.loaded_libraries))).parent.parent
+    program = build / "bin" / "xlstm-generate"
+    if not program.exists():
+        pytest.skip(f"{program} is not built")
+    ids = tokenizers.Tokenizer.from_file(str(tmp_path / "theirs" / "tokenizer.json")).encode("a cell").ids
+    (tmp_path / "theirs" / "tokenizer.json").unlink()  # the folder stands alone
+    command = [program, tmp_path / "ours", "--prompt", "a cell", "--greedy", "--max-new-tokens", "9", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLSTM_PYTHON": sys.executable})
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False)[0].tolist()
+    text = "".join(chr(token + 31) for token in expected if token)
+    assert done.stdout == text + "\n"
+
+
+def test_half_precision_is_kept(tmp_path):
+    theirs = make_model().to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "theirs", **SHARDS)
+    done = import_(tmp_path / "theirs", tmp_path / "ours")
+    assert done.returncode == 0, done.stderr
+    stored = safetensors_torch.load_file(tmp_path / "ours" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    check_logits(theirs.float(), libxlstm.load(tmp_path / "ours"))
+
+
+def test_fused_weights(tmp_path):
+    theirs = make_model()
+    theirs.save_pretrained(tmp_path / "theirs")
+    tensors = safetensors_torch.load_file(tmp_path / "theirs" / "model.safetensors")
+    for block in range(2):
+        for layer, fused, parts in (
+            ("mlstm_layer", "qkv_opreact", ("q", "k", "v", "ogate_preact")),
+            ("mlstm_layer", "ifgate_preact", ("igate_preact", "fgate_preact")),
+            ("ffn", "proj_up_gate_z", ("proj_up_gate", "proj_up")),
+        ):
+            prefix = f"backbone.blocks.{block}.{layer}."
+            for kind in ("weight", "bias") if fused == "ifgate_preact" else ("weight",):
+                tensors[f"{prefix}{fused}.{kind}"] = torch.cat([tensors.pop(f"{prefix}{part}.{kind}") for part in parts])
+    safetensors_torch.save_file(tensors, tmp_path / "theirs" / "model.safetensors")
+    change_config(tmp_path / "theirs", weight_mode="fused")
+    done = import_(tmp_path / "theirs", tmp_path / "ours")
+    assert done.returncode == 0, done.stderr
+    check_logits(theirs, libxlstm.load(tmp_path / "ours"))
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"colour": 3}, "config: unknown keys colour; where they change nothing"),
+        ({"model_type": "mamba"}, "model_type: 'mamba' cannot be imported, expected: xlstm"),
+        ({"use_bias": True}, "use_bias"),
+        ({"add_out_norm": False}, "add_out_norm"),
+        ({"chunkwise_kernel": "chunkwise--triton_xl_chunk_siging"}, "its input gate is a sigmoid"),
+        ({"embedding_dim": 256}, "hidden_size: 128 is not embedding_dim 256"),
+        ({"gate_soft_cap": 0}, "gate_soft_cap: expected a positive number or null"),
+        ({"norm_eps": "small"}, "norm_eps: expected a number"),
+        ({"quantization_config": {"bits": 4}}, "unknown keys quantization_config"),
+    ],
+)
+def test_what_would_change_the_function_is_refused(changes, part):
+    with pytest.raises(convert.ConvertError) as caught:
+        convert_hf.read_config({"model_type": "xlstm", "hidden_size": 128, **changes})
+    assert part in str(caught.value) and caught.value.code == 2
+
+
+def test_null_means_no_cap():
+    model, fused = convert_hf.read_config({"model_type": "xlstm", "gate_soft_cap": None, "embedding_dim": None})
+    assert model["gate_soft_cap"] == 0 and model["output_logit_soft_cap"] == 30 and not fused
+    assert model["embedding_dim"] == 4096 and model["num_blocks"] == 32
+
+
+def test_the_7b_model_is_that_of_the_configuration_file():
+    root = Path(libxlstm.__file__).resolve().parent.parent
+    if not (root / "configs").is_dir():
+        pytest.skip("not the source tree")
+    expected = yaml.safe_load((root / "configs" / "model" / "xlstm_7b.yaml").read_text())["model"]
+    assert expected.pop("add_out_norm") is True
+    assert convert_hf.read_config({"model_type": "xlstm"})[0] == expected
+
+
+def test_damaged_folders(tmp_path):
+    make_model().save_pretrained(tmp_path / "theirs", **SHARDS)
+    index = json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
+    shard = tmp_path / "theirs" / index["weight_map"]["backbone.blocks.1.mlstm_layer.q.weight"]
+    tensors = safetensors_torch.load_file(shard)
+    q = tensors.pop("backbone.blocks.1.mlstm_layer.q.weight")
+    safetensors_torch.save_file({"surplus": q, **tensors}, shard)
+    done = import_(tmp_path / "theirs", tmp_path / "ours")
+    assert done.returncode == 4 and "not in its files: backbone.blocks.1.mlstm_layer.q.weight" in done.stderr
+    shard.unlink()
+    done = import_(tmp_path / "theirs", tmp_path / "ours")
+    assert done.returncode == 4 and shard.name in done.stderr
+    done = import_(tmp_path / "nothing", tmp_path / "ours")
+    assert done.returncode == 2 and "config.json" in done.stderr
+    assert not (tmp_path / "ours").exists()
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    make_model().save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.safetensors"
+    tensors = safetensors_torch.load_file(path)
+    name = "backbone.blocks.0.mlstm_layer.q.weight"
+    safetensors_torch.save_file({**tensors, name: torch.zeros(32, 128)}, path)
+    done = import_(tmp_path / "theirs", tmp_path / "ours")
+    assert done.returncode == 4 and f"{name} has a width of 32, config.qk_dim_factor stands for 64" in done.stderr
+    safetensors_torch.save_file({**tensors, name: torch.zeros(64, 128, dtype=torch.int8)}, path)
+    done = import_(tmp_path / "theirs", tmp_path / "ours")
+    assert done.returncode == 4 and "torch.int8" in done.stderr
+    tensors["surplus"] = tensors.pop("backbone.out_norm.weight")
+    safetensors_torch.save_file(tensors, path)
+    done = import_(tmp_path / "theirs", tmp_path / "ours")
+    assert done.returncode == 4 and done.stderr.count("\n") == 1
+    assert "missing: backbone.out_norm.weight" in done.stderr and "unknown: surplus" in done.stderr
+
+
+YAML = """
+model:
+  kind: xlstm_large
+  vocab_size: 90
+  embedding_dim: 128
+  num_blocks: 2
+  num_heads: 2
+  norm_eps: 1.0e-4
+"""
+
+
+def make_ours(folder, yaml_text=YAML):
+    torch.manual_seed(5)
+    model = libxlstm._C.make_model(yaml_text)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    model.save(folder)
+    return model
+
+
+@pytest.mark.parametrize("more", ["", "  tie_weights: true\n  output_logit_soft_cap: 3.0\n  qk_dim_factor: 1.0\n"])
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 10**5])
+def test_export_gives_the_same_logits(more, shard_bytes, tmp_path):
+    ours = make_ours(tmp_path / "ours", YAML + more)
+    convert_hf.export(str(tmp_path / "ours"), str(tmp_path / "theirs"), shard_bytes)
+    sharded = (tmp_path / "theirs" / "model.safetensors.index.json").exists()
+    assert sharded == (shard_bytes < 10**6)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(report.values())
+    check_logits(theirs.eval(), ours)
+    done = import_(tmp_path / "theirs", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    check_logits(theirs, libxlstm.load(tmp_path / "again"))
+
+
+def test_export_with_a_tokenizer(tmp_path):
+    write_tokenizer(tmp_path)
+    make_ours(tmp_path / "ours", YAML + f"data:\n  tokenizer: {tmp_path}\n")
+    done = run_tool("--to", "hf", "--weights", tmp_path / "ours", "--out", tmp_path / "theirs")
+    assert done.returncode == 0, done.stderr
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert tokenizer.encode("a cell") == [66, 1, 68, 70, 77, 77]
+    assert tokenizer.eos_token_id == 0 and tokenizer.decode([66, 1, 68]) == "a c"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert model.config.eos_token_id == 0
+    done = run_tool("--to", "hf", "--weights", tmp_path / "ours", "--out", tmp_path / "theirs")
+    assert done.returncode == 4 and "is not empty" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (("kind: xlstm_large", "kind: xlstm"), "model.kind xlstm: transformers knows"),
+        (("num_heads: 2", "num_heads: 2\n  gate_soft_cap: 0.0"), "caps its gates"),
+        (("num_heads: 2", "num_heads: 2\n  add_out_norm: false"), "add_out_norm true"),
+        (("num_heads: 2", "num_heads: 2\n  qk_dim_factor: 0.25"), "model.qk_dim_factor: a width of 32"),
+    ],
+)
+def test_models_that_transformers_has_not(change, part, tmp_path):
+    make_ours(tmp_path / "ours", YAML.replace(*change))
+    done = run_tool("--to", "hf", "--weights", tmp_path / "ours", "--out", tmp_path / "theirs")
+    assert done.returncode == 2 and part in done.stderr
+    assert not (tmp_path / "theirs").exists()
