@@ -55,14 +55,17 @@ def _what_counts(settings):
     return json.dumps(parts, sort_keys=True)
 
 
-def described(experiment, jobs, programs):
-    """{pair: what is told of it} for {(case, model): a job}; those that differ in nothing that counts are asked once."""
+def described(experiment, jobs, programs, gpu=False):
+    """{pair: what is told of it} for {(case, model): a job}; those that differ in nothing that counts are asked once.
+    gpu: the memory is that of a run on a GPU, whether there is one here or not."""
     program = programs.path("xlstm-train")
     if not os.access(program, os.X_OK):
         raise SweepError(f"{program} is not there; build it, or name its folder with --bin")
     texts, different = {}, {}
     for (case, model), job in jobs.items():
         settings = experiment.settings(job)
+        if gpu:
+            settings = {**settings, "run": {**settings["run"], "device": "cuda"}}
         texts[case, model] = _what_counts(settings)
         different.setdefault(texts[case, model], (f"{case}.{model}", settings))
     numbers = dict(zip(different, describe(program, dict(different.values())))) if different else {}

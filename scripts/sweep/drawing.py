@@ -8,6 +8,7 @@ from .execution import write_atomically
 from .figures import resolve
 
 COLUMNS = 3  # plots side by side
+TITLE_LETTERS = 26  # have room over one of them
 PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd",
            "#2f4b7c", "#a05195", "#f95d6a", "#ffa600", "#003f5c")
 MARKERS = "os^Dv<>pPX*hd8H"
@@ -65,7 +66,7 @@ def _draw(figure, plt):
     kinds = {"lines": _lines, "bars": _bars, "heatmap": _heatmap}
     for axis, panel in zip(axes.flat, figure.panels):
         kinds[figure.kind](axis, panel, style, figure)
-        axis.set_title(panel.label, loc="left")
+        axis.set_title(_broken(panel.label) if count > 1 else panel.label, loc="left")
         axis.set_xlabel(figure.x_label)
     for axis in list(axes.flat)[count:]:
         axis.set_visible(False)
@@ -77,6 +78,10 @@ def _draw(figure, plt):
         _legend(drawing, axes, len(labels))
     drawing.tight_layout(rect=(0, 0, 1, 1))
     return drawing
+
+
+def _broken(label):
+    return label if len(label) <= TITLE_LETTERS else label.replace(", ", ",\n")
 
 
 def _legend(drawing, axes, count):

@@ -9,7 +9,8 @@ from .estimate import aligned
 from .execution import SweepError
 
 GIB = 2**30
-BYTES_PER_PARAMETER = 4  # float32: what an experiment that trains nothing holds
+BYTES_PER_PARAMETER = 4  # float32
+BYTES_IN_TRAINING = 16  # with its gradient and two moments
 
 
 @dataclasses.dataclass
@@ -22,7 +23,7 @@ class Described:
     parameters: int | None = None
     tokens: int | None = None  # of one run
     steps: int | None = None
-    weights: int | None = None  # bytes; where it trains, with gradients and the optimizer's
+    weights: int | None = None  # bytes; where it trains, with gradients and the optimizer's moments
     activations: int | None = None  # bytes, of one micro batch
 
 
@@ -33,7 +34,8 @@ def _row(experiment, case, model, numbers):
     if not experiment.trains:
         return Described(case, model, needs, numbers["parameters"], weights=BYTES_PER_PARAMETER * numbers["parameters"])
     activations, memory = numbers.get("activation_bytes"), numbers.get("memory_bytes")
-    weights = None if memory is None else memory - (activations or 0)
+    known = None not in (activations, memory)
+    weights = memory - activations if known else BYTES_IN_TRAINING * numbers["parameters"]
     return Described(case, model, needs, numbers["parameters"], numbers["tokens"], numbers["steps"], weights, activations)
 
 
@@ -42,15 +44,16 @@ def rows(experiment, programs, models=None):
     jobs = {(case, model): Job(case, model, float(experiment.rates(case, model)[0]), experiment.seeds[0])
             for case in experiment.cases for model in experiment.models_of(case) if models is None or model in models}
     possible = {pair: job for pair, job in jobs.items() if not experiment.needs_of(*pair, elsewhere=True)}
-    numbers = described(experiment, possible, programs)
+    gpu = experiment.gpu and bool(experiment.needs)
+    numbers = described(experiment, possible, programs, gpu)
     for pair in jobs.keys() - possible.keys():
         with contextlib.suppress(SweepError):  # its `needs` say why
-            numbers |= described(experiment, {pair: jobs[pair]}, programs)
+            numbers |= described(experiment, {pair: jobs[pair]}, programs, gpu)
     return [_row(experiment, *pair, numbers.get(pair)) for pair in jobs]
 
 
 def _gib(value):
-    return "-" if value is None else f"{value / GIB:.3g}"
+    return "-" if value is None else f"{value / GIB:,.0f}" if value >= 100 * GIB else f"{value / GIB:.3g}"
 
 
 def _count(value, unit=1, suffix=""):

@@ -102,7 +102,7 @@ class Results:
 
     def missing_reason(self, case, model):
         rows = self.of(case, model)
-        if needs := self.experiment.needs_of(case, model):
+        if not rows and (needs := self.experiment.needs_of(case, model)):
             return f"not run: needs {needs}"
         if self.models is not None and model not in self.models:
             return "not run: left out by --only"

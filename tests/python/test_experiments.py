@@ -20,7 +20,7 @@ from sweep.description import DescriptionError, Experiment, Job  # noqa: E402
 from sweep.execution import Programs, SweepError, reported  # noqa: E402
 from sweep.progress import Progress  # noqa: E402
 from sweep.report import table_text  # noqa: E402
-from sweep.results import Results  # noqa: E402
+from sweep.results import Results, Row  # noqa: E402
 from sweep.sweeps import Sweep  # noqa: E402
 
 # Millions, from the paper's tables 1, 2, 7 and 8: {experiment: {case: {model: number}}}; whole numbers are all it tells.
@@ -140,7 +140,9 @@ def test_what_an_experiment_needs(tmp_path, monkeypatch):
     for name in ("a", "toy/b"):
         experiment = Experiment(folder)
         assert experiment.needs_of("all", "a") == "text and a GPU" and experiment.jobs() == []
-        assert [job.model for job in experiment.jobs(elsewhere=True)] == ["a"]
+        (job,) = experiment.jobs(elsewhere=True)
+        assert Results(experiment, []).missing_reason("all", job.model) == "not run: needs text and a GPU"
+        assert Results(experiment, [Row(job, "diverged")]).missing_reason("all", "a") == "diverged at every learning rate"
         (tmp_path / name).touch()
     assert Experiment(folder).needs_of("all", "a") == "text and a GPU; no GPU is seen here"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

@@ -10,9 +10,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "reproduce.py"
 
 # Ten steps; goes on from the steps its metrics tell. The accuracy is a function of model and learning rate. --describe: twice
-# as many parameters as steps, skill * 1e18 operations, 5 GiB, of which activations 2 where the skill is 1.
+# as many parameters as steps, skill * 1e18 operations; memory only where the skill is 1.
 TRAINER = """#!{python}
 import fcntl, json, pathlib, sys, time, yaml
+def memory(skill):
+    known = skill == 1
+    return {{"memory_bytes": 5 * 2**30 if known else None, "activation_bytes": 2 * 2**30 if known else None}}
 if "--describe" in sys.argv:
     for path in sys.argv[1:-1]:
         config = yaml.safe_load(open(path))
@@ -20,8 +23,7 @@ if "--describe" in sys.argv:
             sys.exit(f"xlstm-train: error: {{path}}:3: model.kind: is unheard-of")
         steps = config["train"]["max_steps"]
         print(json.dumps({{"parameters": 2 * steps, "training_flops": 1e18 * config["model"]["skill"], "tokens": 64 * steps,
-                          "steps": steps, "memory_bytes": 5 * 2**30,
-                          "activation_bytes": 2 * 2**30 if config["model"]["skill"] == 1 else None}}))
+                          "steps": steps, **memory(config["model"]["skill"])}}))
     sys.exit()
 config = yaml.safe_load(open(sys.argv[1]))
 run = pathlib.Path(config["run"]["out_dir"]) / config["run"]["name"]
