@@ -38,11 +38,11 @@ def _load_xlstm(config_path, weights_path):
 
 
 def _import_xlstm(options):
-    """(model settings, tensors, tokens per training sequence or None, tokenizer or None)."""
+    """(model settings, tensors, data settings that the source gives)."""
     config, tensors = _load_xlstm(options.config, options.weights)
     model, converted = convert_xlstm(config, tensors, options.slstm_layout)
     length = config.get("context_length")
-    return model, converted, length if isinstance(length, int) and length > 0 else None, None
+    return model, converted, {"seq_len": length} if isinstance(length, int) and length > 0 else {}
 
 
 def _import_hf(options):
@@ -50,7 +50,8 @@ def _import_hf(options):
     from libxlstm.scoring import has_tokenizer
 
     model, converted = convert_hf.convert_hf(*convert_hf.read_folder(options.weights))
-    return model, converted, convert_hf.SEQ_LEN, options.weights if has_tokenizer(options.weights) else None
+    data = {"seq_len": convert_hf.SEQ_LEN, **convert_hf.DOCUMENTS}
+    return model, converted, data | ({"tokenizer": options.weights} if has_tokenizer(options.weights) else {})
 
 
 def _check_tokenizer(spec, vocab_size):
@@ -71,17 +72,14 @@ def _import(options):
     import libxlstm
 
     read = _import_hf if options.source == "hf" else _import_xlstm
-    model, tensors, length, tokenizer = read(options)
-    tokenizer, length = options.tokenizer or tokenizer, options.seq_len or length
-    data = {}
-    if tokenizer:
-        _check_tokenizer(tokenizer, model["vocab_size"])
-        data["tokenizer"] = tokenizer
+    model, tensors, data = read(options)
+    given = {"tokenizer": options.tokenizer, "seq_len": options.seq_len}
+    data |= {key: value for key, value in given.items() if value is not None}
+    if "tokenizer" in data:
+        _check_tokenizer(data["tokenizer"], model["vocab_size"])
     elif model["vocab_size"] > NUM_BYTES:
         print(f"warning: no tokenizer was given: text will be read as bytes, but the model has {model['vocab_size']} tokens; "
               "say with --tokenizer what data.tokenizer takes", file=sys.stderr)
-    if length:
-        data["seq_len"] = length
     config = {"run": {"name": "imported"}, "model": model} | ({"data": data} if data else {})
     try:
         libxlstm._C.save_model_folder(options.out, yaml.safe_dump(config, sort_keys=False), tensors)

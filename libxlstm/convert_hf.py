@@ -17,6 +17,8 @@ from libxlstm.convert_common import EXIT_CONFIG, EXIT_WEIGHTS, ConvertError, Sec
 
 # The 7B model was trained on sequences of this length (arXiv 2503.13427); its configuration does not say it.
 SEQ_LEN = 8192
+# Its texts follow the token that ends a document, which it reads as any other: contexts must not lose it.
+DOCUMENTS = {"reset_state_at_document": False, "mask_loss_across_documents": False}
 _INDEX = "model.safetensors.index.json"
 _NO_CAP = 1e30  # in float32, c * tanh(x / c) is x; transformers caps always
 

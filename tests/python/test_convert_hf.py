@@ -14,6 +14,7 @@ import yaml
 
 import libxlstm
 from libxlstm import convert, convert_hf
+from libxlstm.scoring import Judge
 
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -112,6 +113,11 @@ def test_tokenizer_comes_along(tmp_path):
     assert done.returncode == 0, done.stderr
     data = yaml.safe_load(libxlstm.load(tmp_path / "ours").config)["data"]
     assert data["seq_len"] == 77
+    judge = Judge.load(tmp_path / "ours", device="cpu")
+    assert judge.max_length == 77 and judge.tokenizer.start_id == 0
+    with torch.no_grad():  # what begins a text counts for all of it
+        expected = theirs(torch.tensor([[0, 5, 6]])).logits.double().log_softmax(-1)[0]
+    assert judge.score([([0], [5, 6])])[0][0] == pytest.approx((expected[0, 5] + expected[1, 6]).item(), rel=1e-4)
     build = Path(next(iter(torch.ops.loaded_libraries))).parent.parent
     program = build / "bin" / "xlstm-generate"
     if not program.exists():
