@@ -206,10 +206,11 @@ Kept dropped(const Sizes& s) {
   return {0, s.drops() ? (once ? 1 : 2) * s.dim : 0};
 }
 
-/// Bytes of all logits of a token where they are held, in float32; 0: never at once.
+/// Bytes that the loss keeps of a token's logits where all are held at once, in float32; else 0.
 double logits_bytes(const Sizes& s) {
   const bool held = !s.model.fused || models::predicts_numbers(s.model);
-  return held ? 4 * static_cast<double>(s.model.vocab_size) : 0;
+  const double copies = s.model.output_logit_soft_cap > 0 ? 2 : 1;
+  return held ? 4 * copies * static_cast<double>(s.model.vocab_size) : 0;
 }
 
 /// Tokens and what lies outside of the blocks: the last norm, the head and the loss.
@@ -218,15 +219,14 @@ double bytes_around(const Sizes& s, double narrow_bytes) {
       s.model.input_features > 0 ? 4 * static_cast<double>(s.model.input_features) : 8;
   const double wide = (s.model.add_out_norm ? 1 : 0) + (s.model.kind.starts_with("rwkv") ? 1 : 0) +
                       (s.drops() && s.model.add_embedding_dropout ? 1 : 0);
-  const double logits = logits_bytes(s) * (s.model.output_logit_soft_cap > 0 ? 2 : 1);
+  const double logits = logits_bytes(s);
   return tokens + (4 * wide + narrow_bytes) * s.dim + (logits > 0 ? logits : 4 * s.dim);
 }
 
 /// Gradients on their way, of the loss through the head or of the stream and a branch through a block, where H3's products
 /// take twice what the block keeps.
 double bytes_moving(const Sizes& s, double largest_block) {
-  const double logits = logits_bytes(s) * (s.model.output_logit_soft_cap > 0 ? 2 : 1);
-  return std::max({16 * s.dim, logits, s.model.kind == "h3" ? 2 * largest_block : 0});
+  return std::max({16 * s.dim, logits_bytes(s), s.model.kind == "h3" ? 2 * largest_block : 0});
 }
 
 }  // namespace

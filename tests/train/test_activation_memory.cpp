@@ -1,5 +1,4 @@
 // The estimate of activations against what torch's CPU allocator hands out in a forward and a backward pass.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
