@@ -40,7 +40,18 @@ struct Arguments {
   const OptionalTensor &u, &state0, &reset;
 };
 
+/// The kernels of q's device read every tensor there.
+void check_devices(const Arguments& in) {
+  for (const auto& [name, tensor] :
+       {std::pair("k", in.k), std::pair("v", in.v), std::pair("g", in.g)})
+    check_device(kOp, name, tensor, in.q.device());
+  for (const auto& [name, tensor] :
+       {std::pair("u", in.u), std::pair("state0", in.state0), std::pair("reset", in.reset)})
+    if (tensor) check_device(kOp, name, *tensor, in.q.device());
+}
+
 void check(const Arguments& in, int64_t chunk_size) {
+  check_devices(in);
   check_rank(kOp, "q", in.q, 4);
   check_rank(kOp, "v", in.v, 4);
   check_floating(kOp, "q", in.q);
@@ -55,6 +66,20 @@ void check(const Arguments& in, int64_t chunk_size) {
   if (!in.reset) return;
   check_shape(kOp, "reset", *in.reset, {batch, time}, "(B,T)");
   check_dtype(kOp, "reset", *in.reset, at::kBool);
+}
+
+/// Of the backward operator: also the gradients that it is given.
+void check_backward(const OptionalTensor& dh, const OptionalTensor& dstate, const Arguments& in) {
+  check(in, 0);
+  if (dh) {
+    check_shape(kOp, "dh", *dh, in.v.sizes(), "(B,T,NH,DV)");
+    check_device(kOp, "dh", *dh, in.q.device());
+  }
+  if (dstate) {
+    check_shape(kOp, "dstate", *dstate, {in.q.size(0), in.q.size(2), in.q.size(3), in.v.size(3)},
+                "(B,NH,DK,DV)");
+    check_device(kOp, "dstate", *dstate, in.q.device());
+  }
 }
 
 double scale_of(const Tensor& q, const std::optional<double>& scale) {
@@ -169,7 +194,7 @@ Gradients backward_any(const OptionalTensor& dh, const OptionalTensor& dstate, c
   const Inputs inputs(in);
   const Tensor gh = dh ? inputs.dense(*dh) : at::zeros(in.v.sizes(), inputs.q.options());
   const Tensor gs = dstate ? inputs.dense(*dstate) : inputs.empty_state().zero_();
-  if (in.q.numel() == 0 || in.v.numel() == 0) return cast({{}, {}, {}, {}, {}, gs}, in);
+  if (in.q.numel() == 0 || in.v.numel() == 0) return cast({{}, {}, {}, {}, {}, gs.clone()}, in);
   return cast(
       backward_tensors(inputs.chunks(scale_of(in.q, scale), chunk_size), gh, gs, chunk_size), in);
 }
@@ -179,7 +204,7 @@ Gradients backward_cuda(const OptionalTensor& dh, const OptionalTensor& dstate, 
                         const OptionalTensor& state0, const OptionalTensor& reset,
                         std::optional<double> scale) {
   const Arguments arguments{q, k, v, g, u, state0, reset};
-  check(arguments, 0);
+  check_backward(dh, dstate, arguments);
   const c10::DeviceGuard guard(q.device());
   return backward_any(dh, dstate, arguments, scale, 0);
 }
@@ -189,7 +214,7 @@ Gradients backward_cpu(const OptionalTensor& dh, const OptionalTensor& dstate, c
                        const OptionalTensor& state0, const OptionalTensor& reset,
                        std::optional<double> scale) {
   const Arguments arguments{q, k, v, g, u, state0, reset};
-  check(arguments, 0);
+  check_backward(dh, dstate, arguments);
   const Inputs in(arguments);
   const Tensor gh = dh ? in.dense(*dh) : at::zeros(v.sizes(), in.q.options());
   const Tensor gs = dstate ? in.dense(*dstate) : in.empty_state().zero_();
@@ -280,16 +305,18 @@ Tensor meta_state(const Tensor& q, const Tensor& v) {
                           q.options().dtype(accumulate_type(q.scalar_type())));
 }
 
-Outputs forward_meta(const Tensor& q, const Tensor&, const Tensor& v, const Tensor&,
-                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                     std::optional<double>, int64_t) {
+Outputs forward_meta(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                     const OptionalTensor& u, const OptionalTensor& state0,
+                     const OptionalTensor& reset, std::optional<double>, int64_t) {
+  check_devices({q, k, v, g, u, state0, reset});
   return {at::empty_symint(v.sym_sizes(), v.options()), meta_state(q, v)};
 }
 
 Gradients backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& q,
                         const Tensor& k, const Tensor& v, const Tensor& g, const OptionalTensor& u,
-                        const OptionalTensor& state0, const OptionalTensor&,
+                        const OptionalTensor& state0, const OptionalTensor& reset,
                         std::optional<double>) {
+  check_devices({q, k, v, g, u, state0, reset});
   const auto like = [](const Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); };
   const Tensor none = at::empty({0}, q.options());
   return {like(q), like(k), like(v), like(g), u ? like(*u) : none, state0 ? like(*state0) : none};

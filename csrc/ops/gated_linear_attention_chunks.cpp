@@ -37,6 +37,16 @@ struct FullPrecision {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
+/// Operations are recorded even where the Autograd keys are excluded, which grad mode does not bring back: an ordinary
+/// backward pass runs below them.
+struct Recording {
+  explicit Recording(const c10::impl::LocalDispatchKeySet& before)
+      : keys(before.included_,
+             before.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView) {}
+  at::AutoGradMode grad_mode{true};
+  c10::impl::ForceDispatchKeyGuard keys;
+};
+
 /// (B,T,NH,D) -> (B,NH,N,L,D), zero behind the last token.
 Tensor in_chunks(const Tensor& x, int64_t length) {
   const int64_t rest = (length - x.size(1) % length) % length;
@@ -143,13 +153,13 @@ std::tuple<Tensor, Tensor> gated_linear_attention_chunks(const GatedChunks& in) 
     auto [y, state] = one_slab(slab);
     h.push_back(y), states.push_back(state);
   });
-  return {at::cat(h), at::cat(states)};
+  return {at::cat(h).contiguous(), at::cat(states).contiguous()};
 }
 
 std::vector<Tensor> gated_linear_attention_chunks_backward(const GatedChunks& in, const Tensor& dh,
                                                            const Tensor& dstate) {
   const FullPrecision precision;
-  const at::AutoGradMode with_graph(true);
+  const Recording with_graph(c10::impl::tls_local_dispatch_key_set());
   std::vector<std::vector<Tensor>> parts(6);
   each_slab(in, [&](int64_t first, GatedChunks slab) {
     std::vector<Tensor> leaves;
@@ -172,7 +182,7 @@ std::vector<Tensor> gated_linear_attention_chunks_backward(const GatedChunks& in
   std::vector<Tensor> gradients(6);
   for (size_t i = 0; i < parts.size(); ++i) {
     if (parts[i].empty()) continue;
-    gradients[i] = i == 4 ? at::stack(parts[i]).sum(0) : at::cat(parts[i]);
+    gradients[i] = (i == 4 ? at::stack(parts[i]).sum(0) : at::cat(parts[i])).contiguous();
   }
   return gradients;
 }

@@ -26,7 +26,8 @@ bool aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (kFour * sizeof(float)) == 0;
 }
 
-/// The last `dims` dimensions filled up with zeros to multiples of four.
+/// The last `dims` dimensions filled up with zeros to multiples of four, row-major: constant_pad_nd keeps the strides of
+/// channels-last, which those of a contiguous tensor with sizes of one may be as well.
 Tensor padded(const Tensor& x, int64_t dims = 1) {
   std::vector<int64_t> pad;
   int64_t added = 0;
@@ -35,7 +36,7 @@ Tensor padded(const Tensor& x, int64_t dims = 1) {
     pad.insert(pad.end(), {0, behind});
     added += behind;
   }
-  if (added > 0) return at::constant_pad_nd(x, pad);
+  if (added > 0) return at::constant_pad_nd(x, pad).contiguous();
   return aligned(x) ? x : x.clone();
 }
 
@@ -106,7 +107,7 @@ Tensor decay_gradients(const Call& call, const Tensor& dq, const Tensor& dk, con
   p.width = static_cast<int32_t>(dq.size(3));
   p.bonus = call.bonus;
   p.q = floats(call.q), p.k = floats(call.k), p.dq = floats(dq), p.dk = floats(dk);
-  p.last = floats(last), p.dg = floats(dg);
+  p.decay = floats(call.decay), p.last = floats(last), p.dg = floats(dg);
   run_kernels("gated_linear_attention_backward",
               [&] { cuda::gated_decay_gradients(p, call.stream); });
   return dg;
@@ -137,7 +138,7 @@ std::tuple<Tensor, Tensor> gated_linear_attention_kernels(const GatedChunks& in,
   Tensor h = run(call, pass).narrow(-1, 0, in.v.size(3));
   if (call.bonus) h = h + sum_of_rows(in.q * in.scale * in.u * in.k) * in.v;
   const Tensor state = pass.end.narrow(-1, 0, in.v.size(3)).narrow(-2, 0, in.q.size(3));
-  return {h, state.contiguous()};
+  return {h.contiguous(), state.contiguous()};
 }
 
 std::vector<Tensor> gated_linear_attention_kernels_backward(const GatedChunks& in, const Tensor& dh,
@@ -172,8 +173,12 @@ std::vector<Tensor> gated_linear_attention_kernels_backward(const GatedChunks& i
     du = (q * in.k * weight).sum({0, 1});
   }
   const Tensor dstate0 = gradients.end.narrow(-1, 0, values).narrow(-2, 0, keys);
-  return {dq * in.scale,          dk, dv,
-          dg.narrow(-1, 0, keys), du, in.state0.defined() ? dstate0 : Tensor()};
+  return {(dq * in.scale).contiguous(),
+          dk.contiguous(),
+          dv.contiguous(),
+          dg.narrow(-1, 0, keys).contiguous(),
+          du,
+          in.state0.defined() ? dstate0.contiguous() : Tensor()};
 }
 
 }  // namespace xlstm::ops

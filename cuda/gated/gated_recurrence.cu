@@ -230,25 +230,35 @@ void launch_with(const GatedRecurrenceParams& p, Stream stream) {
 
 constexpr int kRowThreads = 256;
 
-/// A thread per row of a state, from the last token to the first.
+/// One row of a state, from the last token to the first: `time` numbers of each tensor, `stride` apart. Nothing aliases dg, so
+/// that what the next tokens need is read while a sum waits for it.
+DEVICE_FUNCTION void sum_back(const float* __restrict__ q, const float* __restrict__ dq,
+                              const float* __restrict__ k, const float* __restrict__ dk,
+                              const float* __restrict__ decay, const bool* __restrict__ reset,
+                              float* __restrict__ dg, float product, int32_t time, int64_t stride,
+                              bool bonus) {
+#pragma unroll 4
+  for (int32_t t = time - 1; t >= 0; --t) {
+    const int64_t at = t * stride;
+    const float read = q[at] * dq[at], written = k[at] * dk[at], kept = decay[at];
+    const bool empty = reset != nullptr && reset[t];
+    if (!bonus) product += read;
+    product = empty || kept == 0 ? 0.0F : product - written;
+    dg[at] = product;
+    if (bonus && !empty) product += read;
+  }
+}
+
+/// A thread per row of a state.
 KERNEL_FUNCTION(kRowThreads, 4)
 gated_decay_gradient_rows(const GRID_CONSTANT GatedDecayGradientsParams p) {
   const int64_t row = int64_t{prim::block_idx().x} * kRowThreads + prim::thread_idx().x;
   const int64_t width = int64_t{p.num_heads} * p.width;
   if (row >= p.batch * width) return;
   const int64_t batch = row / width, first = batch * p.time * width + row % width;
-  const bool* reset = p.reset == nullptr ? nullptr : p.reset + batch * p.time;
-  float product = p.last == nullptr ? 0.0F : p.last[row];
-#pragma unroll 4
-  for (int32_t t = p.time - 1; t >= 0; --t) {
-    const int64_t at = first + t * width;
-    const float read = p.q[at] * p.dq[at], written = p.k[at] * p.dk[at];
-    const bool empty = reset != nullptr && reset[t];
-    if (!p.bonus) product += read;
-    product = empty ? 0.0F : product - written;
-    p.dg[at] = product;
-    if (p.bonus && !empty) product += read;
-  }
+  sum_back(p.q + first, p.dq + first, p.k + first, p.dk + first, p.decay + first,
+           p.reset == nullptr ? nullptr : p.reset + batch * p.time, p.dg + first,
+           p.last == nullptr ? 0.0F : p.last[row], p.time, width, p.bonus);
 }
 
 }  // namespace

@@ -48,15 +48,17 @@ void gated_recurrence(const GatedRecurrenceParams& params, Stream stream);
 /// Gradients of g. Per row of the state the product of A_t and S_t is that of A_{t-1} and S_{t-1} but for what token t
 /// reads and writes, so that, from the last token on and with D = the product of the last state and its gradient,
 ///   D += q_t dq_t  (with a bonus: after dg_t)      D -= k_t dk_t      dg_t = D
-/// which is exact to the rounding of the products. dq and dk without the terms of the bonus, dq that of the scaled q. Where a token resets, dg_t = D = 0.
+/// which is exact to the rounding of the products. dq and dk without the terms of the bonus, dq that of the scaled q. Where
+/// a token resets or a_t = 0, dg_t = D = 0, exactly.
 struct GatedDecayGradientsParams {
   int32_t batch = 0, time = 0, num_heads = 0, width = 0;
   bool bonus = false;
   const float *q = nullptr, *k = nullptr, *dq = nullptr,
-              *dk = nullptr;    ///< (B,T,NH,width) contiguous
-  const bool* reset = nullptr;  ///< (B,T), null: none
-  const float* last = nullptr;  ///< (B,NH,width), null: zero
-  float* dg = nullptr;          ///< (B,T,NH,width)
+              *dk = nullptr;     ///< (B,T,NH,width) contiguous
+  const float* decay = nullptr;  ///< a, (B,T,NH,width) contiguous
+  const bool* reset = nullptr;   ///< (B,T), null: none
+  const float* last = nullptr;   ///< (B,NH,width), null: zero
+  float* dg = nullptr;            ///< (B,T,NH,width), memory of its own
 };
 
 void gated_decay_gradients(const GatedDecayGradientsParams& params, Stream stream);

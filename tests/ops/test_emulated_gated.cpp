@@ -1,11 +1,15 @@
 // Gated linear attention from tensors to the real CUDA kernels and back, on the CPU: csrc/ops/gated_linear_attention_kernels.cpp
 // with the emulator behind it, against the chunks of ATen calls in float64.
 #include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 
+#include <iterator>
 #include <limits>
 #include <string>
 #include <vector>
@@ -36,6 +40,28 @@ GatedChunks in_double(GatedChunks x) {
   return x;
 }
 
+/// Outputs and gradients of the kernels against those of the chunks in float64.
+void check(const GatedChunks& in, const Tensor& dh, const Tensor& ds) {
+  REQUIRE(gated_linear_attention_kernels_lack(in).empty());
+  const auto [h, last] = gated_linear_attention_kernels(in, nullptr);
+  const auto gradients = gated_linear_attention_kernels_backward(in, dh, ds, nullptr);
+  const GatedChunks exact = in_double(in);
+  const auto [wanted_h, wanted_last] = gated_linear_attention_chunks(exact);
+  const auto wanted_gradients =
+      gated_linear_attention_chunks_backward(exact, dh.to(at::kDouble), ds.to(at::kDouble));
+  const char* names[] = {"h", "state", "dq", "dk", "dv", "dg", "du", "dstate0"};
+  std::vector<Tensor> got = {h, last}, wanted = {wanted_h, wanted_last};
+  got.insert(got.end(), gradients.begin(), gradients.end());
+  wanted.insert(wanted.end(), wanted_gradients.begin(), wanted_gradients.end());
+  REQUIRE((got.size() == std::size(names) && wanted.size() == got.size()));
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    check_close(names[i], got[i], wanted[i]);
+    for (const Tensor& t : {got[i], wanted[i]}) CHECK((!t.defined() || t.is_contiguous()));
+  }
+  const Tensor shut = in.g == -std::numeric_limits<float>::infinity();
+  CHECK(gradients[3].masked_select(shut).eq(0).all().item<bool>());
+}
+
 void check(int64_t dk, int64_t dv, bool bonus, bool state, bool resets) {
   INFO("heads " << dk << " x " << dv << " bonus " << bonus << " state " << state << " resets "
                 << resets);
@@ -50,19 +76,7 @@ void check(int64_t dk, int64_t dv, bool bonus, bool state, bool resets) {
   if (bonus) in.u = at::randn({heads, dk});
   if (state) in.state0 = at::randn({batch, heads, dk, dv});
   if (resets) in.reset = at::rand({batch, time}) < 0.1;
-  const Tensor dh = at::randn({batch, time, heads, dv}), ds = at::randn({batch, heads, dk, dv});
-  REQUIRE(gated_linear_attention_kernels_lack(in).empty());
-
-  const auto [h, last] = gated_linear_attention_kernels(in, nullptr);
-  const GatedChunks exact = in_double(in);
-  const auto [wanted_h, wanted_last] = gated_linear_attention_chunks(exact);
-  check_close("h", h, wanted_h);
-  check_close("state", last, wanted_last);
-  const auto got = gated_linear_attention_kernels_backward(in, dh, ds, nullptr);
-  const auto wanted =
-      gated_linear_attention_chunks_backward(exact, dh.to(at::kDouble), ds.to(at::kDouble));
-  const char* names[] = {"dq", "dk", "dv", "dg", "du", "dstate0"};
-  for (size_t i = 0; i < wanted.size(); ++i) check_close(names[i], got[i], wanted[i]);
+  check(in, at::randn({batch, time, heads, dv}), at::randn({batch, heads, dk, dv}));
 }
 
 }  // namespace
@@ -74,6 +88,45 @@ TEST_CASE("gated linear attention: kernels agree with chunks in float64", "[gate
       check(7, 5, bonus, state, true);
     }
   check(130, 66, true, true, true);
+}
+
+TEST_CASE("gated linear attention: contiguous tensors may be channels-last as well", "[gated]") {
+  const int64_t batch = 2, time = 37;
+  const auto make = [&](int64_t channels) {
+    const Tensor x = at::randn({batch, 1, 1, channels}).permute({0, 3, 1, 2});
+    REQUIRE(x.is_contiguous());
+    REQUIRE(x.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
+    return x;
+  };
+  GatedChunks in;
+  in.q = make(time), in.k = make(time), in.v = make(time), in.g = -make(time).abs();
+  check(in, make(time), at::randn({batch, 1, 1, 1}));
+  // The heads of a state are its channels.
+  const int64_t heads = 3;
+  in.q = at::randn({batch, time, heads, 1}), in.k = at::randn({batch, time, heads, 1});
+  in.v = at::randn({batch, time, heads, 1}), in.g = -at::rand({batch, time, heads, 1});
+  in.state0 = make(heads);
+  check(in, at::randn({batch, time, heads, 1}), make(heads));
+}
+
+TEST_CASE("gated linear attention: chunks have a backward pass below the Autograd kernels",
+          "[gated]") {
+  GatedChunks in;
+  in.q = at::randn({2, 37, 2, 6}), in.k = at::randn({2, 37, 2, 6});
+  in.v = at::randn({2, 37, 2, 5}), in.g = -at::rand({2, 37, 2, 6});
+  in.u = at::randn({2, 6}), in.state0 = at::randn({2, 2, 6, 5});
+  const Tensor dh = at::randn({2, 37, 2, 5}), ds = at::randn({2, 2, 6, 5});
+  const auto wanted = gated_linear_attention_chunks_backward(in, dh, ds);
+  const at::NoGradGuard no_grad;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const auto got = gated_linear_attention_chunks_backward(in, dh, ds);
+  REQUIRE(got.size() == wanted.size());
+  for (size_t i = 0; i < got.size(); ++i) {
+    CHECK(at::equal(got[i], wanted[i]));
+    CHECK_FALSE(got[i].requires_grad());
+  }
+  CHECK_FALSE(at::GradMode::is_enabled());
+  CHECK(c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradFunctionality));
 }
 
 TEST_CASE("gated linear attention: what has no kernel says why", "[gated]") {

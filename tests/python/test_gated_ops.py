@@ -141,6 +141,53 @@ def test_no_bit_of_a_document_reaches_the_next(bonus, chunk_size):
         assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("chunk_size", [0, 16])
+def test_without_tokens_the_state_and_its_gradient_are_copies(chunk_size):
+    inputs = leaves(arguments((2, 0, 2, 3, 4), "mild", True, True))
+    _, state = torch.ops.xlstm.gated_linear_attention(*inputs, chunk_size=chunk_size)
+    upstream = torch.randn_like(state)
+    gradients = torch.autograd.grad(state, inputs, upstream)
+    assert torch.equal(state, inputs[5]) and torch.equal(gradients[5], upstream)
+    assert state.data_ptr() != inputs[5].data_ptr() and gradients[5].data_ptr() != upstream.data_ptr()
+    assert all((x == 0).all() for x in gradients[:5])
+
+
+@pytest.mark.parametrize("chunk_size", [0, 16])
+@pytest.mark.parametrize("sizes", [(2, 32, 1, 1, 1), (2, 20, 3, 5, 7)])
+def test_results_lie_in_memory_as_the_meta_kernel_says(sizes, chunk_size):
+    """Also where the arguments are contiguous and channels-last at once."""
+    inputs = arguments(sizes, "mild", True, True)
+    if sizes[2:] == (1, 1, 1):
+        inputs[:4] = [x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for x in inputs[:4]]
+        assert all(x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last) for x in inputs[:4])
+    results = []
+    for device in ("cpu", "meta"):
+        given = leaves([x.to(device) for x in inputs])
+        out = torch.ops.xlstm.gated_linear_attention(*given, chunk_size=chunk_size)
+        results.append([*out, *torch.autograd.grad(out, given, [torch.ones_like(x) for x in out])])
+    for name, ours, promised in zip(("h", "state", *NAMES), *results):
+        assert ours.shape == promised.shape and ours.is_contiguous() and promised.is_contiguous(), name
+
+
+@pytest.mark.parametrize("name", [*NAMES, "reset"])
+def test_tensors_of_another_device_are_refused(name):
+    """A kernel would take their addresses as those of its own device. The meta device stands for the other one here."""
+    given = dict(zip(NAMES, arguments((2, 5, 2, 3, 4), "mild", True, True))) | {"reset": resets(2, 5)}
+    given[name] = given[name].to("meta")
+    wrong, expected, got = ("k", "meta", "cpu") if name == "q" else (name, "cpu", "meta")
+    with pytest.raises(RuntimeError, match=f"gated_linear_attention: {wrong}: expected device {expected}, got {got}"):
+        torch.ops.xlstm.gated_linear_attention(**given)
+
+
+@pytest.mark.parametrize("name, rank", [("dh", 3), ("dstate", 2)])
+def test_the_backward_operator_refuses_gradients_of_another_shape(name, rank):
+    given = arguments((2, 5, 2, 3, 4), "mild", True, True)
+    upstream = {"dh": torch.ones(2, 5, 2, 4).double(), "dstate": torch.ones(2, 2, 3, 4).double()}
+    upstream[name] = upstream[name].narrow(rank, 0, 1)
+    with pytest.raises(RuntimeError, match=f"gated_linear_attention: {name}: expected"):
+        torch.ops.xlstm.gated_linear_attention_backward(*upstream.values(), *given, reset=None, scale=None)
+
+
 def test_a_gate_of_minus_infinity_empties_the_row():
     q, k, v, g, u, state = arguments((2, 20, 2, 4, 6), "mild", False, True)
     shut = g.clone()

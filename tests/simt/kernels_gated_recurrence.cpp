@@ -46,6 +46,8 @@ class Problem {
     check("h", h, wanted_h), check("state", state, wanted_state);
     check("dq", dq, wanted_dq), check("dk", dk, wanted_dk), check("dv", dv, wanted_dv);
     check("dstate0", dstart, wanted_dstart);
+    for (int64_t i = 0; i < keys(); ++i)
+      expect(a[i] != 0 || dg[i] == 0, "the gradient of a decay to nothing", static_cast<long>(i));
     // dg is the difference of sums of q dq and k dk, and exact to their rounding.
     for (int64_t i = 0; i < keys(); ++i) {
       const double read = q[i] * wanted_dq[static_cast<size_t>(i)];
@@ -95,7 +97,7 @@ class Problem {
     p.num_heads = static_cast<int32_t>(s.heads), p.width = static_cast<int32_t>(s.dk);
     p.bonus = s.bonus;
     p.q = q.data(), p.k = k.data(), p.dq = dq.data(), p.dk = dk.data();
-    p.reset = s.resets ? reset.get() : nullptr;
+    p.decay = a.data(), p.reset = s.resets ? reset.get() : nullptr;
     p.last = s.states ? last.data() : nullptr;
     p.dg = dg.data();
     gated_decay_gradients(p, nullptr);
