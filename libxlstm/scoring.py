@@ -150,8 +150,11 @@ class Judge:
         if self._positions:
             self.max_length = min(self.max_length or self._positions, self._positions)
         self._trained_length = config["data"]["seq_len"] if kind == "llama" else 0  # where attention knows no farther places
-        # With both settings no loss follows the end of a document as an input, neither at once nor through the state.
-        self._end_is_taught = not (config["data"]["reset_state_at_document"] and config["data"]["mask_loss_across_documents"])
+        # With both settings no loss follows the end of a document as an input, neither at once nor through the state. Weights
+        # from elsewhere, whose configuration has no training, are used as is usual: after that end.
+        trained_here = config["train"]["max_steps"] or config["train"]["max_tokens"]
+        apart = config["data"]["reset_state_at_document"] and config["data"]["mask_loss_across_documents"]
+        self._end_is_taught = not (trained_here and apart)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.vocab_size = config["model"]["vocab_size"]
@@ -177,7 +180,7 @@ class Judge:
         """(log-likelihood in nats, whether greedy decoding gives it) of each continuation after its context; pairs of two
         lists of token ids, neither empty. on_result(index, result) is called as results come. After a context that is but the
         end of a document the first token is scored there, the others from the first on with an empty state, if that is how
-        documents begin in training (data.reset_state_at_document, data.mask_loss_across_documents)."""
+        documents began in the training (data.reset_state_at_document, data.mask_loss_across_documents)."""
         return self._score_groups([self._as_trained(*pair) for pair in pairs], on_result)
 
     def score_rolling(self, texts, on_result=None):
