@@ -14,8 +14,8 @@ from toy_sweep import ROOT, command, edit, reproduce, set_trainer, toy  # noqa: 
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from sweep import sweeps  # noqa: E402
-from sweep.estimate import Device, hours_text, parse_mfu  # noqa: E402
+from sweep import description, sweeps  # noqa: E402
+from sweep.estimate import Device, TrainedBefore, hours_text, parse_mfu  # noqa: E402
 from sweep.execution import SweepError, trainer_status  # noqa: E402
 
 RUNS = [f"all/{model}/lr{rate}_seed{seed}" for model in ("good", "bad") for rate in (0.1, 0.2) for seed in (0, 1)]
@@ -58,6 +58,14 @@ def test_the_estimate_says_what_was_never_measured_and_what_is_counted_twice(toy
     assert "never measured" not in reproduce(toy, "toy", "--estimate", "--mfu", "20,bad=3").stdout
     edit(toy, "kind: xlstm, skill: 1.0", "kind: xlstm, slstm_at: [0], skill: 1.0")
     assert "utilisation never measured: Good, bad\n" in reproduce(toy, "toy", "--estimate").stdout
+
+
+def test_experiments_that_train_the_same_models():
+    before = TrainedBefore()
+    names = ("length_extrapolation", "mqar2", "mqar3", "scaling300b")
+    counts = {name: before.add(description.load(ROOT / "scripts" / "reproduce", name)) for name in names}
+    assert counts == {"length_extrapolation": {}, "mqar2": {}, "mqar3": {"mqar2": 7 * 3 * 3 * 4},
+                      "scaling300b": {"length_extrapolation": 5}}
 
 
 def test_dry_run(toy):
