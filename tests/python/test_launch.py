@@ -128,6 +128,18 @@ def test_single_runs_and_their_table(toy):
     assert "has no all/none" in reproduce(toy, "toy", "--job", "all/none").stderr
 
 
+def test_what_a_machine_with_a_gpu_measured_is_collected_on_one_without(toy, monkeypatch):
+    edit(toy, "title: Toy", "title: Toy\nneeds: a large machine\ngpu: true")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for name in RUNS[:2]:
+        assert reproduce(toy, "toy", "--job", name).returncode == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = reproduce(toy, "toy", "--collect")
+    assert done.returncode == 0 and "| Good | 1,234 | 0.1 | 0.8 | 0.9 (0.9 to 0.9) |" in done.stdout
+    assert "2 of 4 runs are not finished" in done.stdout
+    assert "| bad |  |  |  | not run: needs a large machine; no GPU is seen here |" in done.stdout
+
+
 def test_single_runs_stand_side_by_side_but_not_twice(toy):
     folder = sweeps.SweepFolder(toy / "out" / "toy")
     folder.share()
