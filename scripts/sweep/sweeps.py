@@ -57,7 +57,7 @@ class Sweep:
         self.programs = programs
         self.runs = [Run(experiment, job, folder, programs) for job in experiment.jobs(models, elsewhere=collect)]
         if collect:
-            begun = {(run.job.case, run.job.model) for run in self.runs if run.folder.exists()}
+            begun = {(run.job.case, run.job.model) for run in self.runs if run.folder.exists() or run.result}
             self.runs = [run for run in self.runs if (run.job.case, run.job.model) in begun
                          or not experiment.needs_of(run.job.case, run.job.model)]
 
