@@ -147,7 +147,7 @@ def prepare(options, experiments, jobs):
         models = chosen_models(experiment, options.only)
         if not options.collect:
             folder.open(options.resume, options.fresh)
-        sweeps.append(Sweep(experiment, folder.path, programs, models))
+        sweeps.append(Sweep(experiment, folder.path, programs, models, options.collect))
     return sweeps, folders
 
 

@@ -40,15 +40,19 @@ def _row(experiment, case, model, numbers):
 
 
 def rows(experiment, programs, models=None):
-    """One for every case and model, those too that lack files; of what cannot be run anywhere, what the trainer takes."""
+    """One for every case and model, those too that lack files; of what cannot be run anywhere, what the trainer takes: what it
+    refuses of one model it refuses of the others that lack the same in that case."""
     jobs = {(case, model): Job(case, model, float(experiment.rates(case, model)[0]), experiment.seeds[0])
             for case in experiment.cases for model in experiment.models_of(case) if models is None or model in models}
     possible = {pair: job for pair, job in jobs.items() if not experiment.needs_of(*pair, elsewhere=True)}
     gpu = experiment.gpu and bool(experiment.needs)
     numbers = described(experiment, possible, programs, gpu)
-    for pair in jobs.keys() - possible.keys():
-        with contextlib.suppress(SweepError):  # its `needs` say why
-            numbers |= described(experiment, {pair: jobs[pair]}, programs, gpu)
+    lacking = {}
+    for case, model in (pair for pair in jobs if pair not in possible):
+        lacking.setdefault((case, experiment.needs_of(case, model, elsewhere=True)), []).append((case, model))
+    for pairs in lacking.values():
+        with contextlib.suppress(SweepError):  # the `needs` say why
+            numbers |= described(experiment, {pair: jobs[pair] for pair in pairs}, programs, gpu)
     return [_row(experiment, *pair, numbers.get(pair)) for pair in jobs]
 
 

@@ -50,10 +50,16 @@ class SweepFolder:
 
 
 class Sweep:
-    def __init__(self, experiment, folder, programs, models=None):
+    """collect: nothing is to be run; what was run where there are files or a GPU that are missing here belongs to it, too."""
+
+    def __init__(self, experiment, folder, programs, models=None, collect=False):
         self.experiment, self.folder, self.models = experiment, folder, models
         self.programs = programs
-        self.runs = [Run(experiment, job, folder, programs) for job in experiment.jobs(models)]
+        self.runs = [Run(experiment, job, folder, programs) for job in experiment.jobs(models, elsewhere=collect)]
+        if collect:
+            begun = {(run.job.case, run.job.model) for run in self.runs if run.folder.exists() or run.result}
+            self.runs = [run for run in self.runs if (run.job.case, run.job.model) in begun
+                         or not experiment.needs_of(run.job.case, run.job.model)]
 
     def plan(self):
         """What a step of each model costs; settings that the trainer does not take are an error now, not hours later."""

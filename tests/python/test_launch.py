@@ -14,8 +14,8 @@ from toy_sweep import ROOT, command, edit, reproduce, set_trainer, toy  # noqa: 
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from sweep import sweeps  # noqa: E402
-from sweep.estimate import Device, hours_text, parse_mfu  # noqa: E402
+from sweep import description, sweeps  # noqa: E402
+from sweep.estimate import Device, TrainedBefore, hours_text, parse_mfu  # noqa: E402
 from sweep.execution import SweepError, trainer_status  # noqa: E402
 
 RUNS = [f"all/{model}/lr{rate}_seed{seed}" for model in ("good", "bad") for rate in (0.1, 0.2) for seed in (0, 1)]
@@ -58,6 +58,14 @@ def test_the_estimate_says_what_was_never_measured_and_what_is_counted_twice(toy
     assert "never measured" not in reproduce(toy, "toy", "--estimate", "--mfu", "20,bad=3").stdout
     edit(toy, "kind: xlstm, skill: 1.0", "kind: xlstm, slstm_at: [0], skill: 1.0")
     assert "utilisation never measured: Good, bad\n" in reproduce(toy, "toy", "--estimate").stdout
+
+
+def test_experiments_that_train_the_same_models():
+    before = TrainedBefore()
+    names = ("length_extrapolation", "mqar2", "mqar3", "scaling300b")
+    counts = {name: before.add(description.load(ROOT / "scripts" / "reproduce", name)) for name in names}
+    assert counts == {"length_extrapolation": {}, "mqar2": {}, "mqar3": {"mqar2": 7 * 3 * 3 * 4},
+                      "scaling300b": {"length_extrapolation": 5}}
 
 
 def test_dry_run(toy):
@@ -118,6 +126,18 @@ def test_single_runs_and_their_table(toy):
     assert reproduce(toy, "toy", "--job", RUNS[1]).returncode == 0
     assert (toy / "out" / "toy" / RUNS[1] / "starts").read_text() == "x"
     assert "has no all/none" in reproduce(toy, "toy", "--job", "all/none").stderr
+
+
+def test_what_a_machine_with_a_gpu_measured_is_collected_on_one_without(toy, monkeypatch):
+    edit(toy, "title: Toy", "title: Toy\nneeds: a large machine\ngpu: true")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for name in RUNS[:2]:
+        assert reproduce(toy, "toy", "--job", name).returncode == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = reproduce(toy, "toy", "--collect")
+    assert done.returncode == 0 and "| Good | 1,234 | 0.1 | 0.8 | 0.9 (0.9 to 0.9) |" in done.stdout
+    assert "2 of 4 runs are not finished" in done.stdout
+    assert "| bad |  |  |  | not run: needs a large machine; no GPU is seen here |" in done.stdout
 
 
 def test_single_runs_stand_side_by_side_but_not_twice(toy):
