@@ -53,10 +53,11 @@ class PyModel {
       return tensor.to(device.value_or(tensor.device()), kind);
     };
     for (const auto& [name, tensor] : xlstm::train::named_model_tensors(*model_)) {
+      const at::Tensor data = moved(tensor), gradient = tensor.grad();
+      if (data.is_same(tensor)) continue;
       at::Tensor target = tensor;
-      const at::Tensor gradient = tensor.grad();
       if (gradient.defined()) target.mutable_grad() = at::Tensor();
-      target.set_data(moved(tensor));
+      target.set_data(data);
       if (gradient.defined()) target.mutable_grad() = moved(gradient);
     }
   }
