@@ -86,7 +86,7 @@ def write_tokenizer(folder):
         ({}, {}),
         ({"gate_soft_cap": 4.0, "output_logit_soft_cap": 2.0, "norm_eps": 1e-3, "eps": 1e-2}, SHARDS),
         ({"qk_dim_factor": 1.0, "v_dim_factor": 2.0, "ffn_proj_factor": 1.71, "ffn_round_up_to_multiple_of": 24}, {}),
-        ({"hidden_size": 96, "num_heads": 3, "qk_dim_factor": 0.5}, {}),  # 48: 64 without the xlstm package
+        ({"hidden_size": 96, "num_heads": 4}, {}),  # q and v of 48 and 96, or 64 and 128 without the xlstm package
     ],
 )
 def test_import_gives_the_same_logits_and_text(changes, options, tmp_path):
@@ -101,7 +101,9 @@ def test_import_gives_the_same_logits_and_text(changes, options, tmp_path):
     ids = torch.randint(1, VOCABULARY, (1, 21))
     config = theirs.generation_config
     config.eos_token_id = None
-    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    # transformers makes its states of the larger widths, whatever the layers have.
+    options = {"max_new_tokens": 24, "do_sample": False, "use_cache": "hidden_size" not in changes}
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(greedy(ours, ids, 24), expected)
 
 
