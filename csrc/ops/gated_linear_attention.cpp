@@ -10,6 +10,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "csrc/ops/autograd_support.h"
@@ -82,8 +83,9 @@ void check_backward(const OptionalTensor& dh, const OptionalTensor& dstate, cons
   }
 }
 
+/// Finite without keys, too: h is then an empty sum.
 double scale_of(const Tensor& q, const std::optional<double>& scale) {
-  return scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
+  return scale.value_or(1 / std::sqrt(std::max(1.0, static_cast<double>(q.size(3)))));
 }
 
 /// What the kernels read, alive while they run.

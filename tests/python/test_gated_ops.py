@@ -153,6 +153,16 @@ def test_without_tokens_the_state_and_its_gradient_are_copies(chunk_size):
 
 
 @pytest.mark.parametrize("chunk_size", [0, 16])
+@pytest.mark.parametrize("sizes", [(0, 5, 2, 3, 4), (2, 5, 0, 3, 4), (2, 5, 2, 0, 4), (2, 5, 2, 3, 0)])
+def test_zero_sizes(sizes, chunk_size):
+    inputs = leaves(arguments(sizes, "none", True, True))
+    h, state = torch.ops.xlstm.gated_linear_attention(*inputs, chunk_size=chunk_size)
+    assert torch.equal(h, torch.zeros_like(inputs[2])) and torch.equal(state, inputs[5])
+    gradients = torch.autograd.grad([h, state], inputs, [torch.ones_like(h), torch.ones_like(state)])
+    assert all((x == 0).all() for x in gradients[:5]) and torch.equal(gradients[5], torch.ones_like(state))
+
+
+@pytest.mark.parametrize("chunk_size", [0, 16])
 @pytest.mark.parametrize("sizes", [(2, 32, 1, 1, 1), (2, 20, 3, 5, 7)])
 def test_results_lie_in_memory_as_the_meta_kernel_says(sizes, chunk_size):
     """Also where the arguments are contiguous and channels-last at once."""
