@@ -82,7 +82,7 @@ struct Block {
     sums = scan_block(sums, kept, reset, false);
   }
   int64_t last() const { return k.size(1) - 1; }
-  Tensor power(const Tensor& exponent) const { return exponent.to(type).exp(); }
+  Tensor power(const Tensor& x) const { return x.to(type).exp(); }
   /// Copies, so that the block is not kept alive.
   State state() const {
     return {sums.select(1, last()).clone(at::MemoryFormat::Contiguous),
