@@ -122,7 +122,8 @@ def test_eval_of_a_folder_of_sources(run, tmp_path):
     filled, _ = judged(tmp_path / "sources", "--fill-last")
     assert filled["tokens"] == tokens and filled["loss"] != together["loss"]
     (tmp_path / "sources" / "code").mkdir()  # beside the prefix of the same name
-    assert judged(tmp_path / "sources" / "code")[0] == alone["code"]
+    beside, _ = judged(tmp_path / "sources" / "code")
+    assert "sources" not in beside and beside["loss"] == alone["code"]["loss"] and beside["tokens"] == alone["code"]["tokens"]
     (tmp_path / "empty").mkdir()
     assert "holds no prepared token file" in program("xlstm-eval", run.path, "--data", tmp_path / "empty", check=3).stderr
 
