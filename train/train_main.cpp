@@ -8,6 +8,7 @@
 #include "csrc/config/config.h"
 #include "csrc/core/error.h"
 #include "train/command_line.h"
+#include "train/distributed.h"
 #include "train/dry_run.h"
 #include "train/log.h"
 #include "train/process_setup.h"
@@ -48,7 +49,7 @@ void print_help() {
 }
 
 std::string shell_command(int argc, char** argv) {
-  std::string command;
+  std::string command = train::place_from_environment().alone() ? "" : "torchrun ... --no-python ";
   for (int i = 0; i < argc; ++i) {
     const std::string argument = argv[i];
     // --fresh would throw away what the repeated command is to go on with.

@@ -282,6 +282,7 @@ void Trainer::Impl::load(const std::string& folder) {
 }
 
 void Trainer::Impl::announce() const {
+  if (!leads()) return;
   const double count = static_cast<double>(models::count_parameters(config_.model));
   log_info("run " + folder_->path() + " | " + format_count(count) + " parameters | " +
            describe(device_) +
@@ -395,8 +396,9 @@ void Trainer::Impl::log_step(const StepResult& result) {
 void Trainer::Impl::evaluate_now() {
   settle();
   if (data_.held_out == nullptr) return;
-  const int64_t batch = config_.train.micro_batch_size > 0 ? config_.train.micro_batch_size
-                                                           : config_.train.global_batch_size;
+  const int64_t batch = config_.train.micro_batch_size > 0
+                            ? config_.train.micro_batch_size
+                            : config_.train.global_batch_size / group_->place().size;
   const bool progress = console_->has_bar();
   if (progress) console_->finish();
   evaluation_ = evaluate(*model_, *data_.held_out, batch, config_.eval.batches,
