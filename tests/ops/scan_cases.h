@@ -88,12 +88,14 @@ inline Tensors rounded(const Tensors& tensors, at::ScalarType type) {
   return result;
 }
 
+/// Relative; of what is nearly zero, such as the bonus's gradient where nothing came before, rounding alone is left.
 inline double difference(const Tensor& got, const Tensor& wanted) {
+  constexpr double kLeast = 1e-4;
   REQUIRE(got.sizes() == wanted.sizes());
   if (got.numel() == 0) return 0;
   const double size = at::linalg_vector_norm(wanted).item<double>();
   const double error = at::linalg_vector_norm(got.to(at::kDouble) - wanted).item<double>();
-  return std::isfinite(error) ? error / std::max(size, 1e-30) : INFINITY;
+  return std::isfinite(error) ? error / std::max(size, kLeast) : INFINITY;
 }
 
 /// Of the size of what they weigh.

@@ -193,7 +193,7 @@ TEST_CASE("scans in blocks: NaN of one document does not reach the next", "[scan
 
 TEST_CASE("scans in blocks: memory grows as the inputs, not as the states of all tokens",
           "[scan_generic]") {
-  constexpr int64_t kTokens = 1024, kDim = 64, kStates = 64;
+  constexpr int64_t kTokens = 256, kDim = 64, kStates = 64;
   const auto scan = [](int64_t time) {
     Case c = scan_case(time, false, false, 1);
     c.inputs = {random({1, time, kDim}),
