@@ -1,6 +1,7 @@
 #include "train/activation_memory.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <map>
 #include <string>
@@ -223,10 +224,11 @@ double bytes_around(const Sizes& s, double narrow_bytes) {
   return tokens + (4 * wide + narrow_bytes) * s.dim + (logits > 0 ? logits : 4 * s.dim);
 }
 
-/// Gradients on their way, of the loss through the head or of the stream and a branch through a block, where H3's products
-/// take twice what the block keeps.
-double bytes_moving(const Sizes& s, double largest_block) {
-  return std::max({16 * s.dim, logits_bytes(s), s.model.kind == "h3" ? 2 * largest_block : 0});
+/// Bytes behind the last states of an H3 block, which wait for the end of the forward pass although nothing needs them.
+double state_bytes(const Sizes& s) {
+  if (s.model.kind != "h3") return 0;
+  const double steps = static_cast<double>(s.model.state_size) / std::sqrt(s.length);
+  return 4 * s.dim * s.dim / s.heads * (2 + steps);
 }
 
 }  // namespace
@@ -245,14 +247,18 @@ std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu) 
   const double slstm = slstm_blocks > 0 ? bytes(true) : 0,
                other = slstm_blocks < blocks ? bytes(false) : 0;
   const double largest = std::max(slstm, other);
-  // A block that is recomputed keeps its input until then; one at a time is there in full.
-  const double kept = model.activation_checkpointing
-                          ? 4 * blocks * s.dim + largest
-                          : slstm_blocks * slstm + (blocks - slstm_blocks) * other;
+  // Gradients on their way through a block, those of the stream and of a branch; FFTs of H3's products have more.
+  const double moving = model.kind == "h3" ? largest / 2 : 16 * s.dim;
+  const double loss = bytes_around(s, narrow) + std::max(moving, logits_bytes(s));
+  // A block that is recomputed keeps its input until then; one at a time is there in full, the loss no more.
+  const double input = 4 * s.dim;
+  const double peak =
+      model.activation_checkpointing
+          ? blocks * input + std::max(loss, largest - input + state_bytes(s) + moving)
+          : slstm_blocks * slstm + (blocks - slstm_blocks) * other + blocks * state_bytes(s) + loss;
   const int64_t sequences = config.train.micro_batch_size > 0 ? config.train.micro_batch_size
                                                               : config.train.global_batch_size;
-  return static_cast<int64_t>((kept + bytes_around(s, narrow) + bytes_moving(s, largest)) *
-                              static_cast<double>(sequences) * s.length);
+  return static_cast<int64_t>(peak * static_cast<double>(sequences) * s.length);
 }
 
 }  // namespace xlstm::train

@@ -51,16 +51,20 @@ int64_t peak_of_step(const config::Config& config, int64_t batch) {
     reset = at::zeros({batch, length}, at::kBool);
     reset->select(1, length / 3).fill_(true);
   }
-  const auto meter = std::make_shared<Meter>();
-  {
-    const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, meter);
+  const at::Tensor targets =
+      models::predicts_numbers(config.model) ? at::randn({batch, length}) : ids;
+  const auto step = [&] {
     at::Tensor loss;
     {
       const train::AutocastGuard autocast(at::kCPU, config.train.dtype == "bfloat16");
-      loss = model->loss(inputs, features > 0 ? at::randn({batch, length}) : ids, reset, "sum");
+      loss = model->loss(inputs, targets, reset, "sum");
     }
     loss.backward();
-  }
+  };
+  step();  // now there are gradients, which the second adds to
+  const auto meter = std::make_shared<Meter>();
+  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, meter);
+  step();
   return meter->most;
 }
 
@@ -134,7 +138,6 @@ TEST_CASE("activations of xLSTM's variants") {
   check([](config::Config& c) { c.model.dropout = 0.1, c.model.add_embedding_dropout = true; });
   check([](config::Config& c) { c.model.input_features = 3; });
   check([](config::Config& c) { c.model.input_features = 3, c.model.vocab_size = 1; });
-  check([](config::Config& c) { c.model.vocab_size = 2000, c.model.output_logit_soft_cap = 30; });
   check([](config::Config& c) { c.model.vocab_size = 2000, c.model.fused = false; });
   check([](config::Config& c) {
     c.model.vocab_size = 2000, c.model.output_logit_soft_cap = 30, c.model.fused = false;
