@@ -58,7 +58,7 @@ struct GatedDecayGradientsParams {
   const float* decay = nullptr;  ///< a, (B,T,NH,width) contiguous
   const bool* reset = nullptr;   ///< (B,T), null: none
   const float* last = nullptr;   ///< (B,NH,width), null: zero
-  float* dg = nullptr;            ///< (B,T,NH,width), memory of its own
+  float* dg = nullptr;           ///< (B,T,NH,width), memory of its own
 };
 
 void gated_decay_gradients(const GatedDecayGradientsParams& params, Stream stream);
