@@ -197,7 +197,7 @@ def run_gpu_check(folder, **options):
 def test_gpu_check_runs_every_part_and_counts(tmp_path):
     done, summary, calls = run_gpu_check(tmp_path / "well")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert summary["count"] == {"PASS": 20, "FAIL": 0, "SKIP": 0} and summary["device"] == "A GPU" and summary["finished"]
+    assert summary["count"] == {"PASS": 21, "FAIL": 0, "SKIP": 0} and summary["device"] == "A GPU" and summary["finished"]
     assert not list((tmp_path / "well/out").glob("running-*"))
     assert {check["part"] for check in summary["checks"]} == {"build", "conformance", "ops", "sanitizer", "portable", "bench", "slstm"}
     small = [call for call in calls if call[0] == "scripts/gpu_ops.py --small"]
