@@ -7,6 +7,7 @@
 #include <string>
 
 #include "csrc/models/language_model.h"
+#include "train/schedule.h"
 
 namespace xlstm::train {
 namespace {
@@ -256,9 +257,7 @@ std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu) 
       model.activation_checkpointing
           ? blocks * input + std::max(loss, largest - input + state_bytes(s) + moving)
           : slstm_blocks * slstm + (blocks - slstm_blocks) * other + blocks * state_bytes(s) + loss;
-  const int64_t sequences = config.train.micro_batch_size > 0 ? config.train.micro_batch_size
-                                                              : config.train.global_batch_size;
-  return static_cast<int64_t>(peak * static_cast<double>(sequences) * s.length);
+  return static_cast<int64_t>(peak * static_cast<double>(micro_batch(config)) * s.length);
 }
 
 }  // namespace xlstm::train

@@ -3,7 +3,6 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 
-#include <cstdio>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -21,27 +20,16 @@
 namespace xlstm::train {
 namespace {
 
-std::string format(const char* pattern, double value) {
-  char text[64];
-  std::snprintf(text, sizeof text, pattern, value);
-  return text;
-}
-
 std::string format_gib(int64_t bytes) {
   const auto value = static_cast<double>(bytes);
-  return bytes < int64_t{1} << 30 ? format("%.1f MiB", value / (1 << 20))
-                                  : format("%.1f GiB", value / (1 << 30));
+  return bytes < int64_t{1} << 30 ? format_number("%.1f MiB", value / (1 << 20))
+                                  : format_number("%.1f GiB", value / (1 << 30));
 }
 
 std::string format_parameters(int64_t count) {
   const double millions = static_cast<double>(count) / 1e6;
-  return format_thousands(count) + " (" + format(millions < 10 ? "%.2f M" : "%.1f M", millions) +
-         ")";
-}
-
-int64_t micro_batch(const config::Config& config) {
-  return config.train.micro_batch_size > 0 ? config.train.micro_batch_size
-                                           : config.train.global_batch_size;
+  return format_thousands(count) + " (" +
+         format_number(millions < 10 ? "%.2f M" : "%.1f M", millions) + ")";
 }
 
 /// Whether a run computes on a GPU; unlike choose_device, no error where the one that it asks for is elsewhere.
@@ -101,10 +89,11 @@ void run_one_step(const config::Config& config, const TrainingData& data, at::De
   std::optional<StepResult> done = train_step.run(batch, 1);
   if (!done) done = train_step.finish();
   const StepResult& result = *done;
-  print_line("one step    loss " + format("%.4f", result.loss) + ", gradient norm " +
-             format("%.3g", result.grad_norm) + ", " +
-             format("%.0f ms", 1e3 * (monotonic_seconds() - start)) + " with " + describe(device) +
-             ", peak memory " + format("%.2f GiB", peak_memory_gib(device)));
+  print_line("one step    loss " + format_number("%.4f", result.loss) + ", gradient norm " +
+             format_number("%.3g", result.grad_norm) + ", " +
+             format_number("%.0f ms", 1e3 * (monotonic_seconds() - start)) + " with " +
+             describe(device) + ", peak memory " +
+             format_number("%.2f GiB", peak_memory_gib(device)));
 }
 
 }  // namespace

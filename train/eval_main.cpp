@@ -22,6 +22,7 @@
 #include "train/device.h"
 #include "train/eval_report.h"
 #include "train/evaluation.h"
+#include "train/schedule.h"
 #include "train/token_frequency.h"
 
 namespace xlstm::train {
@@ -261,10 +262,8 @@ int body(int argc, char** argv) {
   const int64_t held_out_len = data::is_given(config.data.task) ? config.data.task.eval_len : 0;
   const int64_t seq_len =
       line.get_int("--seq-len", held_out_len > 0 ? held_out_len : config.data.seq_len, 1);
-  const int64_t trained_batch = config.train.micro_batch_size > 0 ? config.train.micro_batch_size
-                                                                  : config.train.global_batch_size;
   const int64_t batch_size = line.get_int(
-      "--batch-size", std::max<int64_t>(1, trained_batch * config.data.seq_len / seq_len), 1);
+      "--batch-size", std::max<int64_t>(1, micro_batch(config) * config.data.seq_len / seq_len), 1);
   const int64_t batches = line.get_int("--batches", 0, 0);
 
   const EvalData data = choose_data(line, loaded, seq_len);

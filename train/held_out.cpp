@@ -1,29 +1,16 @@
 #include "train/held_out.h"
 
-#include <cstdio>
-
-#include "train/log.h"
-
 namespace xlstm::train {
-namespace {
-
-std::string format(const char* pattern, double value) {
-  char text[64];
-  std::snprintf(text, sizeof text, pattern, value);
-  return text;
-}
-
-}  // namespace
-
 std::string held_out_line(const EvaluationResult& result) {
-  std::string line = "held-out loss " + format("%.4f", result.loss);
-  line += result.last_error.has_value()
-              ? " (squared error) | at the last position " + format("%.4f", *result.last_error)
-              : " | ppl " + format("%.2f", result.perplexity);
-  if (result.bits_per_byte > 0) line += " | bits per byte " + format("%.4f", result.bits_per_byte);
+  std::string line = "held-out loss " + format_number("%.4f", result.loss);
+  line += result.last_error.has_value() ? " (squared error) | at the last position " +
+                                              format_number("%.4f", *result.last_error)
+                                        : " | ppl " + format_number("%.2f", result.perplexity);
+  if (result.bits_per_byte > 0)
+    line += " | bits per byte " + format_number("%.4f", result.bits_per_byte);
   if (result.accuracy.has_value())
-    line += " | accuracy " + format("%.4f", *result.accuracy) + ", scaled " +
-            format("%.4f", *result.scaled_accuracy);
+    line += " | accuracy " + format_number("%.4f", *result.accuracy) + ", scaled " +
+            format_number("%.4f", *result.scaled_accuracy);
   return line + " | " + format_count(static_cast<double>(result.tokens)) + " tokens";
 }
 
@@ -44,14 +31,14 @@ Metrics held_out_metrics(const EvaluationResult& result) {
 
 std::string held_out_result(const EvaluationResult& result) {
   if (result.last_error.has_value())
-    return "held-out squared error: " + format("%.4f", result.loss) + ", at the last position " +
-           format("%.4f", *result.last_error);
+    return "held-out squared error: " + format_number("%.4f", result.loss) +
+           ", at the last position " + format_number("%.4f", *result.last_error);
   if (result.accuracy.has_value())
-    return "held-out accuracy: " + format("%.4f", *result.accuracy) + ", scaled " +
-           format("%.4f", *result.scaled_accuracy);
+    return "held-out accuracy: " + format_number("%.4f", *result.accuracy) + ", scaled " +
+           format_number("%.4f", *result.scaled_accuracy);
   if (result.bits_per_byte > 0)
-    return "held-out bits per byte: " + format("%.2f", result.bits_per_byte);
-  return "held-out perplexity: " + format("%.2f", result.perplexity);
+    return "held-out bits per byte: " + format_number("%.2f", result.bits_per_byte);
+  return "held-out perplexity: " + format_number("%.2f", result.perplexity);
 }
 
 }  // namespace xlstm::train

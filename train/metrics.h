@@ -89,6 +89,8 @@ std::string format_step(const ConsoleStep& step);
 /// "[########....] 800/2000 | eta 2m13s | loss 4.8312 | 41.2k tok/s | lr 1.6e-04 | gnorm 0.81":
 /// what matters first, because a narrow terminal cuts the end.
 std::string format_bar_line(const ConsoleStep& step);
+/// As printf has it: format_number("%.2f", 1.5) is "1.50".
+std::string format_number(const char* pattern, double value);
 /// "950", "41.2k", "1.53M"
 std::string format_count(double value);
 /// "1,234,567"

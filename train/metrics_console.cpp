@@ -23,6 +23,8 @@ std::string format(const char* pattern, Arguments... arguments) {
 
 }  // namespace
 
+std::string format_number(const char* pattern, double value) { return format(pattern, value); }
+
 std::string format_count(double value) {
   if (value >= 999.5e6) return format("%.3gG", value / 1e9);
   if (value >= 999.5e3) return format("%.3gM", value / 1e6);

@@ -21,6 +21,11 @@ int64_t total_steps(const config::Config& config) {
   return (config.train.max_tokens + per_step - 1) / per_step;
 }
 
+int64_t micro_batch(const config::Config& config, int64_t processes) {
+  return config.train.micro_batch_size > 0 ? config.train.micro_batch_size
+                                           : config.train.global_batch_size / processes;
+}
+
 double learning_rate(const config::OptimConfig& options, int64_t step, int64_t total) {
   const double peak = options.learning_rate;
   const int64_t warmup = options.warmup_steps;

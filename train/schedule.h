@@ -7,6 +7,8 @@ namespace xlstm::train {
 
 /// Optimizer steps of a run: max_steps, or the least number that consumes max_tokens.
 int64_t total_steps(const config::Config& config);
+/// Sequences of a forward pass where `processes` share each step.
+int64_t micro_batch(const config::Config& config, int64_t processes = 1);
 
 /// Learning rate of update number `step`, 1 <= step <= total; a pure function of its arguments.
 ///

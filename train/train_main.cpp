@@ -12,6 +12,7 @@
 #include "train/dry_run.h"
 #include "train/log.h"
 #include "train/process_setup.h"
+#include "train/schedule.h"
 #include "train/signals.h"
 #include "train/trainer.h"
 #include "train/training_data.h"
@@ -64,8 +65,7 @@ std::string shell_command(int argc, char** argv) {
 }
 
 Error memory_error(const xlstm::config::Config& config) {
-  const int64_t micro = config.train.micro_batch_size > 0 ? config.train.micro_batch_size
-                                                          : config.train.global_batch_size;
+  const int64_t micro = train::micro_batch(config, train::place_from_environment().size);
   const std::string half = std::to_string(micro > 1 ? micro / 2 : 1);
   return Error(ExitCode::kMemory,
                "out of memory at micro batch " + std::to_string(micro) + " x " +

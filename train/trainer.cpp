@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cmath>
 #include <csignal>
-#include <cstdio>
 #include <optional>
 #include <system_error>
 #include <utility>
@@ -35,14 +34,8 @@
 namespace xlstm::train {
 namespace {
 
-std::string format(const char* pattern, double value) {
-  char text[64];
-  std::snprintf(text, sizeof text, pattern, value);
-  return text;
-}
-
 std::string format_mib(int64_t bytes) {
-  return format("%.1f MiB", static_cast<double>(bytes) / (1 << 20));
+  return format_number("%.1f MiB", static_cast<double>(bytes) / (1 << 20));
 }
 
 int64_t parameter_bytes(const NamedTensors& parameters) {
@@ -340,8 +333,8 @@ void Trainer::Impl::settle() {
 
 void Trainer::Impl::handle_non_finite(const StepResult& result) {
   const std::string what =
-      "step " + std::to_string(result.step) + ": loss " + format("%g", result.loss) +
-      ", gradient norm " + format("%g", result.grad_norm) + ", first bad gradient: " +
+      "step " + std::to_string(result.step) + ": loss " + format_number("%g", result.loss) +
+      ", gradient norm " + format_number("%g", result.grad_norm) + ", first bad gradient: " +
       (result.bad_parameter.empty() ? "none alone" : result.bad_parameter) + ", samples " +
       std::to_string(result.first_sample) + " to " + std::to_string(result.last_sample);
   if (config_.train.nonfinite != "skip") {
@@ -396,9 +389,7 @@ void Trainer::Impl::log_step(const StepResult& result) {
 void Trainer::Impl::evaluate_now() {
   settle();
   if (data_.held_out == nullptr) return;
-  const int64_t batch = config_.train.micro_batch_size > 0
-                            ? config_.train.micro_batch_size
-                            : config_.train.global_batch_size / group_->place().size;
+  const int64_t batch = micro_batch(config_, group_->place().size);
   const bool progress = console_->has_bar();
   if (progress) console_->finish();
   evaluation_ = evaluate(*model_, *data_.held_out, batch, config_.eval.batches,
@@ -531,7 +522,7 @@ void Trainer::Impl::print_result() const {
            std::to_string(saved_step_) + " in ckpt/");
   if (evaluated_step_ < 0) {
     print_line("final training loss: " +
-               format("%.4f", last_value(folder_->file("metrics.jsonl"), "train/loss")));
+               format_number("%.4f", last_value(folder_->file("metrics.jsonl"), "train/loss")));
   } else {
     print_line(held_out_result(evaluation_));
   }
