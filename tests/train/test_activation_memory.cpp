@@ -1,4 +1,5 @@
 // The estimate of activations against what torch's CPU allocator hands out in a forward and a backward pass.
+#include <ATen/Parallel.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
@@ -39,7 +40,15 @@ config::Config small(const std::string& kind) {
   return config;
 }
 
+/// On a crowded machine the threads of so small steps wait for each other most of the time.
+struct OneThread {
+  OneThread() { at::set_num_threads(1); }
+  ~OneThread() { at::set_num_threads(before); }
+  int before = at::get_num_threads();
+};
+
 int64_t peak_of_step(const config::Config& config, int64_t batch) {
+  const OneThread one_thread;
   const int64_t length = config.data.seq_len, vocabulary = config.model.vocab_size,
                 features = config.model.input_features;
   const auto model = models::make_language_model(config.model);
