@@ -1,12 +1,11 @@
 """gated_linear_attention on a GPU: against its definition in float64 on the CPU, and in CUDA graphs, on other streams, by
 torch's contract. Skipped without one."""
 
-import os
-from contextlib import contextmanager
 
 import pytest
 import torch
 
+from cuda_paths import generic_path
 from test_gated_ops import NAMES, SIZES, arguments, gated_loop, leaves, resets
 
 if not torch.cuda.is_available():
@@ -65,18 +64,6 @@ def check(inputs, reset=None):
     for name, x, y in zip(names, got, wanted, strict=True):
         assert torch.isfinite(x).all() and x.is_contiguous(), name
         assert (x.cpu().double() - y).norm() <= TOLERANCE[dtype] * (y.norm() + (read if name == "dg" else 0)), name
-
-
-@contextmanager
-def generic_path():
-    before = os.environ.get("XLSTM_CUDA_KERNELS")
-    os.environ["XLSTM_CUDA_KERNELS"] = "off"
-    try:
-        yield
-    finally:
-        del os.environ["XLSTM_CUDA_KERNELS"]
-        if before is not None:
-            os.environ["XLSTM_CUDA_KERNELS"] = before
 
 
 @pytest.mark.parametrize("sizes", [*SIZES, (2, 300, 2, 128, 256), (1, 40, 1, 1024, 8), (1, 5, 1, 1030, 8)])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_paths import generic_path
 from test_mlstm_lazy import make_ring
 
 import libxlstm  # noqa: F401  registers the operators
@@ -89,18 +90,6 @@ def check(inputs, states, **options):
                                                lambda *given: dict(zip(NAMES, run(*given, **exact))))
             limit = gpu_ops.largest_error(name, limit, moved[name])
         assert error <= limit, name
-
-
-@contextmanager
-def generic_path():
-    before = os.environ.get("XLSTM_CUDA_KERNELS")
-    os.environ["XLSTM_CUDA_KERNELS"] = "off"
-    try:
-        yield
-    finally:
-        del os.environ["XLSTM_CUDA_KERNELS"]
-        if before is not None:
-            os.environ["XLSTM_CUDA_KERNELS"] = before
 
 
 @contextmanager
