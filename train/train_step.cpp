@@ -188,6 +188,7 @@ at::Tensor TrainStep::work(int64_t step) {
   optimizer_.step(inputs_.scalars.select(0, 1), divisor,
                   config_.train.nonfinite == "stop" ? halted_ : bad);
   optimizer_.zero_grad();
+  if (failpoint_at("trainer.change_weight", step)) parameters_.front().second.add_(1);
   return at::cat({loss.view(1), norm.view(1), norms});
 }
 

@@ -21,17 +21,17 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(config, *arguments, size=2, own=None, failpoint=""):
-    """The processes as torchrun starts them; own: {rank: arguments of that process alone}."""
+def start(config, *arguments, size=2, own=None, failpoint="", failing=None):
+    """The processes as torchrun starts them; own: {rank: arguments of that process alone}; failing: the rank of the only one
+    that has the failpoint."""
     environment = {**os.environ, "XLSTM_PYTHON": sys.executable, "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
                    "MASTER_PORT": str(free_port())}
     environment.pop("XLSTM_FAILPOINT", None)
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    if failpoint:
-        environment["XLSTM_FAILPOINT"] = failpoint
+    faults = [failpoint if failing in (None, rank) else "" for rank in range(size)]
     return [subprocess.Popen([PROGRAM, config, *arguments, *(own or {}).get(rank, [])], text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+                             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "XLSTM_FAILPOINT": faults[rank]})
             for rank in range(size)]
 
 
@@ -109,8 +109,8 @@ def test_a_sweep_whose_runs_have_two_processes(tmp_path, corpus):  # noqa: F811
     folder = tmp_path / "experiments" / "two"
     folder.mkdir(parents=True)
     (folder / "experiment.yaml").write_text(EXPERIMENT.format(text=corpus / "text.txt", cache=corpus / "cache"))
-    command = [sys.executable, ROOT / "scripts" / "reproduce.py", "two", "--experiments", folder.parent, "--bin", PROGRAM.parent,
-               "--processes", "2", "--out"]
+    command = [sys.executable, ROOT / "scripts" / "reproduce.py", "two", "--processes", "2", "--bin", PROGRAM.parent,
+               "--experiments", folder.parent, "--out"]
     done = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "out" / "two" / "all" / "xlstm" / "lr0.01_seed0.log").read_text()
@@ -177,6 +177,14 @@ def test_what_one_cannot_do_ends_all(setup, corpus, tmp_path):  # noqa: F811
     run.write_text("in the way")
     ended = together(config)
     assert [status for _, _, status in ended] == [4, 6]
+
+
+def test_weights_that_come_apart_are_not_saved(setup):  # noqa: F811
+    config, run = setup
+    ended = together(config, failpoint="trainer.change_weight:6", failing=1)
+    assert [status for _, _, status in ended] == [6, 6]
+    assert all("weights have come apart" in err for _, err, _ in ended)
+    assert [folder.name for folder in (run / "ckpt").glob("step-*")] == ["step-00000004"]
 
 
 def test_an_environment_that_makes_no_sense(setup):  # noqa: F811
