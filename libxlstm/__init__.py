@@ -84,7 +84,16 @@ def load(checkpoint_dir, verify=True, device="cpu", dtype=None):
 
     Raises libxlstm.Error (a RuntimeError) naming the file and what is wrong with it.
     """
-    return _load_module().load(str(checkpoint_dir), verify).to(torch.device(device), dtype)
+    module = _load_module()
+    try:
+        model = module.load(str(checkpoint_dir), verify)
+    except module.Error as error:
+        if not (Path(checkpoint_dir) / "config.json").is_file():  # here it is config.yaml
+            raise
+        hint = module.Error(f"{error}; of a folder of transformers `python -m libxlstm.convert --from hf` makes one")
+        hint.code = error.code
+        raise hint from None
+    return model.to(torch.device(device), dtype)
 
 
 def __getattr__(name):

@@ -213,6 +213,9 @@ def _open_tensors(path):
 
 def read_folder(folder):
     """(config.json, tensors by name) of a folder that save_pretrained wrote, in one file or several."""
+    if not os.path.isdir(folder):
+        how = "one of the Hub comes by: hf download NAME --local-dir FOLDER"
+        raise ConvertError(EXIT_CONFIG, f"{folder}: no such folder; {how}")
     config = _read_json(os.path.join(folder, "config.json"), EXIT_CONFIG)
     index = os.path.join(folder, _INDEX)
     if not os.path.isfile(index):

@@ -221,7 +221,7 @@ def test_damaged_folders(tmp_path):
     done = import_(tmp_path / "theirs", tmp_path / "ours")
     assert done.returncode == 4 and shard.name in done.stderr
     done = import_(tmp_path / "nothing", tmp_path / "ours")
-    assert done.returncode == 2 and "config.json" in done.stderr
+    assert done.returncode == 2 and f"{tmp_path / 'nothing'}: no such folder" in done.stderr
     assert not (tmp_path / "ours").exists()
 
 
