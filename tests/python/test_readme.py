@@ -1,0 +1,63 @@
+"""README.md: its Python runs as it stands, and the files and options that it names are there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import libxlstm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+from tiny_run import BIN, ROOT, environment  # noqa: E402
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = {name: [BIN / name] for name in ("xlstm-train", "xlstm-generate", "xlstm-eval", "xlstm-data", "xlstm-bench")} | {
+    "python -m libxlstm.convert": [sys.executable, "-m", "libxlstm.convert"],
+    "python -m libxlstm.plot": [sys.executable, "-m", "libxlstm.plot"],
+    "python scripts/reproduce.py": [sys.executable, ROOT / "scripts" / "reproduce.py"],
+    "python scripts/train_tokenizer.py": [sys.executable, ROOT / "scripts" / "train_tokenizer.py"],
+}  # fmt: skip
+
+
+def commands():
+    """Every command of the README: the lines of its plain blocks and what stands in backticks within its text."""
+    blocks = re.findall(r"^```\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`]+)`", prose)
+
+
+def test_its_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    libxlstm._C.make_model("model: {embedding_dim: 32, num_blocks: 2, num_heads: 2}").save("runs/quickstart")
+    names = {}
+    operators, model = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    exec(operators, names)
+    assert names["h"].shape == (2, 100, 4, 128) and names["c"].shape == (2, 4, 64, 128)
+    exec(model, names)
+    assert names["ids"].shape == (1, 1) and names["logits"].shape == (1, 1, 256)
+    before, after = libxlstm.load("runs/quickstart"), libxlstm.load("runs/finetuned")
+    assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True) if b.dim() > 1)
+
+
+def test_its_files_exist():
+    named = set(re.findall(r"\b(?:configs|scripts|csrc|tests|train)/[\w./-]+\w", TEXT))
+    assert len(named) > 20
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_its_options_exist(name):
+    options = {option for line in commands() if line.startswith(name + " ") for option in re.findall(r" \[?(--[a-z-]+)", line)}
+    assert options or name.endswith("plot"), "the README has no example"
+    done = subprocess.run([*PROGRAMS[name], "--help"], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert options <= set(re.findall(r"--[a-z-]+", done.stdout))
+
+
+def test_the_headers_of_all_operators_are_named():
+    headers = {path.name for path in (ROOT / "csrc" / "ops").glob("*.h")}
+    named = set(re.findall(r"`(\w+\.h)`", TEXT))
+    assert {"mlstm.h", "slstm.h", "wkv.h"} <= named <= headers
