@@ -3,6 +3,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
+#include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -20,9 +21,19 @@ inline bool requires_grad(const OptionalTensor& tensor) {
   return tensor.has_value() && requires_grad(*tensor);
 }
 
+/// Forward mode (torch.func.jvp, torch.autograd.forward_ad) would give zeros in silence: it is an error.
+inline void refuse_tangent(const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor.defined() || !tensor._fw_grad(/*level=*/0).defined(),
+                              "xlstm: forward-mode derivatives (jvp) are not implemented");
+}
+inline void refuse_tangent(const OptionalTensor& tensor) {
+  if (tensor.has_value()) refuse_tangent(*tensor);
+}
+
 /// True where this call must be recorded for a backward pass.
 template <class... Tensors>
 bool recording(const Tensors&... tensors) {
+  (refuse_tangent(tensors), ...);
   return c10::GradMode::is_enabled() && (requires_grad(tensors) || ...);
 }
 

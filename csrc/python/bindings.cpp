@@ -134,12 +134,26 @@ PyModel& move_model(PyModel& self, py::object device, py::object dtype) {
     if (!dtype.is_none()) throw py::type_error("to(): two dtypes were given");
     std::swap(device, dtype);
   }
+  if (!dtype.is_none() && !py::isinstance(dtype, torch.attr("dtype")))
+    throw py::type_error("dtype: expected one as torch.bfloat16, got " +
+                         py::repr(dtype).cast<std::string>());
   std::optional<at::Device> place;
   if (!device.is_none()) place = torch.attr("device")(device).cast<at::Device>();
   const auto kind = dtype.cast<std::optional<at::ScalarType>>();
   py::gil_scoped_release no_lock;
   self.to(place, kind);
   return self;
+}
+
+PyModel& set_training(PyModel& self, bool on) {
+  self.train(on);
+  return self;
+}
+
+/// What copy.deepcopy, torch.save and the like call.
+py::object refuse_to_copy(const PyModel&, const py::object&) {
+  throw py::type_error(
+      "a model is copied and kept by model.save(folder) and libxlstm.load(folder) alone");
 }
 
 /// A checkpoint's message is for people; c10::Error would otherwise carry a C++ backtrace.
@@ -197,8 +211,11 @@ PYBIND11_MODULE(_C, m) {
            "the model.")
       .def("save", &save_model, py::arg("folder"),
            "Writes a checkpoint folder for load() and the programs, tokenizer included.")
-      .def("train", &PyModel::train, py::arg("mode") = true)
-      .def("eval", [](PyModel& self) { self.train(false); })
+      .def("train", &set_training, py::arg("mode") = true, "Dropout on; gives the model.")
+      .def(
+          "eval", [](PyModel& self) -> PyModel& { return set_training(self, false); },
+          "Dropout off; gives the model.")
+      .def("__reduce_ex__", &refuse_to_copy)
       .def_property_readonly("training", &PyModel::training)
       .def_property_readonly("num_parameters", &PyModel::num_parameters)
       .def_property_readonly("config", &PyModel::config,

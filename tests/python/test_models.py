@@ -1,5 +1,6 @@
 """The C++ models seen from Python, and torch.ops.xlstm inside a model written in Python."""
 
+import copy
 import threading
 
 import pytest
@@ -126,6 +127,8 @@ def test_to_moves_the_parameters_in_place(tmp_path):
     for wrong in ({"dtype": torch.int64}, {"device": "nowhere"}):
         with pytest.raises(RuntimeError):
             model.to(**wrong)
+    with pytest.raises(TypeError, match="dtype: expected one as torch.bfloat16, got 'bfloat16'"):
+        model.to(dtype="bfloat16")
 
     model.save(tmp_path / "model")
     # Half precision is kept in the file, and widened, exactly, where it is not wanted.
@@ -163,6 +166,34 @@ def test_loss_as_documented():
         torch.testing.assert_close(model.loss(ids, targets, reduction="sum"), each.sum(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.loss(ids, targets), each.sum() / 21, rtol=1e-4, atol=1e-5)
         assert model.loss(ids, torch.full_like(targets, -100)) == 0
+
+
+def test_mode():
+    model = make_model()
+    assert model.training
+    assert model.eval() is model and not model.training
+    assert model.train() is model and model.training
+    assert not model.train(False).training
+
+
+def test_copies_go_by_a_folder(tmp_path):
+    model = make_model()
+    for copying in (copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"model\.save\(folder\)"):
+            copying(model)
+    model.save(tmp_path / "model")
+    other = libxlstm.load(tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_folder_of_transformers_is_pointed_to_the_converter(tmp_path):
+    with pytest.raises(libxlstm.Error, match="MANIFEST.json") as caught:
+        libxlstm.load(tmp_path)
+    assert "libxlstm.convert" not in str(caught.value)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(libxlstm.Error, match="libxlstm.convert --from hf") as caught:
+        libxlstm.load(tmp_path)
+    assert caught.value.code == 4 and "MANIFEST.json" in str(caught.value)
 
 
 def test_errors_are_python_exceptions():
