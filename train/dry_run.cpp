@@ -60,7 +60,7 @@ void print_memory(const MemoryEstimate& memory, int64_t available) {
 }
 
 void print_schedule(const config::Config& config) {
-  const int64_t per_step = config.train.global_batch_size * config.data.seq_len;
+  const int64_t per_step = tokens_per_step(config);
   const int64_t steps = total_steps(config);
   print_line("per step    " + format_thousands(per_step) +
              " tokens: " + std::to_string(config.train.global_batch_size) + " sequences of " +
@@ -120,7 +120,7 @@ std::string describe_run(const config::Config& config) {
   const ParameterCount count = count_parameters_by_part(config.model);
   const MemoryEstimate memory = estimate_memory(config);
   const int64_t steps = total_steps(config);
-  const int64_t per_step = config.train.global_batch_size * config.data.seq_len;
+  const int64_t per_step = tokens_per_step(config);
   const double forward = forward_flops_per_token(config.model, config.data.seq_len);
   using Json = nlohmann::ordered_json;
   const auto given = [](bool known, const auto& number) { return known ? Json(number) : Json(); };

@@ -1,18 +1,13 @@
 #include "train/trainer.h"
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 
-#include <algorithm>
-#include <cmath>
 #include <csignal>
 #include <optional>
 #include <system_error>
-#include <utility>
+#include <vector>
 
 #include "train/checkpoint.h"
 #include "train/device.h"
@@ -23,8 +18,11 @@
 #include "train/log.h"
 #include "train/metrics.h"
 #include "train/plot.h"
+#include "train/random_streams.h"
+#include "train/recorder.h"
 #include "train/run_folder.h"
 #include "train/samples.h"
+#include "train/saver.h"
 #include "train/schedule.h"
 #include "train/signals.h"
 #include "train/step_timer.h"
@@ -32,20 +30,6 @@
 #include "train/training_data.h"
 
 namespace xlstm::train {
-namespace {
-
-std::string format_mib(int64_t bytes) {
-  return format_number("%.1f MiB", static_cast<double>(bytes) / (1 << 20));
-}
-
-int64_t parameter_bytes(const NamedTensors& parameters) {
-  int64_t bytes = 0;
-  for (const auto& [name, parameter] : parameters)
-    bytes += static_cast<int64_t>(parameter.nbytes());
-  return bytes;
-}
-
-}  // namespace
 
 class Trainer::Impl {
  public:
@@ -57,33 +41,24 @@ class Trainer::Impl {
   void open();
   void open_run_folder();
   void open_data();
-  std::vector<at::Generator> generators() const;
   void resume_or_start();
   void load(const std::string& folder);
-  void start_metrics(const std::string& checkpoint);
+  void start_files(const std::string& checkpoint);
   void share_state();
-  void seed_own_stream();
   void announce() const;
   ExitCode train();
   void one_step(Prefetcher& prefetcher);
   void settle();
   void handle_non_finite(const StepResult& result);
-  void log_step(const StepResult& result);
   void evaluate_now();
   void write_samples();
-  void save();
-  void check_weights();
-  void write_checkpoint();
+  void save(bool last);
   const char* stop_agreed();
   ExitCode stop(const char* signal);
   ExitCode finish();
   void print_result() const;
-  void write_event(const std::string& name, int64_t step,
-                   const std::vector<std::pair<std::string, std::string>>& fields = {});
-  void write_metrics(int64_t step, const Metrics& metrics);
   bool leads() const { return group_->place().leads(); }
   bool due(int64_t every) const { return every > 0 && state_.step % every == 0; }
-  int64_t tokens_per_step() const { return config_.train.global_batch_size * config_.data.seq_len; }
   bool finished() const { return state_.step >= total_steps_; }
 
   config::Config config_;
@@ -95,17 +70,14 @@ class Trainer::Impl {
   std::shared_ptr<models::LanguageModel> model_;
   at::Device device_ = at::kCPU;
   std::optional<AdamW> optimizer_;
+  std::optional<Recorder> recorder_;
+  std::optional<Saver> saver_;
   std::optional<TrainStep> train_step_;
   TrainerState state_;
-  int64_t saved_step_ = -1, failed_saves_ = 0, failed_saves_in_a_row_ = 0;
   int64_t evaluated_step_ = -1;
   EvaluationResult evaluation_;
-  std::optional<JsonlWriter> jsonl_;
-  std::optional<TensorboardWriter> tensorboard_;
-  std::optional<Console> console_;
   std::optional<SampleWriter> samples_;
   StepTimer timer_;
-  bool logged_any_ = false, stopping_ = false;
 };
 
 Trainer::Trainer(const config::Config& config, const TrainerOptions& options)
@@ -144,19 +116,15 @@ void Trainer::Impl::open() {
   if (leads()) open_run_folder();
   open_data();
 
-  for (at::Generator generator : generators())
-    generator.set_current_seed(static_cast<uint64_t>(config_.run.seed));
+  seed_random_streams(device_, static_cast<uint64_t>(config_.run.seed));
   model_ = models::make_language_model(config_.model, device_);
   model_->train();
-  const NamedTensors parameters = named_parameters(*model_);
-  optimizer_.emplace(parameters, config_.optim);
-  if (!leads()) return;
-  const int64_t needed = 3 * parameter_bytes(parameters);
-  const int64_t free_bytes = free_disk_bytes(folder_->path());
-  if (free_bytes >= 0 && free_bytes < needed) {
-    log_warning(folder_->path() + ": " + format_mib(free_bytes) +
-                " free, but one checkpoint needs " + format_mib(needed) + ": saves will fail");
-  }
+  optimizer_.emplace(named_parameters(*model_), config_.optim);
+  recorder_.emplace(config_, total_steps_, device_,
+                    options_.quiet || !leads() ? "off" : config_.log.console);
+  saver_.emplace(config_, leads() ? folder_->path() : "", *model_, *optimizer_, device_, *group_,
+                 *recorder_);
+  saver_->check_free_disk();
 }
 
 void Trainer::Impl::open_run_folder() {
@@ -178,14 +146,6 @@ void Trainer::Impl::open_data() {
                     "); give all of them the same files and data settings");
 }
 
-/// torch's default generators of the CPU and, where the run is on one, of the GPU. Handles: what is set through them is
-/// set for everyone.
-std::vector<at::Generator> Trainer::Impl::generators() const {
-  std::vector<at::Generator> all{at::globalContext().defaultGenerator(at::kCPU)};
-  if (!device_.is_cpu()) all.push_back(at::globalContext().defaultGenerator(device_));
-  return all;
-}
-
 void Trainer::Impl::resume_or_start() {
   state_.data_fingerprint = data_.train->fingerprint();
   if (leads()) {
@@ -196,14 +156,13 @@ void Trainer::Impl::resume_or_start() {
     } else if (folder_->held_run()) {
       log_info("no checkpoint in " + folder_->path() + " yet: starting at step 0");
     }
-    start_metrics(checkpoint.value_or(""));
+    start_files(checkpoint.value_or(""));
   }
-  console_.emplace(options_.quiet || !leads() ? "off" : config_.log.console);
   share_state();
 }
 
 /// Files of the run's course, cut to where it goes on. checkpoint: "" at a start.
-void Trainer::Impl::start_metrics(const std::string& checkpoint) {
+void Trainer::Impl::start_files(const std::string& checkpoint) {
   try {
     write_run_header(*folder_, config_, options_.command, models::count_parameters(config_.model));
     truncate_jsonl(folder_->file("metrics.jsonl"), state_.step);
@@ -212,12 +171,7 @@ void Trainer::Impl::start_metrics(const std::string& checkpoint) {
     throw Error(ExitCode::kCheckpoint,
                 "run folder " + folder_->path() + ": cannot be written: " + error.what());
   }
-  jsonl_.emplace(folder_->file("metrics.jsonl"));
-  const bool resumed = !checkpoint.empty();
-  write_event(resumed ? "resume" : "start", state_.step,
-              {{"checkpoint", checkpoint}, {"command", options_.command}});
-  if (config_.log.tensorboard && !finished())
-    tensorboard_.emplace(folder_->file("tensorboard"), resumed ? state_.step + 1 : 0);
+  recorder_->open_files(*folder_, state_.step, checkpoint, options_.command);
   samples_.emplace(config_, folder_->file("samples.jsonl"));
 }
 
@@ -235,16 +189,6 @@ void Trainer::Impl::share_state() {
   const int64_t* numbers = counters.const_data_ptr<int64_t>();
   state_.step = numbers[0], state_.tokens = numbers[1];
   state_.samples_consumed = numbers[2], state_.skipped_updates = numbers[3];
-}
-
-/// With several processes the random numbers of a step are a function of the seed, the step and the process: a
-/// checkpoint need not hold a stream of each.
-void Trainer::Impl::seed_own_stream() {
-  const ProcessPlace& place = group_->place();
-  if (place.alone()) return;
-  const int64_t draw = state_.step * place.size + place.rank + 1;
-  const uint64_t seed = static_cast<uint64_t>(config_.run.seed) + 0x9E3779B97F4A7C15U * draw;
-  for (at::Generator generator : generators()) generator.set_current_seed(seed);
 }
 
 void Trainer::Impl::load(const std::string& folder) {
@@ -266,11 +210,8 @@ void Trainer::Impl::load(const std::string& folder) {
   }
   optimizer_->load_state(checkpoint.optimizer);
   state_ = checkpoint.state;
-  saved_step_ = state_.step;
-  auto random = generators();
-  random[0].set_state(state_.rng_state);
-  if (random.size() > 1 && state_.device_rng_state.defined())
-    random[1].set_state(state_.device_rng_state);
+  saver_->set_saved_step(state_.step);
+  restore_random_streams(device_, state_);
   log_info("resumed from " + folder);
 }
 
@@ -284,8 +225,8 @@ void Trainer::Impl::announce() const {
                 : " in each of " + std::to_string(group_->place().size) + " processes") +
            " | " + config_.train.dtype);
   log_info("data " + describe_data(config_, data_, total_steps_) + " | " +
-           std::to_string(total_steps_) + " steps of " + format_thousands(tokens_per_step()) +
-           " tokens");
+           std::to_string(total_steps_) + " steps of " +
+           format_thousands(tokens_per_step(config_)) + " tokens");
 }
 
 ExitCode Trainer::Impl::train() {
@@ -298,12 +239,12 @@ ExitCode Trainer::Impl::train() {
     one_step(prefetcher);                                           // 1 to 7
     if (due(config_.eval.every) && !finished()) evaluate_now();     // 8
     if (due(config_.sample.every) && !finished()) write_samples();  // 9
-    if (due(config_.ckpt.every) && !finished()) save();             // 10
+    if (due(config_.ckpt.every) && !finished()) save(false);        // 10
     failpoint("trainer.step_end", state_.step);
     if (failpoint_at("trainer.raise_sigterm", state_.step)) std::raise(SIGTERM);
     if (const char* signal = stop_agreed()) return stop(signal);  // 11
   }
-  save();  // before the final evaluation: nothing that comes now can lose the run
+  save(true);  // before the final evaluation: nothing that comes now can lose the run
   evaluate_now();
   write_samples();
   return finish();
@@ -313,21 +254,21 @@ void Trainer::Impl::one_step(Prefetcher& prefetcher) {
   timer_.begin_step();
   const std::unique_ptr<TrainBatch> batch = prefetcher.next();
   timer_.data_ready();
-  seed_own_stream();
+  seed_step_of_process(device_, config_.run.seed, state_.step, group_->place());
   const auto result = train_step_->run(*batch, state_.step + 1, state_.samples_consumed);
   if (result && !result->finite) handle_non_finite(*result);
   ++state_.step;
   state_.samples_consumed += config_.train.global_batch_size;
   state_.tokens += config_.train.global_batch_size * batch->host.seq_len;
   timer_.end_step();
-  if (result) log_step(*result);
+  if (result) recorder_->log_step(*result, state_, timer_);
 }
 
 /// Takes the results that the GPU still owes: before anything that looks at the model or ends the run.
 void Trainer::Impl::settle() {
   while (const auto result = train_step_ ? train_step_->finish() : std::nullopt) {
     if (!result->finite) handle_non_finite(*result);
-    log_step(*result);
+    recorder_->log_step(*result, state_, timer_);
   }
 }
 
@@ -338,7 +279,7 @@ void Trainer::Impl::handle_non_finite(const StepResult& result) {
       (result.bad_parameter.empty() ? "none alone" : result.bad_parameter) + ", samples " +
       std::to_string(result.first_sample) + " to " + std::to_string(result.last_sample);
   if (config_.train.nonfinite != "skip") {
-    write_event("nonfinite", result.step, {{"message", what}});
+    recorder_->write_event("nonfinite", result.step, {{"message", what}});
     throw Error(ExitCode::kNonFinite,
                 what +
                     "; nothing was updated. Lower optim.learning_rate, lengthen "
@@ -350,53 +291,17 @@ void Trainer::Impl::handle_non_finite(const StepResult& result) {
               " so far)");
 }
 
-void Trainer::Impl::log_step(const StepResult& result) {
-  const bool logged = (config_.log.every > 0 && result.step % config_.log.every == 0) ||
-                      !logged_any_ || result.step >= total_steps_;
-  logged_any_ = true;
-  if (!logged && !console_->has_bar()) return;
-  ConsoleStep line{.step = result.step,
-                   .total_steps = total_steps_,
-                   .loss = result.loss,
-                   .grad_norm = result.grad_norm,
-                   .learning_rate = result.learning_rate,
-                   .in_nats = !models::predicts_numbers(config_.model)};
-  const StepTimes times = timer_.times();
-  if (times.steps > 0) {
-    line.tokens_per_s = static_cast<double>(tokens_per_step()) / times.step_s;
-    line.data_fraction = times.data_s / times.step_s;
-    line.seconds_left = timer_.seconds_per_step() * static_cast<double>(total_steps_ - result.step);
-  }
-  console_->step(line, logged);
-  if (!logged) return;
-  const int64_t later = (state_.step - result.step) * tokens_per_step();  // consumed since then
-  Metrics metrics = {{"train/loss", result.loss},
-                     {"train/grad_norm", result.grad_norm},
-                     {"train/lr", result.learning_rate},
-                     {"train/tokens", static_cast<double>(state_.tokens - later)},
-                     {"train/skipped_updates", static_cast<double>(state_.skipped_updates)}};
-  if (line.in_nats) metrics.insert(metrics.begin() + 1, {"train/ppl", std::exp(result.loss)});
-  if (times.steps > 0) {
-    metrics.insert(metrics.end(), {{"perf/tokens_per_s", line.tokens_per_s},
-                                   {"perf/step_ms", 1e3 * times.step_s},
-                                   {"perf/data_ms", 1e3 * times.data_s}});
-  }
-  metrics.emplace_back("mem/peak_gib", peak_memory_gib(device_));
-  write_metrics(result.step, metrics);
-  timer_.restart_means();
-}
-
 void Trainer::Impl::evaluate_now() {
   settle();
   if (data_.held_out == nullptr) return;
   const int64_t batch = micro_batch(config_, group_->place().size);
-  const bool progress = console_->has_bar();
-  if (progress) console_->finish();
+  const bool progress = recorder_->console().has_bar();
+  if (progress) recorder_->console().finish();
   evaluation_ = evaluate(*model_, *data_.held_out, batch, config_.eval.batches,
                          config_.train.dtype == "bfloat16", progress, nullptr, &*group_);
   evaluated_step_ = state_.step;
   log_info("step " + std::to_string(state_.step) + " | " + held_out_line(evaluation_));
-  write_metrics(state_.step, held_out_metrics(evaluation_));
+  recorder_->write_metrics(state_.step, held_out_metrics(evaluation_));
 }
 
 void Trainer::Impl::write_samples() {
@@ -404,90 +309,10 @@ void Trainer::Impl::write_samples() {
   if (samples_) samples_->write(*model_, state_.step);
 }
 
-/// Saves this step, which process 0 does for all.
-void Trainer::Impl::save() {
+/// last: nothing comes after this step.
+void Trainer::Impl::save(bool last) {
   settle();
-  if (!group_->any(saved_step_ != state_.step)) return;
-  check_weights();
-  if (!leads()) {
-    saved_step_ = state_.step;
-  } else if (saved_step_ != state_.step) {
-    write_checkpoint();
-  }
-}
-
-/// Of what is to be saved: finite, and the same in all processes.
-void Trainer::Impl::check_weights() {
-  if (const std::string bad = first_non_finite(named_parameters(*model_)); !bad.empty()) {
-    throw Error(ExitCode::kNonFinite,
-                "step " + std::to_string(state_.step) + ": parameter " + bad +
-                    " is not finite after the update; no checkpoint of it is written. Lower "
-                    "optim.learning_rate and run the same command again");
-  }
-  if (group_->place().alone()) return;
-  const at::NoGradGuard no_grad;
-  std::vector<at::Tensor> sums;
-  for (const auto& [name, parameter] : named_parameters(*model_))
-    sums.push_back(parameter.sum(at::kDouble));
-  const double own = at::stack(sums).sum().item<double>();
-  const at::Tensor first = at::scalar_tensor(own, at::kDouble);
-  group_->broadcast({first});
-  if (group_->any(first.item<double>() != own))
-    throw Error(ExitCode::kPeer,
-                "step " + std::to_string(state_.step) +
-                    ": the processes' weights have come apart; no checkpoint of it "
-                    "is written. One of the GPUs or its links computes wrongly, or "
-                    "they are of different kinds; run the same command again");
-}
-
-/// A full disk or a lost file system is survived until it happened ckpt.max_failed_saves times in a row; the checkpoint
-/// of the last step must succeed.
-void Trainer::Impl::write_checkpoint() {
-  const double start = monotonic_seconds();
-  const auto random = generators();
-  state_.rng_state = random[0].get_state();
-  state_.device_rng_state = random.size() > 1 ? random[1].get_state() : at::Tensor();
-  Metrics metrics;
-  try {
-    const std::string folder =
-        save_checkpoint(folder_->path(), config_, *model_, optimizer_->state(), state_);
-    saved_step_ = state_.step;
-    failed_saves_in_a_row_ = 0;
-    metrics.emplace_back("ckpt/save_s", monotonic_seconds() - start);
-    log_debug("saved " + folder);
-    prune_checkpoints(folder_->path(), config_.ckpt.keep_last, config_.ckpt.keep_every);
-  } catch (const std::system_error& error) {
-    ++failed_saves_;
-    ++failed_saves_in_a_row_;
-    metrics.emplace_back("ckpt/failed", static_cast<double>(failed_saves_));
-    const std::string what = "checkpoint of step " + std::to_string(state_.step) +
-                             " not saved: " + error.what() + " (about " +
-                             format_mib(3 * parameter_bytes(named_parameters(*model_))) +
-                             " needed, " + format_mib(free_disk_bytes(folder_->path())) + " free)";
-    write_metrics(state_.step, metrics);
-    const bool last = finished() || stopping_;
-    if (last || failed_saves_in_a_row_ >= config_.ckpt.max_failed_saves) {
-      throw Error(ExitCode::kCheckpoint,
-                  what +
-                      (last ? "; the run ends without it"
-                            : ", " + std::to_string(failed_saves_in_a_row_) + " times in a row") +
-                      "; free the disk and run the same command again");
-    }
-    log_warning(what + "; training goes on, the last good checkpoint is " +
-                (saved_step_ >= 0 ? "that of step " + std::to_string(saved_step_) : "none yet"));
-    return;
-  }
-  write_metrics(state_.step, metrics);
-}
-
-void Trainer::Impl::write_event(const std::string& name, int64_t step,
-                                const std::vector<std::pair<std::string, std::string>>& fields) {
-  if (jsonl_) jsonl_->write_event(name, step, fields);
-}
-
-void Trainer::Impl::write_metrics(int64_t step, const Metrics& metrics) {
-  if (jsonl_) jsonl_->write_metrics(step, metrics);
-  if (tensorboard_) tensorboard_->write_metrics(step, metrics);
+  saver_->save(state_, last);
 }
 
 /// The signal that asked this process or another one to stop; null where none has. All stop after the same step.
@@ -498,10 +323,9 @@ const char* Trainer::Impl::stop_agreed() {
 }
 
 ExitCode Trainer::Impl::stop(const char* signal) {
-  console_->finish();
-  stopping_ = true;
-  save();
-  write_event("stop", state_.step, {{"signal", signal}});
+  recorder_->console().finish();
+  save(true);
+  recorder_->write_event("stop", state_.step, {{"signal", signal}});
   log_info(std::string("stopped by ") + signal + " at step " + std::to_string(state_.step) +
            " of " + std::to_string(total_steps_) +
            ", everything is saved; to go on, run the same command again: " + options_.command);
@@ -509,9 +333,9 @@ ExitCode Trainer::Impl::stop(const char* signal) {
 }
 
 ExitCode Trainer::Impl::finish() {
-  console_->finish();
+  recorder_->console().finish();
   group_->barrier();  // none leaves while another one is still at work
-  write_event("end", state_.step);
+  recorder_->write_event("end", state_.step);
   if (leads()) print_result();
   return ExitCode::kOk;
 }
@@ -519,7 +343,7 @@ ExitCode Trainer::Impl::finish() {
 void Trainer::Impl::print_result() const {
   if (config_.log.plot) draw_loss_plot(folder_->path());
   log_info("run folder: " + folder_->path() + " | checkpoint of step " +
-           std::to_string(saved_step_) + " in ckpt/");
+           std::to_string(saver_->saved_step()) + " in ckpt/");
   if (evaluated_step_ < 0) {
     print_line("final training loss: " +
                format_number("%.4f", last_value(folder_->file("metrics.jsonl"), "train/loss")));

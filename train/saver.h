@@ -1,0 +1,55 @@
+#pragma once
+#include <c10/core/Device.h>
+
+#include <cstdint>
+#include <string>
+
+#include "csrc/config/config.h"
+#include "csrc/models/language_model.h"
+#include "train/checkpoint.h"
+#include "train/distributed.h"
+#include "train/optimizer.h"
+#include "train/recorder.h"
+
+namespace xlstm::train {
+
+/// Saves a run as checkpoints of its folder, and decides what is worth keeping:
+///   before  weights that are not finite, or that have come apart between the processes, are never saved
+///   after   checkpoints that ckpt.keep_last and ckpt.keep_every do not name are deleted
+/// A full disk or a lost file system is survived until it happened ckpt.max_failed_saves times in a row; the checkpoint
+/// of the run's last step must succeed. What it refers to must outlive it.
+class Saver {
+ public:
+  /// run_dir: of the process that leads, which alone writes; "" in the others.
+  Saver(const config::Config& config, std::string run_dir, const models::LanguageModel& model,
+        const AdamW& optimizer, at::Device device, ProcessGroup& group, Recorder& recorder);
+
+  /// A warning where the disk has no room for a single checkpoint, of the process that leads.
+  void check_free_disk() const;
+
+  /// Saves the step that `counters` name, with the random streams as they stand, unless it is saved already. Called by
+  /// all processes. last: the run ends here. Throws Error: kNonFinite and kPeer for weights as above, kCheckpoint where
+  /// the run cannot go on without this checkpoint.
+  void save(const TrainerState& counters, bool last);
+
+  /// The step of the last checkpoint; -1: none. A run that resumes has that of the step it starts from.
+  int64_t saved_step() const { return saved_step_; }
+  void set_saved_step(int64_t step) { saved_step_ = step; }
+
+ private:
+  void check_weights(int64_t step);
+  void write(TrainerState state, bool last);
+  void survive(int64_t step, const std::string& problem, bool last);
+  int64_t checkpoint_bytes() const;
+
+  const config::Config& config_;
+  std::string run_dir_;
+  const models::LanguageModel& model_;
+  const AdamW& optimizer_;
+  at::Device device_;
+  ProcessGroup& group_;
+  Recorder& recorder_;
+  int64_t saved_step_ = -1, failed_saves_ = 0, failed_saves_in_a_row_ = 0;
+};
+
+}  // namespace xlstm::train
