@@ -1,5 +1,5 @@
-"""mLSTM, sLSTM and gated linear attention on a GPU against float64 on the CPU. Needs torch and the operators; exit 1 on a
-difference.
+"""mLSTM, sLSTM, gated linear attention and the operators around them on a GPU against float64 on the CPU. Needs torch and the
+operators; exit 1 on a difference.
 
     python scripts/gpu_ops.py [--small] [--device cuda] [--json FILE] [--expect TEXT]
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 
 import gpu_ops_gated  # noqa: E402
+import gpu_ops_pointwise  # noqa: E402
 import gpu_ops_slstm  # noqa: E402
 from gpu_cases import ring_of  # noqa: E402
 from gpu_ops_slstm import relative_error  # noqa: E402
@@ -240,6 +241,9 @@ def main(arguments=None):
 
     for seed, case in enumerate(gpu_ops_gated.cases(args.small)):
         judge(case.title(), case.dtype, lambda c=case, s=seed: gpu_ops_gated.compare(c, args.device, s), gpu_ops_gated.LIMITS)
+    for seed, case in enumerate(gpu_ops_pointwise.cases(args.small)):
+        judge(case.title(), case.dtype, lambda c=case, s=seed: gpu_ops_pointwise.compare(c, args.device, s),
+              gpu_ops_pointwise.LIMITS)
     for seed, case in enumerate(small_cases() if args.small else all_cases()):
         judge(case.title(), case.dtype, lambda c=case, s=seed: compare(c, args.device, s),
               moves=lambda c=case, s=seed: movements_of(c, s))
