@@ -37,6 +37,7 @@ const std::vector<OptionSpec> kOptions{
     {"--text", "FILE", "text file, folder or glob, tokenised on the spot"},
     {"--seq-len", "N", "context length; may exceed the trained one (data.seq_len)"},
     {"--min-len", "N", "of a data.task: tokens of its shortest sample (data.task.eval_min_len)"},
+    {"--held-out", "NAME", "of a data.task: test or validation (data.task.held_out)"},
     {"--batch-size", "N", "windows per forward pass (as in training, fewer for longer windows)"},
     {"--batches", "N", "stop after so many batches of every set; 0: the whole set (0)"},
     {"--fill-last", "",
@@ -130,6 +131,10 @@ std::unique_ptr<data::HeldOutSet> task_set(const CommandLine& line, const config
   data::TaskOptions task = config.data.task;
   task.eval_len = seq_len;
   task.eval_min_len = line.get_int("--min-len", task.eval_min_len, 0);
+  task.held_out = line.get("--held-out", task.held_out);
+  if (task.held_out != "test" && task.held_out != "validation")
+    throw Error(ExitCode::kConfig,
+                "--held-out is " + task.held_out + ", expected test or validation");
   return data::make_task_data(task, config.data.seq_len,
                               static_cast<uint64_t>(config.data.shuffle_seed), config.data.shuffle,
                               config.model.vocab_size, config.model.input_features)
@@ -189,6 +194,8 @@ EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t
   }
   if (line.has("--min-len"))
     throw Error(ExitCode::kConfig, "--min-len is for models that were trained on a data.task");
+  if (line.has("--held-out"))
+    throw Error(ExitCode::kConfig, "--held-out is for models that were trained on a data.task");
   std::vector<std::string> prefixes;
   if (line.has("--text")) {
     choice.folder = std::make_unique<TemporaryFolder>();

@@ -258,6 +258,9 @@ std::vector<Field> data_fields() {
                   "image, rgb_image, retrieval, pathfinder: folder of the data set's files"),
       XLSTM_FIELD(data.task.train_samples, integers(0),
                   "samples of an epoch; 0: fresh ones for ever, or all of the files"),
+      XLSTM_FIELD(data.task.held_out, one_of({"test", "validation"}),
+                  "which samples are held out; validation: others than the test's, to choose "
+                  "settings by (image, rgb_image: the last tenth of those that train)"),
       XLSTM_FIELD(data.task.eval_samples, integers(1),
                   "held-out samples; of files at most those there are"),
       XLSTM_FIELD(data.task.eval_min_len, integers(0, kMaxSize),

@@ -1,5 +1,6 @@
 // CIFAR-10 in its binary version: five files that train and one that is held out, of records of 3073 bytes: the class, then
-// the 32 x 32 pixels, row by row, of red, of green and of blue.
+// the 32 x 32 pixels, row by row, of red, of green and of blue. For validation the last tenth of those that train is held out,
+// as in the Arena.
 //   image      the Arena's: grey pixels as tokens 0 to 255
 //   rgb_image  pixels as vectors of three colours, as in LRU and S5 (arXiv 2303.06349, 2208.04933), less their means over
 //              the training set and divided by their deviations there, in the four digits usual with torchvision
@@ -34,7 +35,13 @@ class Cifar10 final : public RecordedTask {
     const std::filesystem::path folder = options.path;
     for (int batch = 1; batch <= 5; ++batch)
       add(train_, (folder / ("data_batch_" + std::to_string(batch) + ".bin")).string());
-    add(held_out_, (folder / "test_batch.bin").string());
+    if (options.held_out == "validation") {
+      const auto first = train_.end() - std::ssize(train_) / 10;
+      held_out_.assign(first, train_.end());
+      train_.erase(first, train_.end());
+    } else {
+      add(held_out_, (folder / "test_batch.bin").string());
+    }
   }
   std::optional<int64_t> num_recorded(Part part) const override {
     return std::ssize(part == Part::kTrain ? train_ : held_out_);

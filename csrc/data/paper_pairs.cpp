@@ -16,7 +16,8 @@ namespace {
 constexpr const char* kHowToGet =
     "data.task.path must be the folder tsv_data of the Long Range Arena's lra_release.gz "
     "(https://github.com/google-research/long-range-arena) with new_aan_pairs.train.tsv and "
-    "new_aan_pairs.test.tsv, of lines: label, two names, two texts, with tabs between them";
+    "new_aan_pairs.test.tsv (data.task.held_out validation: new_aan_pairs.eval.tsv), of lines: "
+    "label, two names, two texts, with tabs between them";
 /// Tokens: 0 is padding, byte b is 1 + b, then the separator; the labels are 1 and 2.
 constexpr int64_t kSeparator = 257, kVocab = 258;
 constexpr size_t kColumns = 5;
@@ -31,7 +32,8 @@ class PaperPairs final : public RecordedTask {
   explicit PaperPairs(const TaskOptions& options) : RecordedTask(kHowToGet) {
     const std::filesystem::path folder = options.path;
     add(train_, (folder / "new_aan_pairs.train.tsv").string());
-    add(held_out_, (folder / "new_aan_pairs.test.tsv").string());
+    const std::string held_out = options.held_out == "validation" ? "eval" : "test";
+    add(held_out_, (folder / ("new_aan_pairs." + held_out + ".tsv")).string());
   }
   std::optional<int64_t> num_recorded(Part part) const override {
     return std::ssize(part == Part::kTrain ? train_ : held_out_);

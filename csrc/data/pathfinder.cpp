@@ -16,8 +16,9 @@ namespace fs = std::filesystem;
 constexpr const char* kHowToGet =
     "data.task.path must be a folder with train.npz and test.npz (numpy.savez of uint8 images of "
     "shape (N, height, width) and labels, 0 or 1, of shape (N)) or with train_images.npy, "
-    "train_labels.npy, test_images.npy and test_labels.npy; scripts/convert_pathfinder.py writes "
-    "them from the PNG files of pathfinder32 in the Long Range Arena's lra_release.gz "
+    "train_labels.npy, test_images.npy and test_labels.npy (data.task.held_out validation: of that "
+    "name instead of test); scripts/convert_pathfinder.py writes them from the PNG files of "
+    "pathfinder32 in the Long Range Arena's lra_release.gz "
     "(https://github.com/google-research/long-range-arena)";
 
 struct Images {
@@ -31,10 +32,10 @@ class Pathfinder final : public RecordedTask {
   explicit Pathfinder(const TaskOptions& options)
       : RecordedTask(kHowToGet),
         train_(read(options.path, "train")),
-        held_out_(read(options.path, "test")) {
+        held_out_(read(options.path, options.held_out)) {
     if (train_.pixels_each() != held_out_.pixels_each())
       refuse(options.path, "the images that train have " + std::to_string(train_.pixels_each()) +
-                               " pixels, those of the test " +
+                               " pixels, those of the " + options.held_out + " " +
                                std::to_string(held_out_.pixels_each()));
   }
   std::optional<int64_t> num_recorded(Part part) const override {

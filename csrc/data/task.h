@@ -26,7 +26,8 @@ struct TaskLengths {
   int64_t min_len = 3, max_len = 40;
 };
 
-enum class Part { kTrain, kHeldOut };
+/// Their numbers are the streams that samples are drawn from.
+enum class Part : uint64_t { kTrain = 0, kHeldOut = 1, kValidation = 2 };
 
 class Task {
  public:
@@ -40,7 +41,8 @@ class Task {
   }
   /// Sample `index` of a part, a pure function of the arguments: one of the files of a task that reads some, else drawn.
   virtual TaskSample at(Part part, uint64_t seed, int64_t index, const TaskLengths& lengths) const;
-  /// Samples that the files of a task hold; absent where they are drawn.
+  /// Samples that the files of a task hold; absent where they are drawn. Of what is held out they hold one part alone, as
+  /// data.task.held_out says, whichever is named here.
   virtual std::optional<int64_t> num_recorded(Part) const { return {}; }
   virtual int64_t vocab_size() const = 0;
   /// Width of real input vectors; 0: inputs are tokens.

@@ -17,9 +17,12 @@ struct TaskOptions {
   int64_t max_args = 10;            ///< listops: arguments of an operator, from 2
   std::string path;                 ///< folder of the files of a task that reads some
   int64_t train_samples = 0;        ///< 0: fresh ones for ever
-  int64_t eval_samples = 1024;      ///< held out
-  int64_t eval_min_len = 0;         ///< 0: as min_len
-  int64_t eval_len = 0;             ///< longest held-out sample; 0: data.seq_len
+  /// What is held out: "test", or "validation", samples to choose settings by: of files those that they hold for it, or of
+  /// image and rgb_image the last tenth of those that train, which then do not; else drawn apart from the test's.
+  std::string held_out = "test";
+  int64_t eval_samples = 1024;  ///< held out
+  int64_t eval_min_len = 0;     ///< 0: as min_len
+  int64_t eval_len = 0;         ///< longest held-out sample; 0: data.seq_len
 };
 
 inline bool is_given(const TaskOptions& task) { return task.name != "none"; }

@@ -13,7 +13,10 @@ namespace {
 
 /// Changes whenever a generator gives other samples, so that a run is not resumed on other data.
 constexpr const char* kTaskVersion = "task-1";
-constexpr uint64_t kTrainStream = 0, kHeldOutStream = 1;
+
+Part held_out_part(const TaskOptions& options) {
+  return options.held_out == "validation" ? Part::kValidation : Part::kHeldOut;
+}
 
 void check_lengths(const Task& task, const TaskLengths& lengths, const std::string& min_name,
                    const std::string& max_name) {
@@ -73,8 +76,7 @@ void fill_row(const TaskSample& sample, int64_t row, Batch& batch) {
 }  // namespace
 
 TaskSample Task::at(Part part, uint64_t seed, int64_t index, const TaskLengths& lengths) const {
-  Random random(seed, part == Part::kTrain ? kTrainStream : kHeldOutStream,
-                static_cast<uint64_t>(index));
+  Random random(seed, static_cast<uint64_t>(part), static_cast<uint64_t>(index));
   return sample_between(random, lengths);
 }
 
@@ -115,7 +117,7 @@ TaskSet::TaskSet(std::shared_ptr<const Task> task, const TaskOptions& options, T
 Batch TaskSet::batch(int64_t first_window, int64_t count) const {
   Batch batch = empty_batch(*task_, count, lengths_.max_len);
   for (int64_t row = 0; row < count; ++row)
-    fill_row(task_->at(Part::kHeldOut, seed_, first_window + row, lengths_), row, batch);
+    fill_row(task_->at(held_out_part(options_), seed_, first_window + row, lengths_), row, batch);
   return batch;
 }
 

@@ -33,7 +33,9 @@ class TaskSet final : public HeldOutSet {
           uint64_t seed);
   int64_t num_windows() const override { return options_.eval_samples; }
   Batch batch(int64_t first_window, int64_t count) const override;
-  std::string name() const override { return "data.task " + options_.name; }
+  std::string name() const override {
+    return "data.task " + options_.name + (options_.held_out == "test" ? "" : ", validation");
+  }
   std::optional<double> chance() const override {
     return task_->predicts_numbers() ? std::nullopt : std::optional(task_->chance());
   }

@@ -174,6 +174,20 @@ TEST_CASE("listops: lengths are distributed as those of the Arena's generator", 
   CHECK(*std::min_element(got, got + 6) > 100);
 }
 
+TEST_CASE("listops: what is drawn to choose by is neither what trains nor the test", "[arena]") {
+  TaskOptions options = list_options();
+  const auto test = make_task_data(options, 600, 5, false, 16);
+  options.held_out = "validation";
+  const auto validation = make_task_data(options, 600, 5, false, 16);
+  const std::string train = hash(test.train->batch(0, 4));
+  CHECK(hash(validation.train->batch(0, 4)) == train);
+  CHECK(validation.train->fingerprint() == test.train->fingerprint());
+  const std::string held_out[] = {hash(test.held_out->batch(0, 4)),
+                                  hash(validation.held_out->batch(0, 4))};
+  CHECK((held_out[0] != held_out[1] && held_out[0] != train && held_out[1] != train));
+  CHECK(validation.held_out->num_windows() == test.held_out->num_windows());
+}
+
 TEST_CASE("listops: the Arena's lengths, recorded, for every cut into batches and every thread",
           "[arena]") {
   const auto data = make_task_data(list_options(), 2000, 1234, true, 16);

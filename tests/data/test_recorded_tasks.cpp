@@ -169,6 +169,21 @@ TEST_CASE("recorded tasks: an epoch has every sample once, and a part where that
         data.train->fingerprint());
 }
 
+TEST_CASE("cifar-10: the last tenth of what trains is held out to choose by", "[arena]") {
+  const TemporaryFolder folder;
+  TaskOptions options = named("image", write_cifar(folder / "cifar"));
+  const std::string whole = make_task_data(options, 1024, 1, false, 256).train->fingerprint();
+  options.held_out = "validation";
+  const auto data = make_task_data(options, 1024, 1, false, 256);
+  REQUIRE((data.train->samples_per_epoch() == 9 && data.held_out->num_windows() == 1));
+  const Batch train = data.train->batch(0, 9), held_out = data.held_out->batch(0, 1);
+  for (size_t image = 0; image < 9; ++image)
+    CHECK(train.target[1024 * image + 1023] == static_cast<int64_t>(image));
+  CHECK(held_out.target[1023] == 9);
+  CHECK(data.held_out->name() == "data.task image, validation");
+  CHECK(data.train->fingerprint() != whole);
+}
+
 TEST_CASE("recorded tasks: a change of a sixteenth of a large file is seen wherever it is",
           "[arena]") {
   const TemporaryFolder folder;
@@ -230,6 +245,13 @@ TEST_CASE("retrieval: two texts as bytes with a separator, the label at the last
   CHECK(row(data.train->batch(1, 1)) == expected("\xc3\xa9\"x", "", 1));
   CHECK(row(data.train->batch(2, 1)) == expected("", "z", 2));
   CHECK(row(data.held_out->batch(0, 1)) == expected("ab", "cd", 1));
+  TaskOptions validation = options;
+  validation.held_out = "validation";
+  CHECK(contains(data_error(validation, 13), "new_aan_pairs.eval.tsv: no such file"));
+  write_bytes(folder / "new_aan_pairs.eval.tsv", "1\tA\tB\tef\tgh");
+  const auto other = make_task_data(validation, 13, 1, false, 258);
+  CHECK(row(other.held_out->batch(0, 1)) == expected("ef", "gh", 2));
+  CHECK(row(other.train->batch(0, 1)) == expected("first ", "second", 2));
 
   const auto spoilt = [&](const std::string& line) {
     write_bytes(folder / "new_aan_pairs.train.tsv", "1\tA\tB\tc\td\n" + line);
@@ -261,6 +283,19 @@ TEST_CASE("pathfinder: images of .npz and of .npy files", "[arena]") {
         CHECK(batch.input[i] == 10 * image + p);
         CHECK(batch.target[i] == (p < 5 ? kIgnored : image % 3 == 0 ? 0 : 1));
       }
+}
+
+TEST_CASE("pathfinder: the images to choose by are apart from the test's", "[arena]") {
+  const TemporaryFolder folder;
+  TaskOptions options = named("pathfinder", (folder / "").string());
+  options.held_out = "validation";
+  write_bytes(folder / "train.npz",
+              zip({{"images.npy", small_images(5)}, {"labels.npy", small_labels(5)}}));
+  CHECK(contains(data_error(options, 6), "validation.npz: no such file"));
+  write_bytes(folder / "validation_images.npy", small_images(3));
+  write_bytes(folder / "validation_labels.npy", small_labels(3));
+  const auto data = make_task_data(options, 6, 1, false, 256);
+  CHECK((data.train->samples_per_epoch() == 5 && data.held_out->num_windows() == 3));
 }
 
 TEST_CASE("pathfinder: files that are missing or wrong are named", "[arena]") {
