@@ -12,6 +12,7 @@ Keys of a description:
   grid                   [{name: {label, config, learning_rates, needs}}, ...]: further cases, one for each combination of a
                          part of every axis, merged, their names joined by _; what `cases` has of that name is merged into it
   learning_rates, seeds  lists; the learning rate with the best mean over the seeds counts, per case and model
+  chosen_by              the measure whose mean that is, where it is not `measure` itself: of samples held out to choose by
   trains                 false: nothing is trained, the evaluations are all, and no other run is beside one of these
   decay_to               share of the learning rate at which its schedule ends; else optim.min_lr of the settings counts
   evaluations            {name: options of xlstm-eval, or of another `program`}, run after training: what it writes with
@@ -19,6 +20,8 @@ Keys of a description:
   reach                  {name: {metric, at_least}}: first step whose held-out metric is that good, measured as <name>
   measure, better        the measure that decides (a held-out metric, accuracy, or one of the above); higher | lower
   measure_at             a step: held-out metrics are those of the evaluation there, not of the last one
+  evaluate_best          a held-out metric: the evaluations are of the checkpoint that was best in it, not of the last one; so
+                         ckpt.keep_every has to be eval.every
   columns                further measures of the table
   paper                  {case: {model: value of `measure`}}
   claims                 [{text, paper, expect, case, asserted}], see claims.py
@@ -45,7 +48,8 @@ FIRST_SHUFFLE_SEED = 1234
 HERE = "{here}"
 MERGED = ("base", "models", "cases")
 KEYS = {"title", "source", "about", "needs", "base", "cases", "grid", "models", "learning_rates", "seeds", "trains", "decay_to",
-        "evaluations", "reach", "measure", "measure_at", "better", "columns", "paper", "claims", "figures", "files", "gpu"}
+        "evaluations", "evaluate_best", "reach", "measure", "measure_at", "chosen_by", "better", "columns", "paper", "claims",
+        "figures", "files", "gpu"}
 PART_KEYS = {"label", "config", "needs", "files", "learning_rates"}
 PROGRAMS = ("xlstm-eval", "xlstm-bench")
 CLAIM_KEYS = {"text", "paper", "expect", "case", "asserted"}
@@ -184,7 +188,8 @@ class Experiment:
         self.evaluations = content.get("evaluations") or {}
         self.reach = content.get("reach") or {}
         self.measure, self.better = content["measure"], content.get("better", "higher")
-        self.measure_at = content.get("measure_at")
+        self.chosen_by = content.get("chosen_by") or self.measure
+        self.measure_at, self.evaluate_best = content.get("measure_at"), content.get("evaluate_best")
         self.columns = content.get("columns") or []
         self.paper, self.claims = content.get("paper") or {}, content.get("claims") or []
         self.figures = content.get("figures", {self.measure.replace(".", "_"): {"kind": "bars"}}) or {}
@@ -228,11 +233,13 @@ class Experiment:
         for name, goal in self.reach.items():
             expect(isinstance(goal, dict) and set(goal) == {"metric", "at_least"} and goal["metric"] in METRICS,
                    f"reach.{name}: expected metric, one of {', '.join(METRICS)}, and at_least")
-        for measure in (self.measure, *self.columns):
+        for measure in (self.measure, self.chosen_by, *self.columns):
             expect(self.is_measured(measure), f"nothing measures {measure}; expected {self._measures_text()}")
         self._check_jobs(expect)
         if self.measure_at is not None:
             self._check_measure_at(expect)
+        if self.evaluate_best is not None:
+            self._check_evaluate_best(expect)
         for claim in self.claims:
             self._check_claim(claim, expect)
         for name, figure in self.figures.items():
@@ -262,6 +269,20 @@ class Experiment:
             every, steps = self.setting("eval.every", job.case, job.model), self.steps(job)
             expect(every and 0 < self.measure_at <= steps and (self.measure_at == steps or self.measure_at % every == 0),
                    f"measure_at: {job.case}.{job.model} is evaluated every {every} of {steps} steps, not at {self.measure_at}")
+
+    def _check_evaluate_best(self, expect):
+        """It is measured while it trains, at steps whose checkpoints are kept, and there is something to evaluate."""
+        metric = self.evaluate_best
+        expect(self.trains and metric in METRICS, f"evaluate_best: {metric} is not measured while it trains")
+        expect(any(options.get("program", PROGRAMS[0]) == PROGRAMS[0] for options in self.evaluations.values()),
+               "evaluate_best: no evaluation is by xlstm-eval")
+        for case in self.cases:
+            for model in self.models_of(case):
+                every, saved, kept = (self.setting(name, case, model)
+                                      for name in ("eval.every", "ckpt.every", "ckpt.keep_every"))
+                expect(every and saved and kept == every and kept % saved == 0,
+                       f"evaluate_best: {case}.{model} is evaluated every {every} steps, checkpoints are saved every {saved} "
+                       f"and kept every {kept}")
 
     def _check_claim(self, claim, expect):
         expect(isinstance(claim, dict) and {"text", "expect"} <= claim.keys(), "every claim needs text and expect")

@@ -31,6 +31,7 @@ ASKED_TO_STOP = 75  # a program, and reproduce.py: the next start goes on
 PR_SET_PDEATHSIG = 1
 DYING_SECONDS = 30
 METRICS = ("loss", "ppl", "bits_per_byte", "accuracy", "scaled_accuracy", "last_error")
+BETTER_HIGHER = ("accuracy", "scaled_accuracy")  # of these
 
 
 class SweepError(Exception):
@@ -158,6 +159,8 @@ def fingerprint(experiment, job):
             experiment.reach]
     if experiment.measure_at is not None:
         told.append(experiment.measure_at)
+    if experiment.evaluate_best is not None:
+        told.append({"evaluate_best": experiment.evaluate_best})
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -253,6 +256,20 @@ class Run:
     def _train_command(self):
         return [*self.programs.trainer(), str(self.config), f"run.num_threads={self.programs.threads}"]
 
+    def checkpoint(self):
+        """What the evaluations judge: the run, which stands for its newest checkpoint, or that of the best held-out metric."""
+        metric = self.experiment.evaluate_best
+        if metric is None:
+            return self.folder
+        kept = {}
+        for step, value in sorted(held_out(self.records()).get(metric, {}).items()):
+            folder = self.folder / "ckpt" / f"step-{step:08d}"
+            if (folder / "MANIFEST.json").exists():
+                kept[folder] = -value if metric in BETTER_HIGHER else value
+        if not kept:
+            raise SweepError(f"{self.folder}: there is no checkpoint of a step at which {metric} was measured")
+        return min(kept, key=kept.get)  # the first of several
+
     def _evaluation_path(self, name):
         return self.folder / f"evaluation-{name}.json"
 
@@ -261,7 +278,7 @@ class Run:
         program = options.pop("program", "xlstm-eval")
         command = [str(self.programs.path(program)), "--json", str(self._evaluation_path(name))]
         if program == "xlstm-eval":
-            command += [str(self.folder), "--threads", str(self.programs.threads)]
+            command += [str(self.checkpoint()), "--threads", str(self.programs.threads)]
         else:
             command += [str(self.config), f"run.num_threads={self.programs.threads}"]
         for option, value in options.items():
@@ -362,9 +379,10 @@ class Run:
                 header = json.loads(self._evaluation_path(name).read_text(encoding="utf-8"))
                 seconds += header.get("seconds", 0)
                 measures.update({f"{name}.{key}": value for key, value in reported(header).items()})
-            if self.experiment.measure not in measures:
-                self.failure = f"measured no {self.experiment.measure}, see {self.log}"
-                return
+            for measure in (self.experiment.measure, self.experiment.chosen_by):
+                if measure not in measures:
+                    self.failure = f"measured no {measure}, see {self.log}"
+                    return
         if self.experiment.trains:
             header, seconds = json.loads((self.folder / "run.json").read_text(encoding="utf-8")), training_seconds(records)
         result = {"fingerprint": self.fingerprint, "diverged": self.diverged, "parameters": header["parameters"],

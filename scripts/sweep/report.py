@@ -55,8 +55,12 @@ def notes(results):
         told.append(f"Means over seeds {seeds} at the best learning rate (in parentheses: least to largest)" if
                     len(experiment.seeds) > 1 else f"One seed, {seeds}, at the best learning rate")
         told[-1] += "; steps: of one run; cost: training time of all runs of a row."
+    if experiment.chosen_by != experiment.measure:
+        told.append(f"The learning rate is chosen by {experiment.chosen_by}, not by {experiment.measure}.")
     if experiment.measure_at is not None:
         told.append(f"Held-out metrics are those of step {experiment.measure_at:,}.")
+    if experiment.evaluate_best is not None:
+        told.append(f"Evaluated after training is each run's checkpoint with the best held-out {experiment.evaluate_best}.")
     if left := [row for row in results.rows if not row.finished]:
         failed = sum(row.status == "failed" for row in left)
         told.append(f"{len(left)} of {len(results.rows)} runs are not finished"

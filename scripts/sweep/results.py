@@ -84,14 +84,14 @@ class Results:
         rates = {}
         for row in self.of(case, model):
             rates.setdefault(row.job.learning_rate, []).append(row)
-        return {rate: rows for rate, rows in rates.items()
-                if all(row.done and self.experiment.measure in row.measures for row in rows)}
+        wanted = {self.experiment.measure, self.experiment.chosen_by}
+        return {rate: rows for rate, rows in rates.items() if all(row.done and wanted <= row.measures.keys() for row in rows)}
 
     def best(self, case, model):
-        """Rows at the learning rate with the best mean; [] if there is none."""
+        """Rows at the learning rate with the best mean of the measure that chooses; [] if there is none."""
         sign = 1 if self.experiment.better == "higher" else -1
         return max(self.by_rate(case, model).values(), default=[],
-                   key=lambda rows: sign * self.mean(rows, self.experiment.measure))
+                   key=lambda rows: sign * self.mean(rows, self.experiment.chosen_by))
 
     @staticmethod
     def mean(rows, measure):

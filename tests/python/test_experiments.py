@@ -108,6 +108,19 @@ def test_full_size_models_have_the_papers_parameter_counts(experiment):
     assert not missing
 
 
+MOST_GIB = 72  # of a card of 80 GB; the rest is for the CUDA context, the libraries and gaps between blocks
+
+
+@needs_trainer
+@pytest.mark.parametrize("name", description.experiment_ids(EXPERIMENTS))
+def test_full_rows_fit_a_card_of_80_gb(name):
+    """By the estimate, which counts no gaps; or the row says what it needs wherever it is run."""
+    experiment, rows = dry_rows(name, False)
+    found = {(row.case, row.model): (row.weights + (row.activations or 0)) / dry_run.GIB for row in rows
+             if not experiment.needs_of(row.case, row.model, elsewhere=True)}
+    assert found and {pair: gib for pair, gib in found.items() if gib > MOST_GIB} == {}
+
+
 def write(folder, **content):
     folder.mkdir()
     (folder / "experiment.yaml").write_text(yaml.safe_dump({"title": "Toy", "source": "nowhere", **content}, sort_keys=False))
@@ -185,6 +198,56 @@ def test_metrics_are_read_at_the_step_that_the_description_tells(tmp_path):
     assert "Held-out metrics are those of step 5." in table_text(Results(experiment, []))
 
 
+def committed(run, step):
+    folder = run.folder / "ckpt" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "MANIFEST.json").touch()
+    return folder
+
+
+KEPT = {"base": {"train": {"max_steps": 30}, "eval": {"every": 10}, "ckpt": {"every": 5, "keep_every": 10}},
+        "evaluations": {"test": {"seq_len": 8}}, "measure": "test.ppl"}
+
+
+def test_the_checkpoint_that_was_best_is_evaluated(tmp_path):
+    (tmp_path / "best").mkdir()
+    run, other, last = (execution.Run(each, each.jobs()[0], tmp_path / "out", Programs(tmp_path, 1)) for each in (
+        toy(tmp_path / "best", **KEPT, evaluate_best="ppl"), Experiment(write(tmp_path / "accuracy", **{
+            **KEPT, "models": {"a": {}}, "learning_rates": [0.1], "evaluate_best": "accuracy"})), toy(tmp_path, **KEPT)))
+    run.folder.mkdir(parents=True)
+    records = [{"step": 10, "val/ppl": 7.0, "val/accuracy": 0.3}, {"step": 20, "val/ppl": 5.0, "val/accuracy": 0.2},
+               {"step": 25, "train/loss": 1.0}, {"step": 30, "val/ppl": 6.0, "val/accuracy": 0.1}]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    committed(run, 25)
+    (run.folder / "ckpt" / "step-00000020").mkdir()  # never committed
+    with pytest.raises(SweepError, match="no checkpoint of a step at which ppl was measured"):
+        run.checkpoint()
+    first, third = committed(run, 10), committed(run, 30)
+    assert run.checkpoint() == third and other.checkpoint() == first and last.checkpoint() == run.folder
+    (run.folder / "ckpt" / "step-00000020" / "MANIFEST.json").touch()
+    assert str(run.folder / "ckpt" / "step-00000020") in run._evaluate_command("test")
+    assert len({each.fingerprint for each in (run, other, last)}) == 3
+    assert "each run's checkpoint with the best held-out ppl." in table_text(Results(run.experiment, []))
+
+
+def test_rare_tokens_are_counted_where_the_validation_is_best():
+    """The paper stops early; the miniature ends with its last step."""
+    assert [description.load(EXPERIMENTS, "rare_tokens", mini).evaluate_best for mini in (False, True)] == ["ppl", None]
+
+
+def test_the_learning_rate_is_chosen_by_what_is_held_out_for_it(tmp_path):
+    experiment = toy(tmp_path, learning_rates=[0.1, 0.2, 0.3], evaluations={"test": {"seq_len": 8}}, measure="test.accuracy",
+                     chosen_by="accuracy")
+    rows = [Row(job, "done", parameters=7, steps=10, seconds=1.0, measures={"accuracy": validation, "test.accuracy": test})
+            for job, validation, test in zip(experiment.jobs(), (0.8, 0.7, 0.6), (0.4, 0.5, 0.9))]
+    results = Results(experiment, rows)
+    assert results.best("all", "a") == rows[:1]
+    text = table_text(results)
+    assert "| a | 7 | 0.1 |  | 0.4 |" in text and "chosen by accuracy, not by test.accuracy." in text
+    del rows[0].measures["accuracy"]
+    assert results.best("all", "a") == rows[1:2]
+
+
 def test_tables_1_2_and_8_are_read_after_an_epoch():
     """At 28,170 steps of 256 sequences, as the paper's, and the miniatures at their end."""
     for name in ("slimpajama15b", "ablation_architecture", "ablation_gating", "ablation_block"):
@@ -225,6 +288,13 @@ def test_a_miniature_without_a_case_has_no_model_in_it(tmp_path):
     (measured_at(7), "measure_at: all.a is evaluated every 5 of 10 steps, not at 7"),
     (measured_at(15), "evaluated every 5 of 10 steps, not at 15"),
     ({**measured_at(5), "evaluations": {"e": {}}, "measure": "e.ppl"}, "measure_at: e.ppl is not measured while it trains"),
+    ({**KEPT, "evaluate_best": "test.ppl"}, "evaluate_best: test.ppl is not measured while it trains"),
+    ({**KEPT, "evaluate_best": "ppl", "evaluations": {}, "measure": "ppl"}, "evaluate_best: no evaluation is by xlstm-eval"),
+    ({**KEPT, "evaluate_best": "ppl", "base": {"eval": {"every": 8}, "ckpt": {"every": 4, "keep_every": 4}}},
+     "evaluate_best: all.a is evaluated every 8 steps, checkpoints are saved every 4 and kept every 4"),
+    ({**KEPT, "evaluate_best": "ppl", "base": {"eval": {"every": 8}, "ckpt": {"every": 3, "keep_every": 8}}},
+     "evaluate_best: all.a is evaluated every 8 steps, checkpoints are saved every 3 and kept every 8"),
+    ({"chosen_by": "test.ppl"}, "nothing measures test.ppl"),
 ])
 def test_descriptions_that_do_not_fit_are_refused(content, message, tmp_path):
     with pytest.raises(DescriptionError, match=message):

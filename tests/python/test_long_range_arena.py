@@ -49,7 +49,7 @@ def write_pairs(folder, lines=6):
 
 def write_pathfinder(folder, images=6, save=np.savez):
     folder.mkdir(parents=True)
-    for part in ("train", "test"):
+    for part in ("train", "validation", "test"):
         pixels = RANDOM.randint(0, 256, (images, 32, 32), dtype=np.uint8)
         save(folder / f"{part}.npz", images=pixels, labels=np.arange(images) % 2)
 
@@ -93,6 +93,14 @@ def test_every_model_is_trained_by_both_schedules_of_the_paper():
             restarts = settings["optim"].pop("restarts", 0)
             assert settings["optim"]["schedule"] == "cosine" and restarts == (3 if model.endswith(RESTARTS) else 0)
             assert settings == full.settings(description.Job(case, model.removesuffix(RESTARTS), 1e-3, 0))
+
+
+def test_learning_rates_are_chosen_apart_from_the_test():
+    full, mini = load(), load(mini=True)
+    assert (full.measure, full.chosen_by, full.evaluations) == ("test.accuracy", "accuracy", {"test": {"held_out": "test"}})
+    assert {full.settings(job)["data"]["task"]["held_out"] for job in full.jobs(elsewhere=True)} == {"validation"}
+    assert (mini.measure, mini.chosen_by, mini.evaluations) == ("accuracy", "accuracy", {})
+    assert not any("held_out" in mini.settings(job)["data"]["task"] for job in mini.jobs())
 
 
 def test_rows_without_their_files_say_what_they_need(tmp_path, monkeypatch):
@@ -172,6 +180,29 @@ def test_colours_are_learnt_as_vectors(tmp_path):
     done = subprocess.run([TRAINER.parent / "xlstm-eval", "--min-len", "5", "runs/run"], cwd=tmp_path, capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 2 and "--min-len is for a data.task whose samples are drawn" in done.stderr
+
+
+@needs_trainer
+def test_a_run_that_holds_out_a_part_to_choose_by_is_judged_by_the_test_too(tmp_path):
+    write_cifar(tmp_path / "cifar")
+    settings = classifier("image", tmp_path / "cifar", 256, 1024, 2)
+    settings["data"]["task"]["held_out"] = "validation"
+    done = train(tmp_path, settings, "--dry-run")
+    assert "task image, 18 windows" in done.stdout and "held out 2 samples" in done.stdout, done.stderr + done.stdout
+    done = train(tmp_path, settings)
+    assert done.returncode == 0, done.stderr
+
+    def judged(*arguments):
+        return subprocess.run([TRAINER.parent / "xlstm-eval", "--json", "eval.json", *arguments, "runs/run"], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=300)
+
+    for arguments, samples, data in (((), 2, "data.task image, validation"), (("--held-out", "test"), 4, "data.task image")):
+        done = judged(*arguments)
+        assert done.returncode == 0, done.stderr
+        told = yaml.safe_load((tmp_path / "eval.json").read_text())
+        assert (told["tokens"], told["data"]) == (samples, data)
+    done = judged("--held-out", "all")
+    assert done.returncode == 2 and "--held-out is all, expected test or validation" in done.stderr
 
 
 @needs_trainer

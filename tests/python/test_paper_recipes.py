@@ -86,6 +86,12 @@ def test_longer_contexts_are_asked_of_the_largest_models_of_300_b_tokens():
         assert ours == theirs
 
 
+@pytest.mark.parametrize("experiment", [*RATES, *ABLATIONS, "length_extrapolation"])
+def test_every_size_is_judged_by_the_same_text(experiment):
+    """eval.batches counts micro batches, whose size follows the memory."""
+    assert {own["eval"]["batches"] * own["train"]["micro_batch_size"] for own in settings(experiment).values()} == {4000}
+
+
 def test_rare_tokens():
     for own in settings("rare_tokens").values():
         check_recipe(own, 1e-3, 50_000, 256, warmup=4000, context=512)
