@@ -7,6 +7,7 @@
 #include <string>
 
 #include "csrc/models/language_model.h"
+#include "csrc/models/model_kinds.h"
 #include "train/schedule.h"
 
 namespace xlstm::train {
@@ -29,6 +30,7 @@ struct Kept {
 struct Sizes {
   Sizes(const config::Config& config, bool on_gpu)
       : model(config.model),
+        kind(models::kind_named(config.model.kind)),
         bf16(config.train.dtype == "bfloat16"),
         gpu(on_gpu),
         documents(config.data.reset_state_at_document),
@@ -53,6 +55,7 @@ struct Sizes {
   bool drops() const { return model.dropout > 0; }
 
   const models::ModelOptions& model;
+  const models::ModelKind& kind;
   const bool bf16, gpu, documents;
   const double stepwise;  ///< 1 where a fused operator's steps are taken one by one and keep more
   const double length, dim, heads;
@@ -201,12 +204,8 @@ Kept block_of(const Sizes& s, bool slstm) {
   return s.model.mlstm.up_projection == "post" ? post_mlstm_block(s) : mlstm_block(s);
 }
 
-/// Masks of dropout, one for each branch that is dropped.
-Kept dropped(const Sizes& s) {
-  const std::string& kind = s.model.kind;
-  const bool once = kind == "xlstm" || kind == "lstm" || kind == "lstm_residual" || kind == "mamba";
-  return {0, s.drops() ? (once ? 1 : 2) * s.dim : 0};
-}
+/// Masks of dropout.
+Kept dropped(const Sizes& s) { return {0, s.drops() ? s.kind.dropped_branches * s.dim : 0}; }
 
 /// Bytes that the loss keeps of a token's logits where all are held at once, in float32; else 0.
 double logits_bytes(const Sizes& s) {
@@ -219,7 +218,7 @@ double logits_bytes(const Sizes& s) {
 double bytes_around(const Sizes& s, double narrow_bytes) {
   const double tokens =
       s.model.input_features > 0 ? 4 * static_cast<double>(s.model.input_features) : 8;
-  const double wide = (s.model.add_out_norm ? 1 : 0) + (s.model.kind.starts_with("rwkv") ? 1 : 0) +
+  const double wide = (s.model.add_out_norm ? 1 : 0) + (s.kind.norms_embedding ? 1 : 0) +
                       (s.drops() && s.model.add_embedding_dropout ? 1 : 0);
   const double logits = logits_bytes(s);
   return tokens + (4 * wide + narrow_bytes) * s.dim + (logits > 0 ? logits : 4 * s.dim);
@@ -237,7 +236,7 @@ double state_bytes(const Sizes& s) {
 std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu) {
   const Sizes s(config, gpu);
   const models::ModelOptions& model = config.model;
-  if (gpu && !s.documents && model.kind.starts_with("lstm")) return std::nullopt;
+  if (gpu && !s.documents && s.kind.may_use_cudnn) return std::nullopt;
   const double narrow = s.bf16 ? 2 : 4;
   const auto bytes = [&](bool slstm) {
     const Kept kept = block_of(s, slstm) + dropped(s);

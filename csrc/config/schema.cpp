@@ -1,6 +1,7 @@
 #include "csrc/config/schema.h"
 
 #include "csrc/data/tokenizer_spec.h"
+#include "csrc/models/model_kinds.h"
 
 namespace xlstm::config {
 namespace {
@@ -57,6 +58,12 @@ Limits one_of(std::vector<std::string> choices) {
   return limits;
 }
 
+std::vector<std::string> kind_choices() {
+  std::vector<std::string> choices;
+  for (const models::ModelKind& kind : models::kModelKinds) choices.emplace_back(kind.name);
+  return choices;
+}
+
 std::vector<std::string> task_choices() {
   std::vector<std::string> choices = data::task_names();
   choices.insert(choices.begin(), "none");
@@ -100,10 +107,7 @@ std::vector<Field> run_fields() {
 std::vector<Field> model_fields() {
   return {
       XLSTM_FIELD(
-          model.kind,
-          one_of({"xlstm", "xlstm_large", "lstm", "lstm_residual", "lstm_block", "llama", "gpt",
-                  "mamba", "rwkv4", "rwkv5", "rwkv6", "linear_attention", "retnet", "gla", "hgrn",
-                  "hgrn2", "h3", "hyena"}),
+          model.kind, one_of(kind_choices()),
           "xlstm: blocks of arXiv 2405.04517; xlstm_large: the 7B block of arXiv 2503.13427; the "
           "others: what they are compared with"),
       XLSTM_FIELD(model.vocab_size, integers(1, kMaxSize), "token ids are 0 .. vocab_size-1"),

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <set>
+#include <string_view>
 
 #include "csrc/config/schema.h"
 #include "csrc/config/text.h"
 #include "csrc/config/yaml_reader.h"
+#include "csrc/models/model_kinds.h"
 
 namespace xlstm::config {
 namespace {
@@ -54,6 +56,20 @@ std::vector<std::string> settings_below(const std::vector<std::string>& sections
   return names;
 }
 
+/// Settings that other kinds of models alone have.
+void validate_own_settings(const Config& config) {
+  for (const models::ModelKind& kind : models::kModelKinds) {
+    if (kind.name == config.model.kind) continue;
+    for (const std::string_view own : kind.own_settings) {
+      const std::string name(own);
+      if (name.empty()) continue;
+      const bool section = find_section(name) != nullptr;
+      require_defaults(config, section ? settings_below({name}) : std::vector<std::string>{name},
+                       std::string(kind.name));
+    }
+  }
+}
+
 void validate_slstm_at(const Config& config) {
   const auto& model = config.model;
   std::set<int64_t> seen;
@@ -92,8 +108,6 @@ void validate_gates(const Config& config) {
 
 void validate_xlstm(const Config& config) {
   const auto& model = config.model;
-  require_defaults(config, {"model.qk_dim_factor", "model.v_dim_factor", "model.gate_soft_cap"},
-                   "xlstm_large");
   validate_slstm_at(config);
   validate_gates(config);
   if (static_cast<int64_t>(model.slstm_at.size()) == model.num_blocks) return;
@@ -115,9 +129,6 @@ void validate_xlstm(const Config& config) {
 
 void validate_xlstm_large(const Config& config) {
   const auto& model = config.model;
-  std::vector<std::string> foreign = settings_below({"model.mlstm", "model.slstm"});
-  foreign.insert(foreign.end(), {"model.slstm_at", "model.bias", "model.feed_forward.gated"});
-  require_defaults(config, foreign, "xlstm");
   const auto& act_fn = model.feed_forward.act_fn;
   require(is_default(config, "model.feed_forward.act_fn") || act_fn == "silu", config,
           "model.feed_forward.act_fn", "is always silu for model.kind xlstm_large; remove it");
@@ -128,32 +139,17 @@ void validate_xlstm_large(const Config& config) {
                     "model.num_heads", model.num_heads);
 }
 
-bool has_feed_forward(const std::string& kind) {
-  constexpr std::string_view kKinds[] = {"lstm_block", "llama", "gpt",  "linear_attention",
-                                         "retnet",     "gla",   "hgrn", "hgrn2",
-                                         "h3",         "hyena"};
-  return std::find(std::begin(kKinds), std::end(kKinds), kind) != std::end(kKinds);
-}
-
 /// The models that xLSTM is compared with have few settings of their own.
 void validate_baseline(const Config& config) {
-  const std::string& kind = config.model.kind;
-  std::vector<std::string> foreign = settings_below({"model.mlstm", "model.slstm"});
-  foreign.insert(foreign.end(), {"model.slstm_at", "model.bias", "model.feed_forward.act_fn",
-                                 "model.feed_forward.gated"});
-  require_defaults(config, foreign, "xlstm");
-  require_defaults(config, {"model.qk_dim_factor", "model.v_dim_factor", "model.gate_soft_cap"},
-                   "xlstm_large");
-  if (!has_feed_forward(kind))
+  const models::ModelKind& kind = models::kind_named(config.model.kind);
+  require_defaults(config, {"model.feed_forward.act_fn"}, "xlstm");
+  if (!kind.has_feed_forward)
     require_defaults(config, settings_below({"model.feed_forward"}),
                      "xlstm, xlstm_large, lstm_block, llama, gpt and the linear-attention models");
   const int64_t width = config.model.embedding_dim / config.model.num_heads;
-  require((kind != "llama" && kind != "retnet") || width % 2 == 0, config, "model.num_heads",
+  require(kind.even_heads.empty() || width % 2 == 0, config, "model.num_heads",
           "leaves heads of width " + to_string(width) +
-              ", expected an even one: the rotary embedding turns pairs");
-  require(kind != "gla" || width % 2 == 0, config, "model.num_heads",
-          "leaves heads of width " + to_string(width) +
-              ", expected an even one: queries and keys have half of it");
+              ", expected an even one: " + std::string(kind.even_heads));
 }
 
 void validate_length(const Config& config) {
@@ -284,9 +280,7 @@ void validate_model(const Config& config) {
   require(model.input_features == 0 || model.embedding_init_std == 0, config,
           "model.embedding_init_std",
           "expected 0 with model.input_features: there is no embedding");
-  if (model.kind != "gpt") require_defaults(config, {"model.max_positions"}, "gpt");
-  if (model.kind != "h3") require_defaults(config, {"model.state_size"}, "h3");
-  if (model.kind != "hyena") require_defaults(config, {"model.filter_length"}, "hyena");
+  validate_own_settings(config);
   require(model.state_size % 2 == 0, config, "model.state_size",
           "is " + to_string(model.state_size) + ", expected an even number");
   if (model.kind == "xlstm") {

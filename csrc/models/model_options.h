@@ -7,9 +7,8 @@
 namespace xlstm::models {
 
 struct ModelOptions {
-  /// "xlstm": blocks of arXiv 2405.04517; "xlstm_large": the 7B block of arXiv 2503.13427. What they are compared with:
-  /// "lstm" (stacked), "lstm_residual", "lstm_block", "llama", "gpt", "mamba", "rwkv4", "rwkv5", "rwkv6",
-  /// "linear_attention", "retnet", "gla", "hgrn", "hgrn2", "h3", "hyena"
+  /// "xlstm": blocks of arXiv 2405.04517; "xlstm_large": the 7B block of arXiv 2503.13427; the others of model_kinds.h:
+  /// what they are compared with
   std::string kind = "xlstm";
   int64_t vocab_size = 256;
   /// > 0: reads real vectors of this width instead of tokens; with vocab_size 1 predicts numbers, too

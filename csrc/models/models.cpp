@@ -1,46 +1,19 @@
 #include <algorithm>
 #include <cmath>
 
-#include "csrc/models/baselines.h"
+#include "csrc/models/blocks.h"
 #include "csrc/models/language_model.h"
-#include "csrc/nn/mlstm_post.h"
+#include "csrc/models/model_kinds.h"
 #include "csrc/nn/recompute.h"
-#include "csrc/nn/slstm.h"
 #include "csrc/nn/transformer.h"
-#include "csrc/nn/xlstm_large.h"
 
 namespace xlstm::models {
 namespace {
 
-/// floor((x + multiple - 1) / multiple) * multiple on an x that is not whole: the rounding of the 7B block.
-int64_t rounded_up_large(double factor, int64_t dim, int64_t multiple) {
-  const double shifted = factor * static_cast<double>(dim) + static_cast<double>(multiple - 1);
-  return static_cast<int64_t>(std::floor(shifted / static_cast<double>(multiple))) * multiple;
-}
-
-const std::vector<std::string> kKinds = {
-    "xlstm",  "xlstm_large", "lstm",  "lstm_residual", "lstm_block",
-    "llama",  "gpt",         "mamba", "rwkv4",         "linear_attention",
-    "retnet", "gla",         "hgrn",  "hgrn2",         "rwkv5",
-    "rwkv6",  "h3",          "hyena"};
-
-bool is_rwkv(const std::string& kind) { return kind.rfind("rwkv", 0) == 0; }
-/// Models whose norms are RMSNorms.
-bool has_rms_norms(const std::string& kind) {
-  constexpr const char* kKindsWithRms[] = {"xlstm_large", "llama", "mamba", "linear_attention",
-                                           "retnet",      "gla",   "hgrn",  "hgrn2",
-                                           "h3",          "hyena"};
-  return std::find(std::begin(kKindsWithRms), std::end(kKindsWithRms), kind) !=
-         std::end(kKindsWithRms);
-}
-
-bool is_kind(const std::string& kind) {
-  return std::find(kKinds.begin(), kKinds.end(), kind) != kKinds.end();
-}
-
 std::string kind_names() {
   std::string names;
-  for (const std::string& kind : kKinds) names += (names.empty() ? "" : ", ") + kind;
+  for (const ModelKind& kind : kModelKinds)
+    names += (names.empty() ? "" : ", ") + std::string(kind.name);
   return names;
 }
 
@@ -75,8 +48,8 @@ void check_options(const ModelOptions& o) {
     TORCH_CHECK(value == 0 || (value >= 2 && value <= 8), "model.", name,
                 ".conv1d_kernel_size: expected 0 or 2 to 8, ", "got ", value);
   };
-  TORCH_CHECK(is_kind(o.kind), "model.kind: expected one of ", kind_names(), ", got \"", o.kind,
-              "\"");
+  TORCH_CHECK(find_kind(o.kind) != nullptr, "model.kind: expected one of ", kind_names(),
+              ", got \"", o.kind, "\"");
   positive(o.vocab_size, "vocab_size");
   TORCH_CHECK(o.input_features == 0 || !o.tie_weights,
               "model.input_features: works without tie_weights: there is no embedding");
@@ -96,95 +69,6 @@ void check_options(const ModelOptions& o) {
     TORCH_CHECK(at >= 0 && at < o.num_blocks, "model.slstm_at: expected positions from 0 to ",
                 o.num_blocks - 1, ", got ", at);
   }
-}
-
-nn::MlstmBlockOptions mlstm_options(const ModelOptions& o) {
-  nn::MlstmBlockOptions block;
-  block.dim = o.embedding_dim;
-  block.inner_dim =
-      rounded_up(o.mlstm.proj_factor, o.embedding_dim, o.mlstm.round_proj_up_to_multiple_of);
-  block.num_heads = o.num_heads;
-  block.conv_kernel_size = o.mlstm.conv1d_kernel_size;
-  block.qkv_block_size = o.mlstm.qkv_proj_blocksize;
-  block.bias = o.bias;
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
-  block.input_gate = o.mlstm.input_gate;
-  block.normalize = o.mlstm.normalize;
-  block.igate = {o.mlstm.igate, o.mlstm.igate_bias_init};
-  block.fgate = {o.mlstm.fgate, o.mlstm.fgate_bias_init};
-  block.mlstm_eps = o.mlstm_eps;
-  block.chunk_size = o.chunk_size;
-  block.fused = o.fused;
-  block.num_blocks = o.num_blocks;
-  return block;
-}
-
-nn::FeedForwardOptions feed_forward_options(const ModelOptions& o) {
-  nn::FeedForwardOptions feed_forward;
-  feed_forward.dim = o.embedding_dim;
-  feed_forward.hidden_dim = rounded_up(o.feed_forward.proj_factor, o.embedding_dim,
-                                       o.feed_forward.round_up_to_multiple_of);
-  feed_forward.num_blocks = o.num_blocks;
-  feed_forward.act_fn = o.feed_forward.act_fn;
-  feed_forward.bias = o.bias;
-  feed_forward.gated = o.feed_forward.gated;
-  return feed_forward;
-}
-
-nn::SlstmBlockOptions slstm_options(const ModelOptions& o, int64_t block_index) {
-  nn::SlstmBlockOptions block;
-  block.dim = o.embedding_dim;
-  block.num_heads = o.num_heads;
-  block.conv_kernel_size = o.slstm.conv1d_kernel_size;
-  block.cell = o.slstm.cell;
-  block.gate_proj = o.slstm.gate_proj;
-  block.bias_init = o.slstm.bias_init;
-  block.recurrent_weight_init = o.slstm.recurrent_weight_init;
-  block.recompute = o.slstm.recompute;
-  block.recurrent_clip = o.slstm.recurrent_clip;
-  block.recurrent_cut = o.slstm.recurrent_cut;
-  block.fused = o.fused;
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
-  block.block_index = block_index;
-  block.num_blocks = o.num_blocks;
-  block.feed_forward = feed_forward_options(o);
-  return block;
-}
-
-nn::XlstmLargeBlockOptions large_options(const ModelOptions& o) {
-  const auto scaled = [&](double factor) {
-    return static_cast<int64_t>(static_cast<double>(o.embedding_dim) * factor);
-  };
-  nn::XlstmLargeBlockOptions block;
-  block.dim = o.embedding_dim;
-  block.qk_dim = scaled(o.qk_dim_factor);
-  block.v_dim = scaled(o.v_dim_factor);
-  block.num_heads = o.num_heads;
-  block.ffn_dim = rounded_up_large(o.feed_forward.proj_factor, o.embedding_dim,
-                                   o.feed_forward.round_up_to_multiple_of);
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
-  block.gate_soft_cap = o.gate_soft_cap;
-  block.mlstm_eps = o.mlstm_eps;
-  block.chunk_size = o.chunk_size;
-  block.fused = o.fused;
-  block.num_blocks = o.num_blocks;
-  return block;
-}
-
-std::shared_ptr<nn::Block> make_block(const ModelOptions& o, int64_t index,
-                                      const std::shared_ptr<nn::LowerBounds>& bounds,
-                                      at::Device device) {
-  if (auto baseline = make_baseline_block(o, index, bounds, device)) return baseline;
-  if (o.kind == "xlstm_large")
-    return std::make_shared<nn::XlstmLargeBlock>(large_options(o), device);
-  const bool slstm = std::find(o.slstm_at.begin(), o.slstm_at.end(), index) != o.slstm_at.end();
-  if (slstm) return std::make_shared<nn::SlstmBlock>(slstm_options(o, index), device);
-  if (o.mlstm.up_projection == "post")
-    return std::make_shared<nn::PostMlstmBlock>(mlstm_options(o), feed_forward_options(o), device);
-  return std::make_shared<nn::MlstmBlock>(mlstm_options(o), device);
 }
 
 /// A module that holds one weight (V,D): the embedding and the untied head.
@@ -220,6 +104,7 @@ class InputProjection : public torch::nn::Module {
 class BlockModel : public LanguageModel {
  public:
   BlockModel(const ModelOptions& options, at::Device device) : options_(options) {
+    const ModelKind& kind = kind_named(options.kind);
     const int64_t dim = options.embedding_dim;
     if (options.input_features > 0) {
       input_ = register_module(
@@ -229,13 +114,13 @@ class BlockModel : public LanguageModel {
           "embedding",
           std::make_shared<Table>(options.vocab_size, dim, device, options.embedding_init_std));
     }
-    if (options.kind == "gpt")
+    if (kind.learns_positions)
       positions_ = register_module("position_embedding",
                                    std::make_shared<Table>(options.max_positions, dim, device));
-    if (is_rwkv(options.kind))
+    if (kind.norms_embedding)
       in_norm_ = register_module(
           "in_norm", std::make_shared<nn::Norm>(dim, options.norm_eps, "layer", device, true));
-    if (options.kind.rfind("hgrn", 0) == 0)
+    if (kind.learns_bounds)
       bounds_ = register_module("lower_bounds",
                                 std::make_shared<nn::LowerBounds>(options.num_blocks, dim, device));
     auto list = std::make_shared<torch::nn::Module>("blocks");
@@ -245,11 +130,10 @@ class BlockModel : public LanguageModel {
     }
     register_module("blocks", list);
     if (options.add_out_norm) {
-      const bool rms = has_rms_norms(options.kind);
-      const bool bias = options.kind == "gpt" || is_rwkv(options.kind);
       out_norm_ = register_module(
           "out_norm",
-          std::make_shared<nn::Norm>(dim, options.norm_eps, rms ? "rms" : "layer", device, bias));
+          std::make_shared<nn::Norm>(dim, options.norm_eps, kind.has_rms_norms ? "rms" : "layer",
+                                     device, kind.out_norm_has_bias));
     }
     if (!options.tie_weights) {
       head_ = register_module("lm_head", std::make_shared<Table>(options.vocab_size, dim, device));
