@@ -119,6 +119,10 @@ TEST_CASE("models of the comparison: heads of an even width, feed-forwards where
   refused("model: {kind: h3, state_size: 7}", "f.yaml:1: model.state_size: is 7, expected an even");
   refused("model: {kind: hyena, state_size: 8}", "applies to model.kind h3 only");
   refused("model: {kind: h3, filter_length: 8}", "applies to model.kind hyena only");
+  refused("model: {kind: llama, max_positions: 8}", "applies to model.kind gpt only");
+  refused("model: {kind: gpt, bias: true}", "applies to model.kind xlstm only");
+  refused("model: {kind: gpt, qk_dim_factor: 1}", "applies to model.kind xlstm_large only");
+  CHECK(parse_message("model: {kind: gpt, max_positions: 8}") == "");
   CHECK(parse_message("model: {kind: h3, state_size: 8}") == "");
   CHECK(parse_message("model: {kind: hyena, filter_length: 8}") == "");
 }
