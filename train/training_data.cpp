@@ -24,6 +24,19 @@ bool token_file_exists(const std::string& path) {
   return fs::exists(path) || fs::exists(path + ".bin");
 }
 
+/// Checkpoints and samples would read the tokens as another text.
+void check_same_tokenizer(const std::string& prefix, const data::Sidecar& sidecar,
+                          const std::string& tokenizer) {
+  const std::string& hash = sidecar.tokenizer_sha256;
+  const bool same = sidecar.tokenizer == "bytes"
+                        ? tokenizer == "bytes"
+                        : hash.empty() || hash == data::tokenizer_sha256(tokenizer);
+  if (!same)
+    throw Error(ExitCode::kData, prefix + " was made with the tokenizer " + sidecar.tokenizer +
+                                     ", data.tokenizer is another one: " + tokenizer +
+                                     "; set the first, or prepare the text again with the second");
+}
+
 /// The tokenizer the file was made with must fit the model, and is the one samples need.
 void apply_sidecar(const data::TokenFile& file, config::Config& config) {
   const auto& sidecar = file.sidecar();
@@ -35,15 +48,16 @@ void apply_sidecar(const data::TokenFile& file, config::Config& config) {
                     " tokens of the tokenizer of " + file.prefix() + " (" + sidecar->tokenizer +
                     "); set model.vocab_size=" + std::to_string(sidecar->vocab_size) + " or more");
   }
-  if (config.data.tokenizer != "bytes" || sidecar->tokenizer == "bytes" ||
-      sidecar->tokenizer.empty())
-    return;
-  if (!fs::exists(sidecar->tokenizer)) {
-    throw Error(ExitCode::kConfig,
-                file.prefix() + " was made with the tokenizer " + sidecar->tokenizer +
-                    ", which is not there any more; say where it is with data.tokenizer=PATH");
+  if (sidecar->tokenizer.empty()) return;
+  if (config.data.tokenizer == "bytes" && sidecar->tokenizer != "bytes") {
+    if (!fs::exists(sidecar->tokenizer)) {
+      throw Error(ExitCode::kConfig,
+                  file.prefix() + " was made with the tokenizer " + sidecar->tokenizer +
+                      ", which is not there any more; say where it is with data.tokenizer=PATH");
+    }
+    config.data.tokenizer = sidecar->tokenizer;
   }
-  config.data.tokenizer = sidecar->tokenizer;
+  check_same_tokenizer(file.prefix(), *sidecar, config.data.tokenizer);
 }
 
 std::shared_ptr<const data::TokenFile> open_file(const std::string& path, config::Config& config) {
@@ -130,6 +144,8 @@ TrainingData open_training_data(config::Config& config) {
     result.held_out_tokens = file->num_tokens();
     result.held_out = std::make_unique<data::EvalSet>(file, options);
   }
+  // Every checkpoint gets a copy: a tokenizer that is not there stops the run here, not at its first save.
+  data::tokenizer_files(config.data.tokenizer);
   return result;
 }
 

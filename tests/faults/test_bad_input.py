@@ -1,5 +1,7 @@
 """Bad input: one line that says what, where and how to fix it, and the documented exit status."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -77,6 +79,27 @@ def test_token_beyond_the_vocabulary(run, prefix):
     refused(run.train(*arguments), 2, prefix, "model.vocab_size 100", "model.vocab_size=256")  # the sidecar tells
     prefix.with_suffix(".meta.json").unlink()
     refused(run.train(*arguments), 3, prefix, "100")  # the tokens tell
+
+
+def test_tokenizers_are_judged_before_the_first_step(run, prefix, tmp_path):
+    sidecar = prefix.with_suffix(".meta.json")
+    words, absent = tmp_path / "words.json", tmp_path / "absent.json"
+    words.write_text("{}")
+
+    def refused_for(tokenizer, *parts):
+        done = run.train(*on_tokens(prefix), f"data.tokenizer={tokenizer}")
+        refused(done, 3, *parts)
+        assert "step 1/" not in done.stdout + done.stderr and not run.checkpoints()
+
+    refused_for(words, prefix, "made with the tokenizer bytes", words)
+    about = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(about | {"tokenizer": "other.json", "tokenizer_sha256": "0" * 64}))
+    refused_for(words, prefix, "made with the tokenizer other.json", words)
+    hashed = hashlib.sha256(hashlib.sha256(b"{}").hexdigest().encode()).hexdigest()
+    sidecar.write_text(json.dumps(about | {"tokenizer": "other.json", "tokenizer_sha256": hashed}))
+    run.train(*on_tokens(prefix), f"data.tokenizer={words}", "--dry-run", check=0)
+    sidecar.unlink()
+    refused_for(absent, absent, "no such tokenizer")
 
 
 def test_truncated_bin(run, prefix):
@@ -171,6 +194,7 @@ def test_programs_on_checkpoints_refuse_bad_arguments(name, run, tmp_path):
     refused(program(name), 2, "--help")
     refused(program(name, tmp_path / "absent"), 4, tmp_path / "absent")
     refused(program(name, tmp_path), 4, tmp_path)
+    refused(program(name, run.config), 4, run.config, "a file, expected the folder of a run")
     refused(program(name, tmp_path, "--sed", "1"), 2, "--sed")
     refused(program(name, tmp_path, "--threads", "two"), 2, "--threads", "two")
 
