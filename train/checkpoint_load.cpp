@@ -126,7 +126,10 @@ void load_weights(const std::string& folder, models::LanguageModel& model) {
 std::pair<std::string, Manifest> resolve_folder(const std::string& folder_or_run, bool verify) {
   const fs::path given(folder_or_run);
   if (!fs::is_directory(given))
-    throw Error(ExitCode::kCheckpoint, folder_or_run + ": no such folder");
+    throw Error(ExitCode::kCheckpoint,
+                folder_or_run + (fs::exists(given)
+                                     ? ": a file, expected the folder of a run or a checkpoint"
+                                     : ": no such folder"));
   if (!fs::is_directory(given / "ckpt"))
     return {folder_or_run, checked_manifest(folder_or_run, verify)};
   const auto folders = list_checkpoints(folder_or_run);
