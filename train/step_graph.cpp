@@ -3,12 +3,31 @@
 #include <c10/util/Exception.h>
 
 #ifdef XLSTM_CUDA
+#include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAFunctions.h>
+
+#include <mutex>
 #endif
 
 namespace xlstm::train {
 
 #ifdef XLSTM_CUDA
+
+namespace {
+
+/// After a recording that failed torch 2.11 takes its default generator to be recorded still, and ends the program at the
+/// next draw. It goes on with a state of its own that stands where the old one did.
+void renew_generator() {
+  const c10::DeviceIndex device = c10::cuda::current_device();
+  at::Generator generator = at::cuda::detail::getDefaultCUDAGenerator(device);
+  at::Generator fresh = at::cuda::detail::createCUDAGenerator(device);
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  fresh.set_state(generator.get_state());
+  generator.graphsafe_set_state(fresh);
+}
+
+}  // namespace
 
 struct StepGraph::Impl {
   std::unique_ptr<at::cuda::CUDAGraph> graph;
@@ -26,6 +45,7 @@ void StepGraph::record(const std::function<void()>& work) {
     try {
       graph->capture_end();  // the stream must leave the capture; that itself fails after an error
     } catch (const std::exception&) {
+      renew_generator();
     }
     throw;
   }

@@ -154,7 +154,8 @@ class BlockModel : public LanguageModel {
       const BlockState& block_state = state.empty() ? BlockState{} : state[i];
       if (options_.activation_checkpointing) {
         std::tie(x, next[i]) =
-            nn::checkpoint(blocks_[i], stream.sum(), block_state, reset, options_.fused);
+            nn::checkpoint(blocks_[i], stream.sum(), block_state, reset, options_.fused,
+                           /*draws=*/options_.dropout > 0);
         stream.replace(x);
       } else {
         next[i] = blocks_[i]->advance(stream, block_state, reset);

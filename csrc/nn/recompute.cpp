@@ -83,13 +83,13 @@ class AutocastGuard {
 /// parameters and those it borrows.
 struct Call : torch::CustomClassHolder {
   Call(std::shared_ptr<Block> block_, size_t num_state_, std::optional<at::Tensor> reset_,
-       bool fused_, at::Device device)
+       bool fused_, bool draws, at::Device device)
       : block(std::move(block_)),
         num_state(num_state_),
         reset(std::move(reset_)),
         fused(fused_),
         autocast(device.type()) {
-    if (block->is_training() && !device.is_meta()) random = random_state(device);
+    if (draws && block->is_training() && !device.is_meta()) random = random_state(device);
   }
   variable_list run(const variable_list& inputs) const {
     const at::Device device = inputs[0].device();
@@ -106,7 +106,7 @@ struct Call : torch::CustomClassHolder {
   std::optional<at::Tensor> reset;
   bool fused;
   Autocast autocast;
-  at::Tensor random;
+  at::Tensor random;  ///< undefined where nothing is drawn
 };
 
 struct Checkpoint : torch::autograd::Function<Checkpoint> {
@@ -161,15 +161,15 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
 }  // namespace
 
 Result checkpoint(const std::shared_ptr<Block>& block, const at::Tensor& x, const State& state,
-                  const std::optional<at::Tensor>& reset, bool fused) {
+                  const std::optional<at::Tensor>& reset, bool fused, bool draws) {
   if (!at::GradMode::is_enabled()) return block->forward(x, state, reset, fused);
   variable_list inputs = {x};
   inputs.insert(inputs.end(), state.begin(), state.end());
   for (auto& parameter : block->parameters()) inputs.push_back(parameter);
   for (auto& parameter : block->outer_parameters()) inputs.push_back(parameter);
-  auto outputs =
-      Checkpoint::apply(at::TensorList(inputs),
-                        c10::make_intrusive<Call>(block, state.size(), reset, fused, x.device()));
+  auto outputs = Checkpoint::apply(
+      at::TensorList(inputs),
+      c10::make_intrusive<Call>(block, state.size(), reset, fused, draws, x.device()));
   return {outputs[0], State(outputs.begin() + 1, outputs.end())};
 }
 

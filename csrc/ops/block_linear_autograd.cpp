@@ -4,6 +4,7 @@
 
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/block_linear.h"
+#include "csrc/ops/block_linear_products.h"
 
 namespace xlstm::ops {
 namespace {
@@ -55,7 +56,9 @@ at::Tensor block_linear_autocast(const at::Tensor& x, const at::Tensor& weight,
                       at::autocast::cached_cast(type, bias, kDevice));
 }
 
-at::Tensor block_linear_meta(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor&) {
+at::Tensor block_linear_meta(const at::Tensor& x, const at::Tensor& weight,
+                             const OptionalTensor& bias) {
+  check_block_linear_devices(x, weight, bias);
   TORCH_CHECK(weight.dim() == 3, "block_linear: weight: expected (NB,O,I), got ", weight.dim(),
               " dimensions");
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());

@@ -7,6 +7,7 @@
 
 #include "csrc/ops/block_linear.h"
 #include "csrc/ops/block_linear_products.h"
+#include "csrc/ops/common.h"
 #include "csrc/ops/cuda_device.h"
 #include "csrc/ops/rows.h"
 #ifdef XLSTM_CUDA
@@ -109,6 +110,7 @@ at::Tensor block_linear_cuda(const at::Tensor& x, const at::Tensor& weight,
 Gradients block_linear_backward_cuda(const at::Tensor& dy, const at::Tensor& x,
                                      const at::Tensor& weight, bool has_bias) {
   check_block_linear(x, weight, {});
+  check_device("block_linear", "dy", dy, x.device());
   const c10::DeviceGuard guard(x.device());
   const at::Tensor upstream = dy.to(x.scalar_type());
 #ifdef XLSTM_CUDA

@@ -6,6 +6,8 @@
 
 #include <vector>
 
+#include "csrc/ops/common.h"
+
 namespace xlstm::ops {
 namespace {
 
@@ -22,8 +24,15 @@ at::Tensor empty_like(const at::Tensor& x, int64_t channels) {
 
 }  // namespace
 
+void check_block_linear_devices(const at::Tensor& x, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias) {
+  check_device("block_linear", "weight", weight, x.device());
+  if (bias) check_device("block_linear", "bias", *bias, x.device());
+}
+
 void check_block_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias) {
+  check_block_linear_devices(x, weight, bias);
   TORCH_CHECK(weight.dim() == 3, "block_linear: weight: expected (NB,O,I), got shape ",
               weight.sizes());
   const int64_t in = weight.size(0) * weight.size(2), out = weight.size(0) * weight.size(1);

@@ -7,6 +7,9 @@
 
 namespace xlstm::ops {
 
+/// A kernel would take their addresses as those of its own device.
+void check_block_linear_devices(const at::Tensor& x, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias);
 void check_block_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias);
 

@@ -6,6 +6,7 @@
 
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/linear_cross_entropy.h"
+#include "csrc/ops/linear_cross_entropy_blocks.h"
 
 namespace xlstm::ops {
 namespace {
@@ -92,9 +93,10 @@ at::TensorOptions accumulate_options(const at::Tensor& x) {
   return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
-at::Tensor linear_cross_entropy_meta(const at::Tensor& x, const at::Tensor&,
+at::Tensor linear_cross_entropy_meta(const at::Tensor& x, const at::Tensor& weight,
                                      const at::Tensor& target, int64_t, double,
                                      std::string_view reduction) {
+  check_linear_cross_entropy_devices(x, weight, target);
   const c10::SymIntArrayRef sizes =
       reduction == "none" ? target.sym_sizes() : c10::SymIntArrayRef();
   return at::empty_symint(sizes, accumulate_options(x));

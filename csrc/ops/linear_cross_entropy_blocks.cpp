@@ -12,11 +12,13 @@
 #include <algorithm>
 #include <limits>
 
+#include "csrc/ops/common.h"
 #include "csrc/ops/rows.h"
 
 namespace xlstm::ops {
 namespace {
 
+constexpr const char* kOp = "linear_cross_entropy";
 constexpr int64_t kMostLogits = int64_t{1} << 26;  // of a block: 256 MB in float32
 
 /// a b in the dtype of accumulation, with factors in their own.
@@ -28,9 +30,16 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType accu
 
 }  // namespace
 
+void check_linear_cross_entropy_devices(const at::Tensor& x, const at::Tensor& weight,
+                                        const at::Tensor& target) {
+  check_device(kOp, "weight", weight, x.device());
+  check_device(kOp, "target", target, x.device());
+}
+
 void check_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
                                 const at::Tensor& target, double soft_cap,
                                 std::string_view reduction) {
+  check_linear_cross_entropy_devices(x, weight, target);
   TORCH_CHECK(x.dim() >= 1, "linear_cross_entropy: x: expected (...,D), got a scalar");
   TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(-1),
               "linear_cross_entropy: weight: expected (V,D) with D = ", x.size(-1), ", got shape ",
@@ -75,6 +84,7 @@ std::pair<at::Tensor, at::Tensor> cross_entropy_block(const CrossEntropyBlock& b
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_blocks(
     const LinearCrossEntropyCall& call, const CrossEntropyBlockFunction& function) {
   check_linear_cross_entropy(call.x, call.weight, call.target, call.soft_cap, call.reduction);
+  if (call.row_scales.defined()) check_device(kOp, "grad", call.row_scales, call.x.device());
   const int64_t rows = call.target.numel(), width = call.x.size(-1), vocab = call.weight.size(0);
   const at::ScalarType type = call.x.scalar_type(), accumulate = accumulate_type(type);
   dtype_code(call.x, "linear_cross_entropy: x");

@@ -12,6 +12,9 @@
 
 namespace xlstm::ops {
 
+/// A kernel would take their addresses as those of its own device.
+void check_linear_cross_entropy_devices(const at::Tensor& x, const at::Tensor& weight,
+                                        const at::Tensor& target);
 void check_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
                                 const at::Tensor& target, double soft_cap,
                                 std::string_view reduction);

@@ -137,6 +137,8 @@ void check_slstm_arguments(const SlstmArguments& a) {
                           a.cu_seqlens->scalar_type() == at::kInt,
                       "slstm: cu_seqlens: expected (sequences + 1) int32, got ",
                       shape_of(*a.cu_seqlens));
+    TORCH_CHECK_VALUE(a.cu_seqlens->device() == a.wx.device(), "slstm: cu_seqlens: expected on ",
+                      a.wx.device(), " as wx, got ", a.cu_seqlens->device());
     TORCH_CHECK_VALUE(a.wx.sym_size(0) == 1, "slstm: wx: expected B = 1 with cu_seqlens, got ",
                       shape_of(a.wx));
   }

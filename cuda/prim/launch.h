@@ -20,8 +20,9 @@ struct LaunchShape {
 #if defined(__CUDACC__)
 
 inline void check_launch(cudaError_t status, const char* name) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // told here: whoever asks next, torch after its own launches, would take it for its own
+  throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
 }
 
 template <class Params>

@@ -73,6 +73,22 @@ TEST_CASE("checkpointing repeats dropout and leaves the random stream where it w
   check_equal(draw(true), draw(false));
 }
 
+TEST_CASE("checkpointing asks no generator for a block that draws nothing") {
+  auto options = mlstm_options();
+  options.dropout = 0.5;  // drawn all the same, which shows that the stream is not put back
+  torch::manual_seed(8);
+  const auto block = named_block<MlstmBlock>("dropout", options).block;
+  const at::Tensor x = random_input(5, 7).set_requires_grad(true);
+  const auto draw_behind = [&](bool draws) {
+    torch::manual_seed(9);
+    checkpoint(block, x, {}, {}, /*fused=*/true, draws).first.sum().backward();
+    return at::rand({4});
+  };
+  const at::Tensor behind = draw_behind(true);
+  CHECK(at::equal(behind, draw_behind(true)));
+  CHECK_FALSE(at::equal(behind, draw_behind(false)));
+}
+
 TEST_CASE(
     "checkpointing under autocast computes the backward pass in the forward pass's precision") {
   torch::manual_seed(10);
