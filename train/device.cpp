@@ -63,6 +63,10 @@ void wait_for(at::Device device) {
   c10::impl::VirtualGuardImpl(device.type()).getStream(device).synchronize();
 }
 
+void release_reserved_memory(at::Device device) {
+  if (!device.is_cpu()) at::getDeviceAllocator(device.type())->emptyCache();
+}
+
 double peak_memory_gib(at::Device device) {
   if (device.is_cpu()) {
     struct rusage usage {};

@@ -17,6 +17,9 @@ void use_own_stream(at::Device device);
 /// Waits for everything that was enqueued on the calling thread's stream. Nothing on a CPU.
 void wait_for(at::Device device);
 
+/// Gives back to the GPU what torch's allocator holds in reserve. Nothing on a CPU.
+void release_reserved_memory(at::Device device);
+
 /// Largest memory held so far: of the process, or on a GPU of torch's allocator.
 double peak_memory_gib(at::Device device);
 

@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "train/autocast.h"
+#include "train/device.h"
 #include "train/failpoint.h"
 #include "train/log.h"
 #include "train/schedule.h"
@@ -196,6 +197,9 @@ at::Tensor TrainStep::work(int64_t step) {
 void TrainStep::record(int64_t step) {
   may_record_ = false;  // once
   try {
+    // A recording has memory of its own. What the steps before it used is not needed beside that, and while it runs torch's
+    // allocator gives nothing back.
+    release_reserved_memory(device_);
     graph_.record([&] { numbers_ = work(step); });
     log_debug("the training step is recorded as a CUDA graph");
   } catch (const std::exception& error) {

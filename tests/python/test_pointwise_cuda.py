@@ -1,4 +1,5 @@
-"""causal_conv1d and the norms on a GPU, against the same operators in float64 on the CPU. Skipped without one."""
+"""causal_conv1d, the norms, block_linear and linear_cross_entropy on a GPU, against the same operators in float64 on the
+CPU. Skipped without one."""
 
 import pytest
 import torch
@@ -98,6 +99,76 @@ def test_residual_norm_equals_float64(kind, dtype):
     for dim in (64, 33, 2100, 4200):
         inputs = [randn(2, 5, dim), randn(2, 5, dim, seed=1), randn(dim), randn(dim, seed=1)]
         check(lambda *a: ops.residual_norm(*a, kind=kind), inputs, [(2, 5, dim)] * 2, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("blocks, out, width", [(8, 4, 4), (12, 2, 2), (3, 8, 8), (5, 4, 4), (3, 5, 5), (2, 3, 5), (2, 40, 40)])
+def test_block_linear_equals_float64(blocks, out, width, dtype):
+    for rows in ((2, 7), (1,), (700,)):
+        inputs = [randn(*rows, blocks * width), randn(blocks, out, width), randn(blocks * out)]
+        for used in (inputs, inputs[:2]):
+            check(lambda *a: (ops.block_linear(*a),), used, [(*rows, blocks * out)], dtype)
+
+
+def entropy(target, **options):
+    return lambda x, w: (ops.linear_cross_entropy(x, w, target.to(x.device), **options),)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("vocab", [40, 36, 37, 1])  # rows of logits at 16 bytes, those of gradients too or not, neither
+def test_linear_cross_entropy_equals_float64(vocab, reduction, dtype):
+    target = torch.arange(150).view(3, 50) * 7 % vocab
+    target[0, 3:9] = -100
+    for soft_cap in (0.0, 2.0):
+        run = entropy(target, reduction=reduction, soft_cap=soft_cap)
+        check(run, [randn(3, 50, 24), 0.2 * randn(vocab, 24)], [(3, 50) if reduction == "none" else ()], dtype)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_linear_cross_entropy_in_several_blocks_of_rows(reduction):
+    target = torch.arange(150) * 5003 % 2**20
+    target[[5, 64, 149]] = -100
+    run = entropy(target, reduction=reduction)
+    check(run, [randn(150, 3), 0.2 * randn(2**20, 3)], [(150,) if reduction == "none" else ()], torch.float32)
+
+
+def test_a_target_outside_of_the_vocabulary_makes_its_loss_nan():
+    x, w = randn(4, 8).to(DEVICE, torch.float32), randn(16, 8).to(DEVICE, torch.float32)
+    target = torch.tensor([3, 16, -1, -100], device=DEVICE)
+    loss, dx, _ = results(lambda x, w: (ops.linear_cross_entropy(x, w, target, reduction="none"),), [x, w],
+                          [torch.ones(4, device=DEVICE)])
+    assert loss.isnan().tolist() == [False, True, True, False] and loss[3] == 0
+    assert dx.isnan().all(1).tolist() == [False, True, True, False] and (dx[3] == 0).all()
+
+
+def between(x):
+    """The same numbers, not at a multiple of 16 bytes."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_storage_that_begins_between_16_bytes(dtype):
+    b, t, c = 2, 70, 64
+    target = torch.arange(b * t).view(b, t) % 40
+    check(conv(), [randn(b, t, c), randn(c, 4), randn(c), randn(b, 3, c)], [(b, t, c), (b, 3, c)], dtype, between)
+    norm = [randn(b, t, 2, 32), randn(c), randn(c, seed=1), randn(b, t, c), randn(c, seed=2), randn(b, t, c, seed=3)]
+    check(lambda *a: (ops.headwise_norm(*a),), norm, [(b, t, c)], dtype, between)
+    check(ops.residual_norm, [randn(b, t, c), randn(b, t, c, seed=1), randn(c)], [(b, t, c)] * 2, dtype, between)
+    check(lambda *a: (ops.block_linear(*a),), [randn(b, t, c), randn(16, 4, 4), randn(c)], [(b, t, c)], dtype, between)
+    check(entropy(target), [randn(b, t, c), 0.2 * randn(40, c)], [()], dtype, between)
+
+
+def test_tensors_of_the_cpu_are_refused():
+    x, w, b = (randn(*s).to(DEVICE) for s in ((5, 8), (2, 4, 4), (8,)))
+    for given in ((x, w.cpu()), (x, w, b.cpu())):
+        with pytest.raises(RuntimeError, match="block_linear: (weight|bias): expected device cuda:0, got cpu"):
+            ops.block_linear(*given)
+    target = torch.arange(5)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: target: expected device cuda:0, got cpu"):
+        ops.linear_cross_entropy(x, randn(9, 8).to(DEVICE), target)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: weight: expected device cuda:0, got cpu"):
+        ops.linear_cross_entropy(x, randn(9, 8), target.to(DEVICE))
 
 
 def test_repeats_are_equal_to_the_bit_and_nothing_waits():

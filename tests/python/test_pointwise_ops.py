@@ -37,6 +37,18 @@ def test_block_linear_gradcheck_on_views(blocks, out, width):
     torch.testing.assert_close(y, block_by_aten(up[:1, :1, :c], w).expand_as(y))
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "target"])
+def test_tensors_of_another_device_are_refused(name):
+    """A kernel would take their addresses as those of its own device. The meta device stands for the other one here."""
+    given = {"x": randn(5, 8), "weight": randn(2, 4, 4), "bias": randn(8)}
+    if name == "target":
+        given = {"x": randn(5, 8), "weight": randn(9, 8), "target": torch.arange(5)}
+    operator = "linear_cross_entropy" if name == "target" else "block_linear"
+    given[name] = given[name].to("meta")
+    with pytest.raises(RuntimeError, match=f"{operator}: {name}: expected device cpu, got meta"):
+        getattr(ops, operator)(**given)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("soft_cap", [0.0, 5.0])
 @pytest.mark.parametrize("sizes", [((3, 50), 20, 37), ((1,), 1, 1), ((2500,), 8, 130), ((130,), 4, 70001)])

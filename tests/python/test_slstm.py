@@ -401,6 +401,10 @@ def test_second_derivative_is_an_error():
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: expected .* int32, got .*Long"),
         ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "wx: expected B = 1 with cu_seqlens"),
         (
+            {"wx": torch.zeros(1, 5, 4, 2, 4), "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32, device="meta")},
+            "cu_seqlens: expected on cpu as wx, got meta",
+        ),
+        (
             {"wx": torch.zeros(1, 5, 4, 2, 4), "cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)},
             "cu_seqlens: expected to go from 0 to T = 5, got 0 to 4",
         ),
