@@ -22,7 +22,10 @@ try:
     from lm_eval.utils import simple_parse_args_string
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError(f'lm-evaluation-harness is not there ({error}); install it with: pip install "lm_eval>=0.4"') from error
+    missing = f'lm-evaluation-harness is not there ({error}); install it with: pip install "lm_eval>=0.4"'
+    if __name__ == "__main__":
+        sys.exit(f"error: {missing}")
+    raise ImportError(missing) from error
 
 
 @register_model("xlstm")

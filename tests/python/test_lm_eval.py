@@ -197,3 +197,11 @@ def test_windows_are_those_of_the_harness(length):
     ids = list(range(1, length + 1))
     theirs = map(make_disjoint_window, get_rolling_token_windows(ids, 0, 8, 1))
     assert rolling_windows(ids, 0, 8) == list(theirs)
+
+
+def test_the_command_without_the_harness_says_what_to_install():
+    code = f"import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module('{ADAPTER}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: lm-evaluation-harness is not there") and "pip install" in done.stderr
+    assert "Traceback" not in done.stderr
