@@ -30,8 +30,12 @@ def _load_xlstm(config_path, weights_path):
         raise ConvertError(EXIT_CONFIG, f"{config_path}: {' '.join(str(error).split())}") from error
     try:
         tensors = load_file(weights_path)
-    except Exception as error:  # safetensors raises types of its own for a broken file
+    except OSError as error:
         raise ConvertError(EXIT_WEIGHTS, f"{weights_path}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # safetensors raises types of its own for a broken file
+        what = f"no safetensors file ({' '.join(str(error).split())})"
+        how = "write the state_dict with safetensors.torch.save_file"
+        raise ConvertError(EXIT_WEIGHTS, f"{weights_path}: {what}; {how}") from error
     if isinstance(config, dict) and isinstance(config.get("model"), dict):
         config = config["model"]
     return config, tensors

@@ -256,9 +256,14 @@ def test_configuration_errors(changes, part):
     assert part in str(caught.value) and caught.value.code == 2
 
 
-def test_unreadable_files(tmp_path):
+def test_unreadable_files(tmp_path, capsys):
     assert convert.main(["--from", "xlstm", "--config", str(tmp_path / "no.yaml"), "--weights", "x", "--out", "y"]) == 2
     (tmp_path / "config.yaml").write_text(json.dumps(make_config()))
     (tmp_path / "weights.safetensors").write_bytes(b"not a safetensors file")
     files = ["--config", str(tmp_path / "config.yaml"), "--weights", str(tmp_path / "weights.safetensors")]
     assert convert.main(["--from", "xlstm", *files, "--out", str(tmp_path / "out")]) == 4
+    assert "write the state_dict with safetensors.torch.save_file" in capsys.readouterr().err
+    files[-1] = str(tmp_path / "absent.safetensors")
+    assert convert.main(["--from", "xlstm", *files, "--out", str(tmp_path / "out")]) == 4
+    told = capsys.readouterr().err
+    assert "absent.safetensors" in told and "save_file" not in told
