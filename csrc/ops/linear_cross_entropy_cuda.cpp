@@ -59,6 +59,7 @@ CrossEntropyBlockFunction block_function(const at::Tensor& x) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_forward_cuda(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target, int64_t ignore_index,
     double soft_cap, std::string_view reduction, bool need_dx, bool need_dweight) {
+  check_linear_cross_entropy_devices(x, weight, target);  // x itself may be what is not on the GPU
   const c10::DeviceGuard guard(x.device());
   return linear_cross_entropy_blocks(
       {x, weight, target, ignore_index, soft_cap, reduction, {}, need_dx, need_dweight},
@@ -76,6 +77,7 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_backward_cuda(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
     const OptionalTensor& dx, const OptionalTensor& dweight, int64_t ignore_index, double soft_cap,
     std::string_view reduction) {
+  check_linear_cross_entropy_devices(x, weight, target);
   const c10::DeviceGuard guard(x.device());
   const at::ScalarType type = x.scalar_type();
   if (reduction != "none") {

@@ -169,6 +169,8 @@ def test_tensors_of_the_cpu_are_refused():
         ops.linear_cross_entropy(x, randn(9, 8).to(DEVICE), target)
     with pytest.raises(RuntimeError, match="linear_cross_entropy: weight: expected device cuda:0, got cpu"):
         ops.linear_cross_entropy(x, randn(9, 8), target.to(DEVICE))
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: weight: expected device cpu, got cuda:0"):
+        ops.linear_cross_entropy(x.cpu(), randn(9, 8).to(DEVICE), target)
 
 
 def test_repeats_are_equal_to_the_bit_and_nothing_waits():
