@@ -55,6 +55,13 @@ std::vector<at::Tensor> gradients_of(const NamedTensors& parameters) {
   return gradients;
 }
 
+/// Not what recomputes dropout: it sets the generator back to where the forward pass was, which torch 2.11 lets happen in a
+/// recording without an effect on it. The two passes of a block would then drop different numbers.
+bool may_be_recorded(const config::Config& config) {
+  return config.train.cuda_graph &&
+         !(config.model.activation_checkpointing && config.model.dropout > 0);
+}
+
 }  // namespace
 
 NamedTensors named_parameters(const models::LanguageModel& model) {
@@ -87,7 +94,7 @@ TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const confi
       total_steps_(total_steps(config)),
       device_(model.head_weight().device()),
       halted_(at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device_))),
-      may_record_(config.train.cuda_graph && group_ == nullptr && !device_.is_cpu() &&
+      may_record_(may_be_recorded(config) && group_ == nullptr && !device_.is_cpu() &&
                   StepGraph::available()) {}
 
 /// On a CPU the batch's own memory is read. On a GPU it is copied to where the recorded step looks for it.
