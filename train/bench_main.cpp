@@ -134,7 +134,6 @@ Json generation_json(models::LanguageModel& model, int64_t prompt,
   for (size_t i = 0; i < positions.size(); ++i) {
     const std::string position = std::to_string(positions[i]);
     json["token_" + position + "_ms"] = 1e3 * times.token_s[i];
-    json["token_" + position + "_best_ms"] = 1e3 * times.best_s[i];
     json["until_" + position + "_s"] = times.until_s[i];
   }
   return json;

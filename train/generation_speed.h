@@ -11,13 +11,12 @@ namespace xlstm::train {
 
 struct GenerationTimes {
   std::vector<double> token_s;  ///< median of the tokens up to each position, 64 at most
-  std::vector<double>
-      best_s;  ///< the fastest of them: what other work on the machine does not change
   std::vector<double> until_s;  ///< from before the prompt to each position
 };
 
 /// Generates one sequence greedily behind a random prompt of `prompt` tokens, up to the last of `positions` (which grow,
-/// from 1). Needs no-grad mode and a model in eval mode.
+/// from 1), three times. Each number is the lowest of the three: other work on the machine, which slows a stretch of one of
+/// them, only adds to it. Needs no-grad mode and a model in eval mode.
 GenerationTimes time_generation(models::LanguageModel& model, int64_t prompt,
                                 const std::vector<int64_t>& positions,
                                 std::optional<bool> lazy_fold = {});

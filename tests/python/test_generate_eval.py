@@ -164,10 +164,10 @@ def test_bench_tells_how_fast_a_model_generates(tmp_path):
     report = json.loads((tmp_path / "bench.json").read_text())
     assert "training" not in report and "decoding" not in report and report["seconds"] > 0
     generation, throughput = report["generation"], report["throughput"]
-    times = {f"{name.format(p)}" for p in (3, 40) for name in ("token_{}_ms", "token_{}_best_ms", "until_{}_s")}
+    times = {f"{name.format(p)}" for p in (3, 40) for name in ("token_{}_ms", "until_{}_s")}
     assert set(generation) == times | {"prompt"} and generation["prompt"] == 5
-    assert 0 < generation["token_40_best_ms"] <= generation["token_40_ms"]
-    assert generation["token_3_ms"] > 0 and 0 < generation["until_3_s"] < generation["until_40_s"]
+    assert min(generation["token_3_ms"], generation["token_40_ms"]) > 0
+    assert 0 < generation["until_3_s"] < generation["until_40_s"]
     assert throughput["max"] == max(throughput["batch_1"], throughput["batch_2"]) > 0
     program("xlstm-bench", config, "--positions", "0", "--steps", 0, check=2)
     program("xlstm-bench", config, "--steps", 0, "--tokens", 0, "--positions", "3", check=0)

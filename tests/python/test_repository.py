@@ -71,8 +71,8 @@ def test_layers_only_include_what_stands_below():
         "csrc/nn": {"csrc/nn", "csrc/ops", "csrc/core"},
         "csrc/models": {"csrc/models", "csrc/nn", "csrc/ops", "csrc/core"},
         "csrc/data": {"csrc/data", "csrc/core"},
-        "csrc/config": {"csrc/config", "csrc/core", "csrc/models/model_options.h", "csrc/data/task_options.h",
-                        "csrc/data/tokenizer_spec.h"},  # plain values
+        "csrc/config": {"csrc/config", "csrc/core", "csrc/models/model_options.h", "csrc/models/model_kinds.h",
+                        "csrc/data/task_options.h", "csrc/data/tokenizer_spec.h"},  # plain values
     }
     bad = []
     for folder, below in allowed.items():
