@@ -29,31 +29,31 @@ void check_shape(const at::Tensor& t, const char* name, c10::SymIntArrayRef size
     const auto number = sizes[i].maybe_as_int();
     expected += (i ? "," : "") + (number ? std::to_string(*number) : std::string("s"));
   }
-  TORCH_CHECK_VALUE(same, "slstm: ", name, ": expected ", meaning, " = ", expected, "), got ",
-                    shape_of(t));
+  TORCH_CHECK(same, "slstm: ", name, ": expected ", meaning, " = ", expected, "), got ",
+              shape_of(t));
 }
 
 void check_parameter(const at::Tensor& t, const char* name, const at::Tensor& wx) {
   const at::ScalarType state = slstm_state_type(wx.scalar_type());
-  TORCH_CHECK_TYPE(t.scalar_type() == wx.scalar_type() || t.scalar_type() == state, "slstm: ", name,
-                   ": expected ",
-                   wx.scalar_type() == state
-                       ? ""
-                       : std::string(c10::toString(wx.scalar_type())) + " (as wx) or ",
-                   c10::toString(state), ", got ", c10::toString(t.scalar_type()));
-  TORCH_CHECK_VALUE(t.device() == wx.device(), "slstm: ", name, ": expected on ", wx.device(),
-                    " as wx, got ", t.device());
+  TORCH_CHECK(t.scalar_type() == wx.scalar_type() || t.scalar_type() == state, "slstm: ", name,
+              ": expected ",
+              wx.scalar_type() == state
+                  ? ""
+                  : std::string(c10::toString(wx.scalar_type())) + " (as wx) or ",
+              c10::toString(state), ", got ", c10::toString(t.scalar_type()));
+  TORCH_CHECK(t.device() == wx.device(), "slstm: ", name, ": expected on ", wx.device(),
+              " as wx, got ", t.device());
 }
 
 void check_states(const SlstmArguments& a, const c10::SymInt& count) {
   const bool lstm = slstm_cell(a.cell) == cpu::SlstmCell::kLstm;
-  TORCH_CHECK_VALUE(a.y0.has_value() == a.c0.has_value(),
-                    "slstm: y0 and c0: expected both or neither, got only ",
-                    a.y0.has_value() ? "y0" : "c0");
+  TORCH_CHECK(a.y0.has_value() == a.c0.has_value(),
+              "slstm: y0 and c0: expected both or neither, got only ",
+              a.y0.has_value() ? "y0" : "c0");
   if (!lstm) {
-    TORCH_CHECK_VALUE(a.n0.has_value() == a.y0.has_value() && a.m0.has_value() == a.y0.has_value(),
-                      "slstm: y0, c0, n0 and m0: expected all or none with cell \"", a.cell,
-                      "\", got", a.y0 ? " y0 c0" : "", a.n0 ? " n0" : "", a.m0 ? " m0" : "");
+    TORCH_CHECK(a.n0.has_value() == a.y0.has_value() && a.m0.has_value() == a.y0.has_value(),
+                "slstm: y0, c0, n0 and m0: expected all or none with cell \"", a.cell, "\", got",
+                a.y0 ? " y0 c0" : "", a.n0 ? " n0" : "", a.m0 ? " m0" : "");
   }
   const at::ScalarType type = slstm_state_type(a.wx.scalar_type());
   const std::array<std::pair<const char*, const OptionalTensor*>, 4> states{
@@ -62,10 +62,10 @@ void check_states(const SlstmArguments& a, const c10::SymInt& count) {
     if (!state->has_value()) continue;
     check_shape(**state, name, {count, a.wx.sym_size(3), a.wx.sym_size(4)},
                 a.cu_seqlens ? "(sequences,NH,DH)" : "(B,NH,DH)");
-    TORCH_CHECK_TYPE((*state)->scalar_type() == type, "slstm: ", name, ": expected ",
-                     c10::toString(type), ", got ", c10::toString((*state)->scalar_type()));
-    TORCH_CHECK_VALUE((*state)->device() == a.wx.device(), "slstm: ", name, ": expected on ",
-                      a.wx.device(), " as wx, got ", (*state)->device());
+    TORCH_CHECK((*state)->scalar_type() == type, "slstm: ", name, ": expected ",
+                c10::toString(type), ", got ", c10::toString((*state)->scalar_type()));
+    TORCH_CHECK((*state)->device() == a.wx.device(), "slstm: ", name, ": expected on ",
+                a.wx.device(), " as wx, got ", (*state)->device());
   }
 }
 
@@ -74,8 +74,8 @@ c10::SymInt state_count(const OptionalTensor& cu_seqlens, const at::Tensor& of_b
 }
 
 void check_clip(double clip) {
-  TORCH_CHECK_VALUE(clip >= 0,
-                    "slstm: recurrent_clip: expected 0 (none) or a positive number, got ", clip);
+  TORCH_CHECK(clip >= 0, "slstm: recurrent_clip: expected 0 (none) or a positive number, got ",
+              clip);
 }
 
 using Sizes = std::vector<c10::SymInt>;
@@ -105,9 +105,8 @@ Sizes checkpoint_sizes(const Sizes& y, const c10::SymInt& states, bool packed, c
 cpu::SlstmCell slstm_cell(std::string_view name) {
   if (name == "slstm") return cpu::SlstmCell::kSlstm;
   if (name == "slstm_expf") return cpu::SlstmCell::kSlstmExpf;
-  TORCH_CHECK_VALUE(name == "lstm",
-                    "slstm: cell: expected \"slstm\", \"slstm_expf\" or \"lstm\", got \"", name,
-                    "\"");
+  TORCH_CHECK(name == "lstm", "slstm: cell: expected \"slstm\", \"slstm_expf\" or \"lstm\", got \"",
+              name, "\"");
   return cpu::SlstmCell::kLstm;
 }
 
@@ -119,12 +118,12 @@ void check_slstm_arguments(const SlstmArguments& a) {
   slstm_cell(a.cell);
   check_clip(a.recurrent_clip);
   const at::ScalarType type = a.wx.scalar_type();
-  TORCH_CHECK_VALUE(a.wx.dim() == 5 && a.wx.sym_size(2) == 4,
-                    "slstm: wx: expected (B,T,4,NH,DH), gates in the order i, f, z, o, got ",
-                    shape_of(a.wx));
-  TORCH_CHECK_VALUE(a.wx.sym_size(3) >= 1 && a.wx.sym_size(4) >= 1,
-                    "slstm: wx: expected NH >= 1 and DH >= 1, got ", shape_of(a.wx));
-  TORCH_CHECK_TYPE(
+  TORCH_CHECK(a.wx.dim() == 5 && a.wx.sym_size(2) == 4,
+              "slstm: wx: expected (B,T,4,NH,DH), gates in the order i, f, z, o, got ",
+              shape_of(a.wx));
+  TORCH_CHECK(a.wx.sym_size(3) >= 1 && a.wx.sym_size(4) >= 1,
+              "slstm: wx: expected NH >= 1 and DH >= 1, got ", shape_of(a.wx));
+  TORCH_CHECK(
       type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
       "slstm: wx: expected float32, float64, bfloat16 or float16, got ", c10::toString(type));
   const c10::SymInt heads = a.wx.sym_size(3), dh = a.wx.sym_size(4);
@@ -133,30 +132,29 @@ void check_slstm_arguments(const SlstmArguments& a) {
   check_parameter(a.r, "r", a.wx);
   check_parameter(a.b, "b", a.wx);
   if (a.cu_seqlens) {
-    TORCH_CHECK_VALUE(a.cu_seqlens->dim() == 1 && a.cu_seqlens->sym_size(0) >= 1 &&
-                          a.cu_seqlens->scalar_type() == at::kInt,
-                      "slstm: cu_seqlens: expected (sequences + 1) int32, got ",
-                      shape_of(*a.cu_seqlens));
-    TORCH_CHECK_VALUE(a.cu_seqlens->device() == a.wx.device(), "slstm: cu_seqlens: expected on ",
-                      a.wx.device(), " as wx, got ", a.cu_seqlens->device());
-    TORCH_CHECK_VALUE(a.wx.sym_size(0) == 1, "slstm: wx: expected B = 1 with cu_seqlens, got ",
-                      shape_of(a.wx));
+    TORCH_CHECK(a.cu_seqlens->dim() == 1 && a.cu_seqlens->sym_size(0) >= 1 &&
+                    a.cu_seqlens->scalar_type() == at::kInt,
+                "slstm: cu_seqlens: expected (sequences + 1) int32, got ", shape_of(*a.cu_seqlens));
+    TORCH_CHECK(a.cu_seqlens->device() == a.wx.device(), "slstm: cu_seqlens: expected on ",
+                a.wx.device(), " as wx, got ", a.cu_seqlens->device());
+    TORCH_CHECK(a.wx.sym_size(0) == 1, "slstm: wx: expected B = 1 with cu_seqlens, got ",
+                shape_of(a.wx));
   }
   check_states(a, state_count(a.cu_seqlens, a.wx));
   if (!a.reset) return;
   check_shape(*a.reset, "reset", {a.wx.sym_size(0), a.wx.sym_size(1)}, "(B,T)");
-  TORCH_CHECK_TYPE(a.reset->scalar_type() == at::kBool, "slstm: reset: expected bool, got ",
-                   c10::toString(a.reset->scalar_type()));
-  TORCH_CHECK_VALUE(a.reset->device() == a.wx.device(), "slstm: reset: expected on ", a.wx.device(),
-                    " as wx, got ", a.reset->device());
+  TORCH_CHECK(a.reset->scalar_type() == at::kBool, "slstm: reset: expected bool, got ",
+              c10::toString(a.reset->scalar_type()));
+  TORCH_CHECK(a.reset->device() == a.wx.device(), "slstm: reset: expected on ", a.wx.device(),
+              " as wx, got ", a.reset->device());
 }
 
 void check_slstm_backward_arguments(const SlstmBackwardArguments& a) {
   slstm_cell(a.cell);
   check_clip(a.recurrent_clip);
-  TORCH_CHECK_VALUE(a.y.dim() == 4, "slstm_backward: y: expected (B,T,NH,DH), got ", shape_of(a.y));
-  TORCH_CHECK_VALUE(a.wx.has_value() == a.b.has_value(),
-                    "slstm_backward: wx and b: expected both or neither");
+  TORCH_CHECK(a.y.dim() == 4, "slstm_backward: y: expected (B,T,NH,DH), got ", shape_of(a.y));
+  TORCH_CHECK(a.wx.has_value() == a.b.has_value(),
+              "slstm_backward: wx and b: expected both or neither");
   const Sizes y = a.y.sym_sizes().vec();
   check_shape(a.r, "r", {4, y[2], y[3], y[3]}, "(4,NH,DH,DH)");
   if (a.wx) check_shape(*a.wx, "wx", {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
@@ -219,12 +217,12 @@ std::vector<cpu::SlstmRow> slstm_sequences(int64_t batch, int64_t time,
   const at::Tensor ends = cu_seqlens->to(at::kCPU).contiguous();
   const int32_t* const end = ends.const_data_ptr<int32_t>();
   const int64_t count = ends.size(0) - 1;
-  TORCH_CHECK_VALUE(end[0] == 0 && end[count] == time,
-                    "slstm: cu_seqlens: expected to go from 0 to T = ", time, ", got ", end[0],
-                    " to ", end[count]);
+  TORCH_CHECK(end[0] == 0 && end[count] == time,
+              "slstm: cu_seqlens: expected to go from 0 to T = ", time, ", got ", end[0], " to ",
+              end[count]);
   for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK_VALUE(end[i] <= end[i + 1], "slstm: cu_seqlens: expected no falling values, got ",
-                      end[i], " before ", end[i + 1]);
+    TORCH_CHECK(end[i] <= end[i + 1], "slstm: cu_seqlens: expected no falling values, got ", end[i],
+                " before ", end[i + 1]);
     rows.push_back({0, end[i], end[i + 1] - end[i], i});
   }
   std::stable_sort(rows.begin(), rows.end(), [](const cpu::SlstmRow& a, const cpu::SlstmRow& b) {

@@ -153,7 +153,7 @@ SlstmOutputs slstm_cpu(const SlstmArguments& a) {
 }
 
 SlstmResults slstm_forward_cpu(const SlstmArguments& a) {
-  TORCH_CHECK_VALUE(!a.preactivations, "slstm_forward: preactivations: expected False on the CPU");
+  TORCH_CHECK(!a.preactivations, "slstm_forward: preactivations: expected False on the CPU");
   return forward_cpu(a, true);
 }
 

@@ -61,7 +61,7 @@ SlstmOutputs slstm_cuda(const SlstmArguments& a) {
 }
 
 SlstmResults slstm_forward_cuda(const SlstmArguments& a) {
-  TORCH_CHECK_VALUE(a.preactivations, "slstm_forward: preactivations: expected True on CUDA");
+  TORCH_CHECK(a.preactivations, "slstm_forward: preactivations: expected True on CUDA");
   return run_forward(a, true);
 }
 
