@@ -2,19 +2,22 @@
 
 Importing registers the operators as torch.ops.xlstm.*; load() gives a trained model:
 
-    model = libxlstm.load("runs/demo", device="cuda")    # a checkpoint or run folder
+    model = libxlstm.load("runs/demo", device="cuda")    # a checkpoint or run folder; a torch.nn.Module
     logits, state = model(ids)                           # ids (B,T) int64 -> logits (B,T,V)
     logits, state = model(next_ids, state)               # goes on from there, any number of tokens
 """
 
 import importlib.machinery
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import torch
 
-__all__ = ["Error", "load", "__version__"]
+from .model import Model
+
+__all__ = ["Error", "Model", "load", "make_model", "__version__"]
 __version__ = "0.1.0"
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -72,13 +75,7 @@ def _load_module():
 
 
 def load(checkpoint_dir, verify=True, device="cpu", dtype=None):
-    """The model of a checkpoint folder, or of a run folder (its newest good checkpoint), in eval mode.
-
-    The result is called as model(ids, state=None, reset=None) -> (logits, state): ids (B,T) int64, T >= 0, logits
-    (B,T,V) float32, state one list of tensors per block (None: before the first token), reset (B,T) bool: the state
-    is empty before that token. Gradients flow where torch's grad mode is on. The rest is as torch.nn.Module has it:
-    parameters(), named_parameters(), to(device, dtype), train(), eval(); loss(ids, targets) trains, save(folder) keeps
-    what it learned, model.config are the settings of its run as YAML.
+    """The Model of a checkpoint folder, or of a run folder (its newest good checkpoint), in eval mode.
 
     verify: check every file against its sha256. device, dtype: where the parameters shall be; dtype None: float32.
 
@@ -86,14 +83,25 @@ def load(checkpoint_dir, verify=True, device="cpu", dtype=None):
     """
     module = _load_module()
     try:
-        model = module.load(str(checkpoint_dir), verify)
+        core = module.load(str(checkpoint_dir), verify)
     except module.Error as error:
         if not (Path(checkpoint_dir) / "config.json").is_file():  # here it is config.yaml
             raise
         hint = module.Error(f"{error}; of a folder of transformers `python -m libxlstm.convert --from hf` makes one")
         hint.code = error.code
         raise hint from None
-    return model.to(torch.device(device), dtype)
+    return Model(core).to(device=device, dtype=dtype)
+
+
+def make_model(settings):
+    """A freshly initialised Model (torch.manual_seed decides), on the CPU and in train mode.
+
+    settings: a configuration as the programs take it, as YAML or a dictionary, of which model counts:
+    {"model": {"embedding_dim": 256, "num_blocks": 8, "slstm_at": [1]}}; `xlstm-train --help` lists all of it. Raises
+    libxlstm.Error naming the setting that is wrong.
+    """
+    text = settings if isinstance(settings, str) else json.dumps(settings)  # which is YAML, too
+    return Model(_load_module().make_model(text))
 
 
 def __getattr__(name):

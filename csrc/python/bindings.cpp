@@ -1,6 +1,6 @@
-// libxlstm._C: models that the C++ programs trained, for Python. The forward pass runs without the interpreter lock;
-// autograd works through it, because parameters and results are the same tensors on both sides.
-#include <ATen/core/grad_mode.h>
+// libxlstm._C: models that the C++ programs trained, for Python, where libxlstm/model.py makes torch.nn.Modules of them.
+// The forward pass runs without the interpreter lock; autograd works through it, because parameters and results are the
+// same tensors on both sides.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -35,41 +35,24 @@ class PyModel {
     return model_->loss(ids, targets, reset, reduction.c_str());
   }
   /// The model's own tensors, not copies, in registration order.
-  std::vector<at::Tensor> parameters() const { return model_->parameters(); }
   std::vector<std::pair<std::string, at::Tensor>> named_parameters() const {
     std::vector<std::pair<std::string, at::Tensor>> result;
     for (const auto& item : model_->named_parameters())
       result.emplace_back(item.key(), item.value());
     return result;
   }
-  /// In place: every reference to a parameter sees it move. Tensors that are no floating-point numbers keep their dtype.
-  void to(std::optional<at::Device> device, std::optional<at::ScalarType> dtype) {
-    TORCH_CHECK(!dtype || at::isFloatingType(*dtype), "dtype: expected a floating-point one, got ",
-                *dtype);
-    const at::NoGradGuard no_grad;
-    const auto moved = [&](const at::Tensor& tensor) {
-      const auto kind =
-          tensor.is_floating_point() ? dtype.value_or(tensor.scalar_type()) : tensor.scalar_type();
-      return tensor.to(device.value_or(tensor.device()), kind);
-    };
-    for (const auto& [name, tensor] : xlstm::train::named_model_tensors(*model_)) {
-      const at::Tensor data = moved(tensor), gradient = tensor.grad();
-      if (data.is_same(tensor)) continue;
-      at::Tensor target = tensor;
-      if (gradient.defined()) target.mutable_grad() = at::Tensor();
-      target.set_data(data);
-      if (gradient.defined()) target.mutable_grad() = moved(gradient);
-    }
-  }
+  /// Checkpoints hold float32, or what it can take in: float64 is rounded.
   void save(const std::string& folder) const {
     xlstm::config::Config config = config_;
     config.data.tokenizer = tokenizer_;
-    xlstm::train::save_model_folder(folder, config, xlstm::train::named_model_tensors(*model_));
+    xlstm::NamedTensors tensors = xlstm::train::named_model_tensors(*model_);
+    for (auto& [name, tensor] : tensors)
+      if (tensor.scalar_type() == at::kDouble) tensor = tensor.detach().to(at::kFloat);
+    xlstm::train::save_model_folder(folder, config, tensors);
   }
-  int64_t num_parameters() const {
-    int64_t count = 0;
-    for (const auto& parameter : model_->parameters()) count += parameter.numel();
-    return count;
+  /// Of the same settings, with weights drawn anew.
+  PyModel fresh() const {
+    return PyModel(xlstm::models::make_language_model(config_.model), config_, folder_, tokenizer_);
   }
   void train(bool on) { model_->train(on); }
   bool training() const { return model_->is_training(); }
@@ -77,9 +60,11 @@ class PyModel {
   const std::string& folder() const { return folder_; }
   std::string repr() const {
     const auto& o = model_->options();
+    int64_t numbers = 0;
+    for (const auto& parameter : model_->parameters()) numbers += parameter.numel();
     return "<libxlstm model " + o.kind + ": " + std::to_string(o.num_blocks) + " blocks, width " +
            std::to_string(o.embedding_dim) + ", vocabulary " + std::to_string(o.vocab_size) + ", " +
-           std::to_string(num_parameters()) + " parameters>";
+           std::to_string(numbers) + " parameters>";
   }
 
  private:
@@ -121,41 +106,6 @@ void save_safetensors(const std::string& path, const py::dict& tensors) {
   xlstm::save_safetensors(path, named, {{"format", "pt"}});
 }
 
-void save_model(const PyModel& self, const py::object& folder) {
-  const std::string path = py::str(folder);
-  py::gil_scoped_release no_lock;
-  self.save(path);
-}
-
-/// model.to() as torch has it: a device, a dtype, or both, the device also by name.
-PyModel& move_model(PyModel& self, py::object device, py::object dtype) {
-  const py::module_ torch = py::module_::import("torch");
-  if (py::isinstance(device, torch.attr("dtype"))) {
-    if (!dtype.is_none()) throw py::type_error("to(): two dtypes were given");
-    std::swap(device, dtype);
-  }
-  if (!dtype.is_none() && !py::isinstance(dtype, torch.attr("dtype")))
-    throw py::type_error("dtype: expected one as torch.bfloat16, got " +
-                         py::repr(dtype).cast<std::string>());
-  std::optional<at::Device> place;
-  if (!device.is_none()) place = torch.attr("device")(device).cast<at::Device>();
-  const auto kind = dtype.cast<std::optional<at::ScalarType>>();
-  py::gil_scoped_release no_lock;
-  self.to(place, kind);
-  return self;
-}
-
-PyModel& set_training(PyModel& self, bool on) {
-  self.train(on);
-  return self;
-}
-
-/// What copy.deepcopy, torch.save and the like call.
-py::object refuse_to_copy(const PyModel&, const py::object&) {
-  throw py::type_error(
-      "a model is copied and kept by model.save(folder) and libxlstm.load(folder) alone");
-}
-
 /// A checkpoint's message is for people; c10::Error would otherwise carry a C++ backtrace.
 /// xlstm::Error becomes libxlstm.Error, a RuntimeError with the exit status of the programs as `code`; torch's own
 /// errors become what torch makes of them (IndexError, ValueError, RuntimeError, ...).
@@ -179,49 +129,18 @@ void register_errors(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   register_errors(m);
   using no_lock = py::call_guard<py::gil_scoped_release>;
-  py::class_<PyModel>(m, "Model",
-                      "A language model: model(ids, state=None, reset=None) -> (logits, state).")
+  py::class_<PyModel>(m, "Model", "What a libxlstm.Model stands for, and is documented there.")
       .def("__call__", &PyModel::forward, py::arg("ids"), py::arg("state") = py::none(),
-           py::arg("reset") = py::none(), no_lock(),
-           "ids (B,T) int64 -> logits (B,T,V) and the state after the last token (one list of "
-           "tensors per block).\n"
-           "state None: before the first token. reset (B,T) bool: the state is empty before that "
-           "token.")
-      .def(
-          "loss", &PyModel::loss, py::arg("ids"), py::arg("targets"), py::arg("reset") = py::none(),
-          py::arg("reduction") = "mean", no_lock(),
-          "Cross entropy in nats of the model's predictions; never holds all logits.\n"
-          "ids, targets (B,T) int64: targets[b,t] is the token that follows ids[b,t], so both are "
-          "slices of one\n"
-          "(B,T+1) tensor, x[:, :-1] and x[:, 1:]; nothing is shifted here. Targets of -100 do not "
-          "count. reset (B,T)\n"
-          "bool: the state is empty before that token. reduction \"mean\": over the targets that "
-          "count, a scalar (0 where\n"
-          "none does); \"sum\": their sum; \"none\": (B,T), 0 where a target does not count. "
-          "Differentiable.\n"
-          "A model of numbers (model.input_features with vocab_size 1) takes ids (B,T,F) and "
-          "targets (B,T), both float,\n"
-          "and gives squared errors; targets of NaN do not count.")
-      .def("parameters", &PyModel::parameters,
-           "The model's own tensors, as an optimizer takes them.")
-      .def("named_parameters", &PyModel::named_parameters,
-           "Pairs of name and tensor, as in torch.nn.Module.")
-      .def("to", &move_model, py::arg("device") = py::none(), py::arg("dtype") = py::none(),
-           "Moves the parameters, in place, to a device, a floating-point dtype, or both; gives "
-           "the model.")
-      .def("save", &save_model, py::arg("folder"),
-           "Writes a checkpoint folder for load() and the programs, tokenizer included.")
-      .def("train", &set_training, py::arg("mode") = true, "Dropout on; gives the model.")
-      .def(
-          "eval", [](PyModel& self) -> PyModel& { return set_training(self, false); },
-          "Dropout off; gives the model.")
-      .def("__reduce_ex__", &refuse_to_copy)
+           py::arg("reset") = py::none(), no_lock())
+      .def("loss", &PyModel::loss, py::arg("ids"), py::arg("targets"), py::arg("reset"),
+           py::arg("reduction"), no_lock())
+      .def("named_parameters", &PyModel::named_parameters)
+      .def("fresh", &PyModel::fresh, no_lock())
+      .def("save", &PyModel::save, py::arg("folder"), no_lock())
+      .def("train", &PyModel::train, py::arg("mode"))
       .def_property_readonly("training", &PyModel::training)
-      .def_property_readonly("num_parameters", &PyModel::num_parameters)
-      .def_property_readonly("config", &PyModel::config,
-                             "Every setting of the run that made the model, as YAML.")
-      .def_property_readonly("folder", &PyModel::folder,
-                             "The checkpoint folder, \"\" for a fresh model.")
+      .def_property_readonly("config", &PyModel::config)
+      .def_property_readonly("folder", &PyModel::folder)
       .def("__repr__", &PyModel::repr);
   m.def("load", &load, py::arg("checkpoint_dir"), py::arg("verify") = true, no_lock(),
         "The model of a checkpoint folder, or of a run folder (its newest good checkpoint), in "

@@ -90,7 +90,7 @@ def _step(model, optimizer, loss_of):
 def our_training_step(vocab, dim, blocks, slstm_at, ids, targets):
     import libxlstm
 
-    model = libxlstm._C.make_model(
+    model = libxlstm.make_model(
         f"model: {{vocab_size: {vocab}, embedding_dim: {dim}, num_blocks: {blocks}, num_heads: 4, slstm_at: {slstm_at}}}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     return _step(model, optimizer, lambda: model.loss(ids, targets))

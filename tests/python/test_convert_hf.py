@@ -256,7 +256,7 @@ model:
 
 def make_ours(folder, yaml_text=YAML):
     torch.manual_seed(5)
-    model = libxlstm._C.make_model(yaml_text)
+    model = libxlstm.make_model(yaml_text)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.15)

@@ -13,7 +13,7 @@ VOCABULARY, DIM, BLOCKS, HEADS = 31, 32, 2, 4
 
 
 def model(kind, extra=""):
-    ours = libxlstm._C.make_model(f"model: {{kind: {kind}, vocab_size: {VOCABULARY}, embedding_dim: {DIM}, "
+    ours = libxlstm.make_model(f"model: {{kind: {kind}, vocab_size: {VOCABULARY}, embedding_dim: {DIM}, "
                                   f"num_blocks: {BLOCKS}, num_heads: {HEADS}{extra}}}")
     torch.manual_seed(0)
     with torch.no_grad():

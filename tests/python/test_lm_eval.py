@@ -61,7 +61,7 @@ metric_list: [{metric: exact_match}]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(3)
-    model = libxlstm._C.make_model(YAML)
+    model = libxlstm.make_model(YAML)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     parameters["lm_head.weight"].mul_(10)
     folder = tmp_path_factory.mktemp("model") / "checkpoint"

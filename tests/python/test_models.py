@@ -21,7 +21,7 @@ C = libxlstm._C
 
 def make_model(seed=1):
     torch.manual_seed(seed)
-    return C.make_model(YAML)
+    return libxlstm.make_model(YAML)
 
 
 def random_ids(*shape):
@@ -80,7 +80,7 @@ def test_parameters_share_storage_and_train():
 def test_gradient_equals_that_of_the_logits():
     model = make_model()
     ids, targets = random_ids(2, 9), random_ids(2, 9)
-    parameters = model.parameters()
+    parameters = list(model.parameters())
     expected = torch.nn.functional.cross_entropy(model(ids)[0].flatten(0, 1), targets.flatten())
     loss = model.loss(ids, targets)
     torch.testing.assert_close(loss, expected)
@@ -109,7 +109,7 @@ def test_save_and_load(tmp_path):
 
 def test_to_moves_the_parameters_in_place(tmp_path):
     model = make_model()
-    weight = model.parameters()[0]
+    weight = next(model.parameters())
     ids = random_ids(2, 7)
     model.loss(ids, ids).backward()
     gradient = weight.grad.clone()
@@ -124,11 +124,12 @@ def test_to_moves_the_parameters_in_place(tmp_path):
     torch.testing.assert_close(model(ids)[0], wide.float(), rtol=1e-4, atol=1e-5)
     model.to(torch.bfloat16)
     assert weight.dtype == torch.bfloat16 and model(ids)[0].dtype == torch.float32
-    for wrong in ({"dtype": torch.int64}, {"device": "nowhere"}):
-        with pytest.raises(RuntimeError):
+    for wrong, error in (({"dtype": torch.int64}, TypeError), ({"dtype": "bfloat16"}, TypeError), ({"device": "nowhere"}, RuntimeError)):
+        with pytest.raises(error):
             model.to(**wrong)
-    with pytest.raises(TypeError, match="dtype: expected one as torch.bfloat16, got 'bfloat16'"):
-        model.to(dtype="bfloat16")
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        model.to("meta")
+    assert model(ids)[0].device.type == "cpu"
 
     model.save(tmp_path / "model")
     # Half precision is kept in the file, and widened, exactly, where it is not wanted.
@@ -176,14 +177,101 @@ def test_mode():
     assert not model.train(False).training
 
 
-def test_copies_go_by_a_folder(tmp_path):
-    model = make_model()
-    for copying in (copy.copy, copy.deepcopy):
+def test_it_is_a_module(tmp_path):
+    """state_dict, freezing, hooks, zero_grad, named parts: as torch.nn.Module has them."""
+    model, other = make_model(1), make_model(2)
+    ids = random_ids(2, 7)
+    assert isinstance(model, torch.nn.Module) and {"", "embedding", "blocks", "blocks.1.slstm"} <= {n for n, _ in model.named_modules()}
+    state = model.state_dict()
+    assert list(state) == [name for name, _ in model.named_parameters()] and not any(t.requires_grad for t in state.values())
+    torch.save(state, tmp_path / "weights.pt")
+    with torch.no_grad():
+        expected = model(ids)[0]
+        assert not torch.equal(other(ids)[0], expected)
+        assert str(other.load_state_dict(torch.load(tmp_path / "weights.pt"))) == "<All keys matched successfully>"
+        assert torch.equal(other(ids)[0], expected)
+    with pytest.raises(RuntimeError, match="blocks.0.mlstm.skip"):
+        other.load_state_dict({k: v for k, v in state.items() if k != "blocks.0.mlstm.skip"})
+    with pytest.raises(ValueError, match="assign=True"):
+        other.load_state_dict(state, assign=True)
+
+    model.blocks.requires_grad_(False)
+    seen = []
+    handle = model.register_forward_hook(lambda module, given, result: seen.append(result[0].shape))
+    model(ids)[0].sum().backward()
+    handle.remove()
+    assert seen == [(2, 7, 300)]
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {"embedding", "out_norm", "lm_head"}
+    model.zero_grad()
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_settings_as_a_dictionary():
+    torch.manual_seed(1)
+    model = libxlstm.make_model({"model": {"vocab_size": 300, "embedding_dim": 32, "num_blocks": 3, "num_heads": 2, "slstm_at": [1]}})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make_model().parameters(), strict=True))
+    with pytest.raises(libxlstm.Error, match="embeding_dim.*embedding_dim"):
+        libxlstm.make_model({"model": {"embeding_dim": 32}})
+
+
+def test_copies(tmp_path):
+    model = make_model().to(torch.float64).eval()
+    model.lm_head.requires_grad_(False)
+    ids = random_ids(2, 7)
+    state = torch.get_rng_state()
+    other = copy.deepcopy(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not other.training and other.config == model.config and other(ids)[0].dtype == torch.float64
+    for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr() and a.requires_grad == b.requires_grad, name
+    before = model(ids)[0]
+    with torch.no_grad():
+        other.embedding.weight.zero_()
+    assert torch.equal(model(ids)[0], before) and not torch.equal(other(ids)[0], before)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert torch.equal(average(ids)[0], before)
+
+    for copying in (copy.copy, lambda model: torch.save(model, tmp_path / "model.pt")):
         with pytest.raises(TypeError, match=r"model\.save\(folder\)"):
             copying(model)
     model.save(tmp_path / "model")
-    other = libxlstm.load(tmp_path / "model")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    loaded = libxlstm.load(tmp_path / "model")
+    assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_replaced_parameter_is_an_error():
+    """The C++ model would compute with the old one in silence."""
+    model = make_model()
+    ids = random_ids(1, 5)
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="was replaced"):
+        torch.func.functional_call(model, zeros, (ids,))
+    model(ids)
+    model.out_norm.weight = torch.nn.Parameter(torch.ones(32))
+    for use in (lambda: model(ids), lambda: model.loss(ids, ids), lambda: model.save("nowhere")):
+        with pytest.raises(RuntimeError, match="weight: a parameter was replaced"):
+            use()
+
+
+def test_distributed_data_parallel_takes_it(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, alone = make_model(), make_model()
+        ids = random_ids(2, 7)
+        for each in (torch.nn.parallel.DistributedDataParallel(model), alone):
+            torch.nn.functional.cross_entropy(each(ids)[0].flatten(0, 1), ids.flatten()).backward()
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_compile_leaves_a_call_as_it_is():
+    model = make_model()
+    ids = random_ids(2, 9)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(ids)[0], model(ids)[0])
 
 
 def test_a_folder_of_transformers_is_pointed_to_the_converter(tmp_path):
@@ -203,7 +291,7 @@ def test_errors_are_python_exceptions():
     with pytest.raises(IndexError, match="out of range"):
         model(torch.full((1, 2), 300))
     with pytest.raises(libxlstm.Error, match="<string>:2.*colour") as caught:
-        C.make_model("model:\n  colour: 3\n")
+        libxlstm.make_model("model:\n  colour: 3\n")
     assert caught.value.code == 2
     with pytest.raises(libxlstm.Error, match="does-not-exist"):
         libxlstm.load("does-not-exist")

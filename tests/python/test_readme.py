@@ -31,7 +31,7 @@ def commands():
 
 def test_its_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    libxlstm._C.make_model("model: {embedding_dim: 32, num_blocks: 2, num_heads: 2}").save("runs/quickstart")
+    libxlstm.make_model("model: {embedding_dim: 32, num_blocks: 2, num_heads: 2}").save("runs/quickstart")
     names = {}
     operators, model = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
     exec(operators, names)

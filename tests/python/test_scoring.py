@@ -26,7 +26,7 @@ def make_model(kind="xlstm", **options):
     """With a sharp head: wrong states would move log-likelihoods by far more than rounding. The likeliest token is a byte, and
     not the one that ends a document."""
     torch.manual_seed(3)
-    model = libxlstm._C.make_model(make_yaml(kind, **options))
+    model = libxlstm.make_model(make_yaml(kind, **options))
     model.eval()
     with torch.no_grad():
         head = dict(model.named_parameters())["lm_head.weight"]
