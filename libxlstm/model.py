@@ -1,5 +1,7 @@
 """The C++ models as torch.nn.Module."""
 
+import contextlib
+
 import torch
 
 
@@ -47,6 +49,24 @@ class Model(torch.nn.Module):
         self._check_parameters()
         return self._core.loss(ids, targets, reset, reduction)
 
+    def generate(self, prompt, max_new_tokens=256, temperature=0.8, top_k=0, top_p=1.0, seed=42, stop_token=None,
+                 vocab_size=None, on_token=None):
+        """The ids that continue one prompt, a list or a tensor (T) or (1,T) of at least one id, drawn as xlstm-generate draws
+        them: in constant time and memory per token, without dropout, the same for the same seed on every platform.
+
+        temperature 0: greedy. top_k: from so many of the likeliest, 0: all; top_p: from the likeliest that hold this
+        probability. stop_token: the end, which is the last id then. vocab_size: only ids below it, where the model's vocabulary
+        is padded. on_token(id) is called with each id at once. Raises libxlstm.Error.
+        """
+        self._check_parameters()
+        ids = torch.as_tensor(prompt)
+        if ids.dim() > 2 or ids.dim() == 2 and ids.size(0) != 1:
+            raise ValueError(f"prompt: expected one sequence of ids, got the shape {tuple(ids.shape)}")
+        stop_token, vocab_size = -1 if stop_token is None else stop_token, vocab_size or 0
+        with self._own_stream():
+            return self._core.generate(ids.flatten().tolist(), max_new_tokens, temperature, top_k, top_p, seed, stop_token,
+                                       vocab_size, on_token)
+
     def save(self, folder):
         """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32."""
         self._check_parameters()
@@ -87,13 +107,23 @@ class Model(torch.nn.Module):
                     parameter.grad.data = fn(parameter.grad)
         return self
 
+    def _own_stream(self):
+        """On a GPU, a stream where decoding steps can be recorded, which the default one does not allow."""
+        device = next(self.parameters()).device
+        if device.type != "cuda":
+            return contextlib.nullcontext()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(stream)
+
     def _check_parameters(self):
         """The C++ model would go on with its own tensors and say nothing."""
         for parameters, key, tensor in self._own:
             if parameters.get(key) is not tensor:
                 raise RuntimeError(
-                    f"{key}: a parameter was replaced (by an assignment, torch.func.functional_call or a parametrization), but "
-                    "the C++ model computes with its own tensor; change that in place: parameter.copy_(values) in torch.no_grad()"
+                    f"{key}: a parameter was replaced (by an assignment, torch.func.functional_call or a parametrization), "
+                    "but the C++ model computes with its own tensor; change that in place: parameter.copy_(values) in "
+                    "torch.no_grad()"
                 )
 
     def __deepcopy__(self, memo):

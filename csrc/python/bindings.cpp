@@ -8,6 +8,7 @@
 #include "csrc/core/error.h"
 #include "csrc/models/language_model.h"
 #include "train/checkpoint.h"
+#include "train/generation.h"
 
 namespace {
 
@@ -33,6 +34,17 @@ class PyModel {
   at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets,
                   const std::optional<at::Tensor>& reset, const std::string& reduction) {
     return model_->loss(ids, targets, reset, reduction.c_str());
+  }
+  /// Holds the interpreter lock only while it looks for Ctrl-C and tells a token.
+  std::vector<int64_t> generate(const std::vector<int64_t>& prompt,
+                                const xlstm::train::SamplingOptions& options,
+                                const py::object& on_token) {
+    const py::gil_scoped_release no_lock;
+    return xlstm::train::generate(*model_, prompt, options, [&](int64_t id) {
+      const py::gil_scoped_acquire lock;
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (!on_token.is_none()) on_token(id);
+    });
   }
   /// The model's own tensors, not copies, in registration order.
   std::vector<std::pair<std::string, at::Tensor>> named_parameters() const {
@@ -134,6 +146,24 @@ PYBIND11_MODULE(_C, m) {
            py::arg("reset") = py::none(), no_lock())
       .def("loss", &PyModel::loss, py::arg("ids"), py::arg("targets"), py::arg("reset"),
            py::arg("reduction"), no_lock())
+      .def(
+          "generate",
+          [](PyModel& self, const std::vector<int64_t>& prompt, int64_t max_new_tokens,
+             double temperature, int64_t top_k, double top_p, uint64_t seed, int64_t stop_token,
+             int64_t vocab_size, const py::object& on_token) {
+            return self.generate(prompt,
+                                 {.max_new_tokens = max_new_tokens,
+                                  .temperature = temperature,
+                                  .top_k = top_k,
+                                  .top_p = top_p,
+                                  .seed = seed,
+                                  .stop_token = stop_token,
+                                  .vocab_size = vocab_size},
+                                 on_token);
+          },
+          py::arg("prompt"), py::arg("max_new_tokens"), py::arg("temperature"), py::arg("top_k"),
+          py::arg("top_p"), py::arg("seed"), py::arg("stop_token"), py::arg("vocab_size"),
+          py::arg("on_token"))
       .def("named_parameters", &PyModel::named_parameters)
       .def("fresh", &PyModel::fresh, no_lock())
       .def("save", &PyModel::save, py::arg("folder"), no_lock())
