@@ -17,14 +17,24 @@ TWO_MICRO_BATCHES = "train.micro_batch_size=2"  # of the 4 samples of a step: as
 
 def free_port():
     with socket.socket() as s:
-        s.bind(("localhost", 0))
+        s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def has_localhost():
+    try:
+        return bool(socket.getaddrinfo("localhost", None))
+    except OSError:
+        return False
+
+
+under_torchrun = pytest.mark.skipif(not has_localhost(), reason="torchrun needs the name localhost, which /etc/hosts has not")
 
 
 def start(config, *arguments, size=2, own=None, failpoint="", failing=None):
     """The processes as torchrun starts them; own: {rank: arguments of that process alone}; failing: the rank of the only one
     that has the failpoint."""
-    environment = {**os.environ, "XLSTM_PYTHON": sys.executable, "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
+    environment = {**os.environ, "XLSTM_PYTHON": sys.executable, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(free_port())}
     environment.pop("XLSTM_FAILPOINT", None)
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
@@ -80,6 +90,7 @@ def test_four_processes_differ_by_rounding_alone(setup):  # noqa: F811
     assert here == pytest.approx(alone, rel=1e-4)
 
 
+@under_torchrun
 def test_torchrun(setup):  # noqa: F811
     config, run = setup
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -105,6 +116,7 @@ better: lower
 """
 
 
+@under_torchrun
 def test_a_sweep_whose_runs_have_two_processes(tmp_path, corpus):  # noqa: F811
     folder = tmp_path / "experiments" / "two"
     folder.mkdir(parents=True)

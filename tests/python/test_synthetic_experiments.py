@@ -37,8 +37,8 @@ def test_the_trainer_takes_every_model_at_full_size(experiment, tmp_path):
     for model, job in smallest.items():
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump(full.settings(job)))
-        done = subprocess.run([TRAINER, config, "--dry-run", "train.global_batch_size=1", "train.dtype=float32"],
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run([TRAINER, config, "--dry-run", "train.global_batch_size=1", "train.micro_batch_size=1",
+                               "train.dtype=float32"], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"{model}: {done.stderr}"
         assert f"{full.steps(job)} steps" in done.stdout.replace(",", ""), f"{model}\n{done.stdout}"
 
