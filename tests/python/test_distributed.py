@@ -35,7 +35,7 @@ def start(config, *arguments, size=2, own=None, failpoint="", failing=None):
     """The processes as torchrun starts them; own: {rank: arguments of that process alone}; failing: the rank of the only one
     that has the failpoint."""
     environment = {**os.environ, "XLSTM_PYTHON": sys.executable, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(free_port())}
+                   "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     environment.pop("XLSTM_FAILPOINT", None)
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     faults = [failpoint if failing in (None, rank) else "" for rank in range(size)]
