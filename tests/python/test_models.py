@@ -130,9 +130,12 @@ def test_to_moves_the_parameters_in_place(tmp_path):
     torch.testing.assert_close(model(ids)[0], wide.float(), rtol=1e-4, atol=1e-5)
     model.to(torch.bfloat16)
     assert weight.dtype == torch.bfloat16 and model(ids)[0].dtype == torch.float32
-    for wrong in ({"dtype": torch.int64}, {"dtype": "bfloat16"}, {"device": "nowhere"}):
-        with pytest.raises((TypeError, RuntimeError)):
+    for wrong, error, message in (({"dtype": torch.int64}, TypeError, "floating point"),
+                                  ({"dtype": "bfloat16"}, TypeError, "to\\(\\)"),
+                                  ({"device": "nowhere"}, RuntimeError, "nowhere")):
+        with pytest.raises(error, match=message):
             model.to(**wrong)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with pytest.raises(RuntimeError, match="incompatible tensor type"):
         model.to("meta")
     assert model(ids)[0].device.type == "cpu"
@@ -157,6 +160,8 @@ def test_to_and_load_take_a_gpu(tmp_path):
         for moved in (model.to("cuda"), libxlstm.load(tmp_path / "model", device="cuda")):
             assert {p.device.type for p in moved.parameters()} == {"cuda"}
             torch.testing.assert_close(moved(ids.cuda())[0].cpu(), expected, rtol=1e-3, atol=1e-4)
+            drawn = moved.generate([5, 290], 30, seed=3)
+            assert len(drawn) == 30 and drawn == moved.generate([5, 290], 30, seed=3)
 
 
 def test_loss_as_documented():
