@@ -27,15 +27,16 @@ def results(function, inputs, weights):
     return [*(o.detach() for o in out), *gradients]
 
 
-def check(function, inputs, sizes, dtype, move=lambda x: x):
-    """function(*inputs) -> outputs of these sizes; from the same rounded inputs on the CPU and, moved, on the GPU."""
+def check(function, inputs, sizes, dtype, move=lambda x: x, least=1e-6):
+    """function(*inputs) -> outputs of these sizes; from the same rounded inputs on the CPU and, moved, on the GPU. Errors count
+    relative to the norm of a result, which counts as `least` at least."""
     inputs = [x.to(dtype) for x in inputs]
     weights = [randn(*s, seed=9 + i).to(dtype) for i, s in enumerate(sizes)]
     exact = results(function, [x.double() for x in inputs], [w.double() for w in weights])
     got = results(function, [move(x.to(DEVICE)) for x in inputs], [w.to(DEVICE) for w in weights])
     for i, (x, y) in enumerate(zip(got, exact)):
         assert torch.isfinite(x).all()
-        assert (x.cpu().double() - y).norm() <= TOLERANCE[dtype] * y.norm().clamp_min(1e-6), f"result {i}"
+        assert (x.cpu().double() - y).norm() <= TOLERANCE[dtype] * y.norm().clamp_min(least), f"result {i}"
 
 
 def conv(reset=None, cu_seqlens=None, silu=True):
@@ -122,7 +123,9 @@ def test_linear_cross_entropy_equals_float64(vocab, reduction, dtype):
     target[0, 3:9] = -100
     for soft_cap in (0.0, 2.0):
         run = entropy(target, reduction=reduction, soft_cap=soft_cap)
-        check(run, [randn(3, 50, 24), 0.2 * randn(vocab, 24)], [(3, 50) if reduction == "none" else ()], dtype)
+        sizes = [(3, 50) if reduction == "none" else ()]
+        # With one word all results are zero: differences of equal numbers.
+        check(run, [randn(3, 50, 24), 0.2 * randn(vocab, 24)], sizes, dtype, least=1 if vocab == 1 else 1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
