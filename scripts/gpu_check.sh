@@ -196,8 +196,11 @@ check_suites() {
   local part=$1 file
   shift
   if ! "$python" -c 'import pytest' 2>/dev/null; then skip "$part" "$*: pytest is missing here"; return; fi
+  # In two processes each where pytest-xdist is there: they wait for float64 on the CPU.
+  local processes=()
+  if "$python" -c 'import xdist' 2>/dev/null; then processes=(-n 2); fi
   for file in "$@"; do
-    check "$part" "$file" 250 "$python" -m pytest -q -p no:cacheprovider "$file" &
+    check "$part" "$file" 250 "$python" -m pytest -q -p no:cacheprovider "${processes[@]}" "$file" &
   done
 }
 

@@ -11,6 +11,7 @@ product measured in the same run. Writes gpu_model.json into FOLDER (default scr
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def run_ours(program, config, overrides, steps, tokens):
 
 
 def time_peer(vocab, width, blocks, slstm_at, batch, seq_len, dtype, device, seconds):
-    """The xlstm package's training step; {"error": why} where it cannot run here."""
+    """The xlstm package's training step; {"error": why} where it cannot run here. Where the memory does not suffice, with the
+    largest half, quarter ... of the batch for which it does."""
     try:
         torch.manual_seed(0)
         ids = torch.randint(vocab, (batch, seq_len), device=device)
@@ -50,11 +52,24 @@ def time_peer(vocab, width, blocks, slstm_at, batch, seq_len, dtype, device, sec
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 return step()
 
-        result = measure(lambda: [run], device, Effort(warm_up=3, samples=5, calls=1, seconds=seconds))
-    except Exception as error:  # absent, out of memory, no compiler for its own CUDA code: a peer is optional
+        # Without a graph: a recording that ends for want of memory leaves torch's random generators unusable.
+        result = measure(lambda: [run], device, Effort(warm_up=3, samples=5, calls=1, seconds=seconds), graph=False)
+        return {"batch": batch, "step_ms": result["median_ms"], "tokens_per_s": 1e3 * batch * seq_len / result["median_ms"],
+                "method": result["method"], "extra_bytes": result["extra_bytes"]}
+    except torch.OutOfMemoryError as error:
+        short = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    except Exception as error:  # absent, no compiler for its own CUDA code: a peer is optional
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    return {"step_ms": result["median_ms"], "tokens_per_s": 1e3 * batch * seq_len / result["median_ms"],
-            "method": result["method"], "extra_bytes": result["extra_bytes"]}
+    free_memory()  # here, where the exception and with it what its frames hold are gone
+    if batch == 1:
+        return {"error": short}
+    return time_peer(vocab, width, blocks, slstm_at, batch // 2, seq_len, dtype, device, seconds)
+
+
+def free_memory():
+    """Of this process, for other processes too."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def print_case(case):
@@ -66,8 +81,9 @@ def print_case(case):
             print(f"  {name:9} {entry['error']}")
             continue
         mfu = f"  MFU {100 * training['mfu']:.1f} %" if "mfu" in training else ""
+        batch = f"  batch {training['batch']}" if training.get("batch", case["batch"]) != case["batch"] else ""
         decode = f"  decode {entry['decoding']['tokens_per_s']:.0f} tokens/s" if "decoding" in entry else ""
-        print(f"  {name:9} {training['tokens_per_s']:12,.0f} tokens/s{mfu}{decode}")
+        print(f"  {name:9} {training['tokens_per_s']:12,.0f} tokens/s{mfu}{batch}{decode}")
     if case["ratio"] is not None:
         print(f"  ratio     {case['ratio']:.2f}x", flush=True)
 
@@ -107,10 +123,11 @@ def main(argv=None):
             ours = run_ours(args.program, config, overrides, args.steps, args.decode)
             theirs = {"error": "left out"} if args.no_peers else time_peer(
                 vocab, width, blocks, at, batch, seq_len, dtype, device, args.seconds)
+            free_memory()
             both = "training" in ours and "tokens_per_s" in theirs
             ratio = ours["training"]["tokens_per_s"] / theirs["tokens_per_s"] if both else None
             cases.append({"case": f"xLSTM[{variant.replace('-', ':')}] {'tiny' if args.tiny else size}, batch {batch} x "
-                                  f"{seq_len}, {dtype}", "libxlstm": ours, "xlstm": theirs, "ratio": ratio})
+                                  f"{seq_len}, {dtype}", "batch": batch, "libxlstm": ours, "xlstm": theirs, "ratio": ratio})
             print_case(cases[-1])
     report = {"machine": gpu_machine(device), "peers": peers.versions(), "cases": cases}
     args.out.mkdir(parents=True, exist_ok=True)

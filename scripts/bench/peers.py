@@ -107,10 +107,9 @@ def xlstm_training_step(vocab, dim, blocks, slstm_at, ids, targets):
         xLSTMLMModelConfig,
     )
 
-    backend = "cuda" if ids.is_cuda else "vanilla"
-    slstm_layer = sLSTMLayerConfig(backend=backend, num_heads=4, conv1d_kernel_size=4, dtype="float32",
-                                   dtype_w="float32", dtype_r="float32", dtype_s="float32", dtype_b="float32",
-                                   dtype_g="float32", dtype_a="float32")
+    # On a GPU as the package is by itself: its CUDA code in bfloat16, biases and sums in float32.
+    types = {} if ids.is_cuda else dict.fromkeys(("dtype", *(f"dtype_{part}" for part in "wrsbga")), "float32")
+    slstm_layer = sLSTMLayerConfig(backend="cuda" if ids.is_cuda else "vanilla", num_heads=4, conv1d_kernel_size=4, **types)
     model = xLSTMLMModel(
         xLSTMLMModelConfig(
             vocab_size=vocab,
