@@ -14,6 +14,8 @@ class SlstmForwardBlock {
     return {kGroups, kPlanes, 1, Exchange::kBuffers, Exchange::kWithinBlock && kGroups == 1};
   }
   static constexpr int kResident = slstm_resident(kernel());
+  /// Every other step has sums of its own where there are many: a product waits for the one before it into the same sums.
+  static constexpr int kChains = kGroups == 1 && !kernel().small ? 2 : 1;
 
   DEVICE_FUNCTION SlstmForwardBlock(const SlstmForwardParams& params, unsigned char* shared)
       : p(params),
@@ -205,6 +207,8 @@ class SlstmForwardBlock {
         for (int j = 0; j < 2; ++j)
           sums[g][gate / 2][part_of(gate, j)] =
               bias[g][gate] + number_of<kPlanes>(next[g][gate][j], wide());
+#pragma unroll
+    for (int i = 0; i < (kChains - 1) * 8; ++i) other_sums[i / 4][i % 4] = 0;
   }
 
   DEVICE_FUNCTION void multiply(const bf16* y) {
@@ -216,8 +220,12 @@ class SlstmForwardBlock {
 #pragma unroll
           for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-            for (int m = 0; m < 2; ++m) slstm_multiply(sums[g][m], resident[i][g][m], b, first);
+            for (int m = 0; m < 2; ++m)
+              slstm_multiply(i % kChains == 0 ? sums[g][m] : other_sums[m], resident[i][g][m], b,
+                             first);
         });
+#pragma unroll
+    for (int i = 0; i < (kChains - 1) * 8; ++i) sums[0][i / 4][i % 4] += other_sums[i / 4][i % 4];
     if (kernel().small) return;
 #pragma unroll 1
     for (int i = kResident; i < my_steps; ++i) {
@@ -320,6 +328,7 @@ class SlstmForwardBlock {
 
   u32 resident[kResident][kGroups][2][kPlanes][4];
   float sums[kGroups][2][4];  ///< [group][gates 2 m, 2 m + 1][accumulator]
+  float other_sums[2][4];     ///< of the second chain
   CellState state[kGroups][2];
   float bias[kGroups][4];
   u32 next[kGroups][4][2];  ///< [group][gate][sequence]
