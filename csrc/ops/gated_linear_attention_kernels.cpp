@@ -170,7 +170,7 @@ std::vector<Tensor> gated_linear_attention_kernels_backward(const GatedChunks& i
     dq = dq + in.u * in.k * weight;
     dk = dk + in.u * q * weight;
     dv = dv + sum_of_rows(q * in.u * in.k) * dh;
-    du = (q * in.k * weight).sum({0, 1});
+    du = (q * in.k * weight).sum(at::IntArrayRef{0, 1});
   }
   const Tensor dstate0 = gradients.end.narrow(-1, 0, values).narrow(-2, 0, keys);
   return {(dq * in.scale).contiguous(),

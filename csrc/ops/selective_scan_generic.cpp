@@ -90,7 +90,7 @@ Tensor backward_block(const SelectiveScanArguments& in, int64_t first, const Blo
   put(sums.db, over_channels(block.input, dh));
   const Tensor dinput = over_states(dh, block.b);
   put(sums.dx, dinput * block.delta + dy * in.skip.to(dy.scalar_type()));
-  sums.dskip.add_((dy * block.x).sum({0, 1}));
+  sums.dskip.add_((dy * block.x).sum(at::IntArrayRef{0, 1}));
   // What passes to the state before each token; times that state it is the gradient of delta a.
   const Tensor passed = dh.mul_(block.keep);
   block.cut(passed);
@@ -98,7 +98,7 @@ Tensor backward_block(const SelectiveScanArguments& in, int64_t first, const Blo
   passed.select(1, 0).mul_(before);
   if (count > 1) passed.narrow(1, 1, count - 1).mul_(h.narrow(1, 0, count - 1));
   block.cut(passed);
-  sums.da.add_((passed * block.delta.unsqueeze(-1)).sum({0, 1}));
+  sums.da.add_((passed * block.delta.unsqueeze(-1)).sum(at::IntArrayRef{0, 1}));
   put(sums.ddelta, dinput * block.x + passed.mul_(in.a.to(dy.scalar_type())).sum(-1));
   return result;
 }

@@ -132,7 +132,7 @@ Tensor backward_block(const WkvArguments& in, int64_t first, const State& from, 
   const Read read(block, in.u, from);
   const Tensor dsum = dy / read.norm, dnorm = -dsum * read.y;
   const Tensor dgate = (dsum * block.v + dnorm) * read.fresh;
-  sums.du.add_(dgate.sum({0, 1}));
+  sums.du.add_(dgate.sum(at::IntArrayRef{0, 1}));
   const Tensor reading = at::stack({dsum * read.old, dnorm * read.old}, 2);  // of the state before
   if (block.reset.defined()) reading.masked_fill_(block.reset.unsqueeze(-1).unsqueeze(-1), 0);
   Tensor d = at::cat({reading.narrow(1, 1, count - 1), dstate.unsqueeze(1)}, 1);
@@ -143,7 +143,7 @@ Tensor backward_block(const WkvArguments& in, int64_t first, const State& from, 
   };
   put(sums.dk, dgate + (da * block.v + db) * block.entered);
   put(sums.dv, dsum * read.fresh + da * block.entered);
-  sums.dw.sub_(((d * read.sums).sum(2) * block.kept.squeeze(2)).sum({0, 1}));
+  sums.dw.sub_(((d * read.sums).sum(2) * block.kept.squeeze(2)).sum(at::IntArrayRef{0, 1}));
   const Tensor result = reading.select(1, 0).clone(at::MemoryFormat::Contiguous);
   add_passed(result, block.kept.select(1, 0), d.select(1, 0), reset_of_token(block.reset, 0, 3));
   return result;
