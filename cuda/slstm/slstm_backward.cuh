@@ -245,10 +245,16 @@ class SlstmBackwardBlock {
       if (!active) return;
       const float* parts = partials + warp / 2 * splits * 4 * 32 + lane;
       float total[2] = {0, 0};
+      // Always an even number of them: two loads on their way at a time.
 #pragma unroll 1
-      for (int split = 0; split < splits; ++split, parts += 4 * 32)
+      for (int split = 0; split < splits; split += 2, parts += 2 * 4 * 32) {
+        float part[2][2];
 #pragma unroll
-        for (int j = 0; j < 2; ++j) total[j] += parts[(2 * (warp % 2) + j) * 32];
+        for (int i = 0; i < 4; ++i)
+          part[i / 2][i % 2] = parts[(i / 2 * 4 + 2 * (warp % 2) + i % 2) * 32];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i % 2] += part[i / 2][i % 2];
+      }
 #pragma unroll
       for (int j = 0; j < 2; ++j) set_carried(0, j, total[j]);
     }
