@@ -32,4 +32,21 @@ inline prim::TensorMap operand_tensor_map(const Operand& x, const Chunks& chunks
   return prim::make_tensor_map(spec);
 }
 
+/// Dimensions (columns, rows, matrices) of states one behind the other; a box is box_rows x 64.
+inline prim::TensorMap state_tensor_map(const void* states, int32_t rows, int32_t columns,
+                                        int64_t matrices, prim::u32 box_rows) {
+  prim::TensorMapSpec spec;
+  spec.base = const_cast<void*>(states);
+  spec.rank = 3;
+  spec.dims[0] = static_cast<prim::u64>(columns);
+  spec.dims[1] = static_cast<prim::u64>(rows);
+  spec.dims[2] = static_cast<prim::u64>(matrices);
+  spec.strides[1] = 2 * spec.dims[0];
+  spec.strides[2] = 2 * spec.dims[0] * spec.dims[1];
+  spec.box[0] = 64;
+  spec.box[1] = box_rows;
+  spec.box[2] = 1;
+  return prim::make_tensor_map(spec);
+}
+
 }  // namespace xlstm::cuda

@@ -7,23 +7,6 @@
 namespace xlstm::cuda {
 namespace {
 
-/// Dimensions (DV, DQK, NH * slots), padded to 64; a box is 64 x 64.
-prim::TensorMap state_tensor_map(const SweepParams& p) {
-  const prim::u64 rows = static_cast<prim::u64>(padded(p.dqk)),
-                  columns = static_cast<prim::u64>(padded(p.dv));
-  prim::TensorMapSpec spec;
-  spec.base = const_cast<void*>(p.states);
-  spec.rank = 3;
-  spec.dims[0] = columns;
-  spec.dims[1] = rows;
-  spec.dims[2] = static_cast<prim::u64>(int64_t{p.chunks.num_heads} * p.chunks.slots);
-  spec.strides[1] = 2 * columns;
-  spec.strides[2] = 2 * columns * rows;
-  spec.box[0] = spec.box[1] = 64;
-  spec.box[2] = 1;
-  return prim::make_tensor_map(spec);
-}
-
 template <Use kUse>
 void launch_use(const SweepParams& params, const DeviceLimits& device, Stream stream) {
   using Shape = OutShapeSm90;
@@ -34,7 +17,8 @@ void launch_use(const SweepParams& params, const DeviceLimits& device, Stream st
                   operand_tensor_map(params.b, c),
                   operand_tensor_map(params.x, c),
                   params.dots == nullptr ? a : operand_tensor_map(params.dot, c),
-                  state_tensor_map(params),
+                  state_tensor_map(params.states, padded(params.dqk), padded(params.dv),
+                                   int64_t{c.num_heads} * c.slots, kBoxRows),
                   0,
                   divide_up(params.a.width, 64),
                   false};

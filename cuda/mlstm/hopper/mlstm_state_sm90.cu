@@ -13,8 +13,14 @@ bool state_sm90_takes(const StateParams& params, const DeviceLimits& device) {
 
 void launch_state_sm90(const StateParams& params, Stream stream) {
   using Shape = StateShapeSm90;
-  const StateParamsSm90 p{params, operand_tensor_map(params.b, params.chunks),
-                          operand_tensor_map(params.x, params.chunks)};
+  const Chunks& c = params.chunks;
+  const prim::TensorMap x = operand_tensor_map(params.x, c);
+  const StateParamsSm90 p{
+      params, operand_tensor_map(params.b, c), x,
+      params.states == nullptr
+          ? x
+          : state_tensor_map(params.states, padded(params.dqk), padded(params.dv),
+                             int64_t{c.num_heads} * c.slots, StateShapeSm90::kWarpRows)};
   const int64_t items =
       int64_t{params.chunks.num_sequences} * params.chunks.num_heads * params.chunks.segments;
   const int64_t tiles = divide_up(params.dqk, Shape::kRows) * divide_up(params.dv, Shape::kColumns);

@@ -11,12 +11,13 @@ namespace xlstm::cuda {
 
 struct StateParamsSm90 {
   StateParams state;
-  prim::TensorMap b, x;
+  prim::TensorMap b, x, states;
 };
 
 struct StateShapeSm90 {
-  static constexpr int kRows = 256, kColumns = 128, kSlots = 4;
-  static constexpr int kConsumerRows = kRows / kConsumers, kRowTiles = kConsumerRows / 64;
+  static constexpr int kRows = 256, kColumns = 128, kSlots = 3;
+  static constexpr int kConsumerRows = kRows / kConsumers, kRowTiles = kConsumerRows / 64,
+                       kWarpRows = 16;
 
   struct Slot {
     StripTile<kBlockTokens, kRows> b;
@@ -28,6 +29,7 @@ struct StateShapeSm90 {
   };
   struct Shared {
     Slot slots[kSlots];
+    StripTile<kWarpRows, kColumns> rounded[kConsumerWarps][kRowTiles];  ///< on its way to memory
     Gates gates[kSlots];
     Ring<kSlots, kConsumerWarps> ring;
   };
@@ -125,23 +127,28 @@ class StateBlockSm90 {
   DEVICE_FUNCTION void consume() {
     begin();
     gamma_product = 1;
+    Fragments even, odd;
+    if (blocks > 0) fetch(0, even);
 #pragma unroll 1
-    for (int i = 0; i < blocks; ++i) {
-      enter(i);
-      shared.ring.wait(i);
-      Shape::Slot& slot = shared.slots[shared.ring.slot(i)];
-      const Shape::Gates& gates = shared.gates[shared.ring.slot(i)];
-      if (clears(i)) clear(slot, i);
-      Fragments a;
-      multiply(slot, gates, a);
-      if (has_n) add_n(slot, gates);
-      prim::wgmma_wait<0>();
-      keep(a);  // in registers of their own until here
-#pragma unroll
-      for (int m = 0; m < Shape::kRowTiles; ++m) prim::fence_registers(s[m]);
-      release_slot(shared.ring, i);
+    for (int i = 0; i < blocks; i += 2) {
+      add(i, even, odd);
+      if (i + 1 < blocks) add(i + 1, odd, even);
     }
     finish();
+  }
+
+  /// Block i, whose fragments are there; those of the next one are fetched while the product runs.
+  DEVICE_FUNCTION void add(int i, Fragments& a, Fragments& next) {
+    enter(i);
+    Shape::Slot& slot = shared.slots[shared.ring.slot(i)];
+    multiply(slot, a);
+    if (has_n) add_n(slot, shared.gates[shared.ring.slot(i)]);
+    if (i + 1 < blocks) fetch(i + 1, next);
+    prim::wgmma_wait<0>();
+    keep(a);  // in registers of their own until here
+#pragma unroll
+    for (int m = 0; m < Shape::kRowTiles; ++m) prim::fence_registers(s[m]);
+    release_slot(shared.ring, i);
   }
 
   // Tokens -------------------------------------------------------------------------------------------------------------
@@ -156,8 +163,12 @@ class StateBlockSm90 {
     meet_consumers();
   }
 
-  /// Starts S += (c * B)^T X. The fragments must stay until the wait.
-  DEVICE_FUNCTION void multiply(Shape::Slot& slot, const Shape::Gates& gates, Fragments& a) {
+  /// Waits for block i and reads (c * B)^T.
+  DEVICE_FUNCTION void fetch(int i, Fragments& a) {
+    shared.ring.wait(i);
+    Shape::Slot& slot = shared.slots[shared.ring.slot(i)];
+    const Shape::Gates& gates = shared.gates[shared.ring.slot(i)];
+    if (clears(i)) clear(slot, i);
     const int lane = lane_here(), warp = warp_here();
 #pragma unroll
     for (int j = 0; j < kBlockTokens / 16; ++j) {
@@ -172,6 +183,10 @@ class StateBlockSm90 {
         for (int r = 0; r < 4; ++r) a[m][j][r] = prim::mul_bf16x2(a[m][j][r], r < 2 ? near : far);
       }
     }
+  }
+
+  /// Starts S += (c * B)^T X. The fragments must stay until the wait.
+  DEVICE_FUNCTION void multiply(Shape::Slot& slot, Fragments& a) {
     keep(a);
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m) prim::fence_registers(s[m]);
@@ -220,8 +235,7 @@ class StateBlockSm90 {
     if (!starts) return;
     const int64_t slot = int64_t{head} * p.chunks.slots + range.first_slot + block / per_chunk;
     const float gamma = p.gamma[slot];
-    if (p.states != nullptr)
-      write_state(static_cast<bf16*>(p.states) + slot * padded(p.dqk) * padded(p.dv));
+    if (p.states != nullptr) write_state(static_cast<int>(slot));
     if (has_n && p.state_n != nullptr) write_n(p.state_n + slot * padded(p.dqk), padded(p.dqk));
     gamma_product *= gamma;
 #pragma unroll
@@ -232,27 +246,24 @@ class StateBlockSm90 {
     n_sum[1] *= gamma;
   }
 
-  /// S as bfloat16, 16 bytes per store.
-  DEVICE_FUNCTION void write_state(bf16* to) const {
-    const int lane = lane_here(), columns = padded(p.dv);
+  /// S as bfloat16. Each warp hands its rows to the copy engine, which leaves out what lies outside.
+  DEVICE_FUNCTION void write_state(int matrix) {
+    const int lane = lane_here(), warp = warp_here();
+    auto& rounded = shared.rounded[4 * consumer + warp];
+    if (lane == 0) prim::tma_store_wait_read<0>();  // of the state before
+    prim::sync_warp();
+#pragma unroll
+    for (int m = 0; m < Shape::kRowTiles; ++m) store_rounded(rounded[m], 0, 0, s[m]);
+    prim::fence_proxy_async();
+    prim::sync_warp();
+    if (lane != 0) return;
 #pragma unroll
     for (int m = 0; m < Shape::kRowTiles; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_of(m, half);
-#pragma unroll
-        for (int n = 0; n < Shape::kColumns / 8; n += 4) {
-          Piece piece;
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            piece.x[j] =
-                prim::pack_bf16x2(s[m][4 * (n + j) + 2 * half], s[m][4 * (n + j) + 2 * half + 1]);
-          transpose_quad(piece.x);
-          const int col = col0 + 8 * (n + lane % 4);
-          if (row < padded(p.dqk) && col < columns)
-            *reinterpret_cast<Piece*>(to + int64_t{row} * columns + col) = piece;
-        }
-      }
+      for (int strip = 0; strip < Shape::kColumns / kStripColumns; ++strip)
+        prim::tma_store_3d(maps.states, rounded[m].strip(strip), col0 + kStripColumns * strip,
+                           row0 + 64 * m + Shape::kWarpRows * warp, matrix);
+    prim::tma_store_commit();
   }
 
   /// n of this warpgroup's rows, as far as `rows`.
@@ -314,6 +325,7 @@ class StateBlockSm90 {
   }
 
   DEVICE_FUNCTION void finish() {
+    if (lane_here() == 0) prim::tma_store_wait<0>();
     const int64_t owner = item / p.chunks.segments;
     const int segment = item % p.chunks.segments;
     const bool last = segment == (p.reverse ? 0 : p.chunks.segments - 1);
