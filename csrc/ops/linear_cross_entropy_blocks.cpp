@@ -1,6 +1,7 @@
 #include "csrc/ops/linear_cross_entropy_blocks.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
@@ -26,6 +27,17 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType accu
   if (a.scalar_type() == accumulate) return at::mm(a, b);
   if (a.is_cuda()) return at::mm(a, b, accumulate);
   return at::mm(a.to(accumulate), b.to(accumulate));
+}
+
+/// sum += a b, without a tensor for the product where the factors' dtype allows it.
+void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+  if (a.scalar_type() == sum.scalar_type()) {
+    sum.addmm_(a, b);
+  } else if (a.is_cuda()) {
+    at::addmm_out(sum, sum, a, b, sum.scalar_type());
+  } else {
+    sum.add_(product(a, b, sum.scalar_type()));
+  }
 }
 
 }  // namespace
@@ -102,7 +114,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_blocks(
 
   const at::Tensor losses = at::empty({rows}, options);
   const at::Tensor dx = at::empty({call.need_dx ? rows : 0, width}, options);
-  const at::Tensor dweight =
+  at::Tensor dweight =
       call.need_dweight ? at::zeros(call.weight.sizes(), options) : at::empty({0}, options);
   const int64_t step = std::max<int64_t>(64, kMostLogits / std::max<int64_t>(1, vocab));
   for (int64_t first = 0; first < rows && vocab > 0; first += step) {
@@ -118,7 +130,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_blocks(
     // Whatever an ignored row holds reaches no gradient.
     const at::Tensor counted =
         some.masked_fill((block.targets == call.ignore_index).unsqueeze(1), 0);
-    dweight.add_(product(gradient.t(), counted, accumulate));
+    add_product(dweight, gradient.t(), counted);
   }
   at::Tensor loss = losses.reshape(call.target.sizes());
   if (call.reduction != "none") loss = losses.sum(at::kDouble).to(accumulate);
