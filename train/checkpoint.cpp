@@ -17,7 +17,6 @@
 #include "csrc/core/file.h"
 #include "csrc/core/sha256.h"
 #include "csrc/data/tokenizer.h"
-#include "train/checkpoint_manifest.h"
 #include "train/failpoint.h"
 
 namespace xlstm::train {

@@ -3,13 +3,16 @@
 //   model.safetensors  optim-rank00000.safetensors  trainer.json  config.yaml  [tokenizer files]  MANIFEST.json
 // The manifest (name, bytes, sha256 of every other file) is written last, by one rename: a folder without a manifest is
 // not a checkpoint. A model-only folder (converted or exported) holds model.safetensors, config.yaml and MANIFEST.json.
+#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "csrc/config/config.h"
 #include "csrc/core/safetensors.h"
 #include "csrc/models/language_model.h"
+#include "train/checkpoint_manifest.h"
 
 namespace xlstm::train {
 
@@ -24,12 +27,6 @@ struct TrainerState {
   at::Tensor device_rng_state;  ///< of the GPU's generator; undefined for a run on the CPU
 };
 
-struct Checkpoint {
-  std::string path;
-  TrainerState state;
-  NamedTensors optimizer;  ///< empty for a model-only folder
-};
-
 /// Parameters and buffers by dotted name, in registration order.
 NamedTensors named_model_tensors(const models::LanguageModel& model);
 
@@ -42,16 +39,45 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
 void save_model_folder(const std::string& folder, const config::Config& config,
                        const NamedTensors& model_tensors);
 
-/// Checks every file against the manifest. Throws Error(kCheckpoint) naming the first bad file and what is wrong.
-void verify_checkpoint(const std::string& folder);
 /// Committed checkpoints of a run, oldest first, by step.
 std::vector<std::string> list_checkpoints(const std::string& run_dir);
 /// Deletes what keep_last and keep_every allow, and folders that were never committed. A failed delete is only logged.
 void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t keep_every);
 
-/// Loads weights into `model` (names, shapes and dtypes must match, each mismatch named; float32 takes half precision
-/// too) and returns the rest.
-Checkpoint load_checkpoint(const std::string& folder, models::LanguageModel& model, bool verify);
+/// A checkpoint whose files were checked against its manifest: everything that is read of one is read through this.
+struct CheckpointFolder {
+  std::string path;
+  Manifest manifest;
+  bool holds(const char* name) const { return manifest.find(name) != nullptr; }
+  std::string file(const char* name) const { return path + "/" + name; }
+};
+
+/// verify: the sha256 of every file, else sizes alone. Throws Error(kCheckpoint) naming the first bad file and what is
+/// wrong.
+CheckpointFolder open_checkpoint(const std::string& folder, bool verify);
+/// The checkpoint that a folder is, or the newest good one of a run's folder; `warn` is told of each bad one that is
+/// passed over. Throws Error(kCheckpoint) where there is none.
+CheckpointFolder find_checkpoint(const std::string& folder_or_run, bool verify,
+                                 const std::function<void(const std::string&)>& warn);
+
+/// The settings of the run that wrote it.
+config::Config checkpoint_config(const CheckpointFolder& checkpoint);
+/// Its tokenizer as a spec for data::make_tokenizer: the folder's own copy where it has one.
+std::string checkpoint_tokenizer(const CheckpointFolder& checkpoint, const config::Config& config);
+/// Nothing for a model-only folder.
+std::optional<TrainerState> checkpoint_state(const CheckpointFolder& checkpoint);
+/// Copies, by name; none for a model-only folder.
+NamedTensors checkpoint_optimizer(const CheckpointFolder& checkpoint);
+
+/// Settings of the checkpoint's model that make it another one than `options` describes: "model.num_heads=4 (here 8),
+/// ..."; "" where there is none.
+std::string other_model_settings(const CheckpointFolder& checkpoint,
+                                 const models::ModelOptions& options);
+/// Throws Error(kCheckpoint) unless the checkpoint has exactly the tensors of `model`, which may be on device "meta":
+/// every name, shape and dtype that differs is named. float32 takes half precision too.
+void check_weights_fit(const models::LanguageModel& model, const CheckpointFolder& checkpoint);
+/// Loads weights; where they do not fit, throws as check_weights_fit does, and `model` keeps what it has.
+void load_weights(models::LanguageModel& model, const CheckpointFolder& checkpoint);
 
 /// A model ready to run from a checkpoint folder, or from a run folder (its newest good checkpoint).
 struct LoadedModel {

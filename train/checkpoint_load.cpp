@@ -6,13 +6,12 @@
 #include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
-#include <tuple>
-#include <utility>
+#include <set>
 
+#include "csrc/config/schema.h"
 #include "csrc/core/error.h"
 #include "csrc/core/file.h"
 #include "train/checkpoint.h"
-#include "train/checkpoint_manifest.h"
 
 namespace xlstm::train {
 namespace {
@@ -52,14 +51,14 @@ TrainerState parse_state(const std::string& path) {
   return state;
 }
 
+/// What of a checkpoint's tensors is not as the model has it.
 struct Mismatch {
   int64_t missing = 0, unexpected = 0, shape = 0, dtype = 0;
-  std::string first;
+  std::string all;
   void note(int64_t& counter, const std::string& what) {
-    if (first.empty()) first = what;
+    all += (all.empty() ? "" : ", ") + what;
     ++counter;
   }
-  int64_t total() const { return missing + unexpected + shape + dtype; }
 };
 
 std::string shape_text(const at::Tensor& tensor) {
@@ -74,12 +73,11 @@ bool widens(at::ScalarType from, at::ScalarType to) {
   return to == at::kFloat && (from == at::kBFloat16 || from == at::kHalf);
 }
 
-void check_fit(const std::string& path, const NamedTensors& expected,
-               const std::map<std::string, at::Tensor>& found) {
+Mismatch compare(const NamedTensors& expected, const std::map<std::string, at::Tensor>& found) {
   Mismatch bad;
-  std::map<std::string, bool> known;
+  std::set<std::string> known;
   for (const auto& [name, tensor] : expected) {
-    known[name] = true;
+    known.insert(name);
     const auto it = found.find(name);
     if (it == found.end()) {
       bad.note(bad.missing, name + " is missing");
@@ -95,63 +93,27 @@ void check_fit(const std::string& path, const NamedTensors& expected,
   for (const auto& entry : found)
     if (known.count(entry.first) == 0)
       bad.note(bad.unexpected, entry.first + " is not in the model");
-  if (bad.total() == 0) return;
+  return bad;
+}
+
+/// The checkpoint's tensors, which are those of the model.
+SafetensorsFile read_weights(const models::LanguageModel& model,
+                             const CheckpointFolder& checkpoint) {
+  const std::string path = checkpoint.file(kModelName);
+  SafetensorsFile weights = load_safetensors(path);
+  const Mismatch bad = compare(named_model_tensors(model), weights.tensors);
+  if (bad.all.empty()) return weights;
+  const std::string others = other_model_settings(checkpoint, model.options());
   throw Error(ExitCode::kCheckpoint,
-              path + ": does not fit the model: " + bad.first + " (" + std::to_string(bad.missing) +
-                  " missing, " + std::to_string(bad.unexpected) + " unexpected, " +
-                  std::to_string(bad.shape) + " of another shape, " + std::to_string(bad.dtype) +
-                  " of another dtype); use the model settings of its config.yaml");
+              path + ": does not fit the model (" + std::to_string(bad.missing) + " missing, " +
+                  std::to_string(bad.unexpected) + " unexpected, " + std::to_string(bad.shape) +
+                  " of another shape, " + std::to_string(bad.dtype) +
+                  " of another dtype): " + bad.all + "; use the model settings of its " +
+                  kConfigName + (others.empty() ? "" : ": " + others));
 }
 
-/// The manifest of a folder whose files were checked against it.
-Manifest checked_manifest(const std::string& folder, bool verify) {
-  const Manifest manifest = read_manifest(folder);
-  verify ? check_manifest_hashes(folder, manifest) : check_manifest_sizes(folder, manifest);
-  for (const char* name : {kModelName, kConfigName})
-    if (manifest.find(name) == nullptr)
-      throw Error(ExitCode::kCheckpoint, folder + ": its manifest lists no " + name);
-  return manifest;
-}
-
-void load_weights(const std::string& folder, models::LanguageModel& model) {
-  const std::string path = (fs::path(folder) / kModelName).string();
-  const SafetensorsFile weights = load_safetensors(path);
-  const NamedTensors targets = named_model_tensors(model);
-  check_fit(path, targets, weights.tensors);
-  const at::NoGradGuard no_grad;
-  for (const auto& [name, tensor] : targets) tensor.copy_(weights.tensors.at(name));
-}
-
-/// The folder to load, checked: the argument itself, or the newest good checkpoint of a run folder.
-std::pair<std::string, Manifest> resolve_folder(const std::string& folder_or_run, bool verify) {
-  const fs::path given(folder_or_run);
-  if (!fs::is_directory(given))
-    throw Error(ExitCode::kCheckpoint,
-                folder_or_run + (fs::exists(given)
-                                     ? ": a file, expected the folder of a run or a checkpoint"
-                                     : ": no such folder"));
-  if (!fs::is_directory(given / "ckpt"))
-    return {folder_or_run, checked_manifest(folder_or_run, verify)};
-  const auto folders = list_checkpoints(folder_or_run);
-  for (size_t i = folders.size(); i-- > 0;) {
-    try {
-      return {folders[i], checked_manifest(folders[i], verify)};
-    } catch (const Error& error) {
-      std::cerr << "warning: skipping a bad checkpoint: " << error.what() << std::endl;
-    }
-  }
-  throw Error(ExitCode::kCheckpoint, folder_or_run + ": no good checkpoint among " +
-                                         std::to_string(folders.size()) +
-                                         " in its ckpt folder; train first");
-}
-
-/// The folder's own copy where it has one, so that it can be moved to another machine.
-std::string resolve_tokenizer(const std::string& folder, const Manifest& manifest,
-                              const std::string& configured) {
-  if (configured == "bytes") return configured;
-  for (const char* name : {"tokenizer.json", "vocab.json", "encoder.json"})
-    if (manifest.find(name) != nullptr) return folder;
-  return configured;
+void warn_on_standard_error(const std::string& what) {
+  std::cerr << "warning: " << what << std::endl;
 }
 
 /// Building a model draws its initial weights; a caller's random stream must not notice.
@@ -169,34 +131,104 @@ class KeepRandomState {
 
 }  // namespace
 
-void verify_checkpoint(const std::string& folder) {
-  check_manifest_hashes(folder, read_manifest(folder));
-}
-
-Checkpoint load_checkpoint(const std::string& folder, models::LanguageModel& model, bool verify) {
-  const Manifest manifest = checked_manifest(folder, verify);
-  load_weights(folder, model);
-  Checkpoint checkpoint;
-  checkpoint.path = folder;
-  if (manifest.find(kTrainerName) != nullptr)
-    checkpoint.state = parse_state((fs::path(folder) / kTrainerName).string());
-  if (manifest.find(kOptimizerName) != nullptr)
-    for (const auto& [name, tensor] :
-         load_safetensors((fs::path(folder) / kOptimizerName).string()).tensors)
-      checkpoint.optimizer.emplace_back(name, tensor.clone());
+CheckpointFolder open_checkpoint(const std::string& folder, bool verify) {
+  CheckpointFolder checkpoint{folder, read_manifest(folder)};
+  verify ? check_manifest_hashes(folder, checkpoint.manifest)
+         : check_manifest_sizes(folder, checkpoint.manifest);
+  for (const char* name : {kModelName, kConfigName})
+    if (!checkpoint.holds(name))
+      throw Error(ExitCode::kCheckpoint, folder + ": its manifest lists no " + name);
   return checkpoint;
 }
 
+CheckpointFolder find_checkpoint(const std::string& folder_or_run, bool verify,
+                                 const std::function<void(const std::string&)>& warn) {
+  const fs::path given(folder_or_run);
+  if (!fs::is_directory(given))
+    throw Error(ExitCode::kCheckpoint,
+                folder_or_run + (fs::exists(given)
+                                     ? ": a file, expected the folder of a run or a checkpoint"
+                                     : ": no such folder"));
+  if (!fs::is_directory(given / "ckpt")) return open_checkpoint(folder_or_run, verify);
+  const auto folders = list_checkpoints(folder_or_run);
+  if (folders.empty())
+    throw Error(ExitCode::kCheckpoint,
+                folder_or_run + ": no checkpoint in its ckpt folder yet; train first");
+  std::string newest_problem;
+  for (auto folder = folders.rbegin(); folder != folders.rend(); ++folder) {
+    try {
+      return open_checkpoint(*folder, verify);
+    } catch (const Error& error) {
+      warn(std::string(error.what()) + "; falling back to the checkpoint before it");
+      if (newest_problem.empty()) newest_problem = error.what();
+    }
+  }
+  throw Error(ExitCode::kCheckpoint,
+              folder_or_run + ": no good checkpoint is left (" + newest_problem + ")");
+}
+
+config::Config checkpoint_config(const CheckpointFolder& checkpoint) {
+  return config::load_config(checkpoint.file(kConfigName));
+}
+
+std::string checkpoint_tokenizer(const CheckpointFolder& checkpoint, const config::Config& config) {
+  const std::string& configured = config.data.tokenizer;
+  if (configured == "bytes") return configured;
+  for (const char* name : {"tokenizer.json", "vocab.json", "encoder.json"})
+    if (checkpoint.holds(name)) return checkpoint.path;
+  return configured;
+}
+
+std::optional<TrainerState> checkpoint_state(const CheckpointFolder& checkpoint) {
+  if (!checkpoint.holds(kTrainerName)) return std::nullopt;
+  return parse_state(checkpoint.file(kTrainerName));
+}
+
+NamedTensors checkpoint_optimizer(const CheckpointFolder& checkpoint) {
+  NamedTensors tensors;
+  if (checkpoint.holds(kOptimizerName))
+    for (const auto& [name, tensor] : load_safetensors(checkpoint.file(kOptimizerName)).tensors)
+      tensors.emplace_back(name, tensor.clone());
+  return tensors;
+}
+
+std::string other_model_settings(const CheckpointFolder& checkpoint,
+                                 const models::ModelOptions& options) {
+  config::Config theirs = checkpoint_config(checkpoint), ours;
+  ours.model = options;
+  std::string others;
+  for (const config::Field& field : config::schema()) {
+    if (!field.identity || !field.name.starts_with("model.")) continue;
+    const std::string there = config::format_value(field.ref(theirs)),
+                      here = config::format_value(field.ref(ours));
+    if (there != here)
+      others += (others.empty() ? "" : ", ") + field.name + "=" + there + " (here " + here + ")";
+  }
+  return others;
+}
+
+void check_weights_fit(const models::LanguageModel& model, const CheckpointFolder& checkpoint) {
+  read_weights(model, checkpoint);
+}
+
+void load_weights(models::LanguageModel& model, const CheckpointFolder& checkpoint) {
+  const SafetensorsFile weights = read_weights(model, checkpoint);
+  const at::NoGradGuard no_grad;
+  for (const auto& [name, tensor] : named_model_tensors(model))
+    tensor.copy_(weights.tensors.at(name));
+}
+
 LoadedModel load_model(const std::string& folder_or_run, bool verify) {
+  const CheckpointFolder checkpoint =
+      find_checkpoint(folder_or_run, verify, warn_on_standard_error);
   LoadedModel loaded;
-  Manifest manifest;
-  std::tie(loaded.folder, manifest) = resolve_folder(folder_or_run, verify);
-  loaded.config = config::load_config((fs::path(loaded.folder) / kConfigName).string());
+  loaded.folder = checkpoint.path;
+  loaded.config = checkpoint_config(checkpoint);
+  loaded.tokenizer = checkpoint_tokenizer(checkpoint, loaded.config);
   const KeepRandomState keep_random_state;
   loaded.model = models::make_language_model(loaded.config.model);
-  load_weights(loaded.folder, *loaded.model);
+  load_weights(*loaded.model, checkpoint);
   loaded.model->eval();
-  loaded.tokenizer = resolve_tokenizer(loaded.folder, manifest, loaded.config.data.tokenizer);
   return loaded;
 }
 

@@ -9,6 +9,7 @@
 
 #include "train/activation_memory.h"
 #include "train/device.h"
+#include "train/first_weights.h"
 #include "train/flops.h"
 #include "train/log.h"
 #include "train/metrics.h"
@@ -76,11 +77,28 @@ void print_data(const config::Config& config, const TrainingData& data) {
   print_line("data        " + describe_data(config, data, total_steps(config)) + "; all checked");
 }
 
-/// One real optimizer step on the first batch.
-void run_one_step(const config::Config& config, const TrainingData& data, at::Device device) {
+/// The weights the run would start with, checked; nothing where it draws them or has its own.
+std::optional<CheckpointFolder> print_first_weights(const config::Config& config, bool fresh) {
+  if (config.train.init_from.empty()) return std::nullopt;
+  if (!takes_first_weights(config, fresh)) {
+    print_line(
+        "weights     train.init_from would not be read: this run goes on from its own "
+        "checkpoint");
+    return std::nullopt;
+  }
+  CheckpointFolder weights = check_first_weights(config, config.ckpt.verify_on_load);
+  print_line("weights     of " + describe(weights) + "; all tensors fit");
+  warn_of_other_settings(weights, config);
+  return weights;
+}
+
+/// One real optimizer step on the first batch. weights: those the run starts with where they are given.
+void run_one_step(const config::Config& config, const TrainingData& data, at::Device device,
+                  const std::optional<CheckpointFolder>& weights) {
   at::Generator(at::detail::getDefaultCPUGenerator())
       .set_current_seed(static_cast<uint64_t>(config.run.seed));
   const auto model = models::make_language_model(config.model, device);
+  if (weights) load_weights(*model, *weights);
   model->train();
   AdamW optimizer(named_parameters(*model), config.optim);
   TrainStep train_step(*model, optimizer, config);
@@ -140,7 +158,7 @@ std::string describe_run(const config::Config& config) {
   return numbers.dump();
 }
 
-void dry_run(const config::Config& given) {
+void dry_run(const config::Config& given, bool fresh) {
   config::Config config = given;
   print_model(config);
   const MemoryEstimate memory = estimate_memory(config);
@@ -148,6 +166,7 @@ void dry_run(const config::Config& given) {
   const int64_t available = available_memory_bytes(device);
   print_memory(memory, available);
   print_schedule(config);
+  const std::optional<CheckpointFolder> weights = print_first_weights(config, fresh);
   if (!has_data(config)) {
     print_line(
         "data        none configured: not checked, and no step was run (set data.text, "
@@ -160,11 +179,12 @@ void dry_run(const config::Config& given) {
   }
   const TrainingData data = open_training_data(config);
   print_data(config, data);
+  if (weights) check_first_tokenizer(*weights, config);
   if (available >= 0 && memory.known() > available) {
     print_line("one step    not run: it would need more memory than there is");
     return;
   }
-  run_one_step(config, data, device);
+  run_one_step(config, data, device, weights);
 }
 
 }  // namespace xlstm::train

@@ -28,9 +28,9 @@ MemoryEstimate estimate_memory(const config::Config& config);
 /// and steps; null for what is not known or not given. Any size.
 std::string describe_run(const config::Config& config);
 
-/// Prints what a run would do, checks its data, and makes one real step where data and memory
-/// allow; says what was left out and why. Writes nothing but the cache of prepared text. Throws
-/// Error for bad data.
-void dry_run(const config::Config& config);
+/// Prints what a run would do, checks its data and the weights it starts with, and makes one real
+/// step where data and memory allow; says what was left out and why. Writes nothing but the cache of
+/// prepared text. fresh: as TrainerOptions has it. Throws Error for bad data and weights.
+void dry_run(const config::Config& config, bool fresh);
 
 }  // namespace xlstm::train

@@ -12,32 +12,22 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::string choose_newest_good(const RunFolder& folder, const std::vector<std::string>& checkpoints,
-                               bool verify) {
-  std::string first_problem;
-  for (auto it = checkpoints.rbegin(); it != checkpoints.rend(); ++it) {
-    try {
-      if (verify) verify_checkpoint(*it);
-      return *it;
-    } catch (const Error& error) {
-      log_warning(std::string(error.what()) + "; falling back to the checkpoint before it");
-      if (first_problem.empty()) first_problem = error.what();
-    }
+CheckpointFolder choose_newest_good(const RunFolder& folder, bool verify) {
+  try {
+    return find_checkpoint(folder.path(), verify, log_warning);
+  } catch (const Error& error) {
+    throw Error(error.code, "run folder " + std::string(error.what()) +
+                                "; start over with --fresh, which keeps the old folder beside it");
   }
-  throw Error(ExitCode::kCheckpoint,
-              "run folder " + folder.path() + ": no good checkpoint is left (" + first_problem +
-                  "); start over with --fresh, which keeps the old folder beside it");
 }
 
-std::string choose_named(const RunFolder& folder, const std::vector<std::string>& checkpoints,
-                         const std::string& name, bool verify) {
+CheckpointFolder choose_named(const RunFolder& folder, const std::vector<std::string>& checkpoints,
+                              const std::string& name, bool verify) {
   const int64_t step = checkpoint_step(name);
   std::string known;
   for (const std::string& checkpoint : checkpoints) {
-    if (checkpoint_step(checkpoint) == step && step >= 0) {
-      if (verify) verify_checkpoint(checkpoint);
-      return checkpoint;
-    }
+    if (checkpoint_step(checkpoint) == step && step >= 0)
+      return open_checkpoint(checkpoint, verify);
     known += (known.empty() ? "" : ", ") + fs::path(checkpoint).filename().string();
   }
   throw Error(ExitCode::kCheckpoint, "run folder " + folder.path() + ": no checkpoint " + name +
@@ -53,8 +43,8 @@ int64_t checkpoint_step(const std::string& folder) {
   return std::stoll(name.substr(5));
 }
 
-std::optional<std::string> choose_checkpoint(const RunFolder& folder,
-                                             const config::Config& config) {
+std::optional<CheckpointFolder> choose_checkpoint(const RunFolder& folder,
+                                                  const config::Config& config) {
   const std::string& resume = config.run.resume;
   if (resume == "never") {
     if (!folder.held_run()) return std::nullopt;
@@ -67,7 +57,7 @@ std::optional<std::string> choose_checkpoint(const RunFolder& folder,
   if (resume != "auto")
     return choose_named(folder, checkpoints, resume, config.ckpt.verify_on_load);
   if (checkpoints.empty()) return std::nullopt;
-  return choose_newest_good(folder, checkpoints, config.ckpt.verify_on_load);
+  return choose_newest_good(folder, config.ckpt.verify_on_load);
 }
 
 void set_aside_later_checkpoints(const RunFolder& folder, int64_t step) {

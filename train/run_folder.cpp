@@ -53,8 +53,11 @@ std::string first_free_name(const std::string& stem) {
 
 }  // namespace
 
-RunFolder::RunFolder(const config::RunConfig& run, bool fresh)
-    : path_((fs::path(run.out_dir) / run.name).lexically_normal().string()) {
+std::string run_path(const config::RunConfig& run) {
+  return (fs::path(run.out_dir) / run.name).lexically_normal().string();
+}
+
+RunFolder::RunFolder(const config::RunConfig& run, bool fresh) : path_(run_path(run)) {
   try {
     create_and_lock();
     if (fresh && holds_anything(path_)) {

@@ -4,10 +4,14 @@
 #include <string>
 
 #include "csrc/config/config.h"
+#include "train/checkpoint.h"
 
 namespace xlstm::train {
 
-/// The folder of a run, out_dir/name, owned by this process for as long as the object lives:
+/// out_dir/name.
+std::string run_path(const config::RunConfig& run);
+
+/// The folder of a run, run_path, owned by this process for as long as the object lives:
 ///   run.json  config.yaml  run.log  metrics.jsonl  samples.jsonl
 ///   tensorboard/  loss.png  ckpt/step-.../  lock
 class RunFolder {
@@ -42,16 +46,20 @@ class RunFolder {
 /// Free bytes for this user on the file system that holds `path`; -1 when unknown.
 int64_t free_disk_bytes(const std::string& path);
 
-/// Writes <run>/run.json (command, versions, host, threads, time, configuration) and
-/// <run>/config.yaml.
+/// Writes <run>/run.json (command, versions, host, threads, time, first weights, configuration) and
+/// <run>/config.yaml. first_weights: the checkpoint whose weights the run began with; "": its own.
 void write_run_header(const RunFolder& folder, const config::Config& config,
-                      const std::string& command, int64_t num_parameters);
+                      const std::string& command, int64_t num_parameters,
+                      const std::string& first_weights);
+/// What the run's header says of them; "" where there is none.
+std::string recorded_first_weights(const RunFolder& folder);
 
-/// The checkpoint to go on from by config.run.resume, verified where ckpt.verify_on_load; nothing:
-/// start at step 0. "auto" falls back past bad checkpoints with a warning that names the bad file.
+/// The checkpoint to go on from by config.run.resume, its hashes verified where ckpt.verify_on_load;
+/// nothing: start at step 0. "auto" falls back past bad checkpoints with a warning that names the bad file.
 /// Throws Error(kCheckpoint) when every checkpoint is bad, the named one is missing or bad, or
 /// "never" meets a run.
-std::optional<std::string> choose_checkpoint(const RunFolder& folder, const config::Config& config);
+std::optional<CheckpointFolder> choose_checkpoint(const RunFolder& folder,
+                                                  const config::Config& config);
 
 /// Step of a checkpoint folder named "step-00001000"; -1 for other names.
 int64_t checkpoint_step(const std::string& folder);

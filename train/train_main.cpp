@@ -24,7 +24,8 @@ using xlstm::ExitCode;
 namespace train = xlstm::train;
 
 const std::vector<train::OptionSpec> kOptions = {
-    {"--dry-run", "", "parameters, memory, tokens, data check, one step; trains nothing"},
+    {"--dry-run", "",
+     "parameters, memory, tokens, check of data and given weights, one step; trains nothing"},
     {"--describe", "",
      "parameters, operations, memory, tokens and steps as JSON, a line for each of any number of "
      "files"},
@@ -80,7 +81,7 @@ int train_or_report_memory(const xlstm::config::Config& config,
                            const train::TrainerOptions& options, bool dry) {
   try {
     if (dry) {
-      train::dry_run(config);
+      train::dry_run(config, options.fresh);
       return 0;
     }
     train::install_signal_handlers();

@@ -14,6 +14,7 @@
 #include "train/distributed.h"
 #include "train/evaluation.h"
 #include "train/failpoint.h"
+#include "train/first_weights.h"
 #include "train/held_out.h"
 #include "train/log.h"
 #include "train/metrics.h"
@@ -42,8 +43,8 @@ class Trainer::Impl {
   void open_run_folder();
   void open_data();
   void resume_or_start();
-  void load(const std::string& folder);
-  void start_files(const std::string& checkpoint);
+  void load(const CheckpointFolder& checkpoint);
+  void start_files(const std::string& checkpoint, const std::string& first_weights);
   void share_state();
   void announce() const;
   ExitCode train();
@@ -128,6 +129,8 @@ void Trainer::Impl::open() {
 }
 
 void Trainer::Impl::open_run_folder() {
+  // Weights that cannot be had stop a run before --fresh moves an earlier one, and before data is prepared.
+  if (takes_first_weights(config_, options_.fresh)) check_first_weights(config_, /*verify=*/false);
   folder_.emplace(config_.run, options_.fresh);
   open_log_file(folder_->file("run.log"));
   if (!folder_->moved_to().empty()) log_info("moved the earlier run to " + folder_->moved_to());
@@ -149,29 +152,36 @@ void Trainer::Impl::open_data() {
 void Trainer::Impl::resume_or_start() {
   state_.data_fingerprint = data_.train->fingerprint();
   if (leads()) {
-    const std::optional<std::string> checkpoint = choose_checkpoint(*folder_, config_);
+    const std::optional<CheckpointFolder> checkpoint = choose_checkpoint(*folder_, config_);
+    std::string first_weights;
     if (checkpoint.has_value()) {
       load(*checkpoint);
       set_aside_later_checkpoints(*folder_, state_.step);
-    } else if (folder_->held_run()) {
-      log_info("no checkpoint in " + folder_->path() + " yet: starting at step 0");
+      first_weights = recorded_first_weights(*folder_);
+      if (!config_.train.init_from.empty())
+        log_info("train.init_from is not read: this run goes on from its own checkpoint");
+    } else {
+      if (folder_->held_run())
+        log_info("no checkpoint in " + folder_->path() + " yet: starting at step 0");
+      first_weights = load_first_weights(*model_, config_);
     }
-    start_files(checkpoint.value_or(""));
+    start_files(checkpoint.has_value() ? checkpoint->path : "", first_weights);
   }
   share_state();
 }
 
 /// Files of the run's course, cut to where it goes on. checkpoint: "" at a start.
-void Trainer::Impl::start_files(const std::string& checkpoint) {
+void Trainer::Impl::start_files(const std::string& checkpoint, const std::string& first_weights) {
   try {
-    write_run_header(*folder_, config_, options_.command, models::count_parameters(config_.model));
+    write_run_header(*folder_, config_, options_.command, models::count_parameters(config_.model),
+                     first_weights);
     truncate_jsonl(folder_->file("metrics.jsonl"), state_.step);
     truncate_jsonl(folder_->file("samples.jsonl"), state_.step);
   } catch (const std::system_error& error) {
     throw Error(ExitCode::kCheckpoint,
                 "run folder " + folder_->path() + ": cannot be written: " + error.what());
   }
-  recorder_->open_files(*folder_, state_.step, checkpoint, options_.command);
+  recorder_->open_files(*folder_, state_.step, checkpoint, first_weights, options_.command);
   samples_.emplace(config_, folder_->file("samples.jsonl"));
 }
 
@@ -191,28 +201,30 @@ void Trainer::Impl::share_state() {
   state_.samples_consumed = numbers[2], state_.skipped_updates = numbers[3];
 }
 
-void Trainer::Impl::load(const std::string& folder) {
+void Trainer::Impl::load(const CheckpointFolder& checkpoint) {
   // Settings first: their message says more than a shape that does not fit.
-  check_same_run(config_, config::load_config(folder + "/config.yaml"), folder);
-  Checkpoint checkpoint =
-      load_checkpoint(folder, *model_, /*verify=*/false);  // choose_checkpoint did
-  if (checkpoint.optimizer.empty()) {
+  check_same_run(config_, checkpoint_config(checkpoint), checkpoint.path);
+  const std::optional<TrainerState> state = checkpoint_state(checkpoint);
+  if (!state.has_value() || !checkpoint.holds(kOptimizerName)) {
     throw Error(ExitCode::kCheckpoint,
-                folder + ": holds a model without optimizer state; it cannot be trained on");
+                checkpoint.path +
+                    ": holds a model without optimizer state, which cannot go on; "
+                    "name it as train.init_from of a run with another run.name");
   }
   const std::string fingerprint = data_.train->fingerprint();
-  if (checkpoint.state.data_fingerprint != fingerprint) {
-    throw Error(ExitCode::kConfig, "data: the training data is not that of " + folder +
-                                       " (fingerprint " + checkpoint.state.data_fingerprint +
-                                       ", now " + fingerprint +
+  if (state->data_fingerprint != fingerprint) {
+    throw Error(ExitCode::kConfig, "data: the training data is not that of " + checkpoint.path +
+                                       " (fingerprint " + state->data_fingerprint + ", now " +
+                                       fingerprint +
                                        "); put the data back, start over with --fresh, or choose "
                                        "another run.name");
   }
-  optimizer_->load_state(checkpoint.optimizer);
-  state_ = checkpoint.state;
+  load_weights(*model_, checkpoint);
+  optimizer_->load_state(checkpoint_optimizer(checkpoint));
+  state_ = *state;
   saver_->set_saved_step(state_.step);
   restore_random_streams(device_, state_);
-  log_info("resumed from " + folder);
+  log_info("resumed from " + checkpoint.path);
 }
 
 void Trainer::Impl::announce() const {

@@ -290,6 +290,9 @@ std::vector<Field> training_fields() {
                   "what a loss or gradient that is not finite does"),
       XLSTM_FIELD(train.cuda_graph, any(),
                   "on a GPU: record the training step once as a CUDA graph, then replay it"),
+      XLSTM_FIELD(
+          train.init_from, any(),
+          "folder of a run or checkpoint whose weights a new run starts with; empty: drawn"),
       XLSTM_FIELD(optim.learning_rate, above(0), "peak learning rate of AdamW"),
       XLSTM_FIELD(optim.min_lr, at_least(0), "learning rate at the end of the schedule"),
       XLSTM_FIELD(optim.schedule, one_of({"cosine", "linear", "constant", "wsd"}),

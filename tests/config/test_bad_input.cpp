@@ -201,7 +201,8 @@ TEST_CASE("lists") {
        "f.yaml:1: model.slstm_at[0]: got '-1', expected integer 0..9999"},
       {"model: {slstm_at: [1,]}\ntrain: {x: 1}",
        "f.yaml:2: train.x: unknown key; known are global_batch_size, "
-       "micro_batch_size, max_steps, max_tokens, grad_clip, dtype, nonfinite, cuda_graph"},
+       "micro_batch_size, max_steps, max_tokens, grad_clip, dtype, nonfinite, cuda_graph, "
+       "init_from"},
       {"data: {train: x}",
        "f.yaml:1: data.train: got 'x', expected list of {path, weight}; write [{path: PREFIX}]"},
       {"data: {train: [x]}",

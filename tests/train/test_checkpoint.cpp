@@ -69,7 +69,7 @@ void write(const fs::path& path, const std::string& bytes) {
 /// The message of the Error(kCheckpoint) that verifying throws; "" where it passes.
 std::string verify_message(const std::string& folder) {
   try {
-    verify_checkpoint(folder);
+    check_manifest_hashes(folder, read_manifest(folder));
     return "";
   } catch (const Error& error) {
     REQUIRE(error.code == ExitCode::kCheckpoint);
@@ -104,22 +104,26 @@ TEST_CASE("a checkpoint comes back bit by bit") {
 
   const auto other = models::make_language_model(config.model);
   REQUIRE_FALSE(at::equal(other->head_weight(), model->head_weight()));
-  const Checkpoint loaded = load_checkpoint(folder, *other, true);
+  const CheckpointFolder checkpoint = open_checkpoint(folder, true);
+  load_weights(*other, checkpoint);
   const auto want = named_model_tensors(*model), got = named_model_tensors(*other);
   REQUIRE(want.size() == got.size());
   for (size_t i = 0; i < want.size(); ++i) {
     CHECK(want[i].first == got[i].first);
     CHECK(at::equal(want[i].second, got[i].second));
   }
-  CHECK(loaded.path == folder);
-  CHECK(loaded.state.step == state.step);
-  CHECK(loaded.state.tokens == state.tokens);
-  CHECK(loaded.state.samples_consumed == state.samples_consumed);
-  CHECK(loaded.state.skipped_updates == state.skipped_updates);
-  CHECK(loaded.state.data_fingerprint == state.data_fingerprint);
-  CHECK(at::equal(loaded.state.rng_state, state.rng_state));
-  REQUIRE(loaded.optimizer.size() == optimizer.size());
-  for (const auto& [name, tensor] : loaded.optimizer) {
+  CHECK(checkpoint.path == folder);
+  const auto loaded = checkpoint_state(checkpoint);
+  REQUIRE(loaded.has_value());
+  CHECK(loaded->step == state.step);
+  CHECK(loaded->tokens == state.tokens);
+  CHECK(loaded->samples_consumed == state.samples_consumed);
+  CHECK(loaded->skipped_updates == state.skipped_updates);
+  CHECK(loaded->data_fingerprint == state.data_fingerprint);
+  CHECK(at::equal(loaded->rng_state, state.rng_state));
+  const NamedTensors loaded_optimizer = checkpoint_optimizer(checkpoint);
+  REQUIRE(loaded_optimizer.size() == optimizer.size());
+  for (const auto& [name, tensor] : loaded_optimizer) {
     bool found = false;
     for (const auto& [own_name, own] : optimizer)
       found = found || (own_name == name && at::equal(own, tensor));
@@ -204,9 +208,8 @@ TEST_CASE("truncated, missing, grown and emptied files are named") {
     CHECK(contains(verify_message(folder), file.string()));
     fs::remove(file);
     CHECK(contains(verify_message(folder), "missing"));
-    const auto model = models::make_language_model(tiny_config().model);
-    CHECK_THROWS_AS(load_checkpoint(folder, *model, true), Error);
-    CHECK_THROWS_AS(load_checkpoint(folder, *model, false), Error);
+    CHECK_THROWS_AS(open_checkpoint(folder, true), Error);
+    CHECK_THROWS_AS(open_checkpoint(folder, false), Error);
   }
 }
 
@@ -240,14 +243,15 @@ TEST_CASE("a manifest cannot lead out of its folder") {
   CHECK(contains(verify_message(folder), "checkpoint format 2"));
 }
 
-TEST_CASE("a model of other sizes is refused with the first difference and counts") {
+TEST_CASE("a model of other sizes is refused with every difference and the settings that differ") {
   const testing::TemporaryFolder run;
   const std::string folder = save_step(run.string(), 1);
   const auto message = [&](config::Config config) -> std::string {
-    const auto model = models::make_language_model(config.model);
+    const auto model = models::make_language_model(config.model, at::kMeta);
     try {
-      load_checkpoint(folder, *model, true);
+      check_weights_fit(*model, open_checkpoint(folder, true));
     } catch (const Error& error) {
+      REQUIRE(error.code == ExitCode::kCheckpoint);
       return error.what();
     }
     return "";
@@ -255,8 +259,13 @@ TEST_CASE("a model of other sizes is refused with the first difference and count
   CHECK(message(tiny_config()).empty());
   auto config = tiny_config();
   config.model.vocab_size = 300;
-  CHECK(contains(message(config), "(256,16), the model's is (300,16)"));
+  const std::string shapes = " has shape (256,16), the model's is (300,16)";
+  const size_t first = message(config).find(shapes);
+  REQUIRE(first != std::string::npos);
+  CHECK(message(config).find(shapes, first + 1) != std::string::npos);
+  CHECK(contains(message(config), folder + "/model.safetensors: does not fit the model"));
   CHECK(contains(message(config), "0 missing, 0 unexpected, 2 of another shape"));
+  CHECK(message(config).ends_with("config.yaml: model.vocab_size=256 (here 300)"));
   config = tiny_config();
   config.model.num_blocks = 3;
   CHECK(contains(message(config), "is missing"));
@@ -266,7 +275,20 @@ TEST_CASE("a model of other sizes is refused with the first difference and count
 
   const auto wide = models::make_language_model(tiny_config().model);
   wide->to(at::kDouble);
-  CHECK_THROWS_AS(load_checkpoint(folder, *wide, true), Error);
+  const at::Tensor before = wide->head_weight().clone();
+  CHECK_THROWS_AS(load_weights(*wide, open_checkpoint(folder, true)), Error);
+  CHECK(at::equal(wide->head_weight(), before));
+}
+
+TEST_CASE("settings that change no tensor still make another model") {
+  const testing::TemporaryFolder run;
+  const CheckpointFolder checkpoint = open_checkpoint(save_step(run.string(), 1), true);
+  auto config = tiny_config();
+  CHECK(other_model_settings(checkpoint, config.model).empty());
+  config.model.chunk_size *= 2;  // the same function
+  CHECK(other_model_settings(checkpoint, config.model).empty());
+  config.model.dropout = 0.5;
+  CHECK(other_model_settings(checkpoint, config.model) == "model.dropout=0.0 (here 0.5)");
 }
 
 TEST_CASE("list and prune keep what they promise") {
@@ -368,7 +390,9 @@ TEST_CASE("load_model takes a checkpoint, a run folder and a model folder") {
   save_model_folder(exported, config, named_model_tensors(*model));  // again over its own
   loaded = load_model(exported);
   CHECK(at::equal(loaded.model->head_weight(), model->head_weight()));
-  CHECK(load_checkpoint(exported, *loaded.model, true).optimizer.empty());
+  const CheckpointFolder model_only = open_checkpoint(exported, true);
+  CHECK(checkpoint_optimizer(model_only).empty());
+  CHECK_FALSE(checkpoint_state(model_only).has_value());
   CHECK_THROWS_AS(save_model_folder(run.string(), config, {}),
                   Error);  // not over a folder of something else
 }

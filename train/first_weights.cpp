@@ -1,0 +1,97 @@
+#include "train/first_weights.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <optional>
+
+#include "csrc/core/error.h"
+#include "csrc/data/tokenizer.h"
+#include "train/log.h"
+#include "train/run_folder.h"
+
+namespace xlstm::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int64_t kByteValues = 256;
+
+[[noreturn]] void refuse(const std::string& what) {
+  throw Error(ExitCode::kConfig, "train.init_from: " + what);
+}
+
+bool is_within(const std::string& path, const std::string& folder) {
+  const fs::path inner = fs::weakly_canonical(path), outer = fs::weakly_canonical(folder);
+  return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
+}
+
+CheckpointFolder find_first_weights(const config::Config& config, bool verify) {
+  const std::string& folder = config.train.init_from;
+  if (!fs::is_directory(folder))
+    refuse(folder + (fs::exists(folder) ? ": a file" : ": no such folder") +
+           "; name the folder of a run or of a checkpoint");
+  if (is_within(folder, run_path(config.run)))
+    refuse(folder + " belongs to this run itself; give the new run another run.name");
+  return find_checkpoint(folder, verify, log_warning);
+}
+
+/// The sha256 of the tokenizer that a model was, or is to be, trained with ("" for bytes); nothing where that is not
+/// known: a task has none, and "bytes" is also what stands where none was given.
+std::optional<std::string> known_tokenizer(const config::Config& config, const std::string& spec) {
+  if (data::is_given(config.data.task)) return std::nullopt;
+  if (spec == "bytes" && config.data.text.empty() && config.model.vocab_size != kByteValues)
+    return std::nullopt;
+  return data::tokenizer_sha256(spec);
+}
+
+}  // namespace
+
+bool takes_first_weights(const config::Config& config, bool fresh) {
+  return !config.train.init_from.empty() &&
+         (fresh || list_checkpoints(run_path(config.run)).empty());
+}
+
+CheckpointFolder check_first_weights(const config::Config& config, bool verify) {
+  CheckpointFolder weights = find_first_weights(config, verify);
+  check_weights_fit(*models::make_language_model(config.model, at::kMeta), weights);
+  return weights;
+}
+
+void check_first_tokenizer(const CheckpointFolder& weights, const config::Config& config) {
+  const config::Config theirs = checkpoint_config(weights);
+  const std::string spec = checkpoint_tokenizer(weights, theirs);
+  const auto trained_with = known_tokenizer(theirs, spec),
+             trains_with = known_tokenizer(config, config.data.tokenizer);
+  if (!trained_with || !trains_with || *trained_with == *trains_with) return;
+  refuse(weights.path + " was trained with the tokenizer " + spec + ", data.tokenizer is " +
+         config.data.tokenizer +
+         ": the same token ids would mean other words; set data.tokenizer=" + spec +
+         (config.data.train.empty()
+              ? ""
+              : ", and prepare the text with xlstm-data prepare --tokenizer " + spec));
+}
+
+void warn_of_other_settings(const CheckpointFolder& weights, const config::Config& config) {
+  const std::string others = other_model_settings(weights, config.model);
+  if (!others.empty())
+    log_warning("train.init_from: the weights were trained with " + others +
+                "; they fit, but the model computes something else with them");
+}
+
+std::string describe(const CheckpointFolder& weights) {
+  const std::optional<TrainerState> state = checkpoint_state(weights);
+  return weights.path + (state ? " (step " + std::to_string(state->step) + ")" : "");
+}
+
+std::string load_first_weights(models::LanguageModel& model, const config::Config& config) {
+  if (config.train.init_from.empty()) return "";
+  const CheckpointFolder weights = find_first_weights(config, config.ckpt.verify_on_load);
+  check_first_tokenizer(weights, config);
+  load_weights(model, weights);
+  warn_of_other_settings(weights, config);
+  std::string description = describe(weights);
+  log_info("starting with the weights of " + description);
+  return description;
+}
+
+}  // namespace xlstm::train

@@ -1,0 +1,35 @@
+#pragma once
+// train.init_from: the weights of another run or of an imported model that a new run starts with. Everything else is
+// as in any new run: step 0, the first sample, an empty optimizer.
+#include <string>
+
+#include "csrc/config/config.h"
+#include "csrc/models/language_model.h"
+#include "train/checkpoint.h"
+
+namespace xlstm::train {
+
+/// Whether the run would start, and with given weights: one that has a checkpoint goes on from that. fresh: it starts
+/// whatever its folder holds.
+bool takes_first_weights(const config::Config& config, bool fresh);
+
+/// Finds the checkpoint that train.init_from names, and checks that its tensors are those of config.model, of any size.
+/// Throws Error: kConfig where there is no such folder or it is this run's own, kCheckpoint where no checkpoint in it is
+/// good or a tensor does not fit.
+CheckpointFolder check_first_weights(const config::Config& config, bool verify);
+
+/// Throws Error(kConfig) where the weights were trained with another tokenizer than data.tokenizer, which
+/// open_training_data may have set. Where one of the two is not known, nothing can be said.
+void check_first_tokenizer(const CheckpointFolder& weights, const config::Config& config);
+
+/// Says on the log which settings of the model are others than those the weights were trained with, though all tensors
+/// fit: the model is not the same function then.
+void warn_of_other_settings(const CheckpointFolder& weights, const config::Config& config);
+
+/// "runs/a/ckpt/step-00001000 (step 1000)"; of a model alone its folder.
+std::string describe(const CheckpointFolder& weights);
+
+/// Loads what train.init_from names into `model`, checked as above, and returns its description; "" where it is empty.
+std::string load_first_weights(models::LanguageModel& model, const config::Config& config);
+
+}  // namespace xlstm::train
