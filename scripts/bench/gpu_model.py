@@ -72,6 +72,11 @@ def free_memory():
     torch.cuda.empty_cache()
 
 
+def write(path, report):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def print_case(case):
     print(f"\n{case['case']}")
     for name in ("libxlstm", "xlstm"):
@@ -107,7 +112,9 @@ def main(argv=None):
     dtype = "float32" if args.tiny else "bfloat16"
     seq_len = 64 if args.tiny else 2048
     batch = 2 if args.tiny else max(1, args.tokens_per_step // seq_len)
-    cases, vocab = [], 256 if args.tiny else 50304
+    vocab = 256 if args.tiny else 50304
+    report = {"machine": gpu_machine(device), "peers": peers.versions(), "cases": []}
+    cases = report["cases"]
     for size in args.sizes.split(","):
         for variant in args.variants.split(","):
             config = ROOT / "configs" / "model" / f"xlstm_{size}_{variant}.yaml"
@@ -129,9 +136,7 @@ def main(argv=None):
             cases.append({"case": f"xLSTM[{variant.replace('-', ':')}] {'tiny' if args.tiny else size}, batch {batch} x "
                                   f"{seq_len}, {dtype}", "batch": batch, "libxlstm": ours, "xlstm": theirs, "ratio": ratio})
             print_case(cases[-1])
-    report = {"machine": gpu_machine(device), "peers": peers.versions(), "cases": cases}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gpu_model.json").write_text(json.dumps(report, indent=1) + "\n")
+            write(args.out / "gpu_model.json", report)  # after each: a run that is stopped keeps what it has
     print(f"\nwrote {args.out / 'gpu_model.json'}")
     return 1 if any("error" in case["libxlstm"] for case in cases) else 0
 
