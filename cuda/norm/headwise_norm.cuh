@@ -1,6 +1,6 @@
 #pragma once
 // What both directions of the head-wise norm do alike. A block owns one head and a strip of rows, a group of its threads a
-// row at a time; a thread holds pieces of 16 bytes of it. All that a row needs is loaded before the first number is used:
+// row at a time; a thread holds pieces of four numbers of it. All that a row needs is loaded before the first number is used:
 // memory's bandwidth asks for many bytes under way, a single row for one latency in place of several.
 #include <algorithm>
 #include <limits>
@@ -28,13 +28,8 @@ struct NormLaunch {
   PRIM_FUNCTION int32_t groups() const { return threads >> group_bits; }
 };
 
-/// Numbers of a 16-byte piece of rows of T.
-template <class T>
-constexpr int kPieceSize = 16 / sizeof(T);
-
-/// Pieces that a thread holds at most: 12 numbers of float32, 16 of the others.
-template <class T>
-constexpr int kMostPieces = sizeof(T) == 4 ? 3 : 2;
+constexpr int kPieceSize = 4;   ///< numbers of a piece: 16 bytes of float32, 8 of the other types
+constexpr int kMostPieces = 3;  ///< of a thread
 
 template <class T>
 constexpr Dtype kDtypeOf = Dtype::kFloat32;
@@ -45,51 +40,37 @@ inline constexpr Dtype kDtypeOf<f16> = Dtype::kFloat16;
 
 DEVICE_FUNCTION float sigmoid(float x) { return prim::rcp(1.0F + prim::ex2(x * -1.44269504F)); }
 
-/// kSize numbers as they lie in memory: what loads them waits for nothing.
-template <int kSize>
+/// A piece as it lies in memory: what loads it waits for nothing.
 struct RawPiece {
-  u32 words[kSize] = {};  ///< the first half where numbers have two bytes
+  u32 words[kPieceSize] = {};  ///< the first half where numbers have two bytes
 };
 
-/// Of data[at..]. `vector`: in accesses of up to 16 bytes; else one by one, of `count` numbers alone; the others are 0.
-template <int kSize>
+/// Of data[at..]. `vector`: in one access; else number by number, of `count` numbers alone; the others are 0.
 DEVICE_FUNCTION void load_piece(const void* data, int64_t at, Dtype dtype, bool vector, int count,
-                                RawPiece<kSize>& to) {
-  const char* const from = static_cast<const char*>(data) + at * (dtype == Dtype::kFloat32 ? 4 : 2);
-  if (!vector) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (i >= count) continue;
-      if (dtype == Dtype::kFloat32) {
-        to.words[i] = reinterpret_cast<const u32*>(from)[i];
-      } else {
-        to.words[i / 2] |= static_cast<u32>(reinterpret_cast<const u16*>(from)[i]) << 16 * (i % 2);
-      }
-    }
-    return;
-  }
-  const auto load16 = [&](int word) {
-    const Bytes16 bytes = reinterpret_cast<const Bytes16*>(from)[word / 4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to.words[word + i] = bytes.words[i];
-  };
+                                RawPiece& to) {
   if (dtype == Dtype::kFloat32) {
+    const u32* const from = static_cast<const u32*>(data) + at;
+    const Bytes16 bytes = vector ? *reinterpret_cast<const Bytes16*>(from) : Bytes16{};
 #pragma unroll
-    for (int word = 0; word < kSize; word += 4) load16(word);
-  } else if constexpr (kSize == 8) {
-    load16(0);
+    for (int i = 0; i < kPieceSize; ++i)
+      to.words[i] = vector ? bytes.words[i] : i < count ? from[i] : 0;
   } else {
-    static_assert(kSize == 4);
-    const uint64_t bytes = *reinterpret_cast<const uint64_t*>(from);
-    to.words[0] = static_cast<u32>(bytes), to.words[1] = static_cast<u32>(bytes >> 32);
+    const u16* const from = static_cast<const u16*>(data) + at;
+    if (vector) {
+      const uint64_t bytes = *reinterpret_cast<const uint64_t*>(from);
+      to.words[0] = static_cast<u32>(bytes), to.words[1] = static_cast<u32>(bytes >> 32);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kPieceSize; ++i)
+      if (i < count) to.words[i / 2] |= static_cast<u32>(from[i]) << 16 * (i % 2);
   }
 }
 
-template <int kSize>
-DEVICE_FUNCTION void numbers_of(const RawPiece<kSize>& piece, Dtype dtype, float (&x)[kSize]) {
+DEVICE_FUNCTION void numbers_of(const RawPiece& piece, Dtype dtype, float (&x)[kPieceSize]) {
   const auto each = [&](auto number) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) x[i] = number(i);
+    for (int i = 0; i < kPieceSize; ++i) x[i] = number(i);
   };
   const auto half = [&](int i) { return static_cast<u16>(piece.words[i / 2] >> 16 * (i % 2)); };
   if (dtype == Dtype::kFloat32) {
@@ -105,10 +86,11 @@ DEVICE_FUNCTION void numbers_of(const RawPiece<kSize>& piece, Dtype dtype, float
 template <class T, int kPieces_, bool kVector, bool kWide_>
 class NormBlock {
  public:
-  static constexpr int kSize = kPieceSize<T>, kPieces = kPieces_;
+  static constexpr int kSize = kPieceSize, kPieces = kPieces_;
   static constexpr bool kWide = kWide_;
   static constexpr Dtype kDtype = kDtypeOf<T>;
-  using Piece = RawPiece<kSize>;
+  using Piece = RawPiece;
+  using Pieces = Piece[kPieces];
 
   struct Shared {
     float parts[2][kNormMost / 32][2];
@@ -135,9 +117,10 @@ class NormBlock {
     int64_t index;
     bool exists;
     u32 outer, inner;  ///< where every view of rows is cut alike
+    int64_t packed;    ///< place of the thread's first piece in packed rows
   };
   DEVICE_FUNCTION Row locate(int64_t index) const {
-    Row row{index, index < end, 0, static_cast<u32>(index)};
+    Row row{index, index < end, 0, static_cast<u32>(index), index * channels() + place(0, 0)};
     if (kVector && index >= l.inner_rows) {
       const u32 rows = static_cast<u32>(l.inner_rows);
       row.outer = row.inner / rows, row.inner -= row.outer * rows;
@@ -152,8 +135,10 @@ class NormBlock {
   /// The first channel of a piece within the head.
   DEVICE_FUNCTION int channel(int tile, int piece) const {
     const int lane = thread & ((1 << l.group_bits) - 1);
-    return tile * width + ((piece << l.group_bits) + lane) * kSize;
+    return tile * width + lane * kSize + step(piece);
   }
+  /// From a thread's first piece.
+  DEVICE_FUNCTION int step(int piece) const { return piece * kSize << l.group_bits; }
   /// How many channels it has; not positive past the end.
   DEVICE_FUNCTION int count(int tile, int piece) const { return in.dim - channel(tile, piece); }
   DEVICE_FUNCTION int64_t channels() const { return int64_t{in.heads} * in.dim; }
@@ -163,21 +148,17 @@ class NormBlock {
   }
   DEVICE_FUNCTION bool vector() const { return kVector || (kWide && l.vector); }
 
-  DEVICE_FUNCTION Piece load_x(const Row& row, int tile, int piece) const {
-    Piece out;
-    if (row.exists && count(tile, piece) > 0)
-      load_piece(in.x.data, offset(in.x, row) + head * in.x_head + channel(tile, piece), kDtype,
-                 vector(), count(tile, piece), out);
-    return out;
-  }
   /// Zeros where there is no such tensor, row or piece.
-  DEVICE_FUNCTION Piece load_row(const RowView& rows, const Row& row, int tile, int piece,
-                                 Dtype dtype = kDtype) const {
-    Piece out;
-    if (rows.data != nullptr && row.exists && count(tile, piece) > 0)
-      load_piece(rows.data, offset(rows, row) + place(tile, piece), dtype, vector(),
-                 count(tile, piece), out);
-    return out;
+  DEVICE_FUNCTION void load_x(const Row& row, int tile, Pieces& out) const {
+    load(in.x.data, row.exists, offset(in.x, row) + head * in.x_head + channel(tile, 0), kDtype,
+         tile, out);
+  }
+  DEVICE_FUNCTION void load_row(const RowView& rows, const Row& row, int tile, Pieces& out,
+                                Dtype dtype = kDtype) const {
+    load(rows.data, row.exists, offset(rows, row) + place(tile, 0), dtype, tile, out);
+  }
+  DEVICE_FUNCTION void load_parameter(const NormParameter& parameter, int tile, Pieces& out) const {
+    load(parameter.data, true, place(tile, 0), parameter.dtype, tile, out);
   }
   DEVICE_FUNCTION Piece load_parameter(const NormParameter& parameter, int tile, int piece) const {
     Piece out;
@@ -200,19 +181,17 @@ class NormBlock {
                              const float (&x)[kSize]) const {
     const int numbers = count(tile, piece);
     if (!row.exists || numbers <= 0) return;
-    T* const to = static_cast<T*>(data) + row.index * channels() + place(tile, piece);
+    T* const to = static_cast<T*>(data) + row.packed + tile * width + step(piece);
     if (vector()) {
-      Bytes16 bytes;
+      if constexpr (kDtype == Dtype::kFloat32) {
+        Bytes16 bytes;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (kSize == 4) {
-          bytes.words[i] = prim::bits_of(x[i]);
-        } else {
-          bytes.words[i] = kDtype == Dtype::kBFloat16 ? prim::pack_bf16x2(x[2 * i], x[2 * i + 1])
-                                                      : prim::pack_f16x2(x[2 * i], x[2 * i + 1]);
-        }
+        for (int i = 0; i < kSize; ++i) bytes.words[i] = prim::bits_of(x[i]);
+        *reinterpret_cast<Bytes16*>(to) = bytes;
+      } else {
+        const auto pack = kDtype == Dtype::kBFloat16 ? prim::pack_bf16x2 : prim::pack_f16x2;
+        *reinterpret_cast<uint64_t*>(to) = uint64_t{pack(x[2], x[3])} << 32 | pack(x[0], x[1]);
       }
-      *reinterpret_cast<Bytes16*>(to) = bytes;
       return;
     }
 #pragma unroll
@@ -266,14 +245,28 @@ class NormBlock {
   const int width, tiles;  ///< channels of a tile; of a row
 
  private:
+  /// data[begin..]: a thread's first piece.
+  DEVICE_FUNCTION void load(const void* data, bool exists, int64_t begin, Dtype dtype, int tile,
+                            Pieces& out) const {
+#pragma unroll
+    for (Piece& piece : out) piece = {};
+    if (data == nullptr || !exists) return;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece)
+      if (count(tile, piece) > 0)
+        load_piece(data, begin + step(piece), dtype, vector(), count(tile, piece), out[piece]);
+  }
+
   template <class F>
   DEVICE_FUNCTION void each_number(const Row& row, const float (&x)[kPieces][kSize], F f) const {
+    Pieces loaded;
     for (int tile = 0; tile < tiles; ++tile) {
+      if constexpr (kWide) load_x(row, tile, loaded);
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         if constexpr (kWide) {
           float again[kSize];
-          numbers_of(load_x(row, tile, piece), kDtype, again);
+          numbers_of(loaded[piece], kDtype, again);
           each_of(again, count(tile, piece), f);
         } else {
           each_of(x[piece], count(tile, piece), f);
@@ -291,17 +284,15 @@ class NormBlock {
   int turn = 0;
 };
 
-/// Whether pieces of `size` numbers begin where whole accesses may, in every row and head.
-inline bool norm_vector(const void* data, Dtype dtype, int32_t size, int64_t stride = 0,
-                        int64_t outer_stride = 0, int64_t head = 0) {
-  const int64_t bytes = dtype == Dtype::kFloat32 ? 4 : 2,
-                access = std::min<int64_t>(16, size * bytes);
-  const auto fits = [&](int64_t numbers) { return numbers * bytes % access == 0; };
-  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(access) == 0 && fits(stride) &&
-         fits(outer_stride) && fits(head);
+/// Whether pieces begin where whole accesses may, in every row and head.
+inline bool norm_vector(const void* data, Dtype dtype, int64_t stride = 0, int64_t outer_stride = 0,
+                        int64_t head = 0) {
+  const uintptr_t bytes = kPieceSize * (dtype == Dtype::kFloat32 ? 4 : 2);
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0 && stride % kPieceSize == 0 &&
+         outer_stride % kPieceSize == 0 && head % kPieceSize == 0;
 }
-inline bool norm_vector(const RowView& rows, Dtype dtype, int32_t size, int64_t head = 0) {
-  return norm_vector(rows.data, dtype, size, rows.inner_stride, rows.outer_stride, head);
+inline bool norm_vector(const RowView& rows, Dtype dtype, int64_t head = 0) {
+  return norm_vector(rows.data, dtype, rows.inner_stride, rows.outer_stride, head);
 }
 
 /// Cuts all views that are present as one of them is; whether that can be.
@@ -327,25 +318,23 @@ inline NormLaunch norm_launch(const HeadwiseNormInputs& in, bool vector,
   NormLaunch l;
   l.in = in;
   l.one_by_dim = 1.0F / static_cast<float>(in.dim);
-  const int32_t size = in.dtype == Dtype::kFloat32 ? kPieceSize<float> : kPieceSize<bf16>;
-  const int32_t most = in.dtype == Dtype::kFloat32 ? kMostPieces<float> : kMostPieces<bf16>;
-  l.vector = vector && in.dim % size == 0 && norm_vector(in.x, in.dtype, size, in.x_head) &&
-             norm_vector(in.skip, in.dtype, size) && norm_vector(in.gate, in.dtype, size);
+  l.vector = vector && in.dim % kPieceSize == 0 && norm_vector(in.x, in.dtype, in.x_head) &&
+             norm_vector(in.skip, in.dtype) && norm_vector(in.gate, in.dtype);
   for (const NormParameter& p : {in.weight, in.bias, in.skip_weight})
-    l.vector = l.vector && norm_vector(p.data, p.dtype, size);
+    l.vector = l.vector && norm_vector(p.data, p.dtype);
   views.insert(views.end(), {&l.in.x, &l.in.skip, &l.in.gate});
   l.vector = l.vector && cut_alike(views, l);
-  const int32_t pieces = divide_up(in.dim, size);
+  const int32_t pieces = divide_up(in.dim, kPieceSize);
   const auto bits_for = [&](int32_t each) {
     int32_t bits = 0;
     while (1 << bits < kNormMost && each << bits < pieces) ++bits;
     return bits;
   };
-  l.pieces = most, l.group_bits = bits_for(most);
-  l.is_wide = most << l.group_bits < pieces;
+  l.pieces = kMostPieces, l.group_bits = bits_for(kMostPieces);
+  l.is_wide = kMostPieces << l.group_bits < pieces;
   constexpr int64_t kFilling = 1024;  // threads of a multiprocessor
   const bool is_few = in.rows * in.heads * pieces <= in.num_multiprocessors * kFilling;
-  for (int32_t each = most - 1; each > 0 && l.vector && !l.is_wide; --each) {
+  for (int32_t each = kMostPieces - 1; each > 0 && l.vector && !l.is_wide; --each) {
     const int32_t bits = bits_for(each);
     if (each << bits < pieces) break;
     if (is_few || each << bits < l.pieces << l.group_bits) l.pieces = each, l.group_bits = bits;

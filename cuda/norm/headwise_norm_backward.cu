@@ -20,7 +20,7 @@ template <class T, int kPieces, bool kVector, bool kWide>
 class BackwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   using Base = NormBlock<T, kPieces, kVector, kWide>;
   using Base::kSize, Base::kDtype;
-  using typename Base::Piece, typename Base::Row;
+  using typename Base::Pieces, typename Base::Row;
 
  public:
   /// Behind it, not of wide rows: kept parameters in float32, (kKept, width), and the groups' sums of one parameter at a
@@ -51,11 +51,11 @@ class BackwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
  private:
   /// What a thread reads of a row.
   struct Loaded {
-    Piece x, dy, gate, skip;
+    Pieces x, dy, gate, skip;
   };
   using Numbers = float[kSize];
   /// The further gradient waits in registers, too, where there are enough of them.
-  static constexpr bool kPastEarly = kSize == 4 && kVector;
+  static constexpr bool kPastEarly = kVector;
 
   template <class F>
   DEVICE_FUNCTION static void each_piece(F f) {
@@ -63,24 +63,21 @@ class BackwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
     for (int piece = 0; piece < kPieces; ++piece) f(piece);
   }
 
-  DEVICE_FUNCTION void load(const Row& row, int tile, Loaded (&to)[kPieces]) const {
-    each_piece([&](int p) {
-      to[p].x = this->load_x(row, tile, p);
-      to[p].dy = this->load_row(call.dy, row, tile, p);
-      to[p].gate = this->load_row(this->in.gate, row, tile, p);
-      to[p].skip = this->load_row(this->in.skip, row, tile, p);
-    });
+  DEVICE_FUNCTION void load_all(const Row& row, int tile, Loaded& to) const {
+    this->load_x(row, tile, to.x);
+    this->load_row(call.dy, row, tile, to.dy);
+    this->load_row(this->in.gate, row, tile, to.gate);
+    this->load_row(this->in.skip, row, tile, to.skip);
   }
 
   DEVICE_FUNCTION void do_row(const Row& row) {
-    Loaded loaded[kPieces];
-    Piece past[kPieces];
+    Loaded loaded;
+    Pieces past;
     float normed[kPieces][kSize], d[kPieces][kSize];
     if constexpr (!kWide) {
-      load(row, 0, loaded);
-      if constexpr (kPastEarly)
-        each_piece([&](int p) { past[p] = this->load_row(call.dsum, row, 0, p); });
-      each_piece([&](int p) { numbers_of(loaded[p].x, kDtype, normed[p]); });
+      load_all(row, 0, loaded);
+      if constexpr (kPastEarly) this->load_row(call.dsum, row, 0, past);
+      each_piece([&](int p) { numbers_of(loaded.x[p], kDtype, normed[p]); });
     }
     const auto statistics = this->statistics(row, normed);
     const float mean = statistics.mean, rstd = statistics.rstd;
@@ -91,15 +88,15 @@ class BackwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
       });
     };
     const auto load_again = [&](int tile) {
-      load(row, tile, loaded);
-      each_piece([&](int p) { numbers_of(loaded[p].x, kDtype, normed[p]); });
+      load_all(row, tile, loaded);
+      each_piece([&](int p) { numbers_of(loaded.x[p], kDtype, normed[p]); });
     };
     float means[2] = {};  // of g and g * x^
     for (int tile = 0; tile < this->tiles; ++tile) {
       if constexpr (kWide) load_again(tile);
       normalise();
       each_piece([&](int p) {
-        gradients<true>(row, tile, p, loaded[p], normed[p], d[p]);
+        gradients<true>(row, tile, p, loaded, normed[p], d[p]);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) means[0] += d[p][i], means[1] += d[p][i] * normed[p][i];
       });
@@ -111,10 +108,9 @@ class BackwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
       if constexpr (kWide) {
         load_again(tile);
         normalise();
-        each_piece([&](int p) { gradients<false>(row, tile, p, loaded[p], normed[p], d[p]); });
+        each_piece([&](int p) { gradients<false>(row, tile, p, loaded, normed[p], d[p]); });
       }
-      if constexpr (!kPastEarly)
-        each_piece([&](int p) { past[p] = this->load_row(call.dsum, row, tile, p); });
+      if constexpr (!kPastEarly) this->load_row(call.dsum, row, tile, past);
       each_piece([&](int p) {
         Numbers dsum;
         numbers_of(past[p], kDtype, dsum);
@@ -131,13 +127,13 @@ class BackwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   DEVICE_FUNCTION void gradients(const Row& row, int tile, int p, const Loaded& loaded,
                                  const Numbers& normed, Numbers& d) {
     Numbers a, weight, skip, skip_weight;
-    numbers_of(loaded.dy, kDtype, d);
-    numbers_of(loaded.skip, kDtype, skip);
+    numbers_of(loaded.dy[p], kDtype, d);
+    numbers_of(loaded.skip[p], kDtype, skip);
     parameter(kWeight, tile, p, weight);
     if (kAll && this->in.skip.data != nullptr) parameter(kSkipWeight, tile, p, skip_weight);
     if (this->in.gate.data != nullptr) {
       Numbers gate, value;
-      numbers_of(loaded.gate, kDtype, gate);
+      numbers_of(loaded.gate[p], kDtype, gate);
       if constexpr (kAll) {
 #pragma unroll
         for (int i = 0; i < kSize; ++i) value[i] = normed[i] * weight[i];
@@ -274,20 +270,20 @@ headwise_norm_gradients(const GRID_CONSTANT BackwardLaunch l) {
 template <class T>
 KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_unaligned_gradients(const GRID_CONSTANT BackwardLaunch l) {
-  run_block<BackwardBlock<T, kMostPieces<T>, false, false>>(l);
+  run_block<BackwardBlock<T, kMostPieces, false, false>>(l);
 }
 
 template <class T>
 KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_wide_gradients(const GRID_CONSTANT BackwardLaunch l) {
-  run_block<BackwardBlock<T, kMostPieces<T>, false, true>>(l);
+  run_block<BackwardBlock<T, kMostPieces, false, true>>(l);
 }
 
 template <class T>
 void launch_gradients(const BackwardLaunch& l, Stream stream) {
   const NormLaunch& n = l.norm;
   const auto launch = [&](const char* name, auto kernel) {
-    const size_t width = static_cast<size_t>(n.pieces * kPieceSize<T>) << n.group_bits;
+    const size_t width = static_cast<size_t>(n.pieces * kPieceSize) << n.group_bits;
     const size_t numbers = n.is_wide ? 0 : (kKept + static_cast<size_t>(n.groups())) * width;
     prim::launch(name, kernel,
                  {static_cast<u32>(norm_strips(n) * n.in.heads), static_cast<u32>(n.threads),
@@ -299,8 +295,7 @@ void launch_gradients(const BackwardLaunch& l, Stream stream) {
     return launch("headwise_norm_unaligned_gradients", headwise_norm_unaligned_gradients<T>);
   if (n.pieces == 1) return launch("headwise_norm_gradients", headwise_norm_gradients<T, 1>);
   if (n.pieces == 2) return launch("headwise_norm_gradients", headwise_norm_gradients<T, 2>);
-  if constexpr (kMostPieces<T> == 3)
-    launch("headwise_norm_gradients", headwise_norm_gradients<T, 3>);
+  launch("headwise_norm_gradients", headwise_norm_gradients<T, 3>);
 }
 
 /// One round of blocks that fills the GPU: the partial sums stay small beside the rows.
@@ -337,11 +332,9 @@ int64_t headwise_norm_partials(const HeadwiseNormInputs& in) {
 }
 
 void headwise_norm_backward(const HeadwiseNormBackward& call, Stream stream) {
-  const int32_t size = call.in.dtype == Dtype::kFloat32 ? kPieceSize<float> : kPieceSize<bf16>;
-  bool vector =
-      norm_vector(call.dy, call.in.dtype, size) && norm_vector(call.dsum, call.in.dtype, size);
+  bool vector = norm_vector(call.dy, call.in.dtype) && norm_vector(call.dsum, call.in.dtype);
   for (const void* data : {call.dx, call.dskip, call.dgate})
-    vector = vector && norm_vector(data, call.in.dtype, size);
+    vector = vector && norm_vector(data, call.in.dtype);
   BackwardLaunch l{{}, call};
   l.norm = backward_launch(call.in, vector, {&l.call.dy, &l.call.dsum});
   switch (call.in.dtype) {

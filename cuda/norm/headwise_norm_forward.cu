@@ -14,7 +14,7 @@ template <class T, int kPieces, bool kVector, bool kWide>
 class ForwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   using Base = NormBlock<T, kPieces, kVector, kWide>;
   using Base::kSize, Base::kDtype;
-  using typename Base::Piece, typename Base::Row;
+  using typename Base::Piece, typename Base::Pieces, typename Base::Row;
 
  public:
   DEVICE_FUNCTION ForwardBlock(const ForwardLaunch& launch, typename Base::Shared& shared)
@@ -23,33 +23,32 @@ class ForwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   DEVICE_FUNCTION void run() {
     const Row row = this->locate(this->first + this->group);
     float x[kPieces][kSize];
-    Beside beside[kPieces];
+    Beside beside;
+    Pieces loaded[2];
     if (call.terms[0].rows.data != nullptr) {
-      Piece terms[2][kPieces];
       for (int tile = 0; tile < this->tiles; ++tile) {
-        each_piece([&](int p) {
-          for (int i = 0; i < 2; ++i)
-            terms[i][p] = this->load_row(call.terms[i].rows, row, tile, p, call.terms[i].dtype);
-        });
+        for (int i = 0; i < 2; ++i)
+          this->load_row(call.terms[i].rows, row, tile, loaded[i], call.terms[i].dtype);
         if constexpr (!kWide) load_beside(row, 0, beside);
-        each_piece([&](int p) { add_terms(row, tile, p, terms[0][p], terms[1][p], x[p]); });
+        each_piece([&](int p) { add_terms(row, tile, p, loaded[0][p], loaded[1][p], x[p]); });
       }
     } else if constexpr (!kWide) {
-      Piece rows[kPieces];
-      each_piece([&](int p) { rows[p] = this->load_x(row, 0, p); });
+      this->load_x(row, 0, loaded[0]);
       load_beside(row, 0, beside);
-      each_piece([&](int p) { numbers_of(rows[p], kDtype, x[p]); });
+      each_piece([&](int p) { numbers_of(loaded[0][p], kDtype, x[p]); });
     }
     const auto statistics = this->statistics(row, x);
     for (int tile = 0; tile < this->tiles; ++tile) {
       if constexpr (kWide) {
-        each_piece([&](int p) { numbers_of(this->load_x(row, tile, p), kDtype, x[p]); });
+        this->load_x(row, tile, loaded[0]);
+        each_piece([&](int p) { numbers_of(loaded[0][p], kDtype, x[p]); });
         load_beside(row, tile, beside);
       }
+      if constexpr (!kParametersEarly) load_parameters(tile, beside);
       each_piece([&](int p) {
 #pragma unroll
         for (float& number : x[p]) number = (number - statistics.mean) * statistics.rstd;
-        finish(tile, p, beside[p], x[p]);
+        finish(p, beside, x[p]);
         this->store(call.y, row, tile, p, x[p]);
       });
     }
@@ -57,7 +56,7 @@ class ForwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
 
  private:
   struct Beside {
-    Piece skip, gate, weight, bias, skip_weight;
+    Pieces skip, gate, weight, bias, skip_weight;
   };
   /// Parameters, which come from a cache where rows are many, wait in registers only where those are few.
   static constexpr bool kParametersEarly = kPieces == 1;
@@ -68,17 +67,15 @@ class ForwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
     for (int piece = 0; piece < kPieces; ++piece) f(piece);
   }
 
-  DEVICE_FUNCTION void load_beside(const Row& row, int tile, Beside (&beside)[kPieces]) const {
-    each_piece([&](int p) {
-      beside[p].skip = this->load_row(this->in.skip, row, tile, p);
-      beside[p].gate = this->load_row(this->in.gate, row, tile, p);
-      if constexpr (kParametersEarly) load_parameters(tile, p, beside[p]);
-    });
+  DEVICE_FUNCTION void load_beside(const Row& row, int tile, Beside& to) const {
+    this->load_row(this->in.skip, row, tile, to.skip);
+    this->load_row(this->in.gate, row, tile, to.gate);
+    if constexpr (kParametersEarly) load_parameters(tile, to);
   }
-  DEVICE_FUNCTION void load_parameters(int tile, int p, Beside& to) const {
-    to.weight = this->load_parameter(this->in.weight, tile, p);
-    to.bias = this->load_parameter(this->in.bias, tile, p);
-    to.skip_weight = this->load_parameter(this->in.skip_weight, tile, p);
+  DEVICE_FUNCTION void load_parameters(int tile, Beside& to) const {
+    this->load_parameter(this->in.weight, tile, to.weight);
+    this->load_parameter(this->in.bias, tile, to.bias);
+    this->load_parameter(this->in.skip_weight, tile, to.skip_weight);
   }
 
   /// What is kept is rounded as what is stored: the norm of the sum, not of something more exact. A wide row is read again
@@ -94,21 +91,20 @@ class ForwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   }
 
   /// What is normalised becomes the output.
-  DEVICE_FUNCTION void finish(int tile, int p, Beside& beside, float (&v)[kSize]) const {
-    if constexpr (!kParametersEarly) load_parameters(tile, p, beside);
+  DEVICE_FUNCTION void finish(int p, const Beside& beside, float (&v)[kSize]) const {
     float a[kSize], b[kSize];
-    this->parameter_numbers(this->in.weight, beside.weight, 1, a);
-    this->parameter_numbers(this->in.bias, beside.bias, 0, b);
+    this->parameter_numbers(this->in.weight, beside.weight[p], 1, a);
+    this->parameter_numbers(this->in.bias, beside.bias[p], 0, b);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) v[i] = v[i] * a[i] + b[i];
     if (this->in.skip.data != nullptr) {
-      this->parameter_numbers(this->in.skip_weight, beside.skip_weight, 0, a);
-      numbers_of(beside.skip, kDtype, b);
+      this->parameter_numbers(this->in.skip_weight, beside.skip_weight[p], 0, a);
+      numbers_of(beside.skip[p], kDtype, b);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) v[i] += a[i] * b[i];
     }
     if (this->in.gate.data == nullptr) return;
-    numbers_of(beside.gate, kDtype, a);
+    numbers_of(beside.gate[p], kDtype, a);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) v[i] *= sigmoid(a[i]) * (this->in.sigmoid_gate ? 1.0F : a[i]);
   }
@@ -130,13 +126,13 @@ headwise_norm_rows(const GRID_CONSTANT ForwardLaunch l) {
 template <class T>
 KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_unaligned_rows(const GRID_CONSTANT ForwardLaunch l) {
-  run_block<ForwardBlock<T, kMostPieces<T>, false, false>>(l);
+  run_block<ForwardBlock<T, kMostPieces, false, false>>(l);
 }
 
 template <class T>
 KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_wide_rows(const GRID_CONSTANT ForwardLaunch l) {
-  run_block<ForwardBlock<T, kMostPieces<T>, false, true>>(l);
+  run_block<ForwardBlock<T, kMostPieces, false, true>>(l);
 }
 
 template <class T>
@@ -153,16 +149,14 @@ void launch_rows(const ForwardLaunch& l, Stream stream) {
     return launch("headwise_norm_unaligned_rows", headwise_norm_unaligned_rows<T>);
   if (l.norm.pieces == 1) return launch("headwise_norm_rows", headwise_norm_rows<T, 1>);
   if (l.norm.pieces == 2) return launch("headwise_norm_rows", headwise_norm_rows<T, 2>);
-  if constexpr (kMostPieces<T> == 3) launch("headwise_norm_rows", headwise_norm_rows<T, 3>);
+  launch("headwise_norm_rows", headwise_norm_rows<T, 3>);
 }
 
 }  // namespace
 
 void headwise_norm_forward(const HeadwiseNormForward& call, Stream stream) {
-  const int32_t size = call.in.dtype == Dtype::kFloat32 ? kPieceSize<float> : kPieceSize<bf16>;
-  bool vector = norm_vector(call.y, call.in.dtype, size);
-  for (const NormTerm& term : call.terms)
-    vector = vector && norm_vector(term.rows, term.dtype, size);
+  bool vector = norm_vector(call.y, call.in.dtype);
+  for (const NormTerm& term : call.terms) vector = vector && norm_vector(term.rows, term.dtype);
   ForwardLaunch l{{}, call};
   l.norm = norm_launch(call.in, vector, {&l.call.terms[0].rows, &l.call.terms[1].rows});
   switch (call.in.dtype) {

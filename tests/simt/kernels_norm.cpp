@@ -267,7 +267,7 @@ void few(uint64_t seed) {
 }
 
 /// One row per thread, groups within a warp, of whole warps, the whole block, one to three pieces a thread, and wider.
-/// 4 and 8 numbers are a piece; 2048 and 4096, 4096 and 8192, 6144 are the most of one, two and three.
+/// Four numbers are a piece; 2048, 4096 and 6144 the most of one, two and three.
 void widths(uint64_t seed) {
   for (const int32_t multiprocessors : {0, 108}) {
     for (const int64_t dim :
