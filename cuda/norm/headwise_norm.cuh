@@ -38,6 +38,8 @@ inline constexpr Dtype kDtypeOf<bf16> = Dtype::kBFloat16;
 template <>
 inline constexpr Dtype kDtypeOf<f16> = Dtype::kFloat16;
 
+PRIM_FUNCTION constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
 DEVICE_FUNCTION float sigmoid(float x) { return prim::rcp(1.0F + prim::ex2(x * -1.44269504F)); }
 
 /// A piece as it lies in memory: what loads it waits for nothing.
@@ -45,17 +47,17 @@ struct RawPiece {
   u32 words[kPieceSize] = {};  ///< the first half where numbers have two bytes
 };
 
-/// Of data[at..]. `vector`: in one access; else number by number, of `count` numbers alone; the others are 0.
-DEVICE_FUNCTION void load_piece(const void* data, int64_t at, Dtype dtype, bool vector, int count,
+/// `vector`: in one access; else number by number, of `count` numbers alone; the others are 0.
+DEVICE_FUNCTION void load_piece(const void* data, Dtype dtype, bool vector, int count,
                                 RawPiece& to) {
   if (dtype == Dtype::kFloat32) {
-    const u32* const from = static_cast<const u32*>(data) + at;
+    const u32* const from = static_cast<const u32*>(data);
     const Bytes16 bytes = vector ? *reinterpret_cast<const Bytes16*>(from) : Bytes16{};
 #pragma unroll
     for (int i = 0; i < kPieceSize; ++i)
       to.words[i] = vector ? bytes.words[i] : i < count ? from[i] : 0;
   } else {
-    const u16* const from = static_cast<const u16*>(data) + at;
+    const u16* const from = static_cast<const u16*>(data);
     if (vector) {
       const uint64_t bytes = *reinterpret_cast<const uint64_t*>(from);
       to.words[0] = static_cast<u32>(bytes), to.words[1] = static_cast<u32>(bytes >> 32);
@@ -163,8 +165,9 @@ class NormBlock {
   DEVICE_FUNCTION Piece load_parameter(const NormParameter& parameter, int tile, int piece) const {
     Piece out;
     if (parameter.data != nullptr && count(tile, piece) > 0)
-      load_piece(parameter.data, place(tile, piece), parameter.dtype, vector(), count(tile, piece),
-                 out);
+      load_piece(
+          static_cast<const char*>(parameter.data) + place(tile, piece) * bytes_of(parameter.dtype),
+          parameter.dtype, vector(), count(tile, piece), out);
     return out;
   }
   /// `otherwise`: of an absent parameter, which then changes nothing.
@@ -181,7 +184,8 @@ class NormBlock {
                              const float (&x)[kSize]) const {
     const int numbers = count(tile, piece);
     if (!row.exists || numbers <= 0) return;
-    T* const to = static_cast<T*>(data) + row.packed + tile * width + step(piece);
+    T* const first_piece = static_cast<T*>(data) + row.packed + tile * width;
+    T* const to = first_piece + step(piece);
     if (vector()) {
       if constexpr (kDtype == Dtype::kFloat32) {
         Bytes16 bytes;
@@ -251,10 +255,12 @@ class NormBlock {
 #pragma unroll
     for (Piece& piece : out) piece = {};
     if (data == nullptr || !exists) return;
+    const char* const from = static_cast<const char*>(data) + begin * bytes_of(dtype);
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece)
       if (count(tile, piece) > 0)
-        load_piece(data, begin + step(piece), dtype, vector(), count(tile, piece), out[piece]);
+        load_piece(from + step(piece) * bytes_of(dtype), dtype, vector(), count(tile, piece),
+                   out[piece]);
   }
 
   template <class F>
@@ -287,7 +293,7 @@ class NormBlock {
 /// Whether pieces begin where whole accesses may, in every row and head.
 inline bool norm_vector(const void* data, Dtype dtype, int64_t stride = 0, int64_t outer_stride = 0,
                         int64_t head = 0) {
-  const uintptr_t bytes = kPieceSize * (dtype == Dtype::kFloat32 ? 4 : 2);
+  const auto bytes = static_cast<uintptr_t>(kPieceSize * bytes_of(dtype));
   return reinterpret_cast<uintptr_t>(data) % bytes == 0 && stride % kPieceSize == 0 &&
          outer_stride % kPieceSize == 0 && head % kPieceSize == 0;
 }

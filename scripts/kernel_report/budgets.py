@@ -130,7 +130,7 @@ BUDGETS = [
     budget(r"causal_conv1d_gradients", 128, 72, 32, blocks=4, must={"LDGSTS", "STG.128"}),
     budget(r"causal_conv1d_token", 128, 64, 16, blocks=4),
     budget(r"causal_conv1d_(first|last)", 256, 64, 16, blocks=4),
-    budget(r"column_sums", 256, 64, 16, blocks=4),
+    budget(r"column_sums", 512, 64, 16, blocks=2),
 ]
 
 
