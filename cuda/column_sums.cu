@@ -1,4 +1,4 @@
-// One block per 32 columns: a warp takes every eighth row, then the eight sums are added in order.
+// One block per 32 columns: a warp takes every 16th row, eight loads under way, then the 16 sums are added in order.
 #include "cuda/column_sums.h"
 
 #include "cuda/numbers.cuh"
@@ -7,13 +7,13 @@
 namespace xlstm::cuda {
 namespace {
 
-constexpr int kThreads = 256, kColumns = 32, kGroups = kThreads / kColumns;
+constexpr int kThreads = 512, kColumns = 32, kGroups = kThreads / kColumns;
 
 PRIM_FUNCTION constexpr int64_t blocks_of(int64_t columns) {
   return (columns + kColumns - 1) / kColumns;
 }
 
-KERNEL_FUNCTION(kThreads, 4)
+KERNEL_FUNCTION(kThreads, 2)
 column_sums(const GRID_CONSTANT ColumnSums p) {
   float* sums = reinterpret_cast<float*>(prim::dynamic_shared());
   const int thread = static_cast<int>(prim::thread_idx().x);
@@ -25,7 +25,7 @@ column_sums(const GRID_CONSTANT ColumnSums p) {
   float sum = 0;
   if (column < out.size) {
     const float* from = p.rows + out.first + column;
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t row = thread / kColumns; row < p.count; row += kGroups) sum += from[row * p.pitch];
   }
   sums[thread] = sum;

@@ -120,13 +120,15 @@ void call_softmax_cross_entropy(Dtype dtype) {
   launch_softmax_cross_entropy(p, nullptr);
 }
 
-/// Narrow heads, a whole row of channels, and wider.
+/// A single row; narrow heads and rows that need a whole block; odd ones; and wider.
 void call_headwise_norm(Dtype dtype) {
-  for (const int32_t dim : {256, 4096, 8192}) {
+  constexpr int32_t kWidest = 6144;  // that registers hold
+  for (const int32_t dim : {128, 256, 768, 4096, kWidest, 255, kWidest - 1, 2 * kWidest}) {
     const int32_t heads = dim == 256 ? 4 : 1;
-    const xlstm::cuda::RowView rows{address(0), 65536, int64_t{heads} * dim, 0};
+    const int64_t count = dim == 128 ? 1 : 65536;
+    const xlstm::cuda::RowView rows{address(0), count, int64_t{heads} * dim, 0};
     xlstm::cuda::HeadwiseNormInputs in;
-    in.rows = 65536, in.heads = heads, in.dim = dim, in.dtype = dtype;
+    in.rows = count, in.heads = heads, in.dim = dim, in.dtype = dtype;
     in.x = in.skip = in.gate = rows, in.x_head = dim;
     in.weight = in.bias = in.skip_weight = {address(1), dtype};
     headwise_norm_forward(xlstm::cuda::HeadwiseNormForward{in, address(2)}, nullptr);

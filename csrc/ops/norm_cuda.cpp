@@ -30,7 +30,7 @@ at::Tensor headwise_norm_cuda(const at::Tensor& x, const OptionalTensor& weight,
   const c10::DeviceGuard guard(x.device());
   if (!use_kernels(a)) return headwise_norm_generic(a);
 #ifdef XLSTM_CUDA
-  return headwise_norm_kernels_forward(a, current_stream(x.device()));
+  return headwise_norm_kernels_forward(a, current_stream(x.device()), device_limits(x.device()));
 #endif
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -47,7 +47,8 @@ HeadwiseNormGradients headwise_norm_backward_cuda(
   const c10::DeviceGuard guard(x.device());
   if (!use_kernels(a)) return headwise_norm_generic_backward(dy, a);
 #ifdef XLSTM_CUDA
-  return headwise_norm_kernels_backward(dy, a, current_stream(x.device()));
+  return headwise_norm_kernels_backward(dy, a, current_stream(x.device()), {},
+                                        device_limits(x.device()));
 #endif
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -63,7 +64,8 @@ ResidualNormResult residual_norm_cuda(const at::Tensor& x, const at::Tensor& bra
     return residual_norm_generic(x, branch, weight, bias, eps, kind);
 #ifdef XLSTM_CUDA
   return {sum,
-          residual_norm_kernels_forward(x, branch, norm.arguments(), current_stream(x.device()))};
+          residual_norm_kernels_forward(x, branch, norm.arguments(), current_stream(x.device()),
+                                        device_limits(x.device()))};
 #endif
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -81,8 +83,8 @@ ResidualNormGradients residual_norm_backward_cuda(const OptionalTensor& dsum, co
   const c10::DeviceGuard guard(sum.device());
   if (!use_kernels(a)) return residual_norm_generic_backward(dsum, dy, sum, a);
 #ifdef XLSTM_CUDA
-  return residual_gradients(
-      sum, headwise_norm_kernels_backward(dy, a, current_stream(sum.device()), dsum));
+  return residual_gradients(sum, headwise_norm_kernels_backward(dy, a, current_stream(sum.device()),
+                                                                dsum, device_limits(sum.device())));
 #endif
   TORCH_INTERNAL_ASSERT(false);
 }

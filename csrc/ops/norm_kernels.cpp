@@ -22,7 +22,7 @@ cuda::RowView row_view(Tensor& x, int64_t trailing = 1) {
 
 /// What both directions read. Keeps alive what had to be converted.
 struct Call {
-  explicit Call(const HeadwiseNormArguments& a) : x(a.x) {
+  Call(const HeadwiseNormArguments& a, const cuda::DeviceLimits& limits) : x(a.x) {
     in.heads = static_cast<int32_t>(x.size(-2));
     in.dim = static_cast<int32_t>(x.size(-1));
     in.rows = x.numel() / (x.size(-2) * x.size(-1));
@@ -36,6 +36,7 @@ struct Call {
     in.weight = parameter_of(a.weight, weight);
     in.bias = parameter_of(a.bias, bias);
     in.skip_weight = parameter_of(a.skip_weight, skip_weight);
+    in.num_multiprocessors = limits.num_multiprocessors;
   }
 
   cuda::HeadwiseNormInputs in;
@@ -50,8 +51,9 @@ struct Call {
 };
 
 /// terms: what a.x is to become the sum of, or none.
-Tensor run_forward(const HeadwiseNormArguments& a, std::vector<Tensor> terms, cuda::Stream stream) {
-  const Call call(a);
+Tensor run_forward(const HeadwiseNormArguments& a, std::vector<Tensor> terms, cuda::Stream stream,
+                   const cuda::DeviceLimits& limits) {
+  const Call call(a, limits);
   const Tensor y = at::empty(headwise_norm_sizes(a.x), a.x.options());
   cuda::HeadwiseNormForward p;
   p.in = call.in;
@@ -73,20 +75,23 @@ std::string headwise_norm_kernels_lack(const Tensor& x) {
   return "";
 }
 
-Tensor headwise_norm_kernels_forward(const HeadwiseNormArguments& a, cuda::Stream stream) {
-  return run_forward(a, {}, stream);
+Tensor headwise_norm_kernels_forward(const HeadwiseNormArguments& a, cuda::Stream stream,
+                                     const cuda::DeviceLimits& limits) {
+  return run_forward(a, {}, stream, limits);
 }
 
 Tensor residual_norm_kernels_forward(const Tensor& x, const Tensor& branch,
-                                     const HeadwiseNormArguments& a, cuda::Stream stream) {
-  return run_forward(a, {x, branch}, stream);
+                                     const HeadwiseNormArguments& a, cuda::Stream stream,
+                                     const cuda::DeviceLimits& limits) {
+  return run_forward(a, {x, branch}, stream, limits);
 }
 
 HeadwiseNormGradients headwise_norm_kernels_backward(const Tensor& dy,
                                                      const HeadwiseNormArguments& a,
                                                      cuda::Stream stream,
-                                                     const OptionalTensor& dsum) {
-  const Call call(a);
+                                                     const OptionalTensor& dsum,
+                                                     const cuda::DeviceLimits& limits) {
+  const Call call(a, limits);
   Tensor upstream = dy.to(a.x.scalar_type()), past;
   const auto like = [&a](const OptionalTensor& input, at::ScalarType type) {
     return at::empty(input ? input->sizes() : at::IntArrayRef{0}, a.x.options().dtype(type));

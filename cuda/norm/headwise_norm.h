@@ -23,6 +23,8 @@ struct HeadwiseNormInputs {
   int64_t x_head = 0;  ///< from one head of x to the next
   RowView skip, gate;  ///< data null where absent; heads packed
   NormParameter weight, bias, skip_weight;
+  int32_t num_multiprocessors =
+      DeviceLimits{}.num_multiprocessors;  ///< decides how rows are shared out
 };
 
 struct NormTerm {

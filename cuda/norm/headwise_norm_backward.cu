@@ -1,163 +1,224 @@
 // With x^ = norm(x), d = dy * act(gate) and g = d * weight: dx = rstd * (g - mean(g) - x^ * mean(g * x^)), the middle term
-// for layer norm only, and what comes to x past the norm is added. The parameters' gradients are sums over rows: a block leaves those of its strip.
+// for layer norm only, and what comes to x past the norm is added. The parameters' gradients are sums over rows: a block
+// leaves those of its strip, which fills its share of a multiprocessor and is as long as that allows.
 #include "cuda/column_sums.h"
 #include "cuda/norm/headwise_norm.cuh"
 
 namespace xlstm::cuda {
 namespace {
 
-enum { kWeight, kBias, kSkipWeight, kParameters };
+enum { kWeight, kSkipWeight, kBias, kParameters };
+/// Those that a block keeps, and whose sums are in registers; a bias, which is rare, does without.
+constexpr int kKept = kBias;
 
 struct BackwardLaunch {
   NormLaunch norm;
   HeadwiseNormBackward call;
-  bool dy_vector = false, dsum_vector = false, dx_vector = false, dskip_vector = false,
-       dgate_vector = false;
 };
 
-template <int kThreads, bool kWide>
-struct BackwardShared {
-  typename NormBlock<kThreads, kWide>::Shared norm;
-  float columns[kWide ? 1 : kThreads * 8];  ///< [group][channel]
-};
-
-template <int kThreads, bool kWide>
-class BackwardBlock : public NormBlock<kThreads, kWide> {
-  using Base = NormBlock<kThreads, kWide>;
+template <class T, int kPieces, bool kVector, bool kWide>
+class BackwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
+  using Base = NormBlock<T, kPieces, kVector, kWide>;
+  using Base::kSize, Base::kDtype;
+  using typename Base::Pieces, typename Base::Row;
 
  public:
-  using Shared = BackwardShared<kThreads, kWide>;
+  /// Behind it, not of wide rows: kept parameters in float32, (kKept, width), and the groups' sums of one parameter at a
+  /// time, (groups, width).
+  using Shared = typename Base::Shared;
 
   DEVICE_FUNCTION BackwardBlock(const BackwardLaunch& launch, Shared& shared)
-      : Base(launch.norm, shared.norm), b(launch), call(launch.call), columns(shared.columns) {
-#pragma unroll
-    for (int which = 0; which < kParameters; ++which)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[which][i] = 0;
+      : Base(launch.norm, shared),
+        call(launch.call),
+        kept(reinterpret_cast<float*>(&shared + 1)),
+        columns(kept + kKept * this->width) {
+    for (auto& parameter : sums)
+      for (auto& piece : parameter)
+        for (float& sum : piece) sum = 0;
   }
 
   DEVICE_FUNCTION void run() {
-    for (int64_t row = this->first + this->thread / this->l.group;
-         row - this->thread / this->l.group < this->end; row += this->groups)
-      do_row(row);
+    if constexpr (!kWide) keep_parameters();
+    for (int64_t row = this->first; row < this->end; row += this->l.groups())
+      do_row(this->locate(row + this->group));
     if constexpr (!kWide) {
+      leave_sums(kBias, call.dbias);  // before the others take its place
       leave_sums(kWeight, call.dweight);
-      leave_sums(kBias, call.dbias);
       leave_sums(kSkipWeight, call.dskip_weight);
     }
   }
 
  private:
-  DEVICE_FUNCTION void do_row(int64_t row) {
-    float normed[8], d[8];
-    this->keep(row, normed);
-    const auto [mean, rstd] = this->statistics(row, normed);
-    float sum_g = 0, sum_gx = 0;
-    for (int piece = 0; piece < (kWide ? this->pieces : 1); ++piece) {
-      if (row >= this->end || this->width(piece) <= 0) continue;
-      normalise(row, piece, mean, rstd, normed);
-      gradients<true>(row, piece, normed, d);
+  /// What a thread reads of a row.
+  struct Loaded {
+    Pieces x, dy, gate, skip;
+  };
+  using Numbers = float[kSize];
+  /// The further gradient waits in registers, too, where there are enough of them.
+  static constexpr bool kPastEarly = kVector;
+
+  template <class F>
+  DEVICE_FUNCTION static void each_piece(F f) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i < this->width(piece)) sum_g += d[i], sum_gx += d[i] * normed[i];
+    for (int piece = 0; piece < kPieces; ++piece) f(piece);
+  }
+
+  DEVICE_FUNCTION void load_all(const Row& row, int tile, Loaded& to) const {
+    this->load_x(row, tile, to.x);
+    this->load_row(call.dy, row, tile, to.dy);
+    this->load_row(this->in.gate, row, tile, to.gate);
+    this->load_row(this->in.skip, row, tile, to.skip);
+  }
+
+  DEVICE_FUNCTION void do_row(const Row& row) {
+    Loaded loaded;
+    Pieces past;
+    float normed[kPieces][kSize], d[kPieces][kSize];
+    if constexpr (!kWide) {
+      load_all(row, 0, loaded);
+      if constexpr (kPastEarly) this->load_row(call.dsum, row, 0, past);
+      each_piece([&](int p) { numbers_of(loaded.x[p], kDtype, normed[p]); });
     }
-    this->add_up(sum_g, sum_gx);
-    const float count = static_cast<float>(this->in.dim);
-    const float mean_g = this->in.rms ? 0.0F : sum_g / count, mean_gx = sum_gx / count;
-    for (int piece = 0; piece < (kWide ? this->pieces : 1); ++piece) {
-      if (row >= this->end || this->width(piece) <= 0) continue;
+    const auto statistics = this->statistics(row, normed);
+    const float mean = statistics.mean, rstd = statistics.rstd;
+    const auto normalise = [&] {
+      each_piece([&](int p) {
+#pragma unroll
+        for (float& x : normed[p]) x = (x - mean) * rstd;
+      });
+    };
+    const auto load_again = [&](int tile) {
+      load_all(row, tile, loaded);
+      each_piece([&](int p) { numbers_of(loaded.x[p], kDtype, normed[p]); });
+    };
+    float means[2] = {};  // of g and g * x^
+    for (int tile = 0; tile < this->tiles; ++tile) {
+      if constexpr (kWide) load_again(tile);
+      normalise();
+      each_piece([&](int p) {
+        gradients<true>(row, tile, p, loaded, normed[p], d[p]);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) means[0] += d[p][i], means[1] += d[p][i] * normed[p][i];
+      });
+    }
+    this->add_up(means);
+    const float mean_g = this->in.rms ? 0.0F : means[0] * this->l.one_by_dim;
+    const float mean_gx = means[1] * this->l.one_by_dim;
+    for (int tile = 0; tile < this->tiles; ++tile) {
       if constexpr (kWide) {
-        normalise(row, piece, mean, rstd, normed);
-        gradients<false>(row, piece, normed, d);
+        load_again(tile);
+        normalise();
+        each_piece([&](int p) { gradients<false>(row, tile, p, loaded, normed[p], d[p]); });
       }
+      if constexpr (!kPastEarly) this->load_row(call.dsum, row, tile, past);
+      each_piece([&](int p) {
+        Numbers dsum;
+        numbers_of(past[p], kDtype, dsum);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) d[i] = (d[i] - mean_g - normed[i] * mean_gx) * rstd;
-      if (call.dsum.data != nullptr) {
-        float past[8];
-        this->load_row(call.dsum, b.dsum_vector, row, piece, past);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) d[i] += past[i];
-      }
-      store(call.dx, b.dx_vector, row, piece, d);
+        for (int i = 0; i < kSize; ++i)
+          dsum[i] += (d[p][i] - mean_g - normed[p][i] * mean_gx) * rstd;
+        this->store(call.dx, row, tile, p, dsum);
+      });
     }
-  }
-
-  DEVICE_FUNCTION void normalise(int64_t row, int piece, float mean, float rstd,
-                                 float (&x)[8]) const {
-    if constexpr (kWide) this->load_x(row, piece, x);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = (x[i] - mean) * rstd;
-  }
-
-  DEVICE_FUNCTION void store(void* to, bool vector, int64_t row, int piece,
-                             const float (&x)[8]) const {
-    store_eight(to, row * this->channels() + this->place(piece), this->in.dtype, vector,
-                this->width(piece), x);
   }
 
   /// d becomes the gradient of norm(x). kAll: those of the other inputs are done as well.
   template <bool kAll>
-  DEVICE_FUNCTION void gradients(int64_t row, int piece, const float (&normed)[8], float (&d)[8]) {
-    this->load_row(call.dy, b.dy_vector, row, piece, d);
-    if (this->in.gate.data != nullptr) through_gate<kAll>(row, piece, normed, d);
-    if constexpr (kAll) {
-      if (this->in.skip.data != nullptr) through_skip(row, piece, d);
-      if (this->in.bias.data != nullptr) add(kBias, row, piece, d);
-    }
-    if (this->in.weight.data == nullptr) return;
-    float a[8];
-    if constexpr (kAll) {
+  DEVICE_FUNCTION void gradients(const Row& row, int tile, int p, const Loaded& loaded,
+                                 const Numbers& normed, Numbers& d) {
+    Numbers a, weight, skip, skip_weight;
+    numbers_of(loaded.dy[p], kDtype, d);
+    numbers_of(loaded.skip[p], kDtype, skip);
+    parameter(kWeight, tile, p, weight);
+    if (kAll && this->in.skip.data != nullptr) parameter(kSkipWeight, tile, p, skip_weight);
+    if (this->in.gate.data != nullptr) {
+      Numbers gate, value;
+      numbers_of(loaded.gate[p], kDtype, gate);
+      if constexpr (kAll) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) a[i] = d[i] * normed[i];
-      add(kWeight, row, piece, a);
-    }
-    this->load_parameter(this->in.weight, this->l.weight_vector, piece, a);
+        for (int i = 0; i < kSize; ++i) value[i] = normed[i] * weight[i];
+        if (this->in.bias.data != nullptr) {
+          parameter(kBias, tile, p, a);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) d[i] *= a[i];
+          for (int i = 0; i < kSize; ++i) value[i] += a[i];
+        }
+        if (this->in.skip.data != nullptr) {
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) value[i] += skip_weight[i] * skip[i];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const float open = sigmoid(gate[i]), slope = open * (1.0F - open);
+        if constexpr (kAll)
+          value[i] *= d[i] * (this->in.sigmoid_gate ? slope : open + gate[i] * slope);
+        d[i] *= this->in.sigmoid_gate ? open : gate[i] * open;
+      }
+      if constexpr (kAll) this->store(call.dgate, row, tile, p, value);
+    }
+    if constexpr (kAll) {
+      add(kBias, row, tile, p, d);
+      if (this->in.skip.data != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) a[i] = d[i] * skip[i], skip[i] = d[i] * skip_weight[i];
+        add(kSkipWeight, row, tile, p, a);
+        this->store(call.dskip, row, tile, p, skip);
+      }
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) a[i] = d[i] * normed[i];
+      add(kWeight, row, tile, p, a);
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) d[i] *= weight[i];
   }
 
-  template <bool kAll>
-  DEVICE_FUNCTION void through_gate(int64_t row, int piece, const float (&normed)[8],
-                                    float (&d)[8]) const {
-    float gate[8], value[8];
-    this->load_row(this->in.gate, this->l.gate_vector, row, piece, gate);
-    if constexpr (kAll) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) value[i] = normed[i];
-      this->before_gate(row, piece, value);
+  /// A row needs no branches about types and absence where its block has looked once.
+  DEVICE_FUNCTION void keep_parameters() const {
+    for (int which = 0; which < kKept; ++which) {
+      const NormParameter& from = parameters(which);
+      for (int i = this->thread; i < this->width; i += this->l.threads)
+        kept[which * this->width + i] =
+            from.data == nullptr || i >= this->in.dim
+                ? otherwise(which)
+                : load_number(from.data, int64_t{this->head} * this->in.dim + i, from.dtype);
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float open = sigmoid(gate[i]), slope = open * (1.0F - open);
-      if constexpr (kAll)
-        value[i] *= d[i] * (this->in.sigmoid_gate ? slope : open + gate[i] * slope);
-      d[i] *= this->in.sigmoid_gate ? open : gate[i] * open;
-    }
-    if constexpr (kAll) store(call.dgate, b.dgate_vector, row, piece, value);
+    if (call.dbias != nullptr) each_piece([&](int p) { put_sums(p, Numbers{}); });
+    prim::sync_block();
   }
+  DEVICE_FUNCTION const NormParameter& parameters(int which) const {
+    return which == kWeight ? this->in.weight
+           : which == kBias ? this->in.bias
+                            : this->in.skip_weight;
+  }
+  /// Of an absent parameter.
+  DEVICE_FUNCTION static float otherwise(int which) { return which == kWeight ? 1.0F : 0.0F; }
 
-  DEVICE_FUNCTION void through_skip(int64_t row, int piece, const float (&d)[8]) {
-    float a[8];
-    this->load_row(this->in.skip, this->l.skip_vector, row, piece, a);
+  DEVICE_FUNCTION void parameter(int which, int tile, int p, Numbers& x) const {
+    if (kWide || which >= kKept) {
+      const NormParameter& from = parameters(which);
+      this->parameter_numbers(from, this->load_parameter(from, tile, p), otherwise(which), x);
+    } else {
+      const float* const from = kept + which * this->width + this->channel(0, p);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) a[i] *= d[i];
-    add(kSkipWeight, row, piece, a);
-    this->load_parameter(this->in.skip_weight, this->l.skip_weight_vector, piece, a);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) a[i] *= d[i];
-    store(call.dskip, b.dskip_vector, row, piece, a);
+      for (int i = 0; i < kSize; ++i) x[i] = from[i];
+    }
   }
 
   /// To the sums over rows: in registers, or where this thread alone reads and writes them.
-  DEVICE_FUNCTION void add(int which, int64_t row, int piece, const float (&x)[8]) {
-    if constexpr (!kWide) {
+  DEVICE_FUNCTION void add(int which, const Row& row, int tile, int p, const Numbers& x) {
+    if (kWide ? false : which < kKept) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sums[which][i] += x[i];
+      for (int i = 0; i < kSize; ++i) sums[which][p][i] += x[i];
+    } else if constexpr (!kWide) {
+      if (call.dbias == nullptr) return;
+      float* const to = sums_of(p);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) to[i] += x[i];
     } else {
-      float* to = partial(which, this->channel(piece));
+      float* const to = partial(which, this->channel(tile, p));
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i < this->width(piece)) to[i] = (row == this->first ? 0.0F : to[i]) + x[i];
+      for (int i = 0; i < kSize; ++i)
+        if (i < this->count(tile, p)) to[i] = (row.index == this->first ? 0.0F : to[i]) + x[i];
     }
   }
 
@@ -166,24 +227,33 @@ class BackwardBlock : public NormBlock<kThreads, kWide> {
            int64_t{this->head} * this->in.dim + channel;
   }
 
+  /// This thread's place in columns.
+  DEVICE_FUNCTION float* sums_of(int p) const {
+    return columns + this->group * this->width + this->channel(0, p);
+  }
+  DEVICE_FUNCTION void put_sums(int p, const Numbers& x) const {
+    float* const to = sums_of(p);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) to[i] = x[i];
+  }
+
   DEVICE_FUNCTION void leave_sums(int which, const void* wanted) {
     if (wanted == nullptr) return;
     prim::sync_block();
-#pragma unroll
-    for (int i = 0; i < 8; ++i) columns[this->thread * 8 + i] = sums[which][i];
-    prim::sync_block();
-    for (int i = this->thread; i < this->in.dim; i += kThreads) {
+    if (which < kKept) {
+      each_piece([&](int p) { put_sums(p, sums[which][p]); });
+      prim::sync_block();
+    }
+    for (int i = this->thread; i < this->in.dim; i += this->l.threads) {
       float sum = 0;
-      for (int group = 0; group < this->groups; ++group)
-        sum += columns[group * 8 * this->l.group + i];
+      for (int from = 0; from < this->l.groups(); ++from) sum += columns[from * this->width + i];
       *partial(which, i) = sum;
     }
   }
 
-  const BackwardLaunch& b;
   const HeadwiseNormBackward& call;
-  float* const columns;
-  float sums[kParameters][8];
+  float *const kept, *const columns;
+  float sums[kKept][kPieces][kSize];
 };
 
 template <class Block>
@@ -191,21 +261,52 @@ DEVICE_FUNCTION void run_block(const BackwardLaunch& l) {
   Block(l, *reinterpret_cast<typename Block::Shared*>(prim::dynamic_shared())).run();
 }
 
-KERNEL_FUNCTION(kNormFew, 2)
+template <class T, int kPieces>
+KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_gradients(const GRID_CONSTANT BackwardLaunch l) {
-  run_block<BackwardBlock<kNormFew, false>>(l);
+  run_block<BackwardBlock<T, kPieces, true, false>>(l);
 }
 
-template <bool kWide>
-KERNEL_FUNCTION(kNormMany, 1)
+template <class T>
+KERNEL_FUNCTION(kNormMost, 1)
+headwise_norm_unaligned_gradients(const GRID_CONSTANT BackwardLaunch l) {
+  run_block<BackwardBlock<T, kMostPieces, false, false>>(l);
+}
+
+template <class T>
+KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_wide_gradients(const GRID_CONSTANT BackwardLaunch l) {
-  run_block<BackwardBlock<kNormMany, kWide>>(l);
+  run_block<BackwardBlock<T, kMostPieces, false, true>>(l);
 }
 
-/// Some rounds of a GPU's worth of blocks; the partial sums stay small beside the rows.
-NormLaunch backward_launch(const HeadwiseNormInputs& in) {
-  constexpr int64_t kWantedBlocks = 1024;
-  return norm_launch(in, kWantedBlocks / in.heads + 1);
+template <class T>
+void launch_gradients(const BackwardLaunch& l, Stream stream) {
+  const NormLaunch& n = l.norm;
+  const auto launch = [&](const char* name, auto kernel) {
+    const size_t width = static_cast<size_t>(n.pieces * kPieceSize) << n.group_bits;
+    const size_t numbers = n.is_wide ? 0 : (kKept + static_cast<size_t>(n.groups())) * width;
+    prim::launch(name, kernel,
+                 {static_cast<u32>(norm_strips(n) * n.in.heads), static_cast<u32>(n.threads),
+                  sizeof(typename NormBlock<T, 1, true, false>::Shared) + numbers * sizeof(float)},
+                 l, stream);
+  };
+  if (n.is_wide) return launch("headwise_norm_wide_gradients", headwise_norm_wide_gradients<T>);
+  if (!n.vector)
+    return launch("headwise_norm_unaligned_gradients", headwise_norm_unaligned_gradients<T>);
+  if (n.pieces == 1) return launch("headwise_norm_gradients", headwise_norm_gradients<T, 1>);
+  if (n.pieces == 2) return launch("headwise_norm_gradients", headwise_norm_gradients<T, 2>);
+  launch("headwise_norm_gradients", headwise_norm_gradients<T, 3>);
+}
+
+/// One round of blocks that fills the GPU: the partial sums stay small beside the rows.
+NormLaunch backward_launch(const HeadwiseNormInputs& in, bool vector,
+                           const std::vector<RowView*>& views = {}) {
+  NormLaunch l = norm_launch(in, vector, views);
+  const int64_t threads = int64_t{in.num_multiprocessors} * kNormMost;
+  const int64_t most = std::max<int64_t>(threads / l.threads / in.heads, 1);
+  const int64_t steps = (in.rows + l.groups() - 1) / l.groups();
+  l.strip = l.groups() * std::max<int64_t>((steps + most - 1) / most, 1);
+  return l;
 }
 
 void add_parameters(const HeadwiseNormBackward& call, int64_t strips, Stream stream) {
@@ -224,36 +325,30 @@ void add_parameters(const HeadwiseNormBackward& call, int64_t strips, Stream str
 }  // namespace
 
 int64_t headwise_norm_partials(const HeadwiseNormInputs& in) {
-  return norm_strips(backward_launch(in)) * kParameters * in.heads * in.dim;
+  int64_t strips = 0;
+  for (const bool vector : {false, true})
+    strips = std::max(strips, norm_strips(backward_launch(in, vector)));
+  return strips * kParameters * in.heads * in.dim;
 }
 
 void headwise_norm_backward(const HeadwiseNormBackward& call, Stream stream) {
-  BackwardLaunch l;
-  l.norm = backward_launch(call.in);
-  l.call = call;
-  const auto vector = [&](const void* data) {
-    return norm_vector(data, call.in.dim, call.in.dtype);
-  };
-  l.dy_vector = norm_vector(call.dy, call.in.dim, call.in.dtype);
-  l.dsum_vector = norm_vector(call.dsum, call.in.dim, call.in.dtype);
-  l.dx_vector = vector(call.dx);
-  l.dskip_vector = vector(call.dskip), l.dgate_vector = vector(call.dgate);
-  const int64_t strips = norm_strips(l.norm);
-  const auto launch = [&](const char* name, auto kernel, int threads, size_t shared) {
-    prim::launch(name, kernel,
-                 {static_cast<u32>(strips * call.in.heads), static_cast<u32>(threads), shared}, l,
-                 stream);
-  };
-  if (call.in.dim <= 8 * kNormFew)
-    launch("headwise_norm_gradients", headwise_norm_gradients, kNormFew,
-           sizeof(BackwardShared<kNormFew, false>));
-  else if (call.in.dim <= 8 * kNormMany)
-    launch("headwise_norm_wide_gradients", headwise_norm_wide_gradients<false>, kNormMany,
-           sizeof(BackwardShared<kNormMany, false>));
-  else
-    launch("headwise_norm_wide_gradients", headwise_norm_wide_gradients<true>, kNormMany,
-           sizeof(BackwardShared<kNormMany, true>));
-  add_parameters(call, strips, stream);
+  bool vector = norm_vector(call.dy, call.in.dtype) && norm_vector(call.dsum, call.in.dtype);
+  for (const void* data : {call.dx, call.dskip, call.dgate})
+    vector = vector && norm_vector(data, call.in.dtype);
+  BackwardLaunch l{{}, call};
+  l.norm = backward_launch(call.in, vector, {&l.call.dy, &l.call.dsum});
+  switch (call.in.dtype) {
+    case Dtype::kFloat32:
+      launch_gradients<float>(l, stream);
+      break;
+    case Dtype::kBFloat16:
+      launch_gradients<bf16>(l, stream);
+      break;
+    case Dtype::kFloat16:
+      launch_gradients<f16>(l, stream);
+      break;
+  }
+  add_parameters(call, norm_strips(l.norm), stream);
 }
 
 }  // namespace xlstm::cuda

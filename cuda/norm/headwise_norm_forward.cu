@@ -1,5 +1,5 @@
-// A row is read once and kept in registers; so is one that is still to be added up, which is left in memory for the
-// stream's next addition and for the gradients.
+// A group of threads reads one row and keeps it in registers; so is one that is still to be added up, which is left in
+// memory for the stream's next addition and for the gradients.
 #include "cuda/norm/headwise_norm.cuh"
 
 namespace xlstm::cuda {
@@ -8,74 +8,107 @@ namespace {
 struct ForwardLaunch {
   NormLaunch norm;
   HeadwiseNormForward call;
-  bool y_vector = false, term_vector[2] = {false, false};
 };
 
-template <int kThreads, bool kWide>
-class ForwardBlock : public NormBlock<kThreads, kWide> {
-  using Base = NormBlock<kThreads, kWide>;
+template <class T, int kPieces, bool kVector, bool kWide>
+class ForwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
+  using Base = NormBlock<T, kPieces, kVector, kWide>;
+  using Base::kSize, Base::kDtype;
+  using typename Base::Piece, typename Base::Pieces, typename Base::Row;
 
  public:
   DEVICE_FUNCTION ForwardBlock(const ForwardLaunch& launch, typename Base::Shared& shared)
-      : Base(launch.norm, shared), f(launch), call(launch.call) {}
+      : Base(launch.norm, shared), call(launch.call) {}
 
   DEVICE_FUNCTION void run() {
-    for (int64_t row = this->first + this->thread / this->l.group;
-         row - this->thread / this->l.group < this->end; row += this->groups) {
-      float x[8];
-      if (call.terms[0].rows.data != nullptr) {
-        add_terms(row, x);
-      } else {
-        this->keep(row, x);
+    const Row row = this->locate(this->first + this->group);
+    float x[kPieces][kSize];
+    Beside beside;
+    Pieces loaded[2];
+    if (call.terms[0].rows.data != nullptr) {
+      for (int tile = 0; tile < this->tiles; ++tile) {
+        for (int i = 0; i < 2; ++i)
+          this->load_row(call.terms[i].rows, row, tile, loaded[i], call.terms[i].dtype);
+        if constexpr (!kWide) load_beside(row, 0, beside);
+        each_piece([&](int p) { add_terms(row, tile, p, loaded[0][p], loaded[1][p], x[p]); });
       }
-      const auto [mean, rstd] = this->statistics(row, x);
-      for (int piece = 0; piece < (kWide ? this->pieces : 1); ++piece) {
-        if (row >= this->end || this->width(piece) <= 0) continue;
-        if constexpr (kWide) this->load_x(row, piece, x);
+    } else if constexpr (!kWide) {
+      this->load_x(row, 0, loaded[0]);
+      load_beside(row, 0, beside);
+      each_piece([&](int p) { numbers_of(loaded[0][p], kDtype, x[p]); });
+    }
+    const auto statistics = this->statistics(row, x);
+    for (int tile = 0; tile < this->tiles; ++tile) {
+      if constexpr (kWide) {
+        this->load_x(row, tile, loaded[0]);
+        each_piece([&](int p) { numbers_of(loaded[0][p], kDtype, x[p]); });
+        load_beside(row, tile, beside);
+      }
+      if constexpr (!kParametersEarly) load_parameters(tile, beside);
+      each_piece([&](int p) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = (x[i] - mean) * rstd;
-        this->before_gate(row, piece, x);
-        gate(row, piece, x);
-        store_eight(call.y, row * this->channels() + this->place(piece), this->in.dtype, f.y_vector,
-                    this->width(piece), x);
-      }
+        for (float& number : x[p]) number = (number - statistics.mean) * statistics.rstd;
+        finish(p, beside, x[p]);
+        this->store(call.y, row, tile, p, x[p]);
+      });
     }
   }
 
  private:
+  struct Beside {
+    Pieces skip, gate, weight, bias, skip_weight;
+  };
+  /// Parameters, which come from a cache where rows are many, wait in registers only where those are few.
+  static constexpr bool kParametersEarly = kPieces == 1;
+
+  template <class F>
+  DEVICE_FUNCTION static void each_piece(F f) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) f(piece);
+  }
+
+  DEVICE_FUNCTION void load_beside(const Row& row, int tile, Beside& to) const {
+    this->load_row(this->in.skip, row, tile, to.skip);
+    this->load_row(this->in.gate, row, tile, to.gate);
+    if constexpr (kParametersEarly) load_parameters(tile, to);
+  }
+  DEVICE_FUNCTION void load_parameters(int tile, Beside& to) const {
+    this->load_parameter(this->in.weight, tile, to.weight);
+    this->load_parameter(this->in.bias, tile, to.bias);
+    this->load_parameter(this->in.skip_weight, tile, to.skip_weight);
+  }
+
   /// What is kept is rounded as what is stored: the norm of the sum, not of something more exact. A wide row is read again
   /// by the threads that wrote it.
-  DEVICE_FUNCTION void add_terms(int64_t row, float (&x)[8]) const {
-    for (int piece = 0; piece < (kWide ? this->pieces : 1); ++piece) {
-      if (row >= this->end || this->width(piece) <= 0) continue;
-      float other[8];
-      load_term(0, row, piece, x);
-      load_term(1, row, piece, other);
+  DEVICE_FUNCTION void add_terms(const Row& row, int tile, int p, const Piece& a, const Piece& b,
+                                 float (&x)[kSize]) const {
+    float other[kSize];
+    numbers_of(a, call.terms[0].dtype, x);
+    numbers_of(b, call.terms[1].dtype, other);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = rounded(x[i] + other[i], this->in.dtype);
-      store_eight(this->in.x.data, row * this->channels() + this->place(piece), this->in.dtype,
-                  this->l.x_vector, this->width(piece), x);
+    for (int i = 0; i < kSize; ++i) x[i] = rounded(x[i] + other[i], kDtype);
+    this->store(this->in.x.data, row, tile, p, x);
+  }
+
+  /// What is normalised becomes the output.
+  DEVICE_FUNCTION void finish(int p, const Beside& beside, float (&v)[kSize]) const {
+    float a[kSize], b[kSize];
+    this->parameter_numbers(this->in.weight, beside.weight[p], 1, a);
+    this->parameter_numbers(this->in.bias, beside.bias[p], 0, b);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) v[i] = v[i] * a[i] + b[i];
+    if (this->in.skip.data != nullptr) {
+      this->parameter_numbers(this->in.skip_weight, beside.skip_weight[p], 0, a);
+      numbers_of(beside.skip[p], kDtype, b);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v[i] += a[i] * b[i];
     }
-  }
-
-  DEVICE_FUNCTION void load_term(int which, int64_t row, int piece, float (&x)[8]) const {
-    const NormTerm& term = call.terms[which];
-    load_eight(term.rows.data, row_offset(term.rows, row) + this->place(piece), term.dtype,
-               f.term_vector[which], this->width(piece), x);
-  }
-
-  DEVICE_FUNCTION void gate(int64_t row, int piece, float (&v)[8]) const {
     if (this->in.gate.data == nullptr) return;
-    float gate[8];
-    this->load_row(this->in.gate, this->l.gate_vector, row, piece, gate);
+    numbers_of(beside.gate[p], kDtype, a);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float open = sigmoid(gate[i]);
-      v[i] *= this->in.sigmoid_gate ? open : gate[i] * open;
-    }
+    for (int i = 0; i < kSize; ++i) v[i] *= sigmoid(a[i]) * (this->in.sigmoid_gate ? 1.0F : a[i]);
   }
 
-  const ForwardLaunch& f;
   const HeadwiseNormForward& call;
 };
 
@@ -84,42 +117,56 @@ DEVICE_FUNCTION void run_block(const ForwardLaunch& l) {
   Block(l, *reinterpret_cast<typename Block::Shared*>(prim::dynamic_shared())).run();
 }
 
-KERNEL_FUNCTION(kNormFew, 4)
+template <class T, int kPieces>
+KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_rows(const GRID_CONSTANT ForwardLaunch l) {
-  run_block<ForwardBlock<kNormFew, false>>(l);
+  run_block<ForwardBlock<T, kPieces, true, false>>(l);
 }
 
-template <bool kWide>
-KERNEL_FUNCTION(kNormMany, 2)
+template <class T>
+KERNEL_FUNCTION(kNormMost, 1)
+headwise_norm_unaligned_rows(const GRID_CONSTANT ForwardLaunch l) {
+  run_block<ForwardBlock<T, kMostPieces, false, false>>(l);
+}
+
+template <class T>
+KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_wide_rows(const GRID_CONSTANT ForwardLaunch l) {
-  run_block<ForwardBlock<kNormMany, kWide>>(l);
+  run_block<ForwardBlock<T, kMostPieces, false, true>>(l);
+}
+
+template <class T>
+void launch_rows(const ForwardLaunch& l, Stream stream) {
+  const auto launch = [&](const char* name, auto kernel) {
+    prim::launch(
+        name, kernel,
+        {static_cast<u32>(norm_strips(l.norm) * l.norm.in.heads), static_cast<u32>(l.norm.threads),
+         sizeof(typename NormBlock<T, 1, true, false>::Shared)},
+        l, stream);
+  };
+  if (l.norm.is_wide) return launch("headwise_norm_wide_rows", headwise_norm_wide_rows<T>);
+  if (!l.norm.vector)
+    return launch("headwise_norm_unaligned_rows", headwise_norm_unaligned_rows<T>);
+  if (l.norm.pieces == 1) return launch("headwise_norm_rows", headwise_norm_rows<T, 1>);
+  if (l.norm.pieces == 2) return launch("headwise_norm_rows", headwise_norm_rows<T, 2>);
+  launch("headwise_norm_rows", headwise_norm_rows<T, 3>);
 }
 
 }  // namespace
 
 void headwise_norm_forward(const HeadwiseNormForward& call, Stream stream) {
-  constexpr int64_t kWantedBlocks = 8192;  // several rounds of a GPU's worth
-  ForwardLaunch l;
-  l.norm = norm_launch(call.in, kWantedBlocks / call.in.heads + 1);
-  l.call = call;
-  l.y_vector = norm_vector(call.y, call.in.dim, call.in.dtype);
-  for (int i = 0; i < 2; ++i)
-    l.term_vector[i] = norm_vector(call.terms[i].rows, call.in.dim, call.terms[i].dtype);
-  const auto launch = [&](const char* name, auto kernel, int threads, size_t shared) {
-    prim::launch(
-        name, kernel,
-        {static_cast<u32>(norm_strips(l.norm) * call.in.heads), static_cast<u32>(threads), shared},
-        l, stream);
-  };
-  if (call.in.dim <= 8 * kNormFew)
-    launch("headwise_norm_rows", headwise_norm_rows, kNormFew,
-           sizeof(NormBlock<kNormFew, false>::Shared));
-  else if (call.in.dim <= 8 * kNormMany)
-    launch("headwise_norm_wide_rows", headwise_norm_wide_rows<false>, kNormMany,
-           sizeof(NormBlock<kNormMany, false>::Shared));
-  else
-    launch("headwise_norm_wide_rows", headwise_norm_wide_rows<true>, kNormMany,
-           sizeof(NormBlock<kNormMany, true>::Shared));
+  bool vector = norm_vector(call.y, call.in.dtype);
+  for (const NormTerm& term : call.terms) vector = vector && norm_vector(term.rows, term.dtype);
+  ForwardLaunch l{{}, call};
+  l.norm = norm_launch(call.in, vector, {&l.call.terms[0].rows, &l.call.terms[1].rows});
+  switch (call.in.dtype) {
+    case Dtype::kFloat32:
+      return launch_rows<float>(l, stream);
+    case Dtype::kBFloat16:
+      return launch_rows<bf16>(l, stream);
+    case Dtype::kFloat16:
+      return launch_rows<f16>(l, stream);
+  }
 }
 
 }  // namespace xlstm::cuda

@@ -80,10 +80,13 @@ BUDGETS = [
     # 32 numbers of the state and three orders of the recurrence
     budget(r"gated_recurrence_columns", 128, 128, 48, blocks=4, must={"LDGSTS"}),
     budget(r"gated_decay_gradient_rows", 256, 64, 16, blocks=4),
-    budget(r"headwise_norm_rows", 256, 64, 16, blocks=4, must=VECTOR),
-    budget(r"headwise_norm_gradients", 256, 128, 16, blocks=2, must=VECTOR),
-    budget(r"headwise_norm_wide_rows", 512, 64, 16, blocks=2, must=VECTOR),
-    budget(r"headwise_norm_wide_gradients", 512, 128, 17, blocks=1, must=VECTOR),
+    # Threads and shared memory are those of the widest rows; those of 16-bit numbers are stored 8 bytes at a time.
+    budget(r"headwise_norm_rows", 512, 96, 16, blocks=1, must={"LDG.128"}),
+    budget(r"headwise_norm_gradients", 512, 128, 73, blocks=1, must={"LDG.128"}),
+    budget(r"headwise_norm_unaligned_rows", 512, 96, 16, blocks=1),
+    budget(r"headwise_norm_unaligned_gradients", 512, 128, 73, blocks=1),
+    budget(r"headwise_norm_wide_rows", 512, 128, 16, blocks=1, must={"LDG.128"}),
+    budget(r"headwise_norm_wide_gradients", 512, 128, 16, blocks=1, must={"LDG.128"}),
     budget(r"softmax_cross_entropy", 256, 64, 16, blocks=4, must=VECTOR),
     # Of one consumer and 64 tokens, 256 columns or 64 tokens at a time: A S, A B^T, four row tiles of S; n; P X.
     budget(r"mlstm_sweep_sm90_wide", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",),
@@ -127,7 +130,7 @@ BUDGETS = [
     budget(r"causal_conv1d_gradients", 128, 72, 32, blocks=4, must={"LDGSTS", "STG.128"}),
     budget(r"causal_conv1d_token", 128, 64, 16, blocks=4),
     budget(r"causal_conv1d_(first|last)", 256, 64, 16, blocks=4),
-    budget(r"column_sums", 256, 64, 16, blocks=4),
+    budget(r"column_sums", 512, 64, 16, blocks=2),
 ]
 
 

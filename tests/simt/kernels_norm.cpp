@@ -30,9 +30,11 @@ struct Setting {
   bool rms = false, sigmoid = false;
   Order order = Order::kDense;  ///< of x: kAligned, kUnaligned are (B,NH,T,DH) with gaps
   bool gaps = false;            ///< between the rows of skip, gate and dy
+  bool skip_by_one = false;     ///< skip's rows have an outer stride alone
   double mean = 0;              ///< of x
   bool sum = false;             ///< x is the sum of two terms, and has a further gradient
   Dtype terms[2] = {Dtype::kFloat32, Dtype::kFloat32};
+  int32_t multiprocessors = 108;  ///< 0: as if the GPU were full, whatever the rows
 
   int64_t rows() const { return batch * time; }
   int64_t channels() const { return heads * dim; }
@@ -119,8 +121,15 @@ class Problem {
     return worst * std::max(1.0, std::fabs(s.mean) / 4);  // x - mean is known no better
   }
 
+  /// Dense rows have one stride.
   RowView view(const StridedTensor& tensor) const {
+    if (tensor.view.batch == s.time * tensor.view.time)
+      return {tensor.view.data, s.rows(), tensor.view.time, 0};
     return {tensor.view.data, s.time, tensor.view.time, tensor.view.batch};
+  }
+  RowView skip_view() const {
+    if (!s.skip_by_one) return view(skip);
+    return {skip.view.data, 1, 0, skip.view.time};
   }
   HeadwiseNormInputs inputs() const {
     HeadwiseNormInputs in;
@@ -129,10 +138,11 @@ class Problem {
     in.dtype = s.dtype;
     in.eps = static_cast<float>(kEps);
     in.rms = s.rms, in.sigmoid_gate = s.sigmoid;
+    in.num_multiprocessors = s.multiprocessors;
     in.x = view(x), in.x_head = x.view.head;
     if (s.weight) in.weight = {weight.view.data, s.parameters};
     if (s.bias) in.bias = {bias.view.data, s.parameters};
-    if (s.skip) in.skip = view(skip), in.skip_weight = {skip_weight.view.data, s.parameters};
+    if (s.skip) in.skip = skip_view(), in.skip_weight = {skip_weight.view.data, s.parameters};
     if (s.gate) in.gate = view(gate);
     return in;
   }
@@ -234,7 +244,8 @@ void run(const Setting& s, uint64_t seed) {
                    " weight " + std::to_string(s.weight) + " bias " + std::to_string(s.bias) +
                    " skip " + std::to_string(s.skip) + " gate " + std::to_string(s.gate) + " rms " +
                    std::to_string(s.rms) + " order " + std::to_string(static_cast<int>(s.order)) +
-                   " sum " + std::to_string(s.sum));
+                   " sum " + std::to_string(s.sum) + " multiprocessors " +
+                   std::to_string(s.multiprocessors));
   }
 }
 
@@ -246,7 +257,7 @@ void few(uint64_t seed) {
   run({.time = 5, .heads = 1, .dim = 264, .weight = false, .skip = false}, seed);
   run({.time = 2,
        .heads = 1,
-       .dim = 4099,
+       .dim = 6147,
        .weight = false,
        .bias = false,
        .skip = false,
@@ -255,15 +266,50 @@ void few(uint64_t seed) {
       seed);
 }
 
-/// One row per thread, groups within a warp, of whole warps, the whole block, two pieces a thread, and wider.
+/// One row per thread, groups within a warp, of whole warps, the whole block, one to three pieces a thread, and wider.
+/// Four numbers are a piece; 2048, 4096 and 6144 the most of one, two and three.
 void widths(uint64_t seed) {
-  for (const int64_t dim : {1, 5, 8, 24, 100, 256, 264, 520, 1024, 2048}) {
-    if (!plain() && dim != 5 && dim != 264) continue;
-    run({.time = dim < 100 ? 5 : 2, .dim = dim}, seed);
-    run({.time = 2, .heads = 1, .dim = dim, .dtype = Dtype::kBFloat16, .rms = true}, seed);
+  for (const int32_t multiprocessors : {0, 108}) {
+    for (const int64_t dim :
+         {1, 4, 5, 8, 12, 24, 36, 100, 256, 264, 384, 388, 520, 768, 1024, 2048}) {
+      if (!plain() && dim != 5 && dim != 264 && dim != 384) continue;
+      run({.time = dim < 100 ? 5 : 2, .dim = dim, .multiprocessors = multiprocessors}, seed);
+      for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
+        run({.time = 2,
+             .heads = 1,
+             .dim = dim,
+             .dtype = dtype,
+             .rms = true,
+             .multiprocessors = multiprocessors},
+            seed);
+      }
+    }
   }
-  for (const int64_t dim : {2056, 2051, 4096, 4104, 4099})
-    if (plain() || dim >= 4099) run({.time = 2, .heads = 1, .dim = dim, .rms = dim == 4104}, seed);
+  for (const int64_t dim : {2052, 2051, 4096, 4100, 4104, 6144, 6145, 6148, 8192, 8200}) {
+    if (!plain() && dim != 4096 && dim != 6145) continue;
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
+      run({.time = 2, .heads = 1, .dim = dim, .dtype = dtype, .rms = dim == 4104}, seed);
+  }
+}
+
+/// Groups of a block that have no row; blocks of several rows a group, and of one.
+void strips(uint64_t seed) {
+  for (const int32_t multiprocessors : {0, 1, 108}) {
+    for (const int64_t dim : {48, 96, 384}) {
+      for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
+        run({.time = 45, .dim = dim, .dtype = dtype, .multiprocessors = multiprocessors}, seed);
+    }
+  }
+}
+
+/// Rows of one stride beside rows of two, and rows whose strides have nothing in common.
+void cuts(uint64_t seed) {
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
+    run({.batch = 3, .dim = 24, .dtype = dtype, .gaps = true}, seed);
+    run({.batch = 3, .dim = 24, .dtype = dtype, .order = Order::kAligned}, seed);
+    run({.batch = 3, .dim = 24, .dtype = dtype, .order = Order::kAligned, .skip_by_one = true},
+        seed);
+  }
 }
 
 void many_rows(uint64_t seed) {
@@ -311,8 +357,8 @@ void sums(uint64_t seed) {
                             {kF16, kF16, kF16},
                             {kF32, kF16, kF32}};
   for (const auto& [dtype, first, second] : types) {
-    for (const int64_t dim : {13, 64, 520, 2051, 4104, 4099}) {
-      if (!plain() && dim != 13 && dim != 4104) continue;
+    for (const int64_t dim : {13, 64, 520, 768, 2051, 4104, 6148, 8209}) {
+      if (!plain() && dim != 13 && dim != 768 && dim != 6148) continue;
       run({.time = 3,
            .heads = 1,
            .dim = dim,
@@ -323,7 +369,8 @@ void sums(uint64_t seed) {
            .rms = dim % 2 != 0,
            .gaps = dim == 13 || dim == 520,
            .sum = true,
-           .terms = {first, second}},
+           .terms = {first, second},
+           .multiprocessors = dim == 768 ? 0 : 108},
           seed);
     }
   }
@@ -333,7 +380,7 @@ void sums(uint64_t seed) {
 
 void no_rows(uint64_t seed) {
   run({.time = 0}, seed);
-  run({.time = 0, .heads = 1, .dim = 5000}, seed);
+  run({.time = 0, .heads = 1, .dim = 9000}, seed);
 }
 
 /// A mean far from zero, and rows of zeros alone.
@@ -373,7 +420,9 @@ List<Case> norm_cases() {
       {"norm: few sizes", few},
       {"norm: no rows", no_rows},
       {"norm: widths", widths},
+      {"norm: strips", strips},
       {"norm: dtypes and strides", dtypes_and_strides},
+      {"norm: rows of different strides", cuts},
       {"norm: NaN and saturated gates", special_values},
       {"norm: mean far from zero", offsets},
       {"norm: combinations", combinations},
