@@ -89,7 +89,7 @@ class LazyBlock {
     if (used == 0) return;
     // Loads first, what is done with them after those of the rows: one wait for all.
     const Gates own = warp == kGateWarp ? load_gates() : Gates{};
-    u32 values[kStrips] = {};
+    u32 values[kStrips] = {}, arrived = 0;
     load_values(values);
     for (int first = 0; first < p.dqk; first += kRows) {
       if (first > 0) {
@@ -110,6 +110,8 @@ class LazyBlock {
       }
       if (end == p.dqk) write_dots(dot);
       prim::sync_block();
+      // Every thread has read the count, all that changes without a fold; the answer may take its time.
+      if (end == p.dqk && !folds && thread == 0) arrived = prim::atomic_add(count, kArrival);
 #pragma unroll 1
       for (int batch = 0; batch < kRows / kGroups; batch += kBatchRows) {
         if (!kAhead || batch > 0) load_batch(first, batch, x);
@@ -118,11 +120,14 @@ class LazyBlock {
       }
     }
     if (l.token) write_output(sum);
-    prim::sync_block();  // the block has read all that is replaced
+    if (folds) {
+      prim::sync_block();  // and every thread has read what is replaced
+      if (thread == 0) arrived = prim::atomic_add_acq_rel(count, kArrival);
+    }
     if (thread == 0) {
-      s.last =
-          prim::atomic_add_acq_rel(count, kArrival) / kArrival == static_cast<u32>(l.tiles) - 1;
-      if (s.last) *count = folds ? 0 : static_cast<u32>(used);
+      const u32 tiles = static_cast<u32>(l.tiles), before = static_cast<u32>(kept);
+      s.last = arrived / kArrival == tiles - 1;
+      if (s.last) prim::atomic_add(count, (folds ? 0 : before + 1) - (before + tiles * kArrival));
       if (s.last && folds) p.call.m[item] = s.m;
     }
     if (!folds) return;
@@ -135,9 +140,10 @@ class LazyBlock {
   static constexpr int kInFlight = kVector ? 8 : 4;  // quads of C that a thread reads at once
   static constexpr int kBatchRows = kInFlight / kStrips;
   static constexpr bool kAhead = kStrips == 1;  // with few blocks: C is read before all else
-  /// Of the lane's token; of the one that comes, not their logarithms but the gates themselves.
+  /// Of the lane's token; of the one that comes, not their logarithms but the gates themselves. `forget` of lane kTokens
+  /// is m.
   struct Gates {
-    float forget = 0, input = 0, m = 0;
+    float forget = 0, input = 0;
   };
 
   DEVICE_FUNCTION int64_t slot_of(int j) const { return int64_t{item} * l.ring.tokens + j; }
@@ -157,7 +163,7 @@ class LazyBlock {
   DEVICE_FUNCTION float* kept_gates() const { return l.ring.gates + slot_of(lane) * 2; }
   DEVICE_FUNCTION Gates load_gates() const {
     Gates own;
-    if (!p.sigmoid_input_gate) own.m = p.call.m[item];
+    if (lane == kTokens && !p.sigmoid_input_gate) own.forget = p.call.m[item];
     if (lane < kept) {
       own.forget = kept_gates()[0];
       own.input = kept_gates()[1];
@@ -185,7 +191,8 @@ class LazyBlock {
       m = max_nan(log_token, m);
       if (lane == j) log_weight = log_token;
     }
-    if (!p.sigmoid_input_gate) after += at_least(own.m, kMinLogInput);
+    const float old_m = prim::float_of(prim::shfl(prim::bits_of(own.forget), kTokens));
+    if (!p.sigmoid_input_gate) after += at_least(old_m, kMinLogInput);
     m = p.sigmoid_input_gate ? 0 : static_cast<double>(static_cast<float>(max_nan(after, m)));
     if (lane < used) s.weights[lane] = exp2_of((log_weight - m) * kLog2e);
     if (lane != 0) return;
