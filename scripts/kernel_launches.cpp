@@ -195,7 +195,7 @@ void call_causal_conv1d(Dtype dtype) {
       backward.partials = array<float>(11);
       xlstm::cuda::causal_conv1d_backward(backward, nullptr);
       xlstm::cuda::ConvStepParams step;
-      step.dtype = dtype, step.batch = 4, step.parameters = in.parameters;
+      step.dtype = dtype, step.batch = 64, step.parameters = in.parameters;
       step.x = view_of(2, 1), step.state = in.state0, step.y = view_of(4, 1);
       xlstm::cuda::causal_conv1d_step(step, nullptr);
     }
