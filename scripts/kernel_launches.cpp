@@ -95,6 +95,8 @@ void call_step(MlstmProblem p) {
   ring.keys = address(9), ring.values = address(10);
   ring.gates = array<float>(11), ring.count = array<int32_t>(12);
   xlstm::cuda::mlstm_step_lazy(p, step, ring, nullptr);
+  ++step.c;  // not aligned
+  xlstm::cuda::mlstm_step_lazy(p, step, ring, nullptr);
 }
 
 /// Blocks of 2, 4 and 8 by so many.
@@ -195,7 +197,7 @@ void call_causal_conv1d(Dtype dtype) {
       backward.partials = array<float>(11);
       xlstm::cuda::causal_conv1d_backward(backward, nullptr);
       xlstm::cuda::ConvStepParams step;
-      step.dtype = dtype, step.batch = 4, step.parameters = in.parameters;
+      step.dtype = dtype, step.batch = 64, step.parameters = in.parameters;
       step.x = view_of(2, 1), step.state = in.state0, step.y = view_of(4, 1);
       xlstm::cuda::causal_conv1d_step(step, nullptr);
     }

@@ -69,11 +69,16 @@ causal_conv1d_token(const GRID_CONSTANT ConvStepParams p) {
   Piece y;
 #pragma unroll
   for (int i = 0; i < Piece::kNumbers; ++i) {
+    float weights[kMostMemory + 1];  // all loads before the first sum
+#pragma unroll
+    for (int j = 0; j < kMostMemory; ++j)
+      if (j < memory) weights[j] = conv_weight(parameters, channel + i, memory - j);
+    weights[kMostMemory] = conv_weight(parameters, channel + i, 0);
     float sum = conv_bias(parameters, channel + i);
 #pragma unroll
     for (int j = 0; j < kMostMemory; ++j)
-      if (j < memory) sum += conv_weight(parameters, channel + i, memory - j) * rows[j].get(i);
-    sum += conv_weight(parameters, channel + i, 0) * rows[kMostMemory].get(i);
+      if (j < memory) sum += weights[j] * rows[j].get(i);
+    sum += weights[kMostMemory] * rows[kMostMemory].get(i);
     y.set(i, conv_activate(sum, parameters.silu));
   }
   y.store(p.y.data, batch * p.y.batch + channel * p.y.channel);
@@ -103,7 +108,10 @@ void causal_conv1d_step(const ConvStepParams& params, Stream stream) {
   const auto vector = [&](const ConvView& x) {
     return conv_is_vector(x, params.parameters.channels, params.dtype);
   };
-  const bool all = vector(params.x) && vector(params.state) && vector(params.y);
+  // A few numbers are so many threads, which wait for less each; many are moved by 16 bytes.
+  constexpr int64_t kManyNumbers = 1 << 16;
+  const bool many = int64_t{params.batch} * params.parameters.channels >= kManyNumbers;
+  const bool all = many && vector(params.x) && vector(params.state) && vector(params.y);
   visit_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     all ? launch_token<T, true>(params, stream) : launch_token<T, false>(params, stream);

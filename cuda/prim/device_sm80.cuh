@@ -181,6 +181,14 @@ PRIM_DEVICE void red_release_add(u32* p, u32 v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 PRIM_DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
+PRIM_DEVICE u32 atomic_add_acq_rel(u32* p, u32 v) {
+  u32 old;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(p), "r"(v)
+               : "memory");
+  return old;
+}
 PRIM_DEVICE void backoff() { __nanosleep(20); }
 
 }  // namespace prim

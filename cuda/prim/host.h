@@ -140,6 +140,9 @@ inline u32 ld_acquire(const u32* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE
 inline void st_release(u32* p, u32 value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
 inline void red_release_add(u32* p, u32 value) { __atomic_fetch_add(p, value, __ATOMIC_RELEASE); }
 inline u32 atomic_add(u32* p, u32 value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+inline u32 atomic_add_acq_rel(u32* p, u32 value) {
+  return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
+}
 /// In every turn of a spin loop.
 void backoff(Where where = Where::current());
 

@@ -123,8 +123,7 @@ BUDGETS = [
     budget(r"slstm_pointwise_\w+", 256, 64, 16, blocks=4),
     budget(r"slstm_clear", 256, 32, 16, blocks=8),
     budget(r"slstm_slopes", 256, 80, 16, blocks=3),
-    budget(r"mlstm_step_lazy_columns", 256, 128, 32, blocks=2, must=VECTOR),
-    budget(r"mlstm_step_lazy_ring", 256, 64, 32, blocks=4),
+    budget(r"mlstm_step_lazy_columns", 256, 128, 40, blocks=2, must=VECTOR),
     budget(r"causal_conv1d_rows", 128, 64, 32, blocks=4, must={"LDGSTS", "STG.128"}),
     # 72 for widths of 5 to 8 alone
     budget(r"causal_conv1d_gradients", 128, 72, 32, blocks=4, must={"LDGSTS", "STG.128"}),

@@ -99,6 +99,27 @@ void messages(Dump& dump) {
   dump.exact(out.fetch());
 }
 
+KERNEL_FUNCTION(32) arrival_kernel(Messages p) {  // the last block has what all others wrote
+  const u32 b = prim::block_idx().x, t = prim::thread_idx().x, blocks = prim::grid_dim().x;
+  p.values[32 * b + t] = 2654435761U * (32 * b + t);
+  prim::sync_block();
+  u32 arrived = 0;
+  if (t == 0) arrived = prim::atomic_add_acq_rel(p.flag, 1);
+  arrived = prim::shfl(arrived, 0);
+  prim::sync_block();
+  if (arrived != blocks - 1) return;
+  for (u32 i = 0; i < blocks; ++i) p.out[32 * i + t] = p.values[32 * i + t];
+  if (t == 0) *p.flag = 0;
+}
+
+void arrivals(Dump& dump) {
+  constexpr u32 kBlocks = 300;
+  Buffer<u32> values(32 * kBlocks), flag(1), out(32 * kBlocks);
+  run(arrival_kernel, {kBlocks, 32}, Messages{values.upload(), flag.upload(), out.upload()});
+  dump.exact(out.fetch());
+  dump.exact(flag.fetch());
+}
+
 struct Numbers {
   const float* from;
   u32* out;
@@ -232,6 +253,7 @@ void add_memory_cases(Cases& cases) {
   add(cases, "cp_async_zero_fill", Needs::kSm80, zero_fill_kernel, {1, 32, 1024}, 4, 256);
   cases.push_back({"grid_barrier", Needs::kSm80, grid_barriers});
   cases.push_back({"release_acquire", Needs::kSm80, messages});
+  cases.push_back({"last_arrival", Needs::kSm80, arrivals});
   cases.push_back({"load_if", Needs::kSm80, conditional_loads});
   add(cases, "mbarrier_parity", Needs::kSm90a, parity_kernel, {1, 32, 128}, 16, 13);
   add(cases, "mbarrier_ring", Needs::kSm90a, ring_kernel, {1, 96, 512}, 32 * kUses, 64 * kUses);

@@ -232,6 +232,19 @@ void release_acquire(std::uint64_t seed) {
   expect(got == 42, "message passing");
 }
 
+void last_arrival(std::uint64_t seed) {  // the last block sees what all others wrote, and clears
+  constexpr u32 kBlocks = 5;
+  std::vector<u32> values(kBlocks);
+  u32 arrivals = 0, sum = 0;
+  launch({.grid = {kBlocks}, .block = {1}, .seed = seed}, [&] {
+    values[prim::block_idx().x] = prim::block_idx().x + 1;
+    if (prim::atomic_add_acq_rel(&arrivals, 1) != kBlocks - 1) return;
+    for (const u32 value : values) sum += value;
+    arrivals = 0;
+  });
+  expect(sum == 15 && arrivals == 0, "last arrival");
+}
+
 const Case kCases[] = {
     {"shuffles and votes", shuffles},
     {"conversions", conversions},
@@ -245,6 +258,7 @@ const Case kCases[] = {
     {"cluster and remote shared memory", cluster_exchange},
     {"cluster barrier after exits", cluster_exit},
     {"release and acquire", release_acquire},
+    {"last arrival", last_arrival},
 };
 
 }  // namespace

@@ -345,6 +345,8 @@ void run_step(const Setting& s, uint64_t seed) {
 
 void step(uint64_t seed) {
   for (const Dtype dtype : kDtypes) {
+    if (!thread_build())  // many, by 16 bytes; slow there
+      run_step({.batch = 64, .time = 2, .channels = 1024, .dtype = dtype}, seed);
     for (int64_t width = 2; width <= 8; width += thread_build() ? 3 : 1)
       for (const int64_t channels : {1, 24, 300})
         run_step({.batch = 3,

@@ -211,6 +211,45 @@ void many_heads(uint64_t seed) {
   run({.batch = 32, .heads = 2, .dqk = 16, .dv = 320, .tokens = tokens}, seed);
 }
 
+/// A head's numbers do not depend on how many heads there are, to the last bit.
+void batches_agree(uint64_t seed) {
+  if (thread_build()) return;  // slow there, and no other barriers
+  simt::launch_seed = seed;
+  const Setting few{.heads = 1, .dqk = 80, .dv = 136, .tokens = 3, .lazy = true, .ring = 2};
+  Setting many = few;
+  many.batch = 100;
+  Decoding x(few, seed), y(many, seed);
+  const int64_t b = 57;  // of the batch
+  for (const auto& [from, to] : {std::pair{&y.q, &x.q},
+                                 {&y.k, &x.k},
+                                 {&y.v, &x.v},
+                                 {&y.igate, &x.igate},
+                                 {&y.fgate, &x.fgate}}) {
+    const int64_t width = to == &x.v ? few.dv : to == &x.q || to == &x.k ? few.dqk : 1;
+    const Numbers numbers = from->rows(b, 0, few.tokens, 0);
+    for (int64_t i = 0; i < few.tokens * width; ++i)
+      to->set(0, i / width, 0, i % width, numbers[static_cast<size_t>(i)]);
+  }
+  std::copy_n(y.c.data() + b * few.dqk * few.dv, few.dqk * few.dv, x.c.data());
+  std::copy_n(y.n.data() + b * few.dqk, few.dqk, x.n.data());
+  std::copy_n(y.m.data() + b, 1, x.m.data());
+  for (int64_t token = 0; token < few.tokens; ++token) x.step(token), y.step(token);
+  x.finish(), y.finish();
+  expect(x.h.rows(0, 0, few.tokens, 0) == y.h.rows(b, 0, few.tokens, 0), "h of a batch", b);
+  const int64_t size = few.dqk * few.dv;
+  expect(x.c.slice(0, size) == y.c.slice(b * size, size), "C of a batch", b);
+  expect(x.n.slice(0, few.dqk) == y.n.slice(b * few.dqk, few.dqk), "n of a batch", b);
+}
+
+/// Rows of more than one piece of a warp and of more than are in shared memory, in all types, with a fold.
+void long_rows(uint64_t seed) {
+  if (thread_build()) return;
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+    for (const int64_t dqk : {384, 520, 525})
+      run({.heads = 2, .dqk = dqk, .dv = 36, .tokens = 3, .dtype = dtype, .ring = 2}, seed);
+  }
+}
+
 /// Folds when the ring is full and at every other length; shorter rings.
 void ring_lengths(uint64_t seed) {
   run_one({.heads = 1, .dqk = 33, .dv = 70, .tokens = 2, .lazy = true}, seed);
@@ -314,6 +353,8 @@ List<Case> mlstm_step_cases() {
   static const Case cases[] = {
       {"mlstm step: sizes", sizes},
       {"mlstm step: many heads", many_heads},
+      {"mlstm step: one head and many", batches_agree},
+      {"mlstm step: long rows", long_rows},
       {"mlstm step: ring", ring_lengths},
       {"mlstm step: gates", gates},
       {"mlstm step: dtypes and strides", dtypes_and_strides},
