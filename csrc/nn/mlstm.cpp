@@ -1,7 +1,6 @@
 #include "csrc/nn/mlstm.h"
 
-#include <ATen/autocast_mode.h>
-
+#include "csrc/ops/autocast.h"
 #include "csrc/ops/block_linear.h"
 #include "csrc/ops/mlstm.h"
 #include "csrc/ops/mlstm_gated.h"
@@ -189,8 +188,7 @@ std::pair<at::Tensor, at::Tensor> MlstmLayer::gates(const at::Tensor& a, const a
   }
   const int64_t tokens = x.size(0) * x.size(1);
   // A few tokens: as written. Under autocast too: the pre-activations are then rounded once.
-  if (!options_.fused || tokens < kManyTokens ||
-      at::autocast::is_autocast_enabled(x.device().type())) {
+  if (!options_.fused || tokens < kManyTokens || ops::autocast_is_on(x.device().type())) {
     return gate_pair(at::cat({q, k, v}, -1), *igate_, *fgate_);
   }
   // q, k and v are small linear maps of a and x. Applied to the gates' few rows of weights instead of to the tokens,
@@ -213,8 +211,7 @@ std::pair<at::Tensor, at::Tensor> MlstmLayer::gates(const at::Tensor& a, const a
 bool MlstmLayer::gates_join_cell(const at::Tensor& q,
                                  const std::optional<at::Tensor>& reset) const {
   return options_.fused && igate_->reads_input() && fgate_->reads_input() &&
-         !is_decode_step(q, reset) &&
-         (q.is_cuda() || at::autocast::is_autocast_enabled(q.device().type()));
+         !is_decode_step(q, reset) && (q.is_cuda() || ops::autocast_is_on(q.device().type()));
 }
 
 Result MlstmLayer::forward(const at::Tensor& x, const State& state,

@@ -1,10 +1,10 @@
 #include "csrc/ops/mlstm_gated.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
 
 #include <vector>
 
+#include "csrc/ops/autocast.h"
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/common.h"
 #include "csrc/ops/mlstm_autograd.h"
@@ -119,7 +119,7 @@ class MlstmGated : public torch::autograd::Function<MlstmGated> {
 /// The arguments as autocast wants them, where it is on.
 MlstmArguments cast(MlstmArguments a) {
   const c10::DeviceType device = a.q.device().type();
-  if (!at::autocast::is_autocast_enabled(device)) return a;
+  if (!autocast_is_on(device)) return a;
   const at::ScalarType low = at::autocast::get_autocast_dtype(device);
   for (Tensor* x : {&a.q, &a.k, &a.v}) *x = at::autocast::cached_cast(low, *x, device);
   for (OptionalTensor* x : {&a.c0, &a.n0, &a.m0})
