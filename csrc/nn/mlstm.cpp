@@ -1,9 +1,9 @@
 #include "csrc/nn/mlstm.h"
 
-#include <ATen/autocast_mode.h>
-
+#include "csrc/ops/autocast.h"
 #include "csrc/ops/block_linear.h"
 #include "csrc/ops/mlstm.h"
+#include "csrc/ops/mlstm_gated.h"
 #include "csrc/ops/norm.h"
 
 namespace xlstm::nn {
@@ -13,6 +13,16 @@ constexpr int64_t kManyTokens = 32;   // from here on gates are computed from th
 constexpr size_t kStates = 3;         // c, n, m
 constexpr size_t kLaggingStates = 7;  // and an ops::MlstmRing
 constexpr double kOpen = 100;         // pre-activation of a sigmoid gate that is 1 in float64 too
+
+ops::MlstmOptions operator_options(const MlstmCellOptions& options) {
+  ops::MlstmOptions op;
+  op.input_gate = options.input_gate;
+  op.normalize = options.normalize;
+  op.eps = options.eps;
+  op.chunk_size = options.chunk_size;
+  op.scale = options.scale;
+  return op;
+}
 
 ops::MlstmRing ring_of(const State& cell) { return {cell[3], cell[4], cell[5], cell[6]}; }
 
@@ -34,6 +44,21 @@ at::Tensor step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     return ops::mlstm_step(q, k, v, igate, fgate, cell[0], cell[1], cell[2], op);
   ops::MlstmRing ring = ring_of(cell);
   return ops::mlstm_step_lazy(q, k, v, igate, fgate, cell[0], cell[1], cell[2], ring, op);
+}
+
+/// mlstm_cell of a sequence, whose gates read (q, k, v), in one operator.
+Result gated_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  const HeadGate& igate, const HeadGate& fgate, const State& cell,
+                  const std::optional<at::Tensor>& reset, const MlstmCellOptions& options) {
+  ops::MlstmOptions op = operator_options(options);
+  const State start = cell.size() == kLaggingStates ? folded(cell, op) : cell;
+  op.reset = reset;
+  at::Tensor h;
+  State next(kStates);
+  std::tie(h, next[0], next[1], next[2]) = ops::mlstm_gated(
+      q, k, v, at::cat({igate.weight, fgate.weight}), at::cat({igate.bias, fgate.bias}),
+      optional_state(start, 0), optional_state(start, 1), optional_state(start, 2), op);
+  return {h, next};
 }
 
 }  // namespace
@@ -80,12 +105,7 @@ at::Tensor HeadGate::forward(const at::Tensor& x) const {
 Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const at::Tensor& igate, const at::Tensor& fgate, const State& cell,
                   const std::optional<at::Tensor>& reset, const MlstmCellOptions& options) {
-  ops::MlstmOptions op;
-  op.input_gate = options.input_gate;
-  op.normalize = options.normalize;
-  op.eps = options.eps;
-  op.chunk_size = options.chunk_size;
-  op.scale = options.scale;
+  ops::MlstmOptions op = operator_options(options);
   const bool decodes = is_decode_step(q, reset);
   const InPlaceStateGuard* guard = InPlaceStateGuard::current();
   const bool lags = cell.size() == kLaggingStates;
@@ -168,8 +188,7 @@ std::pair<at::Tensor, at::Tensor> MlstmLayer::gates(const at::Tensor& a, const a
   }
   const int64_t tokens = x.size(0) * x.size(1);
   // A few tokens: as written. Under autocast too: the pre-activations are then rounded once.
-  if (!options_.fused || tokens < kManyTokens ||
-      at::autocast::is_autocast_enabled(x.device().type())) {
+  if (!options_.fused || tokens < kManyTokens || ops::autocast_is_on(x.device().type())) {
     return gate_pair(at::cat({q, k, v}, -1), *igate_, *fgate_);
   }
   // q, k and v are small linear maps of a and x. Applied to the gates' few rows of weights instead of to the tokens,
@@ -189,6 +208,12 @@ std::pair<at::Tensor, at::Tensor> MlstmLayer::gates(const at::Tensor& a, const a
   return {parts[0], parts[1]};
 }
 
+bool MlstmLayer::gates_join_cell(const at::Tensor& q,
+                                 const std::optional<at::Tensor>& reset) const {
+  return options_.fused && igate_->reads_input() && fgate_->reads_input() &&
+         !is_decode_step(q, reset) && (q.is_cuda() || ops::autocast_is_on(q.device().type()));
+}
+
 Result MlstmLayer::forward(const at::Tensor& x, const State& state,
                            const std::optional<at::Tensor>& reset) {
   check_mlstm_state(state, 1, "mLSTM layer");
@@ -203,13 +228,23 @@ Result MlstmLayer::forward(const at::Tensor& x, const State& state,
     window = at::zeros({batch, 0, options_.inner_dim}, inner.options());
   }
   const at::Tensor q = q_proj_->forward(a), k = k_proj_->forward(a), v = v_proj_->forward(inner);
-  const auto [igate, fgate] = gates(a, inner, q, k, v);
 
-  const std::vector<int64_t> by_head = {batch, length, heads, options_.inner_dim / heads};
+  const auto by_head = [&](const at::Tensor& y) {
+    return y.view({batch, length, heads, options_.inner_dim / heads});
+  };
   const State cell = state.empty() ? State{} : State(state.begin() + 1, state.end());
-  auto [h, next] = mlstm_cell(
-      q.view(by_head), k.view(by_head), v.view(by_head), igate, fgate, cell, reset,
-      {options_.input_gate, options_.normalize, options_.mlstm_eps, options_.chunk_size});
+  const MlstmCellOptions cell_options{options_.input_gate, options_.normalize, options_.mlstm_eps,
+                                      options_.chunk_size};
+  at::Tensor h;
+  State next;
+  if (gates_join_cell(q, reset)) {
+    std::tie(h, next) =
+        gated_cell(by_head(q), by_head(k), by_head(v), *igate_, *fgate_, cell, reset, cell_options);
+  } else {
+    const auto [igate, fgate] = gates(a, inner, q, k, v);
+    std::tie(h, next) =
+        mlstm_cell(by_head(q), by_head(k), by_head(v), igate, fgate, cell, reset, cell_options);
+  }
   const at::Tensor gated =
       options_.fused
           ? ops::headwise_norm(h, out_norm_->weight, {}, a, skip_, z, options_.norm_eps)

@@ -56,6 +56,9 @@ class MlstmLayer : public torch::nn::Module {
   Result forward(const at::Tensor& x, const State& state, const std::optional<at::Tensor>& reset);
 
  private:
+  /// Whether ops::mlstm_gated computes gates and cell: where products are cheap and memory is not, and under autocast,
+  /// which would round the pre-activations.
+  bool gates_join_cell(const at::Tensor& q, const std::optional<at::Tensor>& reset) const;
   /// Gate pre-activations (B,T,NH) from (q, k, v), the images of a and x.
   std::pair<at::Tensor, at::Tensor> gates(const at::Tensor& a, const at::Tensor& x,
                                           const at::Tensor& q, const at::Tensor& k,

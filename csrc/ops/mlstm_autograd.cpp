@@ -13,6 +13,7 @@
 #include "csrc/ops/common.h"
 #include "csrc/ops/mlstm.h"
 #include "csrc/ops/mlstm_arguments.h"
+#include "csrc/ops/mlstm_autograd.h"
 #include "csrc/ops/rows.h"
 
 namespace xlstm::ops {
@@ -32,23 +33,6 @@ MlstmOutputs chunkwise_op(const MlstmArguments& a) {
                              .findSchemaOrThrow("xlstm::mlstm_chunkwise", "")
                              .typed<decltype(mlstm_kernel<chunkwise_op>)>();
   return call(op, a);
-}
-
-MlstmResults forward_op(const MlstmArguments& a) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("xlstm::mlstm_chunkwise_forward", "")
-                             .typed<decltype(mlstm_kernel<forward_op>)>();
-  return call(op, a);
-}
-
-MlstmGradients backward_op(const MlstmBackwardArguments& a) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("xlstm::mlstm_chunkwise_backward", "")
-                             .typed<decltype(mlstm_backward_kernel<backward_op>)>();
-  const MlstmArguments& in = a.in;
-  return op.call(a.dh, a.dc, a.dn, in.q, in.k, in.v, in.igate, in.fgate, in.c0, in.n0, in.m0, a.h,
-                 a.product, in.reset, in.cu_seqlens, in.input_gate, in.normalize, in.scale, in.eps,
-                 in.chunk_size);
 }
 
 at::Tensor step_op(const MlstmStepArguments& a) {
@@ -84,15 +68,8 @@ class MlstmChunkwise : public torch::autograd::Function<MlstmChunkwise> {
                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                const MlstmArguments& a) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [h, c, n, m, product] = forward_op(a);
-    ctx->save_for_backward({a.q, a.k, a.v, a.igate, a.fgate, or_undefined(a.c0), or_undefined(a.n0),
-                            or_undefined(a.m0), or_undefined(a.reset), or_undefined(a.cu_seqlens),
-                            h, product});
-    ctx->saved_data["input_gate"] = std::string(a.input_gate);
-    ctx->saved_data["normalize"] = a.normalize;
-    ctx->saved_data["scale"] = a.scale;
-    ctx->saved_data["eps"] = a.eps;
-    ctx->saved_data["chunk_size"] = a.chunk_size;
+    const auto [h, c, n, m, product] = mlstm_forward_op(a);
+    save_mlstm(ctx, a, h, product);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({m, product});
     return {h, c, n, m, product};
@@ -102,35 +79,9 @@ class MlstmChunkwise : public torch::autograd::Function<MlstmChunkwise> {
     constexpr size_t kInputs = 9;
     variable_list result(kInputs);
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    const auto optional = [&saved](size_t i) { return or_absent(saved[i]); };
     const BelowAutogradUnlessRecording guard;
-    const MlstmArguments in{saved[0],
-                            saved[1],
-                            saved[2],
-                            saved[3],
-                            saved[4],
-                            optional(5),
-                            optional(6),
-                            optional(7),
-                            optional(8),
-                            optional(9),
-                            ctx->saved_data["input_gate"].toStringRef(),
-                            ctx->saved_data["normalize"].toBool(),
-                            ctx->saved_data["scale"].toOptional<double>(),
-                            ctx->saved_data["eps"].toDouble(),
-                            ctx->saved_data["chunk_size"].toInt()};
-    auto [dq, dk, dv, digate, dfgate, dc0, dn0] = backward_op(
-        {or_absent(grads[0]), or_absent(grads[1]), or_absent(grads[2]), in, saved[10], saved[11]});
-    result[0] = dq;
-    result[1] = dk;
-    result[2] = dv;
-    result[3] = digate;
-    result[4] = dfgate;
-    if (in.c0) result[5] = dc0;
-    if (in.n0) result[6] = dn0;
-    // The stabiliser is held constant.
-    if (in.m0 && in.m0->requires_grad()) result[7] = at::zeros_like(*in.m0);
+    result = saved_mlstm(ctx).gradients(grads);
+    result.resize(kInputs);
     return result;
   }
 };
@@ -143,7 +94,7 @@ MlstmResults forward_autograd(const MlstmArguments& a) {
 
 MlstmOutputs chunkwise_autograd(const MlstmArguments& a) {
   if (recording(a.q, a.k, a.v, a.igate, a.fgate, a.c0, a.n0, a.m0)) {
-    const auto [h, c, n, m, product] = forward_op(a);
+    const auto [h, c, n, m, product] = mlstm_forward_op(a);
     return {h, c, n, m};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -242,7 +193,7 @@ struct Autocast {
 
   static MlstmResults forward(const MlstmArguments& a) {
     c10::impl::ExcludeDispatchKeyGuard guard(key);
-    return forward_op(cast(a));
+    return mlstm_forward_op(cast(a));
   }
 
   /// f of the arguments of a step.
@@ -311,6 +262,68 @@ at::Tensor lazy_meta(const MlstmLazyArguments& a) { return step_meta(a); }
 void fold_meta(const MlstmFoldArguments&) {}
 
 }  // namespace
+
+MlstmResults mlstm_forward_op(const MlstmArguments& a) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("xlstm::mlstm_chunkwise_forward", "")
+                             .typed<decltype(mlstm_kernel<mlstm_forward_op>)>();
+  return call(op, a);
+}
+
+MlstmGradients mlstm_backward_op(const MlstmBackwardArguments& a) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("xlstm::mlstm_chunkwise_backward", "")
+                             .typed<decltype(mlstm_backward_kernel<mlstm_backward_op>)>();
+  const MlstmArguments& in = a.in;
+  return op.call(a.dh, a.dc, a.dn, in.q, in.k, in.v, in.igate, in.fgate, in.c0, in.n0, in.m0, a.h,
+                 a.product, in.reset, in.cu_seqlens, in.input_gate, in.normalize, in.scale, in.eps,
+                 in.chunk_size);
+}
+
+void save_mlstm(AutogradContext* ctx, const MlstmArguments& a, const at::Tensor& h,
+                const at::Tensor& product, const variable_list& others) {
+  variable_list tensors = {a.q,
+                           a.k,
+                           a.v,
+                           a.igate,
+                           a.fgate,
+                           or_undefined(a.c0),
+                           or_undefined(a.n0),
+                           or_undefined(a.m0),
+                           or_undefined(a.reset),
+                           or_undefined(a.cu_seqlens),
+                           h,
+                           product};
+  tensors.insert(tensors.end(), others.begin(), others.end());
+  ctx->save_for_backward(std::move(tensors));
+  ctx->saved_data["input_gate"] = std::string(a.input_gate);
+  ctx->saved_data["normalize"] = a.normalize;
+  ctx->saved_data["scale"] = a.scale;
+  ctx->saved_data["eps"] = a.eps;
+  ctx->saved_data["chunk_size"] = a.chunk_size;
+}
+
+SavedMlstm saved_mlstm(AutogradContext* ctx) {
+  const variable_list t = ctx->get_saved_variables();
+  const auto optional = [&t](size_t i) { return or_absent(t[i]); };
+  auto& options = ctx->saved_data;
+  return {{t[0], t[1], t[2], t[3], t[4], optional(5), optional(6), optional(7), optional(8),
+           optional(9), options["input_gate"].toStringRef(), options["normalize"].toBool(),
+           options["scale"].toOptional<double>(), options["eps"].toDouble(),
+           options["chunk_size"].toInt()},
+          t[10],
+          t[11],
+          variable_list(t.begin() + 12, t.end())};
+}
+
+variable_list SavedMlstm::gradients(const variable_list& grads) const {
+  auto [dq, dk, dv, digate, dfgate, dc0, dn0] = mlstm_backward_op(
+      {or_absent(grads[0]), or_absent(grads[1]), or_absent(grads[2]), in, h, product});
+  const at::Tensor none;
+  // The stabiliser is held constant.
+  const at::Tensor dm0 = in.m0 && in.m0->requires_grad() ? at::zeros_like(*in.m0) : none;
+  return {dq, dk, dv, digate, dfgate, in.c0 ? dc0 : none, in.n0 ? dn0 : none, dm0};
+}
 
 MlstmOutputs mlstm_chunkwise(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& igate, const at::Tensor& fgate,

@@ -15,6 +15,7 @@
 #include <limits>
 
 #include "csrc/ops/full_precision.h"
+#include "csrc/ops/products.h"
 #include "csrc/ops/slstm_products.h"
 
 namespace xlstm::ops {
@@ -129,7 +130,7 @@ void step(const Tensor& g, SlstmCell cell, const States& s) {
 
 /// (rows,NH,DH) rounded, times the head's matrix (NH,DH,K): (rows,NH,K)
 Tensor by_head(const Tensor& rows, const Tensor& matrix) {
-  return slstm_product(rows.to(matrix.scalar_type()).transpose(0, 1), matrix).transpose(0, 1);
+  return full_product(rows.to(matrix.scalar_type()).transpose(0, 1), matrix).transpose(0, 1);
 }
 
 /// Everything that the gate gradients of a token are made of, (B,T,NH,DH): gates, and states before and after.

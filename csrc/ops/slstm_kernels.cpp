@@ -9,6 +9,7 @@
 
 #include "csrc/ops/full_precision.h"
 #include "csrc/ops/kernel_tensors.h"
+#include "csrc/ops/products.h"
 #include "csrc/ops/slstm_products.h"
 
 namespace xlstm::ops {
@@ -94,7 +95,7 @@ void forward_by_steps(const Call<SlstmArguments>& call, const cuda::SlstmForward
   const int64_t steps = call.steps();
   for (step.t = 0; step.t < steps; ++step.t) {
     if (step.t > 0 || call.a.y0) {
-      product = slstm_product(y.transpose(0, 1), columns).contiguous();
+      product = full_product(y.transpose(0, 1), columns).contiguous();
       step.product = {kernel_data(product), product.stride(1), 0, p.dh, product.stride(0), 1};
     }
     cuda::slstm_pointwise_forward(p, forward, step, stream);
@@ -141,7 +142,7 @@ void backward_by_steps(const Call<SlstmBackwardArguments>& call,
     if (call.a.recurrent_cut) continue;
     const Tensor by_head =
         dwx.permute({2, 0, 1, 3}).reshape({p.num_heads, p.num_sequences, 4 * p.dh});
-    recurrent = slstm_product(by_head, rows).transpose(0, 1).contiguous();
+    recurrent = full_product(by_head, rows).transpose(0, 1).contiguous();
   }
   gradient_of_first_y(call.a, recurrent, dy0);
 }

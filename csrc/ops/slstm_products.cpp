@@ -2,13 +2,14 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <cstdint>
+
+#include "csrc/ops/products.h"
 
 namespace xlstm::ops {
 namespace {
@@ -53,24 +54,7 @@ Tensor rows_by_head(const Tensor& x) {
   return x.permute({2, 0, 1, 3}).reshape({x.size(2), x.size(0) * x.size(1), x.size(3)});
 }
 
-/// Parts of the tokens whose sums are computed beside each other: a head's sum has few results and many terms, too few
-/// tiles of a product to fill a GPU with. Depends on sizes alone.
-int64_t chunk_count(int64_t rows, int64_t heads, int64_t dh) {
-  constexpr int64_t kTiles = 256, kTile = 128, kFewestRows = 512;
-  const int64_t tiles = heads * ((4 * dh + kTile - 1) / kTile) * ((dh + kTile - 1) / kTile);
-  int64_t chunks = 1;
-  while (chunks * tiles < kTiles && rows % (2 * chunks) == 0 && rows / (2 * chunks) >= kFewestRows)
-    chunks *= 2;
-  return chunks;
-}
-
 }  // namespace
-
-Tensor slstm_product(const Tensor& a, const Tensor& b) {
-  const bool half = a.scalar_type() == at::kBFloat16 || a.scalar_type() == at::kHalf;
-  if (!half) return at::bmm(a, b);
-  return a.is_cuda() ? at::bmm(a, b, at::kFloat) : at::bmm(a.to(at::kFloat), b.to(at::kFloat));
-}
 
 Tensor slstm_previous_y(const Tensor& y, const OptionalTensor& y0, const OptionalTensor& reset,
                         const OptionalTensor& cu_seqlens) {
@@ -100,7 +84,7 @@ Tensor slstm_preactivations(const SlstmBackwardArguments& a, const Tensor& previ
   const int64_t batch = a.y.size(0), time = a.y.size(1), heads = a.y.size(2), dh = a.y.size(3);
   const Tensor rows = slstm_recurrent_rows(a.r, a.y.scalar_type());
   const Tensor product =
-      slstm_product(rows_by_head(previous_y), rows.transpose(1, 2));  // (NH, B*T, 4*DH)
+      full_product(rows_by_head(previous_y), rows.transpose(1, 2));  // (NH, B*T, 4*DH)
   return product.view({heads, batch, time, 4, dh})
       .permute({1, 2, 3, 0, 4})
       .add_(*a.wx)
@@ -109,13 +93,13 @@ Tensor slstm_preactivations(const SlstmBackwardArguments& a, const Tensor& previ
 
 std::pair<Tensor, Tensor> slstm_parameter_gradients(const Tensor& dwx, const Tensor& previous_y) {
   const int64_t heads = dwx.size(3), dh = dwx.size(4), rows = dwx.size(0) * dwx.size(1);
-  const int64_t chunks = chunk_count(rows, heads, dh), length = rows / chunks;
+  const int64_t chunks = product_chunks(rows, heads, 4 * dh, dh), length = rows / chunks;
   const Tensor gates = at::empty({heads * chunks, length, 4 * dh}, dwx.options());
   copy_in_pieces(gates.view({heads, chunks, length, 4, dh}).permute({1, 2, 3, 0, 4}),
                  dwx.flatten(0, 1).view({chunks, length, 4, heads, dh}));
   const Tensor y = rows_by_head(previous_y).view({heads * chunks, length, dh});
   const Tensor sums =
-      slstm_product(gates.transpose(1, 2), y).view({heads, chunks, 4, dh, dh}).sum(1);
+      full_product(gates.transpose(1, 2), y).view({heads, chunks, 4, dh, dh}).sum(1);
   const Tensor dr = sums.transpose(0, 1).contiguous();
   return {dr, dwx.sum(at::IntArrayRef{0, 1}, false, dr.scalar_type())};
 }

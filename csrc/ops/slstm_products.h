@@ -8,9 +8,6 @@
 
 namespace xlstm::ops {
 
-/// bmm of two tensors of one dtype with sum and result in full precision.
-at::Tensor slstm_product(const at::Tensor& a, const at::Tensor& b);
-
 /// y_{t-1} of every token, (B,T,NH,DH) in y's dtype: y0 or zero at the start of a sequence, zero after a reset. In memory
 /// the heads come first, as the products want them.
 at::Tensor slstm_previous_y(const at::Tensor& y, const OptionalTensor& y0,

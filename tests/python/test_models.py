@@ -150,7 +150,35 @@ def test_to_moves_the_parameters_in_place(tmp_path):
     assert all(torch.equal(a, b.float()) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("length", [1, 96])
+def test_autocast_with_fused_operators_is_as_near_to_float64_as_without(device, length):
+    torch.manual_seed(12)
+    settings = {"vocab_size": 300, "embedding_dim": 64, "num_blocks": 2, "num_heads": 2, "slstm_at": []}
+    models = [libxlstm.make_model({"model": settings | {"fused": fused}}) for fused in (True, False)]
+    with torch.no_grad():
+        for name, parameter in models[0].named_parameters():
+            if "gate.weight" in name:
+                parameter.copy_(torch.randn_like(parameter) / 8)
+    models[1].load_state_dict(models[0].state_dict())
+    exact = copy.deepcopy(models[1]).double()
+    ids, targets = random_ids(2, length), random_ids(2, length)
+    wanted = torch.autograd.grad(exact.loss(ids, targets), list(exact.parameters()))
+    errors = []
+    for model in models:
+        model.to(device)
+        with torch.autocast(device, torch.bfloat16):
+            loss = model.loss(ids.to(device), targets.to(device))
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        errors.append([(a.cpu().double() - b).norm() / b.norm().clamp_min(1e-12) for a, b in zip(gradients, wanted)])
+    fused, single = (torch.stack(e).mean() for e in errors)
+    assert 0 < fused < 2 * single < 0.1
+
+
+@needs_gpu
 def test_to_and_load_take_a_gpu(tmp_path):
     model = make_model()
     ids = random_ids(2, 7)
