@@ -104,7 +104,7 @@ BUDGETS = [
     budget(r"mlstm_gate_gradients", 512, 64, 16, blocks=2),
     budget(r"mlstm_gate_gradients_short", 256, 64, 16, blocks=4),
     budget(r"mlstm_anchors", 256, 64, 16, blocks=4),
-    budget(r"mlstm_prep", 256, 64, 32, blocks=4, must=VECTOR),
+    budget(r"mlstm_prep", 256, 80, 32, blocks=3, must=VECTOR),
     budget(r"mlstm_segment_scan", 256, 64, 16, blocks=4),
     budget(r"mlstm_step_columns", 256, 96, 32, blocks=2, must=VECTOR),
     budget(r"mlstm_step_normaliser", 256, 64, 16, blocks=4),
@@ -123,8 +123,7 @@ BUDGETS = [
     budget(r"mlstm_step_lazy_columns", 256, 128, 32, blocks=2, must=VECTOR),
     budget(r"mlstm_step_lazy_ring", 256, 64, 32, blocks=4),
     budget(r"causal_conv1d_rows", 128, 64, 32, blocks=4, must={"LDGSTS", "STG.128"}),
-    # 72 for widths of 5 to 8 alone
-    budget(r"causal_conv1d_gradients", 128, 72, 32, blocks=4, must={"LDGSTS", "STG.128"}),
+    budget(r"causal_conv1d_gradients", 128, 80, 32, blocks=4, must={"LDGSTS", "STG.128"}),
     budget(r"causal_conv1d_token", 128, 64, 16, blocks=4),
     budget(r"causal_conv1d_(first|last)", 256, 64, 16, blocks=4),
     budget(r"column_sums", 256, 64, 16, blocks=4),
