@@ -11,6 +11,16 @@ DEVICE_FUNCTION int64_t row_offset(const RowView& view, int64_t row) {
   return row / view.inner_rows * view.outer_stride + row % view.inner_rows * view.inner_stride;
 }
 
+/// A row and those behind it at the inner stride: where it begins, in numbers, and how many they are, itself included.
+struct RowRun {
+  int64_t at, rows;
+};
+DEVICE_FUNCTION RowRun row_run(const RowView& view, int64_t row) {
+  const int64_t outer = row < view.inner_rows ? 0 : row / view.inner_rows,
+                inner = row - outer * view.inner_rows;
+  return {outer * view.outer_stride + inner * view.inner_stride, view.inner_rows - inner};
+}
+
 /// x[i] = data[at + i]. `vector`: all eight exist and begin at 16 bytes; else `count` of them exist, the others are 0.
 DEVICE_FUNCTION void load_eight(const void* data, int64_t at, Dtype dtype, bool vector, int count,
                                 float (&x)[8]) {

@@ -108,10 +108,11 @@ void call_block_linear(Dtype dtype) {
     p.rows = 65536, p.blocks = static_cast<int32_t>(channels / size), p.size = size;
     p.dtype = dtype, p.x = p.y = rows, p.weight = address(1);
     launch_block_linear(p, nullptr);
-    xlstm::cuda::BlockLinearWeightParams w;
-    w.rows = p.rows, w.blocks = p.blocks, w.size = size, w.dtype = dtype, w.x = w.dy = rows;
-    w.dweight = address(2), w.dbias = address(3), w.partials = array<float>(4);
-    launch_block_linear_weight(w, nullptr);
+    xlstm::cuda::BlockLinearGradientParams g;
+    g.rows = p.rows, g.blocks = p.blocks, g.size = size, g.dtype = dtype;
+    g.x = g.dy = g.dx = rows, g.weight = p.weight;
+    g.dweight = address(2), g.dbias = address(3), g.partials = array<float>(4);
+    launch_block_linear_gradients(g, nullptr);
   }
 }
 

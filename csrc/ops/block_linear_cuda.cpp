@@ -35,6 +35,10 @@ bool supported(const at::Tensor& x, const at::Tensor& weight) {
   return takes_kernels("block_linear", lack) && x.numel() > 0;
 }
 
+bool movable(const cuda::RowView& view, const at::Tensor& x) {
+  return cuda::block_linear_aligned(view, kernel_dtype(x.scalar_type()));
+}
+
 /// The rows of x; a packed copy where 16 bytes cannot be moved at a time.
 cuda::RowView row_view(at::Tensor& x) {
   const auto view = [&] {
@@ -43,43 +47,50 @@ cuda::RowView row_view(at::Tensor& x) {
                          rows.outer_stride};
   };
   const cuda::RowView first = view();
-  if (cuda::block_linear_aligned(first, kernel_dtype(x.scalar_type()))) return first;
+  if (movable(first, x)) return first;
   x = x.clone(at::MemoryFormat::Contiguous);
   return view();
 }
 
-void run_rows(const at::Tensor& in, const at::Tensor& weight, const OptionalTensor& bias,
-              bool transposed, at::Tensor& out) {
-  at::Tensor rows = in;
-  const at::Tensor weights = weight.contiguous(), biases = bias ? bias->contiguous() : at::Tensor();
+/// A contiguous parameter that begins at a multiple of 16 bytes.
+at::Tensor packed(const at::Tensor& parameter) {
+  const at::Tensor x = parameter.contiguous();
+  const cuda::RowView view{const_cast<void*>(x.const_data_ptr())};
+  return movable(view, x) ? x : x.clone(at::MemoryFormat::Contiguous);
+}
+
+at::Tensor kernel_forward(const at::Tensor& x, const at::Tensor& weight,
+                          const OptionalTensor& bias) {
+  at::Tensor y = at::empty(x.sizes(), x.options()), rows = x;
+  const at::Tensor weights = packed(weight), biases = bias ? packed(*bias) : at::Tensor();
   cuda::BlockLinearParams p;
-  p.rows = in.numel() / in.size(-1);
+  p.rows = x.numel() / x.size(-1);
   p.blocks = static_cast<int32_t>(weight.size(0)), p.size = static_cast<int32_t>(weight.size(1));
-  p.dtype = kernel_dtype(in.scalar_type());
-  p.x = row_view(rows), p.y = row_view(out);
+  p.dtype = kernel_dtype(x.scalar_type());
+  p.x = row_view(rows), p.y = row_view(y);
   p.weight = weights.const_data_ptr(), p.bias = data_or_null(biases);
-  p.transposed = transposed;
-  run_kernels("block_linear", [&] { launch_block_linear(p, current_stream(in.device())); });
+  run_kernels("block_linear", [&] { launch_block_linear(p, current_stream(x.device())); });
+  return y;
 }
 
 Gradients kernel_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                           bool has_bias) {
-  at::Tensor dx = at::empty(x.sizes(), x.options());
-  run_rows(dy, weight, {}, true, dx);
-  const at::Tensor dweight = at::empty(weight.sizes(), x.options());
+  at::Tensor dx = at::empty(x.sizes(), x.options()), x_rows = x, dy_rows = dy;
+  const at::Tensor dweight = at::empty(weight.sizes(), x.options()), weights = packed(weight);
   const at::Tensor dbias = at::empty({has_bias ? x.size(-1) : 0}, x.options());
-  at::Tensor x_rows = x, dy_rows = dy;
-  cuda::BlockLinearWeightParams p;
+  cuda::BlockLinearGradientParams p;
   p.rows = x.numel() / x.size(-1);
   p.blocks = static_cast<int32_t>(weight.size(0)), p.size = static_cast<int32_t>(weight.size(1));
   p.dtype = kernel_dtype(x.scalar_type());
-  p.x = row_view(x_rows), p.dy = row_view(dy_rows);
+  p.x = row_view(x_rows), p.dy = row_view(dy_rows), p.dx = row_view(dx);
+  p.weight = weights.const_data_ptr();
   p.dweight = dweight.mutable_data_ptr();
   p.dbias = has_bias ? dbias.mutable_data_ptr() : nullptr;
   const at::Tensor partials =
       at::empty({cuda::block_linear_partials(p)}, x.options().dtype(at::kFloat));
   p.partials = partials.mutable_data_ptr<float>();
-  run_kernels("block_linear", [&] { launch_block_linear_weight(p, current_stream(x.device())); });
+  run_kernels("block_linear",
+              [&] { launch_block_linear_gradients(p, current_stream(x.device())); });
   return {dx, dweight, dbias};
 }
 
@@ -96,11 +107,7 @@ at::Tensor block_linear_cuda(const at::Tensor& x, const at::Tensor& weight,
   check_block_linear(x, weight, bias);
   const c10::DeviceGuard guard(x.device());
 #ifdef XLSTM_CUDA
-  if (supported(x, weight)) {
-    at::Tensor y = at::empty(x.sizes(), x.options());
-    run_rows(x, weight, bias, false, y);
-    return y;
-  }
+  if (supported(x, weight)) return kernel_forward(x, weight, bias);
 #else
   supported(x, weight);
 #endif

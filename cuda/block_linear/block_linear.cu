@@ -1,142 +1,243 @@
-// A thread owns the blocks of 16 bytes of channels (32 for the largest) and a strip of rows: its weights, or the sums that
-// become their gradients, stay in registers.
+// A thread owns the blocks of 16 bytes of channels (32 for the largest) and a strip of rows: its weights, and the sums that
+// become their gradients, stay in registers, and the loads of several rows are on their way at once.
 #include "cuda/block_linear/block_linear.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/column_sums.h"
 #include "cuda/prim/launch.h"
+#include "cuda/prim/store16.h"
 #include "cuda/rows.cuh"
 
 namespace xlstm::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int64_t kMostStrips = 256;         // of partial sums
-constexpr int64_t kWantedThreads = 1 << 18;  // a GPU's worth
+constexpr int kThreads = 128, kRows = 4;  // so many rows at once
+constexpr int kMostPieces = 32;           // side by side in a block of the gradients
+// One wave of blocks on a GPU of 128 multiprocessors.
+constexpr int64_t kWantedThreads = 128 * 5 * kThreads, kWantedBlocks = 128 * 3;
 
 template <class T, int kSize>
 struct Piece {
   static constexpr int kLoads = 16 / static_cast<int>(sizeof(T)) >= kSize ? 1 : 2;
   static constexpr int kChannels = kLoads * 16 / static_cast<int>(sizeof(T));
-  static constexpr int kBlocks = kChannels / kSize;
+  struct Packed {
+    Bytes16 bytes[kLoads];
+  };
 
-  static DEVICE_FUNCTION void load(const void* data, int64_t at, float (&x)[kChannels]) {
+  static DEVICE_FUNCTION Packed load(const void* data, int64_t at) {
+    Packed packed;
 #pragma unroll
-    for (int l = 0; l < kLoads; ++l) {
-      const Bytes16 bytes = reinterpret_cast<const Bytes16*>(static_cast<const T*>(data) + at)[l];
-#pragma unroll
-      for (int i = 0; i < kChannels / kLoads; ++i)
-        x[l * (kChannels / kLoads) + i] = number(bytes, i);
-    }
+    for (int l = 0; l < kLoads; ++l)
+      packed.bytes[l] = reinterpret_cast<const Bytes16*>(static_cast<const T*>(data) + at)[l];
+    return packed;
   }
-  static DEVICE_FUNCTION void store(void* data, int64_t at, const float (&x)[kChannels]) {
-#pragma unroll
-    for (int l = 0; l < kLoads; ++l) {
-      Bytes16 bytes;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) bytes.words[w] = word(&x[l * (kChannels / kLoads)], w);
-      reinterpret_cast<Bytes16*>(static_cast<T*>(data) + at)[l] = bytes;
-    }
-  }
-
- private:
-  static DEVICE_FUNCTION float number(const Bytes16& bytes, int i) {
+  static DEVICE_FUNCTION float number(const Packed& packed, int i) {
+    constexpr int kNumbers = kChannels / kLoads;
+    const Bytes16& bytes = packed.bytes[i / kNumbers];
     if constexpr (sizeof(T) == 4) {
-      return prim::float_of(bytes.words[i]);
+      return prim::float_of(bytes.words[i % kNumbers]);
     } else {
       T x;
-      x.bits = static_cast<u16>(bytes.words[i / 2] >> (16 * (i % 2)));
+      x.bits = static_cast<u16>(bytes.words[i % kNumbers / 2] >> (16 * (i % 2)));
       return to_float(x);
     }
   }
+  static DEVICE_FUNCTION Packed pack(const float (&x)[kChannels]) {
+    Packed packed;
+#pragma unroll
+    for (int l = 0; l < kLoads; ++l)
+#pragma unroll
+      for (int w = 0; w < 4; ++w) packed.bytes[l].words[w] = word(&x[l * (kChannels / kLoads)], w);
+    return packed;
+  }
+  static DEVICE_FUNCTION void store(void* data, int64_t at, const Packed& packed) {
+#pragma unroll
+    for (int l = 0; l < kLoads; ++l)
+      prim::store16(reinterpret_cast<Bytes16*>(static_cast<T*>(data) + at) + l,
+                    packed.bytes[l].words);
+  }
+
+ private:
   static DEVICE_FUNCTION u32 word(const float* x, int w) {
     if constexpr (sizeof(T) == 4) {
       return prim::bits_of(x[w]);
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      return prim::pack_bf16x2(x[2 * w], x[2 * w + 1]);
     } else {
-      T low, high;
-      from_float(low, x[2 * w]);
-      from_float(high, x[2 * w + 1]);
-      return low.bits | static_cast<u32>(high.bits) << 16;
+      return prim::pack_f16x2(x[2 * w], x[2 * w + 1]);
     }
   }
 };
 
-template <class T>
-DEVICE_FUNCTION float at(const void* data, int64_t index) {
-  return to_float(static_cast<const T*>(data)[index]);
+/// weight[c][i]: from input i of its block to channel `first` + c.
+template <class T, int kSize>
+DEVICE_FUNCTION void load_weights(const void* data, int64_t first,
+                                  float (&weight)[Piece<T, kSize>::kChannels][kSize]) {
+  using P = Piece<T, kSize>;
+#pragma unroll
+  for (int part = 0; part < kSize; ++part) {
+    const typename P::Packed packed = P::load(data, first * kSize + part * P::kChannels);
+#pragma unroll
+    for (int i = 0; i < P::kChannels; ++i) {
+      const int at = part * P::kChannels + i;
+      weight[at / kSize][at % kSize] = P::number(packed, i);
+    }
+  }
+}
+
+/// Calls f with how many rows it is to take, and where they begin in every view, for the rows [first, end).
+template <int kViews, class F>
+DEVICE_FUNCTION void by_batches(const RowView* const (&views)[kViews], int64_t first, int64_t end,
+                                const F& f) {
+  while (first < end) {
+    int64_t at[kViews], rows = end - first;
+#pragma unroll
+    for (int v = 0; v < kViews; ++v) {
+      const RowRun run = row_run(*views[v], first);
+      at[v] = run.at, rows = run.rows < rows ? run.rows : rows;
+    }
+    first += rows;
+    const auto take = [&](auto batch) {
+      f(batch, at);
+#pragma unroll
+      for (int v = 0; v < kViews; ++v) at[v] += decltype(batch)::value * views[v]->inner_stride;
+      rows -= decltype(batch)::value;
+    };
+#pragma unroll 1
+    while (rows >= kRows) take(std::integral_constant<int, kRows>{});
+#pragma unroll 1
+    while (rows > 0) take(std::integral_constant<int, 1>{});
+  }
 }
 
 template <class T, int kSize>
-KERNEL_FUNCTION(kThreads, kSize == 8 ? 3 : 6)
+KERNEL_FUNCTION(kThreads, kSize == 8 ? 3 : 5)
 block_linear_rows(const GRID_CONSTANT BlockLinearParams p) {
   using P = Piece<T, kSize>;
-  const int32_t pieces = p.blocks / P::kBlocks;
+  const int32_t pieces = p.blocks * kSize / P::kChannels;
   const int64_t item = int64_t{prim::block_idx().x} * kThreads + prim::thread_idx().x;
-  const int64_t first = item / pieces * p.strip;
-  const int32_t block = static_cast<int32_t>(item % pieces) * P::kBlocks;
-  const int64_t channel = int64_t{block} * kSize;
+  const int64_t first = item / pieces * p.strip, channel = item % pieces * P::kChannels;
   if (first >= p.rows) return;
-  float weight[P::kBlocks][kSize][kSize], bias[P::kChannels];
-#pragma unroll
-  for (int b = 0; b < P::kBlocks; ++b)
-#pragma unroll
-    for (int o = 0; o < kSize; ++o)
-#pragma unroll
-      for (int i = 0; i < kSize; ++i)
-        weight[b][o][i] = at<T>(p.weight, (channel + b * kSize + (p.transposed ? i : o)) * kSize +
-                                              (p.transposed ? o : i));
-#pragma unroll
-  for (int c = 0; c < P::kChannels; ++c)
-    bias[c] = p.bias == nullptr ? 0.0F : at<T>(p.bias, channel + c);
+  float weight[P::kChannels][kSize];
+  load_weights<T, kSize>(p.weight, channel, weight);
+  typename P::Packed bias = {};  // 0 in every type
+  if (p.bias != nullptr) bias = P::load(p.bias, channel);
   const int64_t end = first + p.strip < p.rows ? first + p.strip : p.rows;
-#pragma unroll 1
-  for (int64_t row = first; row < end; ++row) {
-    float x[P::kChannels], y[P::kChannels];
-    P::load(p.x.data, row_offset(p.x, row) + channel, x);
+  by_batches({&p.x, &p.y}, first, end, [&](auto batch, const int64_t(&at)[2]) {
+    constexpr int kBatch = decltype(batch)::value;
+    typename P::Packed x[kBatch];
 #pragma unroll
-    for (int c = 0; c < P::kChannels; ++c) {
-      float sum = bias[c];
+    for (int r = 0; r < kBatch; ++r)
+      x[r] = P::load(p.x.data, at[0] + r * p.x.inner_stride + channel);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i)
-        sum += weight[c / kSize][c % kSize][i] * x[c / kSize * kSize + i];
-      y[c] = sum;
+    for (int r = 0; r < kBatch; ++r) {
+      float y[P::kChannels];
+#pragma unroll
+      for (int c = 0; c < P::kChannels; ++c) {
+        y[c] = P::number(bias, c);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i)
+          y[c] += weight[c][i] * P::number(x[r], c / kSize * kSize + i);
+      }
+      x[r] = P::pack(y);
     }
-    P::store(p.y.data, row_offset(p.y, row) + channel, y);
-  }
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r)
+      P::store(p.y.data, at[1] + r * p.y.inner_stride + channel, x[r]);
+  });
 }
 
-/// Sums over a strip of dy_o x_i and of dy_o: one row of the partial sums, weights first.
+/// The sums that become the gradients of a thread's weights and biases.
 template <class T, int kSize>
-KERNEL_FUNCTION(kThreads, kSize == 8 ? 3 : 6)
-block_linear_weight(const GRID_CONSTANT BlockLinearWeightParams p) {
+struct Sums {
   using P = Piece<T, kSize>;
-  const int32_t pieces = p.blocks / P::kBlocks;
-  const int64_t item = int64_t{prim::block_idx().x} * kThreads + prim::thread_idx().x;
-  const int64_t strip = item / pieces, first = strip * p.strip;
-  const int64_t channel = item % pieces * P::kChannels, channels = int64_t{p.blocks} * kSize;
-  if (first >= p.rows) return;
+  static constexpr int kRound = 4;  // channels that meet in shared memory at once
+  static constexpr int kNumbers = kRound * (kSize + 1);  // of a thread
+  static constexpr int kPitch = kThreads + 1;            // a number of all threads
+  static constexpr size_t kSharedBytes = sizeof(float) * kNumbers * kPitch;
+
   float weight[P::kChannels][kSize] = {}, bias[P::kChannels] = {};
-  const int64_t end = first + p.strip < p.rows ? first + p.strip : p.rows;
+
+  /// One row of the partial sums, weights first: those of the block's threads that own the same channels, in order.
+  DEVICE_FUNCTION void leave(const BlockLinearGradientParams& p, float* out, int64_t first_piece) {
+    float* const s = reinterpret_cast<float*>(prim::dynamic_shared());
+    const int thread = static_cast<int>(prim::thread_idx().x), groups = kThreads / p.width;
+    const int64_t channels = int64_t{p.blocks} * kSize;
+#pragma unroll
+    for (int round = 0; round < P::kChannels; round += kRound) {
+      if (round > 0) prim::sync_block();
+#pragma unroll
+      for (int c = 0; c < kRound; ++c) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) s[(c * kSize + i) * kPitch + thread] = weight[round + c][i];
+        s[(kRound * kSize + c) * kPitch + thread] = bias[round + c];
+      }
+      prim::sync_block();
 #pragma unroll 1
-  for (int64_t row = first; row < end; ++row) {
-    float x[P::kChannels], dy[P::kChannels];
-    P::load(p.x.data, row_offset(p.x, row) + channel, x);
-    P::load(p.dy.data, row_offset(p.dy, row) + channel, dy);
-#pragma unroll
-    for (int c = 0; c < P::kChannels; ++c) {
-      bias[c] += dy[c];
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) weight[c][i] += dy[c] * x[c / kSize * kSize + i];
+      for (int at = thread; at < p.width * kNumbers; at += kThreads) {
+        const int piece = at / kNumbers, number = at % kNumbers;
+        const int64_t channel = (first_piece + piece) * P::kChannels + round;
+        if (channel >= channels) break;
+        const float* const own = s + number * kPitch + piece;
+        float sum = own[0];
+#pragma unroll 4
+        for (int group = 1; group < groups; ++group) sum += own[group * p.width];
+        out[number < kRound * kSize ? channel * kSize + number
+                                    : channels * kSize + channel + number - kRound * kSize] = sum;
+      }
     }
   }
-  float* const out = p.partials + strip * channels * (kSize + 1);
+};
+
+/// dx of a strip and sums over it of dy_o x_i and of dy_o.
+template <class T, int kSize>
+KERNEL_FUNCTION(kThreads, kSize == 8 ? 2 : 3)
+block_linear_gradients(const GRID_CONSTANT BlockLinearGradientParams p) {
+  using P = Piece<T, kSize>;
+  const int32_t pieces = p.blocks * kSize / P::kChannels, tiles = divide_up(pieces, p.width);
+  const int32_t block = static_cast<int32_t>(prim::block_idx().x), row_of_sums = block / tiles,
+                thread = static_cast<int32_t>(prim::thread_idx().x), groups = kThreads / p.width,
+                group = thread / p.width, first_piece = block % tiles * p.width,
+                piece = first_piece + thread % p.width;
+  const int64_t channel = int64_t{piece} * P::kChannels,
+                first = (int64_t{row_of_sums} * groups + group) * p.strip;
+  Sums<T, kSize> sums;
+  if (group < groups && piece < pieces && first < p.rows) {
+    float weight[P::kChannels][kSize];
+    load_weights<T, kSize>(p.weight, channel, weight);
+    const int64_t end = first + p.strip < p.rows ? first + p.strip : p.rows;
+    by_batches({&p.x, &p.dy, &p.dx}, first, end, [&](auto batch, const int64_t(&at)[3]) {
+      constexpr int kBatch = decltype(batch)::value;
+      typename P::Packed x[kBatch], dy[kBatch];
 #pragma unroll
-  for (int c = 0; c < P::kChannels; ++c) {
+      for (int r = 0; r < kBatch; ++r) {
+        dy[r] = P::load(p.dy.data, at[1] + r * p.dy.inner_stride + channel);
+        x[r] = P::load(p.x.data, at[0] + r * p.x.inner_stride + channel);
+      }
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) out[(channel + c) * kSize + i] = weight[c][i];
-    out[channels * kSize + channel + c] = bias[c];
+      for (int r = 0; r < kBatch; ++r) {
+        float dx[P::kChannels] = {};
+#pragma unroll
+        for (int c = 0; c < P::kChannels; ++c) {
+          const float slope = P::number(dy[r], c);
+          sums.bias[c] += slope;
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            const int from = c / kSize * kSize + i;
+            sums.weight[c][i] += slope * P::number(x[r], from);
+            dx[from] += slope * weight[c][i];
+          }
+        }
+        dy[r] = P::pack(dx);
+      }
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r)
+        P::store(p.dx.data, at[2] + r * p.dx.inner_stride + channel, dy[r]);
+    });
   }
+  sums.leave(p, p.partials + row_of_sums * int64_t{p.blocks} * kSize * (kSize + 1), first_piece);
 }
 
 int channels_of_thread(int32_t size, Dtype dtype) {
@@ -148,19 +249,36 @@ int64_t pieces_of(int32_t blocks, int32_t size, Dtype dtype) {
   return int64_t{blocks} * size / channels_of_thread(size, dtype);
 }
 
-/// Rows per thread so that there are about as many threads as wanted, in at most `most` strips.
-int64_t strip_of(int64_t rows, int64_t pieces, int64_t most) {
-  const int64_t strips = std::clamp<int64_t>(kWantedThreads / pieces, 1, std::min(most, rows));
-  return (rows + strips - 1) / strips;
+int64_t ratio_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Rows per thread so that there are about as many strips as wanted.
+int64_t strip_of(int64_t rows, int64_t wanted) {
+  const int64_t strip = ratio_up(rows, std::clamp<int64_t>(wanted, 1, rows));
+  return strip < kRows ? strip : ratio_up(strip, kRows) * kRows;
+}
+
+/// How the gradients are cut into blocks: `tiles` side by side for each row of partial sums.
+struct GradientShape {
+  int64_t tiles, width, strip, sums;
+};
+GradientShape gradient_shape(const BlockLinearGradientParams& p) {
+  GradientShape shape;
+  const int64_t pieces = pieces_of(p.blocks, p.size, p.dtype);
+  shape.tiles = ratio_up(pieces, kMostPieces);
+  shape.width = ratio_up(pieces, shape.tiles);
+  const int64_t groups = kThreads / shape.width;
+  shape.strip = strip_of(p.rows, kWantedBlocks / shape.tiles * groups);
+  shape.sums = ratio_up(ratio_up(p.rows, shape.strip), groups);
+  return shape;
 }
 
 template <class F>
 void visit(Dtype dtype, int32_t size, F f) {
   const auto by_size = [&](auto type) {
     using T = decltype(type);
-    if (size == 2) return f(type, Piece<T, 2>{});
-    if (size == 4) return f(type, Piece<T, 4>{});
-    f(type, Piece<T, 8>{});
+    if (size == 2) return f(Piece<T, 2>{});
+    if (size == 4) return f(Piece<T, 4>{});
+    f(Piece<T, 8>{});
   };
   if (dtype == Dtype::kFloat32) return by_size(float{});
   if (dtype == Dtype::kBFloat16) return by_size(bf16{});
@@ -170,13 +288,13 @@ void visit(Dtype dtype, int32_t size, F f) {
 template <class T, int kSize>
 void launch_rows(Piece<T, kSize>, const BlockLinearParams& p, int64_t threads, Stream stream) {
   prim::launch("block_linear_rows", block_linear_rows<T, kSize>,
-               {static_cast<u32>((threads + kThreads - 1) / kThreads), kThreads}, p, stream);
+               {static_cast<u32>(ratio_up(threads, kThreads)), kThreads}, p, stream);
 }
 template <class T, int kSize>
-void launch_weight(Piece<T, kSize>, const BlockLinearWeightParams& p, int64_t threads,
-                   Stream stream) {
-  prim::launch("block_linear_weight", block_linear_weight<T, kSize>,
-               {static_cast<u32>((threads + kThreads - 1) / kThreads), kThreads}, p, stream);
+void launch_gradients(Piece<T, kSize>, const BlockLinearGradientParams& p, int64_t blocks,
+                      Stream stream) {
+  prim::launch("block_linear_gradients", block_linear_gradients<T, kSize>,
+               {static_cast<u32>(blocks), kThreads, Sums<T, kSize>::kSharedBytes}, p, stream);
 }
 
 }  // namespace
@@ -195,25 +313,23 @@ bool block_linear_aligned(const RowView& view, Dtype dtype) {
 void launch_block_linear(BlockLinearParams p, Stream stream) {
   if (p.rows == 0) return;
   const int64_t pieces = pieces_of(p.blocks, p.size, p.dtype);
-  p.strip = strip_of(p.rows, pieces, p.rows);
-  const int64_t threads = (p.rows + p.strip - 1) / p.strip * pieces;
-  visit(p.dtype, p.size, [&](auto, auto piece) { launch_rows(piece, p, threads, stream); });
+  p.strip = strip_of(p.rows, kWantedThreads / pieces);
+  const int64_t threads = ratio_up(p.rows, p.strip) * pieces;
+  visit(p.dtype, p.size, [&](auto piece) { launch_rows(piece, p, threads, stream); });
 }
 
-int64_t block_linear_partials(const BlockLinearWeightParams& p) {
-  const int64_t strip = strip_of(p.rows, pieces_of(p.blocks, p.size, p.dtype), kMostStrips);
-  return (p.rows + strip - 1) / strip * p.blocks * p.size * (p.size + 1);
+int64_t block_linear_partials(const BlockLinearGradientParams& p) {
+  return gradient_shape(p).sums * p.blocks * p.size * (p.size + 1);
 }
 
-void launch_block_linear_weight(BlockLinearWeightParams p, Stream stream) {
-  const int64_t pieces = pieces_of(p.blocks, p.size, p.dtype),
-                channels = int64_t{p.blocks} * p.size;
-  p.strip = strip_of(p.rows, pieces, kMostStrips);
-  const int64_t strips = (p.rows + p.strip - 1) / p.strip;
+void launch_block_linear_gradients(BlockLinearGradientParams p, Stream stream) {
+  const GradientShape shape = gradient_shape(p);
+  const int64_t channels = int64_t{p.blocks} * p.size;
+  p.strip = shape.strip, p.width = static_cast<int32_t>(shape.width);
   visit(p.dtype, p.size,
-        [&](auto, auto piece) { launch_weight(piece, p, strips * pieces, stream); });
+        [&](auto piece) { launch_gradients(piece, p, shape.sums * shape.tiles, stream); });
   ColumnSums sums;
-  sums.rows = p.partials, sums.count = strips, sums.pitch = channels * (p.size + 1);
+  sums.rows = p.partials, sums.count = shape.sums, sums.pitch = channels * (p.size + 1);
   sums.add({0, channels * p.size, p.dweight, 1, p.dtype});
   if (p.dbias != nullptr) sums.add({channels * p.size, channels, p.dbias, 1, p.dtype});
   launch_column_sums(sums, stream);

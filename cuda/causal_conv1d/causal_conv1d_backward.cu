@@ -8,6 +8,8 @@ namespace xlstm::cuda {
 namespace {
 
 constexpr int kTileBytes = 6 * 1024, kStateThreads = 256;
+constexpr int kBlocksOfMultiprocessor = 6;  // as many as registers allow without spills
+constexpr int64_t kManyBlocks = 128 * kBlocksOfMultiprocessor;
 
 struct BackwardLaunch {
   ConvBackwardParams call;
@@ -21,6 +23,7 @@ struct BackwardShared {
   struct Stage {
     ConvTile<T, kTaps, kRows> x, dy;  ///< row r of dy then holds dx, kTaps - 1 tokens earlier
     ConvToken tokens[kRows];
+    bool plain;  ///< all rows are there, see kTaps tokens, belong to the strip and are not kept
   } stages[2];
 };
 
@@ -81,12 +84,19 @@ class BackwardBlock {
         to.dy.load(l.call.dy, l.dy_vector, at.batch, first, rows, at.channel, channels);
       prim::cp_async_commit();
     }
-    if (thread < rows_from(first, end))
-      to.tokens[thread] = conv_token(in, at.batch, first + thread);
+    conv_tile_tokens(in, at.batch, first, rows_from(first, end), to.tokens, to.plain,
+                     [&](const ConvToken& token) {
+                       return token.reach == kTaps &&
+                              (token.kept < 0 || l.call.dstate.data == nullptr);
+                     });
   }
 
   DEVICE_FUNCTION void walk(int32_t first, int stage) {
     typename Shared::Stage& tile = s.stages[stage];
+    if (kTaps == 4 && tile.plain && first + Shared::kRows <= at.end && l.call.dy.data != nullptr) {
+      if (first == at.begin) window.fill(first);
+      return walk_plain(tile);
+    }
     const int rows = rows_from(first, end);
     int row = 0;
 #pragma unroll 1
@@ -116,6 +126,29 @@ class BackwardBlock {
     }
   }
 
+  /// Nothing to ask of any token, and windows that move by renaming registers.
+  DEVICE_FUNCTION void walk_plain(typename Shared::Stage& tile) {
+#pragma unroll kTaps
+    for (int row = 0; row < Shared::kRows; ++row) {
+      window.push(tile.x.own(row, thread));
+      const ConvOwn<T, kOwn> dy = tile.dy.own(row, thread);
+      ConvOwn<T, kOwn> out;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        float d = to_float(dy.v[i]);
+        if (in.parameters.silu) d *= conv_slope<T>(window.convolved(i, kTaps), true);
+        dbias[i] += d;
+#pragma unroll
+        for (int j = kTaps - 1; j >= 0; --j) {
+          dx[j][i] = (j > 0 ? dx[j - 1][i] : 0.0F) + window.weight[j][i] * d;
+          dweight[j][i] += d * window.x[j][i];
+        }
+        from_float(out.v[i], dx[kTaps - 1][i]);
+      }
+      tile.dy.own(row, thread) = out;
+    }
+  }
+
   DEVICE_FUNCTION void add_state_gradient(const ConvToken& token) {
     const ConvView& state = l.call.dstate;
     const int64_t from = token.sequence * state.batch + token.kept * state.time;
@@ -132,7 +165,7 @@ class BackwardBlock {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       float d = to_float(dy.v[i]);
-      if (in.parameters.silu) d *= conv_slope(window.convolved(i, token.seen), true);
+      if (in.parameters.silu) d *= conv_slope<T>(window.convolved(i, token.seen), true);
       if (owned) dbias[i] += d;
 #pragma unroll
       for (int j = 0; j < kTaps; ++j) {
@@ -168,7 +201,7 @@ class BackwardBlock {
 };
 
 template <class T, int kTaps>
-KERNEL_FUNCTION(kConvThreads, kTaps == 4 ? 8 : 7)
+KERNEL_FUNCTION(kConvThreads, kBlocksOfMultiprocessor)
 causal_conv1d_gradients(const GRID_CONSTANT BackwardLaunch l) {
   using Shared = BackwardShared<T, kTaps>;
   BackwardBlock<T, kTaps>(l, *reinterpret_cast<Shared*>(prim::dynamic_shared())).run();
@@ -202,7 +235,7 @@ causal_conv1d_first(const GRID_CONSTANT ConvBackwardParams p) {
       float a = conv_bias(parameters, channel);
       for (int32_t j = memory; j >= 0; --j)
         a += conv_weight(parameters, channel, j) * conv_input<T>(in, batch, s, token - j, channel);
-      d *= conv_slope(a, true);
+      d *= conv_slope<T>(a, true);
     }
     sum += conv_weight(parameters, channel, i + memory - row) * d;
   }
@@ -214,7 +247,7 @@ void launch_gradients(const ConvBackwardParams& params, Stream stream) {
   const int32_t channels = params.in.parameters.channels;
   BackwardLaunch l;
   l.call = params;
-  l.strips = plan_conv_strips(params.in, ConvShape<T, kTaps>::kChannels);
+  l.strips = plan_conv_strips(params.in, ConvShape<T, kTaps>::kChannels, kManyBlocks);
   l.x_vector = conv_is_vector(params.in.x, channels, params.in.dtype);
   l.dy_vector = conv_is_vector(params.dy, channels, params.in.dtype);
   l.dx_vector = conv_is_vector(params.dx, channels, params.in.dtype);
@@ -229,7 +262,8 @@ int64_t strips_of(const ConvInputs& in) {
   visit_dtype(in.dtype, [&](auto zero) {
     using T = decltype(zero);
     count = plan_conv_strips(
-                in, conv_is_narrow(in) ? ConvShape<T, 4>::kChannels : ConvShape<T, 8>::kChannels)
+                in, conv_is_narrow(in) ? ConvShape<T, 4>::kChannels : ConvShape<T, 8>::kChannels,
+                kManyBlocks)
                 .count;
   });
   return count;

@@ -6,6 +6,8 @@ namespace xlstm::cuda {
 namespace {
 
 constexpr int kTileBytes = 8 * 1024, kStateThreads = 256;
+constexpr int kBlocksOfMultiprocessor = 8;
+constexpr int64_t kManyBlocks = 128 * kBlocksOfMultiprocessor;
 
 struct ForwardLaunch {
   ConvForwardParams call;
@@ -19,6 +21,7 @@ struct ForwardShared {
   struct Stage {
     ConvTile<T, kTaps, kRows> tile;  ///< x, then y
     ConvToken tokens[kRows];
+    bool plain;  ///< all rows are there and see kTaps inputs, none of them a start
   } stages[2];
 };
 
@@ -62,17 +65,22 @@ class ForwardBlock {
     typename Shared::Stage& to = s.stages[stage];
     to.tile.load(in.x, l.x_vector, at.batch, first, rows, at.channel, in.parameters.channels);
     prim::cp_async_commit();
-    if (thread < rows) to.tokens[thread] = conv_token(in, at.batch, first + thread);
+    conv_tile_tokens(in, at.batch, first, rows, to.tokens, to.plain,
+                     [](const ConvToken& token) { return token.seen == kTaps && !token.starts; });
   }
 
   DEVICE_FUNCTION void walk(int32_t first, int stage) {
     typename Shared::Stage& tile = s.stages[stage];
+    if (kTaps == 4 && tile.plain) {
+      if (first == at.begin) window.fill(first);
+      return walk_plain(tile);
+    }
     const int rows = rows_from(first);
     int row = 0;
 #pragma unroll 1
     while (row < rows) {
       if (first + row == at.begin || tile.tokens[row].starts) window.fill(first + row);
-#pragma unroll kTaps
+#pragma unroll 1
       do {
         const int seen = tile.tokens[row].seen;
         ConvOwn<T, kOwn>& own = tile.tile.own(row, thread);
@@ -80,10 +88,24 @@ class ForwardBlock {
         ConvOwn<T, kOwn> y;
 #pragma unroll
         for (int i = 0; i < kOwn; ++i)
-          from_float(y.v[i], conv_activate(window.convolved(i, seen), in.parameters.silu));
+          from_float(y.v[i], conv_activate<T>(window.convolved(i, seen), in.parameters.silu));
         own = y;
         ++row;
       } while (row < rows && !tile.tokens[row].starts);
+    }
+  }
+
+  /// Nothing to ask of any token, and a window that moves by renaming registers.
+  DEVICE_FUNCTION void walk_plain(typename Shared::Stage& tile) {
+#pragma unroll kTaps
+    for (int row = 0; row < Shared::kRows; ++row) {
+      ConvOwn<T, kOwn>& own = tile.tile.own(row, thread);
+      window.push(own);
+      ConvOwn<T, kOwn> y;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+        from_float(y.v[i], conv_activate<T>(window.convolved(i, kTaps), in.parameters.silu));
+      own = y;
     }
   }
 
@@ -96,7 +118,7 @@ class ForwardBlock {
 };
 
 template <class T, int kTaps>
-KERNEL_FUNCTION(kConvThreads, 8)
+KERNEL_FUNCTION(kConvThreads, kBlocksOfMultiprocessor)
 causal_conv1d_rows(const GRID_CONSTANT ForwardLaunch l) {
   using Shared = ForwardShared<T, kTaps>;
   ForwardBlock<T, kTaps>(l, *reinterpret_cast<Shared*>(prim::dynamic_shared())).run();
@@ -124,7 +146,7 @@ causal_conv1d_last(const GRID_CONSTANT ConvForwardParams p) {
 
 template <class T, int kTaps>
 void launch_rows(ForwardLaunch& l, Stream stream) {
-  l.strips = plan_conv_strips(l.call.in, ConvShape<T, kTaps>::kChannels);
+  l.strips = plan_conv_strips(l.call.in, ConvShape<T, kTaps>::kChannels, kManyBlocks);
   prim::launch("causal_conv1d_rows", causal_conv1d_rows<T, kTaps>,
                {static_cast<u32>(l.strips.count * l.strips.tiles), kConvThreads,
                 sizeof(ForwardShared<T, kTaps>)},

@@ -5,12 +5,14 @@
 
 namespace xlstm::cuda {
 
-/// Enough blocks to fill any device a few times; long strips else, as neighbouring strips read some tokens twice.
-inline ConvStrips plan_conv_strips(const ConvInputs& in, int32_t channels_of_block) {
-  constexpr int64_t kManyBlocks = 1024, kFewest = 32, kMost = 512;
+/// About as many blocks as wanted, one wave of a large device; long strips else, as neighbouring strips read some tokens
+/// twice.
+inline ConvStrips plan_conv_strips(const ConvInputs& in, int32_t channels_of_block,
+                                   int64_t many_blocks) {
+  constexpr int64_t kFewest = 32, kMost = 512;
   ConvStrips strips;
   strips.tiles = divide_up(in.parameters.channels, channels_of_block);
-  const int64_t wanted = int64_t{in.batch} * in.time * strips.tiles / kManyBlocks / 16 * 16;
+  const int64_t wanted = int64_t{in.batch} * in.time * strips.tiles / many_blocks / 16 * 16;
   const int64_t tokens = wanted < kFewest ? kFewest : wanted > kMost ? kMost : wanted;
   strips.tokens = static_cast<int32_t>(tokens);
   strips.per_row = divide_up(in.time, strips.tokens);

@@ -79,7 +79,7 @@ causal_conv1d_token(const GRID_CONSTANT ConvStepParams p) {
     for (int j = 0; j < kMostMemory; ++j)
       if (j < memory) sum += weights[j] * rows[j].get(i);
     sum += weights[kMostMemory] * rows[kMostMemory].get(i);
-    y.set(i, conv_activate(sum, parameters.silu));
+    y.set(i, conv_activate<T>(sum, parameters.silu));
   }
   y.store(p.y.data, batch * p.y.batch + channel * p.y.channel);
 #pragma unroll

@@ -112,13 +112,39 @@ DEVICE_FUNCTION float conv_bias(const ConvParameters& p, int32_t channel) {
   return p.bias == nullptr ? 0.0F : load_number(p.bias, channel * p.bias_channel, p.bias_dtype);
 }
 
-DEVICE_FUNCTION float conv_sigmoid(float x) { return prim::rcp(1.0F + expf(-x)); }
-DEVICE_FUNCTION float conv_activate(float a, bool silu) { return silu ? a * conv_sigmoid(a) : a; }
+/// For results of type T: 16 bits do not tell expf from the machine's exponential.
+template <class T>
+DEVICE_FUNCTION float conv_sigmoid(float x) {
+  constexpr float kLog2e = 1.44269504F;
+  return prim::rcp(1.0F + (sizeof(T) == 2 ? prim::ex2(-kLog2e * x) : expf(-x)));
+}
+template <class T>
+DEVICE_FUNCTION float conv_activate(float a, bool silu) {
+  return silu ? a * conv_sigmoid<T>(a) : a;
+}
 /// The slope of the activation.
+template <class T>
 DEVICE_FUNCTION float conv_slope(float a, bool silu) {
   if (!silu) return 1;
-  const float s = conv_sigmoid(a);
+  const float s = conv_sigmoid<T>(a);
   return s * (1.0F + a * (1.0F - s));
+}
+
+/// Works out the tokens of a tile's rows, and whether all are there and plain. The first warp.
+template <int kRows, class F>
+DEVICE_FUNCTION void conv_tile_tokens(const ConvInputs& in, int32_t batch, int32_t first, int rows,
+                                      ConvToken (&tokens)[kRows], bool& plain, const F& is_plain) {
+  static_assert(kRows <= 32);
+  const int lane = static_cast<int>(prim::thread_idx().x);
+  if (lane >= 32) return;
+  bool own = lane >= kRows;
+  if (lane < rows) {
+    const ConvToken token = conv_token(in, batch, first + lane);
+    tokens[lane] = token;
+    own = is_plain(token);
+  }
+  const bool all = prim::ballot(own) == ~0U;
+  if (lane == 0) plain = all;
 }
 
 /// A thread's channels of one token, read and written as one word.

@@ -1,33 +1,51 @@
-// prep: G = dh / N and z before the backward sweeps. One block per chunk and head; as many lanes per token as its values
-// keep busy.
+// prep: G = dh / N and z before the backward sweeps. A block takes some tokens of a chunk and head; as many lanes per token
+// as its values keep busy.
 #include "cuda/mlstm/mlstm_launch.h"
 #include "cuda/mlstm/mlstm_rows.cuh"
 #include "cuda/prim/launch.h"
+#include "cuda/prim/store16.h"
 
 namespace xlstm::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kFewestTokens = 32;
+
+/// Of a token: a power of two, of which the pieces of 8 values leave none idle if possible.
+PRIM_FUNCTION constexpr int lanes_of(int width) {
+  const int pieces = divide_up(width, 8);
+  int lanes = 32;
+  while (lanes > 1 && lanes / 2 >= pieces) lanes /= 2;
+  while (lanes > 8 && pieces % lanes != 0) lanes /= 2;
+  return lanes;
+}
+/// Of a block; whole warps of them, and they divide a chunk.
+PRIM_FUNCTION constexpr int tokens_of(const Chunks& chunks, int lanes) {
+  const int tokens = kThreads / lanes > kFewestTokens ? kThreads / lanes : kFewestTokens;
+  return tokens < chunks.length ? tokens : chunks.length;
+}
 
 /// What a token's normaliser was made of.
 struct Normalizer {
   float product, floor;
 };
 
+/// kPacked: h, dh and G are bfloat16 and move 16 bytes at a time.
+template <bool kPacked>
 class PrepBlock {
  public:
   DEVICE_FUNCTION explicit PrepBlock(const PrepParams& params) : p(params) {
+    lanes = lanes_of(p.g.width);
+    const int tokens = tokens_of(p.chunks, lanes), parts = p.chunks.length / tokens;
     // Neighbouring blocks take the heads of the same tokens, which lie side by side in memory.
-    const int block = static_cast<int>(prim::block_idx().x);
-    const int slot = block / p.chunks.num_heads;
+    const int block = static_cast<int>(prim::block_idx().x), part = block / p.chunks.num_heads;
+    const int slot = part / parts;
     head = block % p.chunks.num_heads;
     at = slot_at(p.chunks, slot);
     position = (int64_t{head} * p.chunks.slots + slot) * p.chunks.length;
-    lanes = 32;
-    while (lanes > 1 && lanes / 2 * 8 >= p.g.width) lanes /= 2;
     const int thread = static_cast<int>(prim::thread_idx().x);
     lane = thread % lanes;
-    first = thread / lanes;
+    first = part % parts * tokens + thread / lanes;
+    end = (part % parts + 1) * tokens;
   }
 
   DEVICE_FUNCTION void run() const {
@@ -35,7 +53,7 @@ class PrepBlock {
     const int step = kThreads / lanes;
     Normalizer next = normalizer(first);
 #pragma unroll 1
-    for (int row = first; row < p.chunks.length; row += step) {
+    for (int row = first; row < end; row += step) {
       const Normalizer own = next;
       next = normalizer(row + step);
       float z = has(row) ? prepare(row, own) : 0.0F;
@@ -48,7 +66,7 @@ class PrepBlock {
 
  private:
   DEVICE_FUNCTION bool has(int row) const {
-    return row < p.chunks.length && at.chunk * p.chunks.length + row < at.sequence.length;
+    return row < end && at.chunk * p.chunks.length + row < at.sequence.length;
   }
   DEVICE_FUNCTION int64_t token(int row) const {
     return at.sequence.begin + int64_t{at.chunk} * p.chunks.length + row;
@@ -60,7 +78,7 @@ class PrepBlock {
     return {p.product[owner * p.chunks.num_heads + head], p.records[position + row].floor};
   }
 
-  /// G of one token, and this lane's part of z.
+  /// G of one token, and this lane's part of z. h is not read where the floor is the normaliser.
   DEVICE_FUNCTION float prepare(int row, const Normalizer& of) const {
     float factor = 1, sign = 0;
     if (p.normalize) {
@@ -74,11 +92,14 @@ class PrepBlock {
     const int64_t from = token_offset(p.dh, at.sequence.batch, token(row), head),
                   h = token_offset(p.h, at.sequence.batch, token(row), head),
                   to = token_offset(p.g, at.sequence.batch, token(row), head);
+    if constexpr (kPacked)
+      return -sign * prepare_packed(rows_at(p.dh, from), rows_at(p.h, h), rows_at(p.g, to), factor,
+                                    sign != 0);
     float z = 0;
 #pragma unroll 1
     for (int col = 8 * lane; col < p.g.width; col += 8 * lanes) {
       float g[8], values[8] = {};
-      if (sign != 0) load_eight(p.h, h, col, values);  // not read where the floor is the normaliser
+      if (sign != 0) load_eight(p.h, h, col, values);
       load_eight(p.dh, from, col, g);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -90,20 +111,67 @@ class PrepBlock {
     return -z * sign;
   }
 
+  static DEVICE_FUNCTION Bytes16* rows_at(const Operand& x, int64_t offset) {
+    return reinterpret_cast<Bytes16*>(static_cast<u16*>(x.data) + offset);
+  }
+
+  /// All loads of several pieces are on their way before the first is used.
+  DEVICE_FUNCTION float prepare_packed(const Bytes16* dh, const Bytes16* h, Bytes16* g,
+                                       float factor, bool has_z) const {
+    constexpr int kPieces = 4;
+    const int pieces = p.g.width / 8;
+    float z = 0;
+#pragma unroll 1
+    for (int first_piece = lane; first_piece < pieces; first_piece += kPieces * lanes) {
+      Bytes16 slopes[kPieces] = {}, values[kPieces] = {};
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        if (first_piece + i * lanes < pieces) slopes[i] = dh[first_piece + i * lanes];
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        if (has_z && first_piece + i * lanes < pieces) values[i] = h[first_piece + i * lanes];
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        Bytes16 out;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const float low = factor * half_of(slopes[i].words[w], 0, Dtype::kBFloat16),
+                      high = factor * half_of(slopes[i].words[w], 1, Dtype::kBFloat16);
+          if (has_z)
+            z += low * half_of(values[i].words[w], 0, Dtype::kBFloat16) +
+                 high * half_of(values[i].words[w], 1, Dtype::kBFloat16);
+          out.words[w] = prim::pack_bf16x2(low, high);
+        }
+        if (first_piece + i * lanes < pieces) prim::store16(g + first_piece + i * lanes, out.words);
+      }
+    }
+    return z;
+  }
+
   const PrepParams& p;
-  int head, lanes, lane, first;
+  int head, lanes, lane, first, end;  ///< first, end: tokens of the chunk
   SlotRange at;
   int64_t position;
 };
 
-KERNEL_FUNCTION(kThreads, 4)
-mlstm_prep(const GRID_CONSTANT PrepParams p) { PrepBlock(p).run(); }
+template <bool kPacked>
+KERNEL_FUNCTION(kThreads, kPacked ? 3 : 4)
+mlstm_prep(const GRID_CONSTANT PrepParams p) {
+  PrepBlock<kPacked>(p).run();
+}
+
+bool is_packed(const Operand& x) {
+  return x.dtype == Dtype::kBFloat16 && x.vector && x.width % 8 == 0;
+}
 
 }  // namespace
 
 void launch_prep(const PrepParams& params, Stream stream) {
-  const u32 blocks = static_cast<u32>(params.chunks.slots * params.chunks.num_heads);
-  prim::launch("mlstm_prep", mlstm_prep, {blocks, kThreads}, params, stream);
+  const int parts = params.chunks.length / tokens_of(params.chunks, lanes_of(params.g.width));
+  const u32 blocks = static_cast<u32>(params.chunks.slots * params.chunks.num_heads * parts);
+  const bool packed = is_packed(params.h) && is_packed(params.dh) && is_packed(params.g);
+  prim::launch("mlstm_prep", packed ? mlstm_prep<true> : mlstm_prep<false>, {blocks, kThreads},
+               params, stream);
 }
 
 }  // namespace xlstm::cuda

@@ -1,4 +1,5 @@
 // cp.async, the order of memory across blocks, grid barriers; mbarriers on sm_90a.
+#include "cuda/prim/store16.h"
 #include "tests/cuda/conformance.h"
 
 namespace conformance {
@@ -139,6 +140,12 @@ void conditional_loads(Dump& dump) {
   dump.exact(out.fetch());
 }
 
+KERNEL_FUNCTION(32) wide_store_kernel(Words p) {
+  const u32 t = prim::thread_idx().x;
+  const u32 words[4] = {p.in[t], p.in[t + 1], p.in[t + 2], p.in[t + 3]};
+  prim::store16(p.out + 4 * t, words);
+}
+
 // mbarriers ---------------------------------------------------------------------------------------------------------------
 
 KERNEL_FUNCTION(32) parity_kernel(Words p) {
@@ -255,6 +262,7 @@ void add_memory_cases(Cases& cases) {
   cases.push_back({"release_acquire", Needs::kSm80, messages});
   cases.push_back({"last_arrival", Needs::kSm80, arrivals});
   cases.push_back({"load_if", Needs::kSm80, conditional_loads});
+  add(cases, "store16", Needs::kSm80, wide_store_kernel, {1, 32, 0}, 35, 128);
   add(cases, "mbarrier_parity", Needs::kSm90a, parity_kernel, {1, 32, 128}, 16, 13);
   add(cases, "mbarrier_ring", Needs::kSm90a, ring_kernel, {1, 96, 512}, 32 * kUses, 64 * kUses);
   add(cases, "cp_async_mbarrier", Needs::kSm90a, copies_arrive_kernel<false>, {1, 64, 1024}, 128,

@@ -27,6 +27,8 @@ GOLDEN = [
     ("movmatrix_trans", "p[0] = movmatrix_trans(p[1])", rf"movmatrix\.sync\.aligned\.m8n8\.trans\.b16 {R}, {R};"),
     ("load_if", "f[0] = load_if(f + 1, p[0] == 3)",
      rf"setp\.ne\.u32 p, {R}, 0;\s*mov\.f32 (?P<to>%f\d+|%r\d+), 0f00000000;\s*@p ld\.global\.f32 (?P=to), \[%rd\d+\];"),
+    ("store16", "u32 own[4] = {p[3], p[2], p[1], p[0]}; store16(s, own)",
+     rf"st\.global\.v4\.u32 \[%rd\d+\], \{{{R}, {R}, {R}, {R}\}};"),
     ("ld_acquire", "p[0] = ld_acquire(p + 1)", rf"ld\.acquire\.gpu\.global\.u32 {R}, \[%rd\d+\];"),
     ("st_release", "st_release(p, p[1])", rf"st\.release\.gpu\.global\.u32 \[%rd\d+\], {R};"),
     ("red_release_add", "red_release_add(p, p[1])", rf"red\.release\.gpu\.global\.add\.u32 \[%rd\d+\], {R};"),
@@ -73,7 +75,7 @@ def source():
         f"(void)s; (void)vp; (void)vf; (void)r1; (void)r2; (void)r4; (void)a; (void)d; {call}; }}"
         for name, call in kernels
     )
-    return f'#include "cuda/prim/prim.h"\nusing namespace prim;\n{body}\n'
+    return f'#include "cuda/prim/store16.h"\nusing namespace prim;\n{body}\n'
 
 
 @pytest.fixture(scope="module")

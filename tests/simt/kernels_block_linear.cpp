@@ -11,8 +11,8 @@
 namespace simt_test {
 namespace {
 
+using xlstm::cuda::BlockLinearGradientParams;
 using xlstm::cuda::BlockLinearParams;
-using xlstm::cuda::BlockLinearWeightParams;
 using xlstm::cuda::Dtype;
 using xlstm::cuda::RowView;
 
@@ -36,7 +36,7 @@ class Problem {
         x(batch, count(), 1, s.channels(), s.dtype, s.order),
         dy(batch, count(), 1, s.channels(), s.dtype, s.order),
         y(batch, count(), 1, s.channels(), s.dtype, s.order),
-        dx(batch, count(), 1, s.channels(), s.dtype),
+        dx(batch, count(), 1, s.channels(), s.dtype, s.order),
         weight(s.blocks, s.size, 1, s.size, s.dtype),
         dweight(s.blocks, s.size, 1, s.size, s.dtype),
         bias(1, 1, 1, s.channels(), s.dtype),
@@ -61,9 +61,14 @@ class Problem {
   }
 
   void backward() {
-    BlockLinearParams p = params(dy, dx);
-    p.transposed = true;
-    launch_block_linear(p, nullptr);
+    BlockLinearGradientParams p;
+    p.rows = s.rows, p.blocks = s.blocks, p.size = s.size, p.dtype = s.dtype;
+    p.x = view(x), p.dy = view(dy), p.dx = view(dx), p.weight = weight.view.data;
+    p.dweight = dweight.view.data, p.dbias = s.bias ? dbias.view.data : nullptr;
+    GuardedFloats partials(block_linear_partials(p));
+    p.partials = partials.data();
+    launch_block_linear_gradients(p, nullptr);
+    partials.expect_guards_untouched("partial sums");
     Numbers wanted;
     each_channel([&](int64_t b, int64_t t, int64_t c) {
       double sum = 0;
@@ -72,15 +77,7 @@ class Problem {
       wanted.push_back(sum);
     });
     compare("dx", dx.all(), wanted, tolerance());
-
-    BlockLinearWeightParams w;
-    w.rows = s.rows, w.blocks = s.blocks, w.size = s.size, w.dtype = s.dtype;
-    w.x = view(x), w.dy = view(dy);
-    w.dweight = dweight.view.data, w.dbias = s.bias ? dbias.view.data : nullptr;
-    GuardedFloats partials(block_linear_partials(w));
-    w.partials = partials.data();
-    launch_block_linear_weight(w, nullptr);
-    partials.expect_guards_untouched("partial sums");
+    dx.expect_gaps_untouched("dx");
     check_weights();
   }
 
@@ -160,6 +157,17 @@ void long_strips(uint64_t seed) {
   run({.rows = 300, .blocks = 2, .size = 8}, seed);
 }
 
+/// Tiles of channels that do not fill a block, rows whose seam lies inside of what a thread takes at once.
+void tiles(uint64_t seed) {
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
+    run({.rows = 38, .blocks = 70, .size = 4, .dtype = dtype, .order = Order::kAligned}, seed);
+}
+
+/// So many channels that every thread takes several batches of rows.
+void wide(uint64_t seed) {
+  run({.rows = 142, .blocks = 3072, .size = 4, .order = Order::kAligned}, seed);
+}
+
 void refused(uint64_t) {
   using xlstm::cuda::block_linear_supported;
   expect(!block_linear_supported(8, 3, Dtype::kFloat32), "blocks of 3");
@@ -172,10 +180,9 @@ void refused(uint64_t) {
 
 List<Case> block_linear_cases() {
   static const Case cases[] = {
-      {"block_linear: few sizes", few},
-      {"block_linear: sizes", sizes},
-      {"block_linear: long strips", long_strips},
-      {"block_linear: what is refused", refused},
+      {"block_linear: few sizes", few},           {"block_linear: sizes", sizes},
+      {"block_linear: long strips", long_strips}, {"block_linear: tiles of channels", tiles},
+      {"block_linear: many channels", wide},      {"block_linear: what is refused", refused},
   };
   const bool is_slow = simt::build_kind() == simt::Build::kThread;
   return {cases, is_slow ? 1 : sizeof(cases) / sizeof(cases[0])};

@@ -144,7 +144,17 @@ void prep(uint64_t seed) {
     run_prep({.cut = {.time = 20, .heads = 2}, .width = 40, .dtype = dtype, .expanded = true},
              seed);
   }
-  for (const int64_t length : {64, 128}) {
+  // Pieces of 16 bytes, and rows with gaps.
+  for (const int64_t width : {8, 24, 384, 512, 832})
+    run_prep({.cut = {.batch = 2, .time = 37, .heads = 2},
+              .width = width,
+              .dtype = Dtype::kBFloat16,
+              .order = width == 384 ? Order::kAligned : Order::kDense},
+             seed);
+  run_prep(
+      {.cut = {.time = 20, .heads = 2}, .width = 64, .dtype = Dtype::kBFloat16, .normalize = false},
+      seed);
+  for (const int64_t length : {64, 128, 256}) {
     for (const int64_t time : {17, 63, 64, 65, 200})
       run_prep({.cut = {.batch = 2, .time = time, .heads = 2, .length = length}}, seed);
     const Cut cut{.time = 200, .length = length, .packed = {0, 0, 2, 64, 65, 65, 130, 200, 200}};
