@@ -38,7 +38,7 @@ inline constexpr Dtype kDtypeOf<bf16> = Dtype::kBFloat16;
 template <>
 inline constexpr Dtype kDtypeOf<f16> = Dtype::kFloat16;
 
-PRIM_FUNCTION constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+PRIM_FUNCTION constexpr int number_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 DEVICE_FUNCTION float sigmoid(float x) { return prim::rcp(1.0F + prim::ex2(x * -1.44269504F)); }
 
@@ -165,9 +165,9 @@ class NormBlock {
   DEVICE_FUNCTION Piece load_parameter(const NormParameter& parameter, int tile, int piece) const {
     Piece out;
     if (parameter.data != nullptr && count(tile, piece) > 0)
-      load_piece(
-          static_cast<const char*>(parameter.data) + place(tile, piece) * bytes_of(parameter.dtype),
-          parameter.dtype, vector(), count(tile, piece), out);
+      load_piece(static_cast<const char*>(parameter.data) +
+                     place(tile, piece) * number_bytes(parameter.dtype),
+                 parameter.dtype, vector(), count(tile, piece), out);
     return out;
   }
   /// `otherwise`: of an absent parameter, which then changes nothing.
@@ -255,11 +255,11 @@ class NormBlock {
 #pragma unroll
     for (Piece& piece : out) piece = {};
     if (data == nullptr || !exists) return;
-    const char* const from = static_cast<const char*>(data) + begin * bytes_of(dtype);
+    const char* const from = static_cast<const char*>(data) + begin * number_bytes(dtype);
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece)
       if (count(tile, piece) > 0)
-        load_piece(from + step(piece) * bytes_of(dtype), dtype, vector(), count(tile, piece),
+        load_piece(from + step(piece) * number_bytes(dtype), dtype, vector(), count(tile, piece),
                    out[piece]);
   }
 
@@ -293,7 +293,7 @@ class NormBlock {
 /// Whether pieces begin where whole accesses may, in every row and head.
 inline bool norm_vector(const void* data, Dtype dtype, int64_t stride = 0, int64_t outer_stride = 0,
                         int64_t head = 0) {
-  const auto bytes = static_cast<uintptr_t>(kPieceSize * bytes_of(dtype));
+  const auto bytes = static_cast<uintptr_t>(kPieceSize * number_bytes(dtype));
   return reinterpret_cast<uintptr_t>(data) % bytes == 0 && stride % kPieceSize == 0 &&
          outer_stride % kPieceSize == 0 && head % kPieceSize == 0;
 }
