@@ -4,7 +4,7 @@
 //   h = (g C^T q + sum_j D_j (q k_j) v_j) / N,   N = max(|g n q + sum_j D_j (q k_j)|, exp(-m)) + eps,
 //
 // the chunkwise form of a chunk that begins at the fold. A block does some columns of a head: few, so that a single head
-// is read by many multiprocessors, or four times as many where there are heads enough. Either way the numbers are the
+// is read by many multiprocessors, or twice as many where there are heads enough. Either way the numbers are the
 // same. Blocks of a head arrive at the count of its ring, all of which have then read it, n and m: the last one replaces
 // these.
 #include "cuda/mlstm/mlstm_launch.h"
@@ -19,7 +19,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32, kTokens = MlstmRing::kMaxT
 constexpr int kRows = 512;  // of q and the keys in shared memory at a time
 constexpr int kStrip = 16;  // columns of C that a row of threads reads at once
 constexpr int kGroups = kThreads / (kStrip / 4);  // rows of C that the block reads at once
-constexpr int kManyStrips = 4;                    // a block where heads abound
+constexpr int kManyStrips = 2;                    // a block where heads abound
 constexpr int kGateWarp = kWarps - 2, kStateWarp = kWarps - 1;  // which also do the decays, q n
 constexpr int kHeld = kTokens / kWarps;  // tokens whose product with q is a warp's
 constexpr u32 kArrival = 256;            // in a count: above the tokens
