@@ -39,6 +39,7 @@ void check_gates(const MlstmArguments& a, const Tensor& weight, const Tensor& bi
   check_rank(kOp, "q", a.q, 4);
   check_shape(kOp, "k", a.k, a.q.sizes(), "(B,T,NH,DQK)");
   check_rank(kOp, "v", a.v, 4);
+  check_shape(kOp, "v", a.v, {a.q.size(0), a.q.size(1), a.q.size(2), a.v.size(3)}, "(B,T,NH,DV)");
   const int64_t heads = a.q.size(2), width = heads * (2 * a.q.size(3) + a.v.size(3));
   check_shape(kOp, "weight", weight, {2 * heads, width}, "(2*NH, NH*(2*DQK+DV))");
   check_shape(kOp, "bias", bias, {2 * heads}, "(2*NH)");
