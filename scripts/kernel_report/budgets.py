@@ -18,7 +18,7 @@ class Budget:
     """Of one block on sm_80 or sm_90a; on the other targets only what the compiler must never do is checked."""
 
     kernel: str  # pattern of the whole name without template arguments
-    threads: int
+    threads: int | Callable  # template arguments -> their number
     registers: int
     shared_kib: float  # dynamic + static
     blocks: int = 1  # per multiprocessor, at least
@@ -99,8 +99,8 @@ BUDGETS = [
     budget(r"mlstm_sweep", 256, 255, 227, must=MMA, forbidden={"HGMMA"}, products=sweep_products),
     budget(r"mlstm_state", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 64, "2": 96})),
     budget(r"mlstm_out", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 96, "2": 144})),
-    budget(r"mlstm_gates", 256, 64, 16, blocks=4, must={"STG.128"}),
-    budget(r"mlstm_gate_ends", 256, 64, 16, blocks=4),
+    budget(r"mlstm_gates", lambda warps: 32 * int(warps), 64, 16, blocks=4, must={"STG.128"}),
+    budget(r"mlstm_gate_ends", lambda warps: 32 * int(warps), 64, 16, blocks=4),
     budget(r"mlstm_gate_gradients", 512, 64, 16, blocks=2),
     budget(r"mlstm_gate_gradients_short", 256, 64, 16, blocks=4),
     budget(r"mlstm_anchors", 256, 64, 16, blocks=4),
