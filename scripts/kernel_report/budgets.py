@@ -73,6 +73,11 @@ def slstm_products(channels, block=False):
     return count
 
 
+def chunk_threads(warps):
+    """A thread per token of a chunk, of 256 where the kernel does not say."""
+    return 32 * int(warps or 8)
+
+
 BUDGETS = [
     # 168 for blocks of 8 by 8, whose 64 weights stay in registers; 255 where the sums of their gradients do, too
     budget(r"block_linear_rows", 128, 168, 16, blocks=3, must=VECTOR),
@@ -99,8 +104,8 @@ BUDGETS = [
     budget(r"mlstm_sweep", 256, 255, 227, must=MMA, forbidden={"HGMMA"}, products=sweep_products),
     budget(r"mlstm_state", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 64, "2": 96})),
     budget(r"mlstm_out", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 96, "2": 144})),
-    budget(r"mlstm_gates", lambda warps: 32 * int(warps), 64, 16, blocks=4, must={"STG.128"}),
-    budget(r"mlstm_gate_ends", lambda warps: 32 * int(warps), 64, 16, blocks=4),
+    budget(r"mlstm_gates", chunk_threads, 64, 16, blocks=4, must={"STG.128"}),
+    budget(r"mlstm_gate_ends", chunk_threads, 64, 16, blocks=4),
     budget(r"mlstm_gate_gradients", 512, 64, 16, blocks=2),
     budget(r"mlstm_gate_gradients_short", 256, 64, 16, blocks=4),
     budget(r"mlstm_anchors", 256, 64, 16, blocks=4),
