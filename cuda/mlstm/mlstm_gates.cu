@@ -1,5 +1,6 @@
-// gates: everything about a chunk that depends on its gates alone, see mlstm_params.h. Two launches, a warp per chunk in both:
-// what every chunk comes to, then the stabiliser that enters it, from the chunks before it, and its records.
+// gates: everything about a chunk that depends on its gates alone, see mlstm_params.h. Two launches, a thread per token and a
+// block per chunk in both: what every chunk comes to, then the stabiliser that enters it, from the chunks before it, and its
+// records.
 #include <stdexcept>
 #include <string>
 
@@ -10,7 +11,6 @@
 namespace xlstm::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr double kNoPeak = -1e300;
 constexpr GateRun kNothing{0, kNoPeak, 0};
 
@@ -39,17 +39,15 @@ DEVICE_FUNCTION GateRun scan(GateRun own, int lane) {
   return own;
 }
 
-/// A chunk of 32 kTokens tokens, so many side by side in every lane.
-template <int kTokens>
-class GatesWarp {
+/// A chunk of 32 kWarps tokens.
+template <int kWarps>
+class GatesBlock {
  public:
-  DEVICE_FUNCTION explicit GatesWarp(const GatesParams& params)
-      : p(params), lane(static_cast<int>(prim::thread_idx().x) % 32) {
-    const int64_t warp = (int64_t{prim::block_idx().x} * kThreads + prim::thread_idx().x) / 32;
-    head = static_cast<int>(warp / p.chunks.slots);
-    slot = static_cast<int>(warp % p.chunks.slots);
-    used = head < p.chunks.num_heads;
-    if (!used) return;
+  DEVICE_FUNCTION explicit GatesBlock(const GatesParams& params)
+      : p(params), position(static_cast<int>(prim::thread_idx().x)), lane(position % 32) {
+    const int block = static_cast<int>(prim::block_idx().x);
+    head = block / p.chunks.slots;
+    slot = block % p.chunks.slots;
     const SlotRange at = slot_at(p.chunks, slot);
     used = at.used;
     range = at.sequence;
@@ -63,8 +61,8 @@ class GatesWarp {
   DEVICE_FUNCTION void summarize() {
     if (!used) return;
     load();
-    const GateRun end = run_of(scan(own_run(), lane), 31);
-    if (lane == 0) p.ends[int64_t{head} * p.chunks.slots + slot] = end;
+    scan_chunk();
+    if (position == 0) p.ends[int64_t{head} * p.chunks.slots + slot] = end;
   }
 
   /// The second launch: records and gamma, and m where the sequence ends.
@@ -74,101 +72,92 @@ class GatesWarp {
     const double start =
         p.m0 == nullptr || p.sigmoid_input_gate ? 0.0 : at_least(p.m0[owner], kMinLogInput);
     const double m = chunk == 0 ? start : m_after(start, chunks_before());
-    const GateRun scanned = scan(own_run(), lane), end = run_of(scanned, 31);
-    GateRun run = run_up(scanned, 1);
-    if (lane == 0) run = kNothing;
+    scan_chunk();
     const int64_t at = int64_t{head} * p.chunks.slots + slot;
     const double end_peak = peak_of(end, m);
-    if (lane == 0) p.gamma[at] = end.last > 0 ? 0.0F : exp2_of((m - end_peak) * kLog2e);
-    if (lane == 0 && p.m != nullptr && chunk == range.num_chunks - 1)
-      p.m[owner] = static_cast<float>(m_after(m, end));
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      const int position = lane * kTokens + i;
-      run = then(run, token_run(i));
-      p.records[at * p.chunks.length + position] =
-          position < tokens ? record_of(run, log_input(i), m, end, end_peak) : beyond_the_end();
+    if (position == 0) {
+      p.gamma[at] = end.last > 0 ? 0.0F : exp2_of((m - end_peak) * kLog2e);
+      if (p.m != nullptr && chunk == range.num_chunks - 1)
+        p.m[owner] = static_cast<float>(m_after(m, end));
     }
+    p.records[at * p.chunks.length + position] =
+        position < tokens ? record_of(m, end_peak) : beyond_the_end();
   }
 
  private:
-  DEVICE_FUNCTION double m_after(double m, const GateRun& end) const {
+  DEVICE_FUNCTION double m_after(double m, const GateRun& of) const {
     if (p.sigmoid_input_gate) return 0;
-    return end.b + (end.last > 0 ? end.peak : max_nan(m, end.peak));
+    return of.b + (of.last > 0 ? of.peak : max_nan(m, of.peak));
   }
 
-  /// This lane's gates; all loads are on their way before the first is used.
+  /// This token's gates.
   DEVICE_FUNCTION void load() {
-    resets = 0;
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      const int position = lane * kTokens + i;
-      input[i] = forget[i] = 0;
-      if (position >= tokens) continue;
-      const int64_t t = range.begin + int64_t{chunk} * p.chunks.length + position;
-      input[i] = load_number(p.igate.data,
-                             range.batch * p.igate.batch + t * p.igate.time + head * p.igate.head,
-                             p.igate_dtype);
-      forget[i] = load_number(p.fgate.data,
-                              range.batch * p.fgate.batch + t * p.fgate.time + head * p.fgate.head,
-                              p.fgate_dtype);
-      if (p.reset != nullptr && p.reset[range.batch * p.reset_batch + t * p.reset_time])
-        resets |= 1U << i;
-    }
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      if (p.sigmoid_input_gate) input[i] = log_sigmoid(input[i]);
-      forget[i] = log_sigmoid(forget[i]);
-    }
+    if (position >= tokens) return;
+    const int64_t t = range.begin + int64_t{chunk} * p.chunks.length + position;
+    input = load_number(p.igate.data,
+                        range.batch * p.igate.batch + t * p.igate.time + head * p.igate.head,
+                        p.igate_dtype);
+    forget = load_number(p.fgate.data,
+                         range.batch * p.fgate.batch + t * p.fgate.time + head * p.fgate.head,
+                         p.fgate_dtype);
+    is_reset = p.reset != nullptr && p.reset[range.batch * p.reset_batch + t * p.reset_time];
+    if (p.sigmoid_input_gate) input = log_sigmoid(input);
+    forget = log_sigmoid(forget);
   }
-  DEVICE_FUNCTION double log_input(int i) const { return at_least(input[i], kMinLogInput); }
+  DEVICE_FUNCTION double log_input() const { return at_least(input, kMinLogInput); }
 
-  /// A run of one token alone.
-  DEVICE_FUNCTION GateRun token_run(int i) const {
-    const int position = lane * kTokens + i;
+  /// A run of the token alone.
+  DEVICE_FUNCTION GateRun token_run() const {
     if (position >= tokens) return kNothing;
-    const double b = at_least(forget[i], kMinLogForget), alpha = log_input(i) - b;
-    const bool is_reset = (resets >> i & 1U) != 0;
+    const double b = at_least(forget, kMinLogForget), alpha = log_input() - b;
     return {b, is_reset ? max_nan(alpha, 0) : alpha, is_reset ? position + 1 : 0};
   }
-  DEVICE_FUNCTION GateRun own_run() const {
-    GateRun run = token_run(0);
-#pragma unroll
-    for (int i = 1; i < kTokens; ++i) run = then(run, token_run(i));
-    return run;
+
+  /// `run` up to and with the token, and `end`, that of the chunk.
+  DEVICE_FUNCTION void scan_chunk() {
+    GateRun* const warps = reinterpret_cast<GateRun*>(prim::dynamic_shared());
+    const int warp = position / 32;
+    run = scan(token_run(), lane);
+    if (lane == 31) warps[warp] = run;
+    prim::sync_block();
+    GateRun up_to = kNothing;
+    if (lane < kWarps) up_to = warps[lane];
+    up_to = scan(up_to, lane);
+    const GateRun before = run_of(up_to, static_cast<u32>(warp > 0 ? warp - 1 : 0));
+    if (warp > 0) run = then(before, run);
+    end = run_of(up_to, kWarps - 1);
   }
 
   /// The sequence's chunks before this one; every lane combines a part of them.
   DEVICE_FUNCTION GateRun chunks_before() const {
-    GateRun run = kNothing;
-    if (p.sigmoid_input_gate) return run;
+    GateRun part = kNothing;
+    if (p.sigmoid_input_gate) return part;
     const GateRun* const ends = p.ends + int64_t{head} * p.chunks.slots + range.first_slot;
     const int first = static_cast<int>(int64_t{chunk} * lane / 32),
               last = static_cast<int>(int64_t{chunk} * (lane + 1) / 32);
 #pragma unroll 4
-    for (int i = first; i < last; ++i) run = then(run, ends[i]);
-    return run_of(scan(run, lane), 31);
+    for (int i = first; i < last; ++i) part = then(part, ends[i]);
+    return run_of(scan(part, lane), 31);
   }
 
   /// The peak that a run means: with the sigmoid gate every m is 0.
-  DEVICE_FUNCTION double peak_of(const GateRun& run, double m) const {
-    if (p.sigmoid_input_gate) return -run.b;
-    return run.last > 0 ? run.peak : max_nan(m, run.peak);
+  DEVICE_FUNCTION double peak_of(const GateRun& of, double m) const {
+    if (p.sigmoid_input_gate) return -of.b;
+    return of.last > 0 ? of.peak : max_nan(m, of.peak);
   }
 
-  DEVICE_FUNCTION GateRecord record_of(const GateRun& own, double log_input, double m,
-                                       const GateRun& end, double end_peak) const {
-    const double alpha = log_input - own.b, peak = peak_of(own, m);
+  DEVICE_FUNCTION GateRecord record_of(double m, double end_peak) const {
+    const double alpha = log_input() - run.b, peak = peak_of(run, m);
     GateRecord r;
     split(alpha * kLog2e, r.alpha, r.alpha_rest);
     split(peak * kLog2e, r.peak, r.peak_rest);
-    r.w = own.last > 0 ? 0.0F : p.scale * exp2_of((m - peak) * kLog2e);
-    r.u = own.last < end.last ? 0.0F : exp2_of((alpha - end_peak) * kLog2e);
-    const double negative_m = -(own.b + peak);
+    r.w = run.last > 0 ? 0.0F : p.scale * exp2_of((m - peak) * kLog2e);
+    r.u = run.last < end.last ? 0.0F : exp2_of((alpha - end_peak) * kLog2e);
+    const double negative_m = -(run.b + peak);
     r.floor = p.sigmoid_input_gate
                   ? 1.0F
                   : exp2_of((negative_m > kMaxNegM ? kMaxNegM : negative_m) * kLog2e);
-    r.start = own.last > 0 ? own.last - 1 : 0;
+    r.start = run.last > 0 ? run.last - 1 : 0;
     return r;
   }
 
@@ -182,44 +171,45 @@ class GatesWarp {
   }
 
   const GatesParams& p;
-  const int lane;
-  int head, slot, chunk = 0, tokens = 0;
-  int64_t owner = 0;
+  const int position, lane;  ///< the token's in its chunk
+  int head, slot, chunk, tokens;
+  int64_t owner;
   bool used;
-  SequenceRange range{};
-  float input[kTokens], forget[kTokens];  ///< their logarithms
-  u32 resets = 0;
+  SequenceRange range;
+  float input = 0, forget = 0;  ///< their logarithms
+  bool is_reset = false;
+  GateRun run, end;
 };
 
-/// A sequence without tokens has no chunk that could hand its m on.
+/// A sequence without tokens has no chunk that could hand its m on. There are at least as many threads as sequences and
+/// heads: every sequence has a slot.
 DEVICE_FUNCTION void pass_empty_sequences(const GatesParams& p) {
-  const int64_t owner = int64_t{prim::block_idx().x} * kThreads + prim::thread_idx().x;
+  const int64_t owner = int64_t{prim::block_idx().x} * prim::block_dim().x + prim::thread_idx().x;
   if (p.m == nullptr || owner >= int64_t{p.chunks.num_sequences} * p.chunks.num_heads) return;
   if (sequence_at(p.chunks, static_cast<int>(owner / p.chunks.num_heads)).num_chunks > 0) return;
   const bool has_m = p.m0 != nullptr && !p.sigmoid_input_gate;
   p.m[owner] = has_m ? static_cast<float>(at_least(p.m0[owner], kMinLogInput)) : 0.0F;
 }
 
-template <int kTokens>
-KERNEL_FUNCTION(kThreads, 4)
+template <int kWarps>
+KERNEL_FUNCTION(32 * kWarps, 4)
 mlstm_gate_ends(const GRID_CONSTANT GatesParams p) {
   pass_empty_sequences(p);
-  GatesWarp<kTokens>(p).summarize();
+  GatesBlock<kWarps>(p).summarize();
 }
 
-template <int kTokens>
-KERNEL_FUNCTION(kThreads, 4)
+template <int kWarps>
+KERNEL_FUNCTION(32 * kWarps, 4)
 mlstm_gates(const GRID_CONSTANT GatesParams p) {
-  GatesWarp<kTokens>(p).write();
+  GatesBlock<kWarps>(p).write();
 }
 
-template <int kTokens>
+template <int kWarps>
 void launch_chunks(const GatesParams& params, Stream stream) {
-  // At least as many threads as sequences and heads: every sequence has a slot.
-  const int64_t warps = int64_t{params.chunks.slots} * params.chunks.num_heads;
-  const u32 blocks = static_cast<u32>((32 * warps + kThreads - 1) / kThreads);
-  prim::launch("mlstm_gate_ends", mlstm_gate_ends<kTokens>, {blocks, kThreads}, params, stream);
-  prim::launch("mlstm_gates", mlstm_gates<kTokens>, {blocks, kThreads}, params, stream);
+  const u32 blocks = static_cast<u32>(params.chunks.slots * params.chunks.num_heads);
+  const prim::LaunchShape shape{blocks, 32 * kWarps, kWarps * sizeof(GateRun)};
+  prim::launch("mlstm_gate_ends", mlstm_gate_ends<kWarps>, shape, params, stream);
+  prim::launch("mlstm_gates", mlstm_gates<kWarps>, shape, params, stream);
 }
 
 }  // namespace

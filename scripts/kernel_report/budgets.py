@@ -18,7 +18,7 @@ class Budget:
     """Of one block on sm_80 or sm_90a; on the other targets only what the compiler must never do is checked."""
 
     kernel: str  # pattern of the whole name without template arguments
-    threads: int
+    threads: int | Callable  # template arguments -> their number
     registers: int
     shared_kib: float  # dynamic + static
     blocks: int = 1  # per multiprocessor, at least
@@ -73,6 +73,11 @@ def slstm_products(channels, block=False):
     return count
 
 
+def chunk_threads(warps):
+    """A thread per token of a chunk, of 256 where the kernel does not say."""
+    return 32 * int(warps or 8)
+
+
 BUDGETS = [
     # 168 for blocks of 8 by 8, whose 64 weights stay in registers; 255 where the sums of their gradients do, too
     budget(r"block_linear_rows", 128, 168, 16, blocks=3, must=VECTOR),
@@ -102,8 +107,8 @@ BUDGETS = [
     budget(r"mlstm_sweep", 256, 255, 227, must=MMA, forbidden={"HGMMA"}, products=sweep_products),
     budget(r"mlstm_state", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 64, "2": 96})),
     budget(r"mlstm_out", 256, 128, 113, must=MMA, forbidden={"HGMMA"}, products=fixed_products({"1": 96, "2": 144})),
-    budget(r"mlstm_gates", 256, 64, 16, blocks=4, must={"STG.128"}),
-    budget(r"mlstm_gate_ends", 256, 64, 16, blocks=4),
+    budget(r"mlstm_gates", chunk_threads, 64, 16, blocks=4, must={"STG.128"}),
+    budget(r"mlstm_gate_ends", chunk_threads, 64, 16, blocks=4),
     budget(r"mlstm_gate_gradients", 512, 64, 16, blocks=2),
     budget(r"mlstm_gate_gradients_short", 256, 64, 16, blocks=4),
     budget(r"mlstm_anchors", 256, 64, 16, blocks=4),

@@ -34,8 +34,10 @@ def check_kernel(kernel):
                      "spill loads, must be 0")
     if limits is None:
         return wrong + ["has no budget in scripts/kernel_report/budgets.py"]
-    if kernel.threads != limits.threads:
-        wrong.append(f"launch bounds of {kernel.threads} threads, the budget says {limits.threads}")
+    arguments = kernel.name.partition("<")[2].rstrip(">").split(",")
+    threads = limits.threads(*arguments) if callable(limits.threads) else limits.threads
+    if kernel.threads != threads:
+        wrong.append(f"launch bounds of {kernel.threads} threads, the budget says {threads}")
     if kernel.target not in PORTABLE:
         return wrong
     if kernel.registers > limits.registers:
@@ -46,7 +48,7 @@ def check_kernel(kernel):
     if has_body(kernel, limits):
         wrong += [f"no {name} instruction" for name in sorted(limits.must) if not kernel.counts.get(name)]
         if limits.products:
-            name, fewest, most = limits.products(*kernel.name.partition("<")[2].rstrip(">").split(","))
+            name, fewest, most = limits.products(*arguments)
             if not fewest <= kernel.counts.get(name, 0) <= most:
                 wrong.append(f"{kernel.counts.get(name, 0)} {name} instructions, expected {fewest} to {most}")
     wrong += [f"{kernel.counts[name]} instructions of the kind {name}, must be 0"
