@@ -81,8 +81,8 @@ Kept mlstm_block(const Sizes& s) {
   const double conv = options.conv1d_kernel_size > 0 ? 1 : 0,
                inner = s.inputs_of("mlstm.proj_down.weight");
   const bool igate = options.igate == "input", fgate = options.fgate == "input";
-  // q, k and v side by side, which the gates read unless their weights have been taken through those of q, k and v.
-  const bool concatenated = igate && fgate ? s.bf16 || !s.model.fused : igate || fgate;
+  // q, k and v side by side, for gates that read them; a fused model does without where both do.
+  const bool concatenated = igate && fgate ? !s.model.fused : igate || fgate;
   return {s.dim + 3 * s.heads + s.stepwise * inner,
           s.dim + (7 + conv + (concatenated ? 3 : 0) + s.stepwise * (1 + conv)) * inner};
 }
