@@ -15,6 +15,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/prim/launch.h"
@@ -109,16 +110,19 @@ class Dump {
   Dump& operator=(const Dump&) = delete;
 
   void exact(const Buffer<u32>& words) {
+    begin();
     std::fprintf(file_, "CASE %s exact %zu", name_.c_str(), words.size());
     for (std::size_t i = 0; i < words.size(); ++i) std::fprintf(file_, " %x", words[i]);
     std::fprintf(file_, "\n");
   }
   void exact(const Buffer<u16>& words) {
+    begin();
     std::fprintf(file_, "CASE %s exact %zu", name_.c_str(), words.size());
     for (std::size_t i = 0; i < words.size(); ++i) std::fprintf(file_, " %x", words[i]);
     std::fprintf(file_, "\n");
   }
   void near(const Buffer<float>& numbers, double absolute, double relative) {
+    begin();
     std::fprintf(file_, "CASE %s near %g %g %zu", name_.c_str(), absolute, relative,
                  numbers.size());
     for (std::size_t i = 0; i < numbers.size(); ++i) std::fprintf(file_, " %.9g", numbers[i]);
@@ -129,8 +133,14 @@ class Dump {
   }
 
  private:
+  /// The comparison knows results by the names of their cases.
+  void begin() {
+    if (std::exchange(has_result_, true)) throw std::logic_error(name_ + " has a second result");
+  }
+
   std::FILE* file_;
   std::string name_;
+  bool has_result_ = false;
 };
 
 enum class Needs {
