@@ -31,7 +31,11 @@ for part in $only; do [[ " $parts " == *" $part "* ]] || fail "unknown part $par
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 gpu=$("$python" - <<'END'
+import json
+import subprocess
 import sys
+from datetime import date
+
 try:
     import torch
 except ImportError:
@@ -40,12 +44,19 @@ if torch.version.cuda is None:
     sys.exit("torch is built without CUDA")
 if not torch.cuda.is_available():
     sys.exit("torch sees no GPU here")
+try:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0]
+except (OSError, subprocess.SubprocessError):
+    driver = "unknown"
 major, minor = torch.cuda.get_device_capability()
-print(f"{major}{minor} {torch.cuda.get_device_name()}")
+machine = {"date": date.today().isoformat(), "device": torch.cuda.get_device_name(), "driver": driver,
+           "torch": torch.__version__, "cuda": torch.version.cuda}
+print(f"{major}{minor} {json.dumps(machine)}")
 END
 ) || fail "no GPU to check: see the line above (python: $python; PYTHON picks another)"
-capability=${gpu%% *}
-[ "$capability" -ge 80 ] || fail "the kernels need compute capability 8.0 or later; this is a ${gpu#* }"
+capability=${gpu%% *} machine=${gpu#* }
+[ "$capability" -ge 80 ] || fail "the kernels need compute capability 8.0 or later, not $capability: $machine"
 nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
 [ -n "$built_elsewhere" ] || [ -x "$nvcc" ] || fail "nvcc was not found"
 PATH=$(dirname "$nvcc"):$PATH
@@ -60,18 +71,18 @@ rm -f "$OUT"/running-*.txt
 wants() { [[ " $only " == *" $1 "* ]]; }
 # summarise FINISHED: summary.json from what is recorded; printed where FINISHED is true, with exit 1 if anything failed.
 summarise() {
-  "$python" - "$results" "$OUT/summary.json" "${gpu#* }" "$1" <<'END'
+  "$python" - "$results" "$OUT/summary.json" "$machine" "$1" <<'END'
 import json
 import os
 import sys
 
-results, summary, device, finished = sys.argv[1:]
+results, summary, machine, finished = sys.argv[1:]
 rows = [dict(zip(("part", "check", "result", "seconds"), line.rstrip("\n").split("\t"))) for line in open(results)]
 rows.sort(key=lambda row: "build conformance ops sanitizer portable bench slstm".index(row["part"]))
 rows = [{**row, "seconds": int(row["seconds"])} for row in rows]
 count = {result: sum(row["result"] == result for row in rows) for result in ("PASS", "FAIL", "SKIP")}
 with open(summary + ".new", "w") as file:
-    json.dump({"device": device, "finished": finished == "true", "count": count, "checks": rows}, file, indent=1)
+    json.dump({**json.loads(machine), "finished": finished == "true", "count": count, "checks": rows}, file, indent=1)
 os.replace(summary + ".new", summary)
 if finished == "true":
     for row in rows:
@@ -237,5 +248,5 @@ if [ $built = 0 ]; then
   fi
 fi
 
-printf '\n== summary: %s\n' "${gpu#* }"
+printf '\n== summary: %s\n' "$machine"
 summarise true

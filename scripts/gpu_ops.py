@@ -271,4 +271,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    # Backward passes in this thread: torch's own ones let go of Python's objects a little after the results are there, and
+    # where the interpreter ends meanwhile the process is terminated (seen once, under memcheck on a busy machine).
+    torch.autograd.set_multithreading_enabled(False)
     sys.exit(main())

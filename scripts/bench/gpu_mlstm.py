@@ -10,7 +10,6 @@ rate and bytes / bandwidth, over the time; FLOP and bytes are what the chunkwise
 Writes gpu_mlstm.json and gpu_mlstm.png into FOLDER (default scripts/bench/results). Exit 1 where ours is wrong or fails.
 """
 
-import json
 import os
 import sys
 import time
@@ -30,7 +29,7 @@ from gpu_cases import (  # noqa: E402
     HEADS, NAMES, OURS, STANDARD, Case, cases, make_inputs, plot, reference, relative_error, ring_of, set_count, step_sets,
     work,
 )
-from timing import Effort, clocks, gpu_machine, kernel_times, measure, rooflines  # noqa: E402
+from timing import Effort, clocks, gpu_machine, kernel_times, measure, rooflines, write_report  # noqa: E402
 
 # Largest ||ours - reference|| / ||reference||; the forget gate's gradient sums many tokens.
 LIMITS = {torch.bfloat16: (5e-3, 1e-2), torch.float16: (5e-3, 1e-2), torch.float32: (2e-5, 2e-5)}
@@ -346,11 +345,13 @@ def main(arguments=None):
                               if command_line.wanted_heads([(case.heads, case.dqk, case.dv)], args)]
     while waiting and waiting[0].suite == "standard":
         report["cases"].append(time_case(waiting.pop(0), operators, args, limits))
+        write_report(args.out / f"{args.name}.json", report)
     if "decode" in args.suites and not bad:
         report["steps"] = time_steps(args, limits, args.tiny)
         bad += report["steps"]["bad"]
     while waiting and time.monotonic() < args.end:
         report["cases"].append(time_case(waiting.pop(0), operators, args, limits))
+        write_report(args.out / f"{args.name}.json", report)
     report["skipped"] = [case.title() for case in waiting]
     bad += [f"{Case(**row['case']).title()}: {name}: {result['failed']}" for row in report["cases"]
             for name, result in row["times"].items() if name.startswith(OURS) and "failed" in result]
@@ -362,8 +363,7 @@ def main(arguments=None):
     print_ratios(report)
     for title in report["skipped"]:
         print(f"skipped for want of time: {title}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.out / f"{args.name}.json", report)
     drawn = plot(report, args.out / f"{args.name}.png")
     print(f"\nwrote {args.out / args.name}.json" + (f" and {args.name}.png" if drawn else ""))
     for each in bad:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
 
 import peers  # noqa: E402
-from timing import Effort, gpu_machine, measure  # noqa: E402
+from timing import Effort, gpu_machine, measure, write_report  # noqa: E402
 
 SIZES = {"125m": (768, 24), "350m": (1024, 48), "760m": (1536, 48), "1.3b": (2048, 48)}  # width, blocks
 
@@ -36,7 +36,7 @@ def run_ours(program, config, overrides, steps, tokens):
                               capture_output=True, text=True)
         if done.returncode != 0:
             return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"}
-        return json.loads(report.read_text())
+        return json.loads(report.read_text()) | {"config": str(config.relative_to(ROOT))}
 
 
 def time_peer(vocab, width, blocks, slstm_at, batch, seq_len, dtype, device, seconds):
@@ -70,11 +70,6 @@ def free_memory():
     """Of this process, for other processes too."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def write(path, report):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def print_case(case):
@@ -136,7 +131,7 @@ def main(argv=None):
             cases.append({"case": f"xLSTM[{variant.replace('-', ':')}] {'tiny' if args.tiny else size}, batch {batch} x "
                                   f"{seq_len}, {dtype}", "batch": batch, "libxlstm": ours, "xlstm": theirs, "ratio": ratio})
             print_case(cases[-1])
-            write(args.out / "gpu_model.json", report)  # after each: a run that is stopped keeps what it has
+            write_report(args.out / "gpu_model.json", report)
     print(f"\nwrote {args.out / 'gpu_model.json'}")
     return 1 if any("error" in case["libxlstm"] for case in cases) else 0
 

@@ -9,7 +9,6 @@ steps follow each other, whatever the batch. FLOP are those of the recurrent pro
 Writes gpu_slstm.json and gpu_slstm.png into FOLDER (default scripts/bench/results). Exit 1 where ours is wrong or fails.
 """
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -26,7 +25,7 @@ import command_line  # noqa: E402
 import peers  # noqa: E402
 from gpu_cases import OURS, relative_error  # noqa: E402
 from gpu_slstm_cases import HEADS, SUITES, Case, cases, input_sets, make_inputs, plot, reference, work  # noqa: E402
-from timing import Effort, clocks, gpu_machine, kernel_times, measure  # noqa: E402
+from timing import Effort, clocks, gpu_machine, kernel_times, measure, write_report  # noqa: E402
 
 NAMES = {"slstm": ("wx", "r", "b"), "lstm": ("wx", "r", "b"), "layer": ("x", "weight", "r", "b")}
 # Largest ||ours - reference|| / ||reference||; y goes into the next step's product in bfloat16, or with 16 bits.
@@ -221,6 +220,7 @@ def main(arguments=None):
         report["steps"] = time_steps(args)
     while waiting and time.monotonic() < args.end:
         report["cases"].append(time_case(waiting.pop(0), operators, args))
+        write_report(args.out / f"{args.name}.json", report)
     report["skipped"] = [case.title() for case in waiting]
     bad += [f"{Case(**row['case']).title()}: {name}: {result['failed']}" for row in report["cases"]
             for name, result in row["times"].items() if name.startswith(OURS) and "failed" in result]
@@ -229,8 +229,7 @@ def main(arguments=None):
     print_ratios(report)
     for title in report["skipped"]:
         print(f"skipped for want of time: {title}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.out / f"{args.name}.json", report)
     drawn = plot(report, args.out / f"{args.name}.png")
     print(f"\nwrote {args.out / args.name}.json" + (f" and {args.name}.png" if drawn else ""))
     for each in bad:

@@ -2,6 +2,7 @@
 candidate at a time, many calls between two events."""
 
 import gc
+import json
 import os
 import platform
 import statistics
@@ -29,6 +30,14 @@ def machine() -> dict:
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def write_report(path, report: dict) -> None:
+    """As JSON, at once or not at all. Benchmarks write after each case: one that is stopped keeps what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(report, indent=1) + "\n")
+    new.replace(path)
 
 
 def race(candidates: dict, seconds: float, min_rounds: int = 5) -> dict:
