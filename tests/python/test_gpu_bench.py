@@ -143,7 +143,7 @@ def test_gpu_check_refuses_unknown_parts():
 FAKE_PYTHON = """#!/bin/bash
 if [ "$1" = - ]; then
   script=$(mktemp); cat >"$script"; shift
-  if grep -q is_available "$script"; then echo "90 A GPU"; exit 0; fi
+  if grep -q is_available "$script"; then echo '90 {{"device": "A GPU"}}'; exit 0; fi
   {real} "$script" "$@"; exit $?
 fi
 printf '%s|%s|%s|%s\\n' "$*" "${{XLSTM_HOPPER:-}}" "${{PYTHONPATH%%:*}}" "${{PYTORCH_NO_CUDA_MEMORY_CACHING:-}}" >>{calls}
