@@ -26,11 +26,13 @@ class Budget:
     forbidden: frozenset = frozenset()
     only: tuple = PORTABLE  # elsewhere the kernel has no body
     products: Callable | None = None  # template arguments -> (kind, fewest, most) of the matrix instructions
+    fewer: bool = False  # launches may have fewer threads than their bounds allow
 
 
-def budget(kernel, threads, registers, shared_kib, blocks=1, must=(), forbidden=(), only=PORTABLE, products=None):
+def budget(kernel, threads, registers, shared_kib, blocks=1, must=(), forbidden=(), only=PORTABLE, products=None,
+           fewer=False):
     forbidden = FORBIDDEN | frozenset(forbidden)
-    return Budget(kernel, threads, registers, shared_kib, blocks, frozenset(must), forbidden, only, products)
+    return Budget(kernel, threads, registers, shared_kib, blocks, frozenset(must), forbidden, only, products, fewer)
 
 
 def sweep_products(use, contraction, columns, planes):
@@ -86,12 +88,12 @@ BUDGETS = [
     budget(r"gated_recurrence_columns", 128, 128, 48, blocks=4, must={"LDGSTS"}),
     budget(r"gated_decay_gradient_rows", 256, 64, 16, blocks=4),
     # Threads and shared memory are those of the widest rows; those of 16-bit numbers are stored 8 bytes at a time.
-    budget(r"headwise_norm_rows", 512, 96, 16, blocks=1, must={"LDG.128"}),
-    budget(r"headwise_norm_gradients", 512, 128, 73, blocks=1, must={"LDG.128"}),
-    budget(r"headwise_norm_unaligned_rows", 512, 96, 16, blocks=1),
-    budget(r"headwise_norm_unaligned_gradients", 512, 128, 73, blocks=1),
-    budget(r"headwise_norm_wide_rows", 512, 128, 16, blocks=1, must={"LDG.128"}),
-    budget(r"headwise_norm_wide_gradients", 512, 128, 16, blocks=1, must={"LDG.128"}),
+    budget(r"headwise_norm_rows", 512, 96, 16, must={"LDG.128"}, fewer=True),
+    budget(r"headwise_norm_gradients", 512, 128, 73, must={"LDG.128"}, fewer=True),
+    budget(r"headwise_norm_unaligned_rows", 512, 96, 16, fewer=True),
+    budget(r"headwise_norm_unaligned_gradients", 512, 128, 73, fewer=True),
+    budget(r"headwise_norm_wide_rows", 512, 128, 16, must={"LDG.128"}),
+    budget(r"headwise_norm_wide_gradients", 512, 128, 16, must={"LDG.128"}),
     budget(r"softmax_cross_entropy", 256, 64, 16, blocks=4, must=VECTOR),
     # Of one consumer and 64 tokens, 256 columns or 64 tokens at a time: A S, A B^T, four row tiles of S; n; P X.
     budget(r"mlstm_sweep_sm90_wide", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",),

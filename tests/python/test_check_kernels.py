@@ -165,6 +165,9 @@ def test_launches_are_checked():
     assert check.apply_launches([one], sound) == [] and check.check_kernel(one) == []
     assert one.dynamic_shared == 4096 and one.blocks_per_multiprocessor == 4
     assert "launched with 128 threads" in check.apply_launches([kernel()], [("_Z1k", 80, 128, 0, 1)])[0]
+    few = kernel(name="headwise_norm_rows<float,1>", threads=512)  # its budget allows fewer, and not more
+    assert check.apply_launches([few], [("_Z1k", 80, 256, 0, 1)]) == []
+    assert "launched with 1024 threads" in check.apply_launches([few], [("_Z1k", 80, 1024, 0, 1)])[0]
     assert "compute capability 8.6, which has 99 KiB" in check.apply_launches([kernel()], [("_Z1k", 86, 256, 102400, 1)])[0]
     assert "launches it" in check.apply_launches([kernel()], [])[0]
     wide = kernel()
