@@ -321,8 +321,12 @@ def test_generate(tmp_path):
         if len(told) == 45:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        model.generate(prompt, 10**9, on_token=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind a shell it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(prompt, 10**9, on_token=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(told) <= 46
     for wrong, message in (({"prompt": []}, "at least one token"), ({"prompt": [300]}, "300 is outside"),
                            ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p")):
