@@ -166,13 +166,18 @@ void ProcessGroup::sum(const std::vector<at::Tensor>& tensors) {
 
 bool ProcessGroup::any(bool value) { return sum(int64_t{value}) > 0; }
 
-void ProcessGroup::broadcast(const std::vector<at::Tensor>& tensors) {
+void ProcessGroup::broadcast(const std::vector<at::Tensor>& tensors,
+                             const std::vector<int64_t>& from) {
   if (place_.alone()) return;
   guarded([&] {
-    for (const at::Tensor& tensor : tensors) {
-      std::vector<at::Tensor> one{tensor};
-      impl_->of(tensor).broadcast(one)->wait();
+    std::vector<c10::intrusive_ptr<c10d::Work>> under_way;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      std::vector<at::Tensor> one{tensors[i]};
+      c10d::BroadcastOptions options;
+      options.rootRank = from.empty() ? 0 : from[i];
+      under_way.push_back(impl_->of(tensors[i]).broadcast(one, options));
     }
+    for (const auto& work : under_way) work->wait();
   });
 }
 
@@ -186,6 +191,20 @@ std::string ProcessGroup::broadcast(const std::string& text) {
     broadcast(std::vector<at::Tensor>{
         at::from_blob(all.data(), {static_cast<int64_t>(all.size())}, at::kByte)});
   return all;
+}
+
+void ProcessGroup::send(const at::Tensor& tensor, int64_t to) {
+  guarded([&] {
+    std::vector<at::Tensor> one{tensor};
+    impl_->host->send(one, static_cast<int>(to), /*tag=*/0)->wait();
+  });
+}
+
+void ProcessGroup::receive(const at::Tensor& tensor, int64_t from) {
+  guarded([&] {
+    std::vector<at::Tensor> one{tensor};
+    impl_->host->recv(one, static_cast<int>(from), /*tag=*/0)->wait();
+  });
 }
 
 void ProcessGroup::barrier() { sum(0); }

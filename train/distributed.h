@@ -41,9 +41,12 @@ class ProcessGroup {
   /// Dense tensors of one device, in place. On a GPU it is enqueued on the current stream.
   void sum(const std::vector<at::Tensor>& tensors);
   bool any(bool value);
-  /// Those of process 0 for all, in place.
-  void broadcast(const std::vector<at::Tensor>& tensors);
+  /// Those of process 0 for all, in place; or each those of the process that `from` names for it. Dense tensors.
+  void broadcast(const std::vector<at::Tensor>& tensors, const std::vector<int64_t>& from = {});
   std::string broadcast(const std::string& text);
+  /// A dense tensor of the CPU for process `to`, which calls receive() with one like it.
+  void send(const at::Tensor& tensor, int64_t to);
+  void receive(const at::Tensor& tensor, int64_t from);
   void barrier();
 
  private:

@@ -51,13 +51,14 @@ void print_model(const config::Config& config) {
              (config.model.tie_weights ? "tied to the embedding" : format_parameters(count.head)));
 }
 
-void print_memory(const MemoryEstimate& memory, int64_t available) {
+void print_memory(const MemoryEstimate& memory, int64_t available, bool shard) {
   print_line("memory      " + format_gib(memory.known()) +
              (memory.activations ? " estimated (" : " and the activations (") +
              (available >= 0 ? format_gib(available) + " available)" : "available: unknown)"));
   print_line("  weights " + format_gib(memory.weights) + ", gradients " +
              format_gib(memory.gradients) + ", optimizer " + format_gib(memory.optimizer) +
-             ", activations " + (memory.activations ? format_gib(*memory.activations) : "unknown"));
+             (shard ? " (divided among the processes)" : "") + ", activations " +
+             (memory.activations ? format_gib(*memory.activations) : "unknown"));
 }
 
 void print_schedule(const config::Config& config) {
@@ -164,7 +165,7 @@ void dry_run(const config::Config& given, bool fresh) {
   const MemoryEstimate memory = estimate_memory(config);
   const at::Device device = choose_device(config.run.device, "run.device");
   const int64_t available = available_memory_bytes(device);
-  print_memory(memory, available);
+  print_memory(memory, available, config.optim.shard);
   print_schedule(config);
   const std::optional<CheckpointFolder> weights = print_first_weights(config, fresh);
   if (!has_data(config)) {

@@ -2,22 +2,37 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <sstream>
+#include <utility>
 
 #include "csrc/core/error.h"
 
 namespace xlstm::train {
 namespace {
 
+/// Pieces begin at multiples of this many elements, so that the update's vectors are the same as those of the whole.
+constexpr int64_t kPieceElements = 64;
+constexpr std::array kMoments{"exp_avg.", "exp_avg_sq."};
+
 std::string describe(const at::Tensor& tensor) {
   std::ostringstream text;
   text << tensor.sizes() << " " << tensor.scalar_type();
   return text.str();
+}
+
+/// Elements begin to end of a contiguous tensor; the tensor itself where that is all of it.
+at::Tensor part_of(const at::Tensor& tensor, int64_t begin, int64_t end) {
+  return end - begin == tensor.numel() ? tensor : tensor.view(-1).slice(0, begin, end);
+}
+
+std::optional<at::Tensor> given(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
 }  // namespace
@@ -29,90 +44,220 @@ bool AdamW::decays(const std::string& name, const at::Tensor& parameter,
   return !holds("embed") || options.weight_decay_on_embedding;
 }
 
-AdamW::AdamW(const NamedTensors& parameters, const config::OptimConfig& options)
-    : options_(options), groups_(2) {
+AdamW::AdamW(const NamedTensors& parameters, const config::OptimConfig& options,
+             ProcessGroup* group)
+    : options_(options),
+      group_(group),
+      place_(group != nullptr ? group->place() : ProcessPlace{}),
+      sharded_(options.shard && !place_.alone()) {
   const at::Device device = parameters.empty() ? at::kCPU : parameters.front().second.device();
   step_ = at::zeros({1}, at::TensorOptions().dtype(at::kFloat).device(device));
-  groups_[0].weight_decay = options.weight_decay;
-  for (const auto& [name, parameter] : parameters) {
-    Group& group = groups_[decays(name, parameter, options) ? 0 : 1];
-    group.names.push_back(name);
-    group.parameters.push_back(parameter);
-    group.exp_avgs.push_back(at::zeros_like(parameter, at::MemoryFormat::Contiguous));
-    group.exp_avg_sqs.push_back(at::zeros_like(parameter, at::MemoryFormat::Contiguous));
+  for (const auto& [name, tensor] : parameters) {
+    TORCH_CHECK(tensor.is_contiguous(), "AdamW: ", name, ": expected a contiguous tensor");
+    parameters_.push_back(
+        {name, tensor, decays(name, tensor, options) ? options.weight_decay : 0, {}});
+  }
+  std::stable_partition(parameters_.begin(), parameters_.end(), [&](const Parameter& parameter) {
+    return decays(parameter.name, parameter.tensor, options_);
+  });
+  divide();
+}
+
+/// Of all elements in a row each process has an equal part.
+void AdamW::divide() {
+  const int64_t owners = sharded_ ? place_.size : 1;
+  int64_t total = 0, start = 0;
+  for (const Parameter& parameter : parameters_) total += parameter.tensor.numel();
+  for (Parameter& parameter : parameters_) {
+    const int64_t count = parameter.tensor.numel();
+    const auto begin_of = [&](int64_t owner) {
+      const int64_t at = std::clamp<int64_t>(total * owner / owners - start, 0, count);
+      return at == count ? count : at / kPieceElements * kPieceElements;
+    };
+    for (int64_t owner = 0; owner < owners; ++owner) {
+      Piece piece{sharded_ ? owner : place_.rank,
+                  begin_of(owner),
+                  owner + 1 == owners ? count : begin_of(owner + 1),
+                  {}};
+      if (piece.begin == piece.end && owners > 1) continue;
+      if (own(piece)) {
+        for (at::Tensor& moment : piece.moments)
+          moment = at::zeros(part_of(parameter.tensor, piece.begin, piece.end).sizes(),
+                             parameter.tensor.options().requires_grad(false));
+      }
+      parameter.pieces.push_back(std::move(piece));
+    }
+    start += count;
   }
 }
 
 void AdamW::step(const at::Tensor& learning_rate, const at::Tensor& divisor,
                  const at::Tensor& skip) {
   const at::NoGradGuard no_grad;
-  const auto given = [](const at::Tensor& tensor) {
-    return tensor.defined() ? std::optional(tensor) : std::nullopt;
-  };
   // The kernels for CUDA read a float32, those for the CPU any number.
   const at::Tensor rate = step_.is_cpu() ? learning_rate : learning_rate.to(at::kFloat);
   step_.add_(1);
   if (skip.defined()) step_.sub_(skip);
-  for (Group& group : groups_) {
-    std::vector<at::Tensor> parameters, gradients, exp_avgs, exp_avg_sqs;
-    for (size_t i = 0; i < group.parameters.size(); ++i) {
-      const at::Tensor& gradient = group.parameters[i].grad();
-      if (!gradient.defined()) continue;
-      parameters.push_back(group.parameters[i]);
-      gradients.push_back(gradient.is_contiguous() ? gradient : gradient.contiguous());
-      exp_avgs.push_back(group.exp_avgs[i]);
-      exp_avg_sqs.push_back(group.exp_avg_sqs[i]);
+  update(options_.weight_decay, rate, divisor, skip);
+  if (options_.weight_decay != 0) update(0, rate, divisor, skip);
+  if (sharded_) exchange();
+}
+
+/// Of the parameters with this decay.
+void AdamW::update(double weight_decay, const at::Tensor& rate, const at::Tensor& divisor,
+                   const at::Tensor& skip) {
+  std::vector<at::Tensor> tensors, gradients, exp_avgs, exp_avg_sqs;
+  for (const Parameter& parameter : parameters_) {
+    const at::Tensor& gradient = parameter.tensor.grad();
+    if (parameter.weight_decay != weight_decay || !gradient.defined()) continue;
+    const at::Tensor dense = gradient.contiguous();
+    for (const Piece& piece : parameter.pieces) {
+      if (!own(piece)) continue;
+      tensors.push_back(part_of(parameter.tensor, piece.begin, piece.end));
+      gradients.push_back(part_of(dense, piece.begin, piece.end));
+      exp_avgs.push_back(piece.moments[0]);
+      exp_avg_sqs.push_back(piece.moments[1]);
     }
-    if (parameters.empty()) continue;
-    const std::vector<at::Tensor> steps(parameters.size(), step_);  // read only: all share one
-    at::_fused_adamw_(parameters, gradients, exp_avgs, exp_avg_sqs, {}, steps, rate, options_.beta1,
-                      options_.beta2, group.weight_decay, options_.eps,
-                      /*amsgrad=*/false, /*maximize=*/false, given(divisor), given(skip));
   }
+  if (tensors.empty()) return;
+  const std::vector<at::Tensor> steps(tensors.size(), step_);  // read only: all share one
+  at::_fused_adamw_(tensors, gradients, exp_avgs, exp_avg_sqs, {}, steps, rate, options_.beta1,
+                    options_.beta2, weight_decay, options_.eps,
+                    /*amsgrad=*/false, /*maximize=*/false, given(divisor), given(skip));
+}
+
+/// Every process's updated elements go to the others.
+void AdamW::exchange() {
+  std::vector<at::Tensor> parts;
+  std::vector<int64_t> owners;
+  for (const Parameter& parameter : parameters_) {
+    if (!parameter.tensor.grad().defined()) continue;
+    for (const Piece& piece : parameter.pieces) {
+      parts.push_back(part_of(parameter.tensor.detach(), piece.begin, piece.end));
+      owners.push_back(piece.owner);
+    }
+  }
+  group_->broadcast(parts, owners);
 }
 
 void AdamW::zero_grad() {
-  for (Group& group : groups_) {
-    for (at::Tensor& parameter : group.parameters) parameter.mutable_grad() = at::Tensor();
-  }
+  for (Parameter& parameter : parameters_) parameter.tensor.mutable_grad() = at::Tensor();
 }
 
 int64_t AdamW::steps() const { return static_cast<int64_t>(step_.item<float>()); }
 
-NamedTensors AdamW::state() const {
-  NamedTensors state;
-  for (const Group& group : groups_) {
-    for (size_t i = 0; i < group.names.size(); ++i) {
-      state.emplace_back("exp_avg." + group.names[i], group.exp_avgs[i]);
-      state.emplace_back("exp_avg_sq." + group.names[i], group.exp_avg_sqs[i]);
+int64_t AdamW::bytes() const {
+  size_t bytes = 0;
+  for (const Parameter& parameter : parameters_) {
+    for (const Piece& piece : parameter.pieces) {
+      if (!own(piece)) continue;
+      for (const at::Tensor& moment : piece.moments) bytes += moment.nbytes();
     }
   }
-  state.emplace_back("step", step_);
+  return static_cast<int64_t>(bytes);
+}
+
+/// A moment of a whole parameter, from all its owners, in the process that leads; undefined in the others.
+at::Tensor AdamW::collect(const Parameter& parameter, size_t moment) const {
+  at::Tensor whole;
+  if (place_.leads())
+    whole = at::empty(parameter.tensor.sizes(), parameter.tensor.options().device(at::kCPU));
+  for (const Piece& piece : parameter.pieces) {
+    if (!place_.leads()) {
+      if (own(piece)) group_->send(piece.moments[moment].cpu(), 0);
+      continue;
+    }
+    const at::Tensor part = part_of(whole, piece.begin, piece.end);
+    if (own(piece)) {
+      part.copy_(piece.moments[moment]);
+    } else {
+      group_->receive(part, piece.owner);
+    }
+  }
+  return whole;
+}
+
+/// whole: a moment of a whole parameter, in the process that leads, for all its owners.
+void AdamW::hand_out(const at::Tensor& whole, Parameter& parameter, size_t moment) {
+  for (Piece& piece : parameter.pieces) {
+    if (!place_.leads()) {
+      if (!own(piece)) continue;
+      const at::Tensor part = at::empty(piece.moments[moment].sizes(),
+                                        piece.moments[moment].options().device(at::kCPU));
+      group_->receive(part, 0);
+      piece.moments[moment].copy_(part);
+      continue;
+    }
+    const at::Tensor part = part_of(whole, piece.begin, piece.end);
+    if (own(piece)) {
+      piece.moments[moment].copy_(part);
+    } else {
+      group_->send(part.cpu(), piece.owner);
+    }
+  }
+}
+
+NamedTensors AdamW::state() const {
+  const at::NoGradGuard no_grad;
+  NamedTensors state;
+  for (const Parameter& parameter : parameters_) {
+    for (size_t i = 0; i < kMoments.size(); ++i) {
+      const at::Tensor moment =
+          sharded_ ? collect(parameter, i) : parameter.pieces.front().moments[i];
+      if (moment.defined()) state.emplace_back(kMoments[i] + parameter.name, moment);
+    }
+  }
+  if (!sharded_ || place_.leads()) state.emplace_back("step", step_);
   return state;
 }
 
-void AdamW::load_state(const NamedTensors& state) {
-  const at::NoGradGuard no_grad;
-  std::map<std::string, at::Tensor> given(state.begin(), state.end());
-  for (auto& [name, tensor] : this->state()) {
-    const auto found = given.find(name);
-    if (found == given.end()) {
+void AdamW::check_state(const NamedTensors& state) const {
+  std::map<std::string, at::Tensor> left(state.begin(), state.end());
+  const auto check = [&](const std::string& name, const at::Tensor& like) {
+    const auto found = left.find(name);
+    if (found == left.end()) {
       throw Error(ExitCode::kCheckpoint,
                   "optimizer state lacks " + name + ": it belongs to another model");
     }
     const at::Tensor& source = found->second;
-    if (source.sizes() != tensor.sizes() || source.scalar_type() != tensor.scalar_type()) {
+    if (source.sizes() != like.sizes() || source.scalar_type() != like.scalar_type()) {
       throw Error(ExitCode::kCheckpoint, "optimizer state " + name + ": expected " +
-                                             describe(tensor) + ", got " + describe(source) +
+                                             describe(like) + ", got " + describe(source) +
                                              ": it belongs to another model");
     }
-    tensor.copy_(source);
-    given.erase(found);
-  }
-  if (!given.empty()) {
+    left.erase(found);
+  };
+  for (const Parameter& parameter : parameters_)
+    for (const char* const moment : kMoments) check(moment + parameter.name, parameter.tensor);
+  check("step", step_);
+  if (!left.empty()) {
     throw Error(ExitCode::kCheckpoint,
-                "optimizer state holds " + given.begin()->first + ", which this model lacks");
+                "optimizer state holds " + left.begin()->first + ", which this model lacks");
   }
+}
+
+void AdamW::load_state(const NamedTensors& state) {
+  const at::NoGradGuard no_grad;
+  std::map<std::string, at::Tensor> whole;
+  if (place_.leads()) {
+    check_state(state);
+    whole.insert(state.begin(), state.end());
+    step_.copy_(whole.at("step"));
+  }
+  std::vector<at::Tensor> of_all{step_};
+  for (Parameter& parameter : parameters_) {
+    for (size_t i = 0; i < kMoments.size(); ++i) {
+      at::Tensor& own = parameter.pieces.front().moments[i];
+      if (sharded_) {
+        hand_out(place_.leads() ? whole.at(kMoments[i] + parameter.name) : at::Tensor(), parameter,
+                 i);
+      } else {
+        if (place_.leads()) own.copy_(whole.at(kMoments[i] + parameter.name));
+        of_all.push_back(own);
+      }
+    }
+  }
+  if (group_ != nullptr) group_->broadcast(of_all);
 }
 
 }  // namespace xlstm::train

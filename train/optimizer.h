@@ -1,12 +1,14 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "csrc/config/config.h"
 #include "csrc/core/safetensors.h"
+#include "train/distributed.h"
 
 namespace xlstm::train {
 
@@ -14,11 +16,15 @@ namespace xlstm::train {
 /// parameter:
 ///   p <- p - lr wd p;  m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;
 ///   p <- p - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
+/// Of several processes each holds all of m and v; with options.shard an equal part of them alone, updates that part of the
+/// parameters and sends it to the others (ZeRO stage 1, arXiv 1910.02054). The results are the same, bit for bit.
 class AdamW {
  public:
-  /// `parameters`: name and tensor. Parameters that decays() names form the group with
-  /// options.weight_decay, all others have none. The tensors are updated in place.
-  AdamW(const NamedTensors& parameters, const config::OptimConfig& options);
+  /// `parameters`: name and tensor (contiguous). Those that decays() names have options.weight_decay, all others none.
+  /// The tensors are updated in place. group: the processes that train together, which then make all calls
+  /// together where nothing else is said; null for one.
+  AdamW(const NamedTensors& parameters, const config::OptimConfig& options,
+        ProcessGroup* group = nullptr);
 
   /// One update from the parameters' gradients, each divided by `divisor` first (clipping; it costs nothing here), or
   /// none at all where `skip` is 1. Numbers of one element on the parameters' device: learning_rate float64, the others
@@ -31,11 +37,16 @@ class AdamW {
   void zero_grad();
 
   int64_t steps() const;
+  /// What this process holds of the moments.
+  int64_t bytes() const;
   /// "exp_avg.<name>" and "exp_avg_sq.<name>" like the parameter, and "step" (float32, one
-  /// element). The tensors are the optimizer's own: copy them to keep them.
+  /// element): the optimizer's own tensors, copy them to keep them. With options.shard copies on the CPU, in the process
+  /// that leads alone; the others have none.
   NamedTensors state() const;
-  /// Throws Error(kCheckpoint) naming a missing, extra or misshapen tensor.
+  /// state: of the process that leads, which gives the others theirs. Throws as check_state() does.
   void load_state(const NamedTensors& state);
+  /// By one process alone. Throws Error(kCheckpoint) naming a missing, extra or misshapen tensor.
+  void check_state(const NamedTensors& state) const;
 
   /// Whether a parameter decays: a matrix weight (its name holds "weight" and not "norm"; biases,
   /// skips and recurrent kernels are neither); the token embedding only with
@@ -44,13 +55,30 @@ class AdamW {
                      const config::OptimConfig& options);
 
  private:
-  struct Group {
-    double weight_decay = 0;
-    std::vector<std::string> names;
-    std::vector<at::Tensor> parameters, exp_avgs, exp_avg_sqs;
+  /// A run of elements of a parameter that one process updates.
+  struct Piece {
+    int64_t owner, begin, end;
+    std::array<at::Tensor, 2> moments;  ///< m and v, the owner's; undefined in the others
   };
+  struct Parameter {
+    std::string name;
+    at::Tensor tensor;
+    double weight_decay;
+    std::vector<Piece> pieces;  ///< one where nothing is shared
+  };
+  bool own(const Piece& piece) const { return piece.owner == place_.rank; }
+  void divide();
+  void update(double weight_decay, const at::Tensor& rate, const at::Tensor& divisor,
+              const at::Tensor& skip);
+  void exchange();
+  at::Tensor collect(const Parameter& parameter, size_t moment) const;
+  void hand_out(const at::Tensor& whole, Parameter& parameter, size_t moment);
+
   config::OptimConfig options_;
-  std::vector<Group> groups_;
+  ProcessGroup* group_;
+  ProcessPlace place_;
+  bool sharded_;
+  std::vector<Parameter> parameters_;  ///< those that decay first
   at::Tensor step_;
 };
 

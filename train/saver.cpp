@@ -54,10 +54,11 @@ void Saver::check_free_disk() const {
 void Saver::save(const TrainerState& counters, bool last) {
   if (!group_.any(saved_step_ != counters.step)) return;
   check_weights(counters.step);
+  const NamedTensors optimizer = optimizer_.state();  // of all processes
   if (!group_.place().leads()) {
     saved_step_ = counters.step;
   } else if (saved_step_ != counters.step) {
-    write(counters, last);
+    write(counters, optimizer, last);
   }
 }
 
@@ -85,13 +86,12 @@ void Saver::check_weights(int64_t step) {
                     "they are of different kinds; run the same command again");
 }
 
-void Saver::write(TrainerState state, bool last) {
+void Saver::write(TrainerState state, const NamedTensors& optimizer, bool last) {
   const double start = monotonic_seconds();
   double seconds = 0;
   store_random_streams(device_, state);
   try {
-    const std::string folder =
-        save_checkpoint(run_dir_, config_, model_, optimizer_.state(), state);
+    const std::string folder = save_checkpoint(run_dir_, config_, model_, optimizer, state);
     saved_step_ = state.step;
     failed_saves_in_a_row_ = 0;
     seconds = monotonic_seconds() - start;

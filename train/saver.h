@@ -38,7 +38,7 @@ class Saver {
 
  private:
   void check_weights(int64_t step);
-  void write(TrainerState state, bool last);
+  void write(TrainerState state, const NamedTensors& optimizer, bool last);
   void survive(int64_t step, const std::string& problem, bool last);
   int64_t checkpoint_bytes() const;
 

@@ -43,9 +43,9 @@ class Trainer::Impl {
   void open_run_folder();
   void open_data();
   void resume_or_start();
-  void load(const CheckpointFolder& checkpoint);
+  NamedTensors load(const CheckpointFolder& checkpoint);
   void start_files(const std::string& checkpoint, const std::string& first_weights);
-  void share_state();
+  void share_state(const NamedTensors& optimizer_state);
   void announce() const;
   ExitCode train();
   void one_step(Prefetcher& prefetcher);
@@ -120,7 +120,7 @@ void Trainer::Impl::open() {
   seed_random_streams(device_, static_cast<uint64_t>(config_.run.seed));
   model_ = models::make_language_model(config_.model, device_);
   model_->train();
-  optimizer_.emplace(named_parameters(*model_), config_.optim);
+  optimizer_.emplace(named_parameters(*model_), config_.optim, &*group_);
   recorder_.emplace(config_, total_steps_, device_,
                     options_.quiet || !leads() ? "off" : config_.log.console);
   saver_.emplace(config_, leads() ? folder_->path() : "", *model_, *optimizer_, device_, *group_,
@@ -151,11 +151,12 @@ void Trainer::Impl::open_data() {
 
 void Trainer::Impl::resume_or_start() {
   state_.data_fingerprint = data_.train->fingerprint();
+  NamedTensors optimizer_state;
   if (leads()) {
     const std::optional<CheckpointFolder> checkpoint = choose_checkpoint(*folder_, config_);
     std::string first_weights;
     if (checkpoint.has_value()) {
-      load(*checkpoint);
+      optimizer_state = load(*checkpoint);
       set_aside_later_checkpoints(*folder_, state_.step);
       first_weights = recorded_first_weights(*folder_);
       if (!config_.train.init_from.empty())
@@ -167,7 +168,7 @@ void Trainer::Impl::resume_or_start() {
     }
     start_files(checkpoint.has_value() ? checkpoint->path : "", first_weights);
   }
-  share_state();
+  share_state(optimizer_state);
 }
 
 /// Files of the run's course, cut to where it goes on. checkpoint: "" at a start.
@@ -185,13 +186,12 @@ void Trainer::Impl::start_files(const std::string& checkpoint, const std::string
   samples_.emplace(config_, folder_->file("samples.jsonl"));
 }
 
-/// Weights, optimizer and counters of process 0, which alone reads checkpoints, for all.
-void Trainer::Impl::share_state() {
-  if (group_->place().alone()) return;
+/// Weights, optimizer and counters of process 0, which alone reads checkpoints, for all. optimizer_state: of a checkpoint,
+/// in process 0.
+void Trainer::Impl::share_state(const NamedTensors& optimizer_state) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> tensors;
   for (const auto& [name, tensor] : named_model_tensors(*model_)) tensors.push_back(tensor);
-  for (const auto& [name, tensor] : optimizer_->state()) tensors.push_back(tensor);
   const at::Tensor counters = at::tensor(
       {state_.step, state_.tokens, state_.samples_consumed, state_.skipped_updates}, at::kLong);
   tensors.push_back(counters);
@@ -199,9 +199,11 @@ void Trainer::Impl::share_state() {
   const int64_t* numbers = counters.const_data_ptr<int64_t>();
   state_.step = numbers[0], state_.tokens = numbers[1];
   state_.samples_consumed = numbers[2], state_.skipped_updates = numbers[3];
+  if (state_.step > 0) optimizer_->load_state(optimizer_state);
 }
 
-void Trainer::Impl::load(const CheckpointFolder& checkpoint) {
+/// Returns the optimizer's state, for share_state().
+NamedTensors Trainer::Impl::load(const CheckpointFolder& checkpoint) {
   // Settings first: their message says more than a shape that does not fit.
   check_same_run(config_, checkpoint_config(checkpoint), checkpoint.path);
   const std::optional<TrainerState> state = checkpoint_state(checkpoint);
@@ -219,23 +221,31 @@ void Trainer::Impl::load(const CheckpointFolder& checkpoint) {
                                        "); put the data back, start over with --fresh, or choose "
                                        "another run.name");
   }
+  NamedTensors optimizer_state = checkpoint_optimizer(checkpoint);
+  optimizer_->check_state(optimizer_state);
   load_weights(*model_, checkpoint);
-  optimizer_->load_state(checkpoint_optimizer(checkpoint));
   state_ = *state;
   saver_->set_saved_step(state_.step);
   restore_random_streams(device_, state_);
   log_info("resumed from " + checkpoint.path);
+  return optimizer_state;
 }
 
 void Trainer::Impl::announce() const {
   if (!leads()) return;
   const double count = static_cast<double>(models::count_parameters(config_.model));
-  log_info("run " + folder_->path() + " | " + format_count(count) + " parameters | " +
-           describe(device_) +
-           (group_->place().alone()
-                ? ""
-                : " in each of " + std::to_string(group_->place().size) + " processes") +
-           " | " + config_.train.dtype);
+  log_info(
+      "run " + folder_->path() + " | " + format_count(count) + " parameters | " +
+      describe(device_) +
+      (group_->place().alone()
+           ? ""
+           : " in each of " + std::to_string(group_->place().size) + " processes") +
+      (config_.optim.shard && !group_->place().alone()
+           ? " | " +
+                 format_number("%.1f MiB", static_cast<double>(optimizer_->bytes()) / (1 << 20)) +
+                 " of the optimizer's state in each"
+           : "") +
+      " | " + config_.train.dtype);
   log_info("data " + describe_data(config_, data_, total_steps_) + " | " +
            std::to_string(total_steps_) + " steps of " +
            format_thousands(tokens_per_step(config_)) + " tokens");

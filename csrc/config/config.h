@@ -71,6 +71,7 @@ struct OptimConfig {
   double eps = 1e-8;
   double weight_decay = 0.1;
   bool weight_decay_on_embedding = false;
+  bool shard = false;  ///< several processes: each holds its part of the moments alone
 };
 
 struct CheckpointConfig {

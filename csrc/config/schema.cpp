@@ -307,6 +307,9 @@ std::vector<Field> training_fields() {
       XLSTM_FIELD(optim.eps, above(0), "epsilon of AdamW"),
       XLSTM_FIELD(optim.weight_decay, at_least(0), "decoupled weight decay of matrices"),
       XLSTM_FIELD(optim.weight_decay_on_embedding, any(), "decay the embedding too"),
+      XLSTM_FIELD(optim.shard, any(),
+                  "several processes: each holds an equal part of the optimizer's state and sends "
+                  "what it has updated to the others"),
   };
 }
 

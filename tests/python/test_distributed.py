@@ -90,6 +90,41 @@ def test_four_processes_differ_by_rounding_alone(setup):  # noqa: F811
     assert here == pytest.approx(alone, rel=1e-4)
 
 
+def test_a_shared_optimizer_has_the_same_bits(setup):  # noqa: F811
+    config, run = setup
+    for name, size, shard in (("whole", 2, "false"), ("two", 2, "true"), ("four_whole", 4, "false"), ("four", 4, "true")):
+        ended = together(config, f"run.name={name}", f"optim.shard={shard}", size=size)
+        assert [status for _, _, status in ended] == [0] * size, ended
+        assert ("of the optimizer's state" in ended[0][0]) == (shard == "true")
+    for shared, whole in (("two", "whole"), ("four", "four_whole")):
+        assert losses(run.parent / shared) == losses(run.parent / whole)
+        for step in (8, 12):
+            assert fingerprint(run.parent / shared, step) == fingerprint(run.parent / whole, step)
+
+
+def test_who_shares_the_optimizer_may_change_from_start_to_start(setup):  # noqa: F811
+    config, run = setup
+    assert train(config, TWO_MICRO_BATCHES, "run.name=alone").returncode == 0
+    shared, stop = "optim.shard=true", "trainer.raise_sigterm:{}"
+    assert [status for _, _, status in together(config, shared, failpoint=stop.format(3))] == [75, 75]
+    assert train(config, TWO_MICRO_BATCHES, shared, failpoint=stop.format(5)).returncode == 75
+    assert [status for _, _, status in together(config, shared, failpoint=stop.format(7))] == [75, 75]
+    assert [status for _, _, status in together(config, failpoint=stop.format(9))] == [75, 75]
+    assert [status for _, _, status in together(config, shared)] == [0, 0]
+    assert losses(run) == losses(run.parent / "alone")
+    assert fingerprint(run, 12) == fingerprint(run.parent / "alone", 12)
+
+
+def test_one_of_those_that_share_the_optimizer_is_killed_while_saving(setup):  # noqa: F811
+    config, run = setup
+    shared = "optim.shard=true"
+    ended = together(config, shared, failpoint="ckpt.before_rename:8", failing=0)
+    assert ended[0][2] < 0 and ended[1][2] == 6, ended
+    assert [status for _, _, status in together(config, shared)] == [0, 0]
+    assert [status for _, _, status in together(config, "run.name=whole")] == [0, 0]
+    assert fingerprint(run, 12) == fingerprint(run.parent / "whole", 12)
+
+
 @under_torchrun
 def test_torchrun(setup):  # noqa: F811
     config, run = setup

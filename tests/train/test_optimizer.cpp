@@ -6,7 +6,16 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 
+#include <arpa/inet.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdlib>
+#include <future>
+#include <string>
 #include <vector>
 
 #include "csrc/core/error.h"
@@ -49,6 +58,48 @@ struct Oracle {
       const double v_hat = v[i] / (1 - std::pow(o.beta2, static_cast<double>(t)));
       p[i] -= lr * m_hat / (std::sqrt(v_hat) + o.eps);
     }
+  }
+};
+
+/// Processes of a run as threads of this one.
+class ProcessesHere {
+ public:
+  ProcessesHere() {
+    ::setenv("MASTER_ADDR", "127.0.0.1", 1);
+    ::setenv("GLOO_SOCKET_IFNAME", "lo", 1);
+    ::setenv("MASTER_PORT", std::to_string(free_port()).c_str(), 1);
+  }
+  ~ProcessesHere() {
+    for (const char* name : {"MASTER_ADDR", "GLOO_SOCKET_IFNAME", "MASTER_PORT"}) ::unsetenv(name);
+  }
+  ProcessesHere(const ProcessesHere&) = delete;
+  ProcessesHere& operator=(const ProcessesHere&) = delete;
+
+  template <class Work>
+  void run(int64_t processes, const Work& work) const {
+    std::vector<std::future<void>> all;
+    for (int64_t rank = 0; rank < processes; ++rank) {
+      all.push_back(std::async(std::launch::async, [=, &work] {
+        train::ProcessGroup group({rank, processes, rank}, at::kCPU);
+        work(group);
+        group.barrier();
+      }));
+    }
+    for (auto& one : all) one.get();
+  }
+
+ private:
+  static int free_port() {
+    const int socket = ::socket(AF_INET, SOCK_STREAM, 0);
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof address;
+    auto* const any = reinterpret_cast<sockaddr*>(&address);
+    REQUIRE(::bind(socket, any, size) == 0);
+    REQUIRE(::getsockname(socket, any, &size) == 0);
+    ::close(socket);
+    return ntohs(address.sin_port);
   }
 };
 
@@ -156,6 +207,56 @@ TEST_CASE("the state goes out and in without changing a bit") {
   update(b, second);
   for (size_t i = 0; i < first.size(); ++i) CHECK(first[i].second.equal(second[i].second));
   CHECK(a.state().size() == 9);
+}
+
+TEST_CASE("three processes share the state, and update as one does") {
+  // Threads in the place of processes. 130 and 3 elements: pieces inside, at the ends of and larger than a parameter.
+  constexpr int64_t kProcesses = 3;
+  const ProcessesHere here;
+  const auto parameters = [] {
+    at::manual_seed(1);
+    return NamedTensors{{"embedding.weight", at::randn({13, 10}).set_requires_grad(true)},
+                        {"proj.weight", at::randn({40, 7}).set_requires_grad(true)},
+                        {"proj.bias", at::randn({3}).set_requires_grad(true)},
+                        {"unused.weight", at::randn({70, 2}).set_requires_grad(true)}};
+  };
+  const auto train = [](AdamW& optimizer, const NamedTensors& of) {
+    for (int step = 1; step <= 3; ++step) {
+      for (size_t i = 0; i < 3; ++i)
+        set_gradient(of[i].second, of[i].second.detach().sin().mul(step));
+      optimizer.step(number(0.1), number(2, at::kFloat), number(0, at::kFloat));
+      optimizer.zero_grad();
+    }
+  };
+  config::OptimConfig options;
+  const NamedTensors whole = parameters();
+  AdamW alone(whole, options);
+  train(alone, whole);
+  const NamedTensors expected = alone.state();
+  options.shard = true;
+  std::array<NamedTensors, kProcesses> own, states;
+  std::array<int64_t, kProcesses> bytes{};
+  for (NamedTensors& of : own) of = parameters();  // drawn one after the other
+  here.run(kProcesses, [&](train::ProcessGroup& group) {
+    const auto rank = static_cast<size_t>(group.place().rank);
+    AdamW optimizer(own[rank], options, &group);
+    bytes[rank] = optimizer.bytes();
+    train(optimizer, own[rank]);
+    const NamedTensors state = optimizer.state();
+    AdamW next(own[rank], options, &group);
+    next.load_state(state);
+    states[rank] = next.state();
+  });
+  CHECK(bytes[0] + bytes[1] + bytes[2] == alone.bytes());
+  CHECK(*std::max_element(bytes.begin(), bytes.end()) <= alone.bytes() / kProcesses + 8 * 64);
+  for (const NamedTensors& of : own)
+    for (size_t i = 0; i < of.size(); ++i) CHECK(of[i].second.equal(whole[i].second));
+  CHECK(states[1].empty());
+  REQUIRE(states[0].size() == expected.size());
+  for (size_t i = 0; i < expected.size(); ++i) {
+    CHECK(states[0][i].first == expected[i].first);
+    CHECK(states[0][i].second.equal(expected[i].second));
+  }
 }
 
 TEST_CASE("a state of another model is refused by name") {
