@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -345,16 +346,46 @@ def test_generate_gives_what_the_program_gives(tmp_path):
     assert done.stdout.decode() == bytes(ids).decode(errors="replace") + "\n"
 
 
-def test_distributed_data_parallel_takes_it(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+DATA_PARALLEL = """
+import sys, torch, libxlstm
+store, yaml, rank, out = sys.argv[1:]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
+torch.manual_seed(int(rank))  # the processes begin with other weights
+model = libxlstm.make_model(yaml)
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(parallel.parameters(), lr=0.5)
+for step in range(3):
+    ids = torch.randint(300, (4, 9), generator=torch.Generator().manual_seed(step))[int(rank)::2]
+    loss = torch.nn.functional.cross_entropy(parallel(ids)[0].flatten(0, 1), ids.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+torch.save(model.state_dict(), out)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_distributed_data_parallel_averages_over_processes(tmp_path):
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    outs = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    running = [subprocess.Popen([sys.executable, "-c", DATA_PARALLEL, tmp_path / "store", YAML, str(rank), out], env=environment)
+               for rank, out in enumerate(outs)]
     try:
-        model, alone = make_model(), make_model()
-        ids = random_ids(2, 7)
-        for each in (torch.nn.parallel.DistributedDataParallel(model), alone):
-            torch.nn.functional.cross_entropy(each(ids)[0].flatten(0, 1), ids.flatten()).backward()
-        assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+        assert [process.wait(timeout=120) for process in running] == [0, 0]
     finally:
-        torch.distributed.destroy_process_group()
+        for process in running:
+            process.kill()
+    both = [torch.load(out) for out in outs]
+    model = make_model(seed=0)  # what process 0 began with
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(3):
+        ids = torch.randint(300, (4, 9), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(ids)[0].flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+    for name, alone in model.state_dict().items():
+        assert torch.equal(both[0][name], both[1][name])
+        torch.testing.assert_close(both[0][name], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_compile_leaves_a_call_as_it_is():
