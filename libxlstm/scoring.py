@@ -172,7 +172,8 @@ class Judge:
         """Of a run or a checkpoint folder, with the tokenizer it was trained with; `options` as the class takes them."""
         import yaml
 
-        model = libxlstm.load(folder, verify)
+        weights, _ = DTYPES.get(options.get("dtype", "float32"), (None, None))  # an unknown one is the class's to refuse
+        model = libxlstm.load(folder, verify, dtype=weights)
         configured = yaml.safe_load(model.config)["data"]["tokenizer"]
         return cls(model, Tokenizer(tokenizer or find_tokenizer(model.folder, configured)), **options)
 

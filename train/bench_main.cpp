@@ -43,6 +43,8 @@ const std::vector<OptionSpec> kOptions{
     {"--lazy-fold", "WHEN",
      "on, off, or auto: mLSTM states that are written every 16th token alone, where that moves "
      "fewer bytes on a GPU (auto)"},
+    {"--dtype", "NAME",
+     "of the weights when it decodes and generates: float32 or bfloat16_weights (float32)"},
     {"--json", "FILE", "also write the numbers there"},
     {"--help", "", "show this"}};
 
@@ -187,6 +189,8 @@ int body(int argc, char** argv) {
   const config::Config config = config::load_config(line.positional[0], line.overrides);
   const int64_t steps = line.get_int("--steps", 20, 0), tokens = line.get_int("--tokens", 64, 0);
   const std::optional<bool> lazy = lazy_fold(line);
+  const std::string weights = line.get("--dtype", "float32");
+  const at::ScalarType weights_dtype = choose_weights_dtype(weights, "--dtype");
   if (config.run.num_threads > 0) at::set_num_threads(static_cast<int>(config.run.num_threads));
   const at::Device device = choose_device(config.run.device, "run.device");
   use_own_stream(device);
@@ -200,10 +204,12 @@ int body(int argc, char** argv) {
                  {"overrides", line.overrides},
                  {"device", describe(device)},
                  {"dtype", config.train.dtype},
+                 {"decoding_dtype", weights},
                  {"parameters", models::count_parameters(config.model)},
                  {"batch", config.train.global_batch_size},
                  {"seq_len", config.data.seq_len}};
   if (steps > 0) report["training"] = time_training(config, *model, steps);
+  model->to(weights_dtype);
   if (line.has("--positions") || line.has("--batches")) {
     measure_generation(line, *model, report);
   } else if (tokens > 0) {

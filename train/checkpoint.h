@@ -86,6 +86,8 @@ struct LoadedModel {
   std::string folder;
   std::string tokenizer;  ///< spec for data::make_tokenizer, resolved to the folder's own copy
 };
-LoadedModel load_model(const std::string& folder_or_run, bool verify = true);
+/// dtype: that of the model's parameters, to which the checkpoint's are rounded; beside them nothing of their size is held.
+LoadedModel load_model(const std::string& folder_or_run, bool verify = true,
+                       at::ScalarType dtype = at::kFloat);
 
 }  // namespace xlstm::train

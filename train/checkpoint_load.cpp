@@ -11,6 +11,7 @@
 #include "csrc/config/schema.h"
 #include "csrc/core/error.h"
 #include "csrc/core/file.h"
+#include "csrc/nn/layers.h"
 #include "train/checkpoint.h"
 
 namespace xlstm::train {
@@ -110,6 +111,12 @@ SafetensorsFile read_weights(const models::LanguageModel& model,
                   " of another shape, " + std::to_string(bad.dtype) +
                   " of another dtype): " + bad.all + "; use the model settings of its " +
                   kConfigName + (others.empty() ? "" : ": " + others));
+}
+
+void copy_weights(models::LanguageModel& model, const SafetensorsFile& weights) {
+  const at::NoGradGuard no_grad;
+  for (const auto& [name, tensor] : named_model_tensors(model))
+    tensor.copy_(weights.tensors.at(name));
 }
 
 void warn_on_standard_error(const std::string& what) {
@@ -212,13 +219,10 @@ void check_weights_fit(const models::LanguageModel& model, const CheckpointFolde
 }
 
 void load_weights(models::LanguageModel& model, const CheckpointFolder& checkpoint) {
-  const SafetensorsFile weights = read_weights(model, checkpoint);
-  const at::NoGradGuard no_grad;
-  for (const auto& [name, tensor] : named_model_tensors(model))
-    tensor.copy_(weights.tensors.at(name));
+  copy_weights(model, read_weights(model, checkpoint));
 }
 
-LoadedModel load_model(const std::string& folder_or_run, bool verify) {
+LoadedModel load_model(const std::string& folder_or_run, bool verify, at::ScalarType dtype) {
   const CheckpointFolder checkpoint =
       find_checkpoint(folder_or_run, verify, warn_on_standard_error);
   LoadedModel loaded;
@@ -226,8 +230,11 @@ LoadedModel load_model(const std::string& folder_or_run, bool verify) {
   loaded.config = checkpoint_config(checkpoint);
   loaded.tokenizer = checkpoint_tokenizer(checkpoint, loaded.config);
   const KeepRandomState keep_random_state;
+  const nn::SkipDrawing skip_drawing;
   loaded.model = models::make_language_model(loaded.config.model);
-  load_weights(*loaded.model, checkpoint);
+  const SafetensorsFile weights = read_weights(*loaded.model, checkpoint);
+  loaded.model->to(dtype);  // moves nothing: no page of the tensors was touched yet
+  copy_weights(*loaded.model, weights);
   loaded.model->eval();
   return loaded;
 }

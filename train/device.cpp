@@ -52,6 +52,12 @@ at::Device choose_device(const std::string& name, const std::string& setting) {
   return {at::kCUDA, c10::impl::VirtualGuardImpl(at::kCUDA).getDevice().index()};
 }
 
+at::ScalarType choose_weights_dtype(const std::string& name, const std::string& setting) {
+  if (name != "float32" && name != "bfloat16_weights")
+    throw Error(ExitCode::kConfig, setting + ": expected float32 or bfloat16_weights, got " + name);
+  return name == "float32" ? at::kFloat : at::kBFloat16;
+}
+
 void use_own_stream(at::Device device) {
   if (device.is_cpu()) return;
   const c10::impl::VirtualGuardImpl guard(device.type());

@@ -1,5 +1,6 @@
 #pragma once
 #include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
 
 #include <cstdint>
 #include <string>
@@ -9,6 +10,9 @@ namespace xlstm::train {
 /// "cpu", "cuda" or "auto" (a GPU where torch sees one). Throws Error(kConfig) for "cuda" without one; `setting` names
 /// what was asked for in the message.
 at::Device choose_device(const std::string& name, const std::string& setting);
+
+/// Of a model's weights, "float32" or "bfloat16_weights". Throws Error(kConfig) for another name.
+at::ScalarType choose_weights_dtype(const std::string& name, const std::string& setting);
 
 /// On a GPU: the calling thread works on a stream of its own from now on. The default stream cannot be captured in a
 /// graph, and one stream for everything keeps the order of training, evaluation and saving.

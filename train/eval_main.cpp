@@ -50,6 +50,9 @@ const std::vector<OptionSpec> kOptions{
     {"--counts", "PREFIX", "token file to count them in (the run's training data)"},
     {"--json", "FILE", "also write the numbers there"},
     {"--device", "NAME", "cpu, cuda or auto: a GPU where there is one (auto)"},
+    {"--dtype", "NAME",
+     "float32; bfloat16: autocast, as in training; bfloat16_weights: the weights are rounded too, "
+     "which halves their memory (train.dtype)"},
     {"--threads", "N", "CPU threads; 0: all cores (0)"},
     {"--no-verify", "", "skip the checksums of the checkpoint"},
     {"--help", "", "show this"}};
@@ -224,17 +227,17 @@ EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t
 }
 
 EvalReport judge(const LoadedModel& loaded, const EvalData& data, int64_t seq_len,
-                 int64_t batch_size, int64_t batches, const std::optional<Buckets>& buckets) {
+                 int64_t batch_size, int64_t batches, bool autocast,
+                 const std::optional<Buckets>& buckets) {
   EvalReport report;
   report.checkpoint = loaded.folder;
   report.data = data.name;
   report.seq_len = seq_len;
   report.trained_seq_len = loaded.config.data.seq_len;
   if (buckets) report.bucket_edges = buckets->edges;
-  const bool bfloat16 = loaded.config.train.dtype == "bfloat16";
   const auto start = std::chrono::steady_clock::now();
   for (const auto& [name, set] : data.sources)
-    report.sources.push_back({name, evaluate(*loaded.model, *set, batch_size, batches, bfloat16,
+    report.sources.push_back({name, evaluate(*loaded.model, *set, batch_size, batches, autocast,
                                              true, buckets ? &buckets->groups : nullptr)});
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (data.by_source) {
@@ -263,7 +266,12 @@ int body(int argc, char** argv) {
 
   const at::Device device = choose_device(line.get("--device", "auto"), "--device");
   use_own_stream(device);
-  const LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"));
+  const std::string given = line.get("--dtype", "");
+  if (!given.empty() && given != "float32" && given != "bfloat16" && given != "bfloat16_weights")
+    throw Error(ExitCode::kConfig,
+                "--dtype: expected float32, bfloat16 or bfloat16_weights, got " + given);
+  const LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"),
+                                        given == "bfloat16_weights" ? at::kBFloat16 : at::kFloat);
   loaded.model->to(device);
   const config::Config& config = loaded.config;
   const int64_t held_out_len = data::is_given(config.data.task) ? config.data.task.eval_len : 0;
@@ -275,7 +283,9 @@ int body(int argc, char** argv) {
 
   const EvalData data = choose_data(line, loaded, seq_len);
   const std::optional<Buckets> buckets = choose_buckets(line, loaded);
-  const EvalReport report = judge(loaded, data, seq_len, batch_size, batches, buckets);
+  const EvalReport report =
+      judge(loaded, data, seq_len, batch_size, batches,
+            (given.empty() ? config.train.dtype : given) == "bfloat16", buckets);
   print_report(report);
   if (line.has("--json")) write_report(line.get("--json", ""), report);
   return 0;

@@ -36,6 +36,9 @@ const std::vector<OptionSpec> kOptions{
     {"--greedy", "", "always the most likely token"},
     {"--num-samples", "N", "how many continuations (1)"},
     {"--device", "NAME", "cpu, cuda or auto: a GPU where there is one (auto)"},
+    {"--dtype", "NAME",
+     "float32, or bfloat16_weights: the weights are rounded, which halves the memory and what a "
+     "token reads (float32)"},
     {"--threads", "N", "CPU threads; 0: all cores (0)"},
     {"--no-echo", "", "print the continuation without the prompt"},
     {"--no-verify", "", "skip the checksums of the checkpoint"},
@@ -129,7 +132,8 @@ int body(int argc, char** argv) {
 
   const at::Device device = choose_device(line.get("--device", "auto"), "--device");
   use_own_stream(device);
-  LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"));
+  LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"),
+                                  choose_weights_dtype(line.get("--dtype", "float32"), "--dtype"));
   loaded.model->to(device);
   const auto tokenizer = data::make_tokenizer(loaded.tokenizer);
   SamplingOptions options = sampling_options(line, *tokenizer);

@@ -14,11 +14,18 @@ at::Tensor filled(at::IntArrayRef sizes, double value, at::Device device) {
   return at::full(sizes, value, at::TensorOptions().dtype(at::kFloat).device(device));
 }
 
+thread_local bool skip_drawing = false;
+
+bool is_drawn(const at::Tensor& tensor) { return !tensor.is_meta() && !skip_drawing; }
+
 }  // namespace
+
+SkipDrawing::SkipDrawing() : before_(std::exchange(skip_drawing, true)) {}
+SkipDrawing::~SkipDrawing() { skip_drawing = before_; }
 
 void normal_init_(at::Tensor& tensor, double std) {
   at::NoGradGuard no_grad;
-  if (!tensor.is_meta()) tensor.normal_(0, std);
+  if (is_drawn(tensor)) tensor.normal_(0, std);
 }
 
 void small_init_(at::Tensor& tensor, int64_t dim) {
@@ -31,7 +38,7 @@ void wang_init_(at::Tensor& tensor, int64_t dim, int64_t num_blocks) {
 
 void uniform_init_(at::Tensor& tensor, double bound) {
   at::NoGradGuard no_grad;
-  if (!tensor.is_meta()) tensor.uniform_(-bound, bound);
+  if (is_drawn(tensor)) tensor.uniform_(-bound, bound);
 }
 
 void linspace_init_(at::Tensor& tensor, double first, double last) {

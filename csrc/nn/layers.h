@@ -47,7 +47,8 @@ class Block : public torch::nn::Module {
   virtual std::vector<at::Tensor> outer_parameters() const { return {}; }
 };
 
-/// First weights. These leave tensors on the meta device alone.
+/// First weights. These leave tensors on the meta device alone, and normal_init_ and uniform_init_ (small_init_, wang_init_) all
+/// tensors while a SkipDrawing lives.
 void normal_init_(at::Tensor& tensor, double std);
 /// N(0, 2 / (5 dim)): "Transformers without Tears", arXiv 1910.05895.
 void small_init_(at::Tensor& tensor, int64_t dim);
@@ -56,6 +57,18 @@ void wang_init_(at::Tensor& tensor, int64_t dim, int64_t num_blocks);
 void uniform_init_(at::Tensor& tensor, double bound);
 /// Evenly spaced from `first` to `last` along the last dimension.
 void linspace_init_(at::Tensor& tensor, double first, double last);
+
+/// For models that this thread makes in order to load their weights: large ones take longer to draw than to read.
+class SkipDrawing {
+ public:
+  SkipDrawing();
+  ~SkipDrawing();
+  SkipDrawing(const SkipDrawing&) = delete;
+  SkipDrawing& operator=(const SkipDrawing&) = delete;
+
+ private:
+  bool before_;
+};
 
 /// y = x weight^T + bias; weight (out,in), bias (out). The weight starts at zero: the owner initialises it.
 class Linear : public torch::nn::Module {

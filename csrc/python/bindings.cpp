@@ -85,8 +85,8 @@ class PyModel {
   std::string folder_, tokenizer_;
 };
 
-PyModel load(const std::string& checkpoint_dir, bool verify) {
-  auto loaded = xlstm::train::load_model(checkpoint_dir, verify);
+PyModel load(const std::string& checkpoint_dir, bool verify, at::ScalarType dtype) {
+  auto loaded = xlstm::train::load_model(checkpoint_dir, verify, dtype);
   return PyModel(std::move(loaded.model), std::move(loaded.config), std::move(loaded.folder),
                  std::move(loaded.tokenizer));
 }
@@ -172,7 +172,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("config", &PyModel::config)
       .def_property_readonly("folder", &PyModel::folder)
       .def("__repr__", &PyModel::repr);
-  m.def("load", &load, py::arg("checkpoint_dir"), py::arg("verify") = true, no_lock(),
+  m.def("load", &load, py::arg("checkpoint_dir"), py::arg("verify"), py::arg("dtype"), no_lock(),
         "The model of a checkpoint folder, or of a run folder (its newest good checkpoint), in "
         "eval mode.");
   m.def("make_model", &make_model, py::arg("yaml"), no_lock(),

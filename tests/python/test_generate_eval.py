@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import libxlstm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from tiny_run import BIN, ROOT, TinyRun, environment, program  # noqa: E402
@@ -79,6 +82,24 @@ def test_eval_of_the_runs_own_held_out_set(run, tmp_path):
     program("xlstm-eval", run.path, "--batches", 2, "--batch-size", 2, "--json", limited, check=0)
     trained = [m for m in run.metrics() if "val/loss" in m][-1]  # eval.batches: 2 of micro batches of 2
     assert json.loads(limited.read_text())["loss"] == pytest.approx(trained["val/loss"], rel=1e-5)
+
+
+def test_rounded_weights(run, tmp_path):
+    rounded = libxlstm.load(run.path, dtype=torch.bfloat16)
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    whole = libxlstm.load(run.path)
+    for (name, x), y in zip(whole.named_parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(x.to(torch.bfloat16), y), name
+    text = generate(run, "--prompt", "the ", "--greedy", "--max-new-tokens", 50, "--dtype", "bfloat16_weights", "--no-echo")
+    assert text == bytes(rounded.generate(list(b"the "), 50, temperature=0)).decode(errors="replace") + "\n"
+    losses = {}
+    for dtype in ("float32", "bfloat16", "bfloat16_weights"):
+        program("xlstm-eval", run.path, "--dtype", dtype, "--json", tmp_path / "eval.json", check=0)
+        losses[dtype] = json.loads((tmp_path / "eval.json").read_text())["loss"]
+    assert len(set(losses.values())) == 3  # each rounds in its own way
+    assert max(losses.values()) - min(losses.values()) < 0.02
+    for name in ("xlstm-generate", "xlstm-eval"):
+        assert "--dtype: expected float32" in program(name, run.path, "--dtype", "half", check=2).stderr
 
 
 def test_eval_at_longer_contexts_and_on_text(run, tmp_path):
