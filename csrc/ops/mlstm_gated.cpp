@@ -36,8 +36,9 @@ std::vector<Tensor> weights_of(const MlstmArguments& a, const Tensor& weight) {
 }
 
 void check_gates(const MlstmArguments& a, const Tensor& weight, const Tensor& bias) {
+  check_devices(kOp, a.q.device(), {{"k", a.k}, {"v", a.v}, {"weight", weight}, {"bias", bias}});
   check_rank(kOp, "q", a.q, 4);
-  check_shape(kOp, "k", a.k, a.q.sizes(), "(B,T,NH,DQK)");
+  check_shape(kOp, "k", a.k, a.q.sym_sizes(), "(B,T,NH,DQK)");
   check_rank(kOp, "v", a.v, 4);
   check_shape(kOp, "v", a.v, {a.q.size(0), a.q.size(1), a.q.size(2), a.v.size(3)}, "(B,T,NH,DV)");
   const int64_t heads = a.q.size(2), width = heads * (2 * a.q.size(3) + a.v.size(3));
