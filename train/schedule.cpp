@@ -15,16 +15,6 @@ double share_of_part(int64_t done, int64_t steps, int64_t parts) {
 
 }  // namespace
 
-int64_t total_steps(const config::Config& config) {
-  if (config.train.max_steps > 0) return config.train.max_steps;
-  const int64_t per_step = tokens_per_step(config);
-  return (config.train.max_tokens + per_step - 1) / per_step;
-}
-
-int64_t tokens_per_step(const config::Config& config) {
-  return config.train.global_batch_size * config.data.seq_len;
-}
-
 int64_t micro_batch(const config::Config& config, int64_t processes) {
   return config.train.micro_batch_size > 0 ? config.train.micro_batch_size
                                            : config.train.global_batch_size / processes;

@@ -5,10 +5,6 @@
 
 namespace xlstm::train {
 
-/// Optimizer steps of a run: max_steps, or the least number that consumes max_tokens.
-int64_t total_steps(const config::Config& config);
-/// Tokens of a whole batch, whatever number of processes shares it.
-int64_t tokens_per_step(const config::Config& config);
 /// Sequences of a forward pass where `processes` share each step.
 int64_t micro_batch(const config::Config& config, int64_t processes = 1);
 

@@ -166,6 +166,16 @@ class Loader {
 
 }  // namespace
 
+int64_t total_steps(const Config& config) {
+  if (config.train.max_steps > 0) return config.train.max_steps;
+  const int64_t tokens = config.train.max_tokens, per_step = tokens_per_step(config);
+  return tokens / per_step + (tokens % per_step != 0);
+}
+
+int64_t tokens_per_step(const Config& config) {
+  return config.train.global_batch_size * config.data.seq_len;
+}
+
 Config load_config(const std::string& path, const std::vector<std::string>& overrides) {
   Loader loader;
   loader.load_file(path, "configuration");

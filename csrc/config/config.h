@@ -118,6 +118,11 @@ struct Config {
   std::map<std::string, std::string> origin;
 };
 
+/// Optimizer steps of a training run: max_steps, or the least number that consumes max_tokens.
+int64_t total_steps(const Config& config);
+/// Tokens of a step's whole batch, whatever number of processes shares it.
+int64_t tokens_per_step(const Config& config);
+
 /// Reads a YAML file, its `base:` files first (a path or a list, relative to the file), then the
 /// overrides ("train.max_steps=100", value in YAML). Throws Error(kConfig) with file:line (or the
 /// override) for unknown and duplicate keys (with a suggestion), wrong types, values out of range,

@@ -218,15 +218,6 @@ void validate_data(const Config& config) {
       "is " + to_string(config.model.vocab_size) + ", expected >= 256 for data.tokenizer bytes");
 }
 
-// Optimizer steps of the run; a last step may be shorter than the tokens left.
-int64_t num_steps(const Config& config) {
-  if (config.train.max_steps > 0) return config.train.max_steps;
-  const double tokens_per_step = static_cast<double>(config.train.global_batch_size) *
-                                 static_cast<double>(config.data.seq_len);
-  return static_cast<int64_t>(
-      std::ceil(static_cast<double>(config.train.max_tokens) / tokens_per_step));
-}
-
 bool is_override(const Config& config, const std::string& name) {
   const auto place = config.origin.find(name);
   return place != config.origin.end() && place->second.starts_with("override ");
@@ -242,7 +233,7 @@ bool must_fit_run(const Config& config, const std::string& name) {
 
 void validate_schedule(const Config& config) {
   const auto& optim = config.optim;
-  const int64_t steps = num_steps(config);
+  const int64_t steps = total_steps(config);
   require(optim.schedule == "constant" || optim.min_lr <= optim.learning_rate, config,
           "optim.min_lr",
           "is " + format_double(optim.min_lr) + ", expected at most optim.learning_rate " +

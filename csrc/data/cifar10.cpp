@@ -35,7 +35,7 @@ class Cifar10 final : public RecordedTask {
     const std::filesystem::path folder = options.path;
     for (int batch = 1; batch <= 5; ++batch)
       add(train_, (folder / ("data_batch_" + std::to_string(batch) + ".bin")).string());
-    if (options.held_out == "validation") {
+    if (held_out_part(options) == Part::kValidation) {
       const auto first = train_.end() - std::ssize(train_) / 10;
       held_out_.assign(first, train_.end());
       train_.erase(first, train_.end());

@@ -32,8 +32,9 @@ class PaperPairs final : public RecordedTask {
   explicit PaperPairs(const TaskOptions& options) : RecordedTask(kHowToGet) {
     const std::filesystem::path folder = options.path;
     add(train_, (folder / "new_aan_pairs.train.tsv").string());
-    const std::string held_out = options.held_out == "validation" ? "eval" : "test";
-    add(held_out_, (folder / ("new_aan_pairs." + held_out + ".tsv")).string());
+    const bool validation = held_out_part(options) == Part::kValidation;
+    const char* const held_out = validation ? "new_aan_pairs.eval.tsv" : "new_aan_pairs.test.tsv";
+    add(held_out_, (folder / held_out).string());
   }
   std::optional<int64_t> num_recorded(Part part) const override {
     return std::ssize(part == Part::kTrain ? train_ : held_out_);

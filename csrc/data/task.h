@@ -28,6 +28,8 @@ struct TaskLengths {
 
 /// Their numbers are the streams that samples are drawn from.
 enum class Part : uint64_t { kTrain = 0, kHeldOut = 1, kValidation = 2 };
+/// What data.task.held_out names: kHeldOut of "test", kValidation of "validation". Throws Error(kConfig) for another name.
+Part held_out_part(const TaskOptions& options);
 
 class Task {
  public:

@@ -14,10 +14,6 @@ namespace {
 /// Changes whenever a generator gives other samples, so that a run is not resumed on other data.
 constexpr const char* kTaskVersion = "task-1";
 
-Part held_out_part(const TaskOptions& options) {
-  return options.held_out == "validation" ? Part::kValidation : Part::kHeldOut;
-}
-
 void check_lengths(const Task& task, const TaskLengths& lengths, const std::string& min_name,
                    const std::string& max_name) {
   const auto fail = [](const std::string& name, int64_t value, const std::string& expected) {
@@ -75,6 +71,13 @@ void fill_row(const TaskSample& sample, int64_t row, Batch& batch) {
 
 }  // namespace
 
+Part held_out_part(const TaskOptions& options) {
+  if (options.held_out == "test") return Part::kHeldOut;
+  if (options.held_out == "validation") return Part::kValidation;
+  throw Error(ExitCode::kConfig,
+              "data.task.held_out is " + options.held_out + ", expected test or validation");
+}
+
 TaskSample Task::at(Part part, uint64_t seed, int64_t index, const TaskLengths& lengths) const {
   Random random(seed, static_cast<uint64_t>(part), static_cast<uint64_t>(index));
   return sample_between(random, lengths);
@@ -112,12 +115,16 @@ std::string TaskSource::fingerprint() const {
 
 TaskSet::TaskSet(std::shared_ptr<const Task> task, const TaskOptions& options, TaskLengths lengths,
                  uint64_t seed)
-    : task_(std::move(task)), options_(options), lengths_(lengths), seed_(seed) {}
+    : task_(std::move(task)),
+      options_(options),
+      part_(held_out_part(options)),
+      lengths_(lengths),
+      seed_(seed) {}
 
 Batch TaskSet::batch(int64_t first_window, int64_t count) const {
   Batch batch = empty_batch(*task_, count, lengths_.max_len);
   for (int64_t row = 0; row < count; ++row)
-    fill_row(task_->at(held_out_part(options_), seed_, first_window + row, lengths_), row, batch);
+    fill_row(task_->at(part_, seed_, first_window + row, lengths_), row, batch);
   return batch;
 }
 

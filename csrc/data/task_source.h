@@ -34,7 +34,7 @@ class TaskSet final : public HeldOutSet {
   int64_t num_windows() const override { return options_.eval_samples; }
   Batch batch(int64_t first_window, int64_t count) const override;
   std::string name() const override {
-    return "data.task " + options_.name + (options_.held_out == "test" ? "" : ", validation");
+    return "data.task " + options_.name + (part_ == Part::kValidation ? ", validation" : "");
   }
   std::optional<double> chance() const override {
     return task_->predicts_numbers() ? std::nullopt : std::optional(task_->chance());
@@ -43,6 +43,7 @@ class TaskSet final : public HeldOutSet {
  private:
   std::shared_ptr<const Task> task_;
   TaskOptions options_;
+  Part part_;
   TaskLengths lengths_;
   uint64_t seed_;
 };

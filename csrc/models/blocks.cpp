@@ -41,25 +41,33 @@ int64_t ffn_dim(const ModelOptions& o) {
                     o.feed_forward.round_up_to_multiple_of);
 }
 
-nn::MlstmBlockOptions mlstm_options(const ModelOptions& o) {
-  nn::MlstmBlockOptions block;
+/// Options that hold what all blocks have; the rest as they start.
+template <class Options>
+Options block_options(const ModelOptions& o, int64_t index) {
+  Options block;
   block.dim = o.embedding_dim;
+  block.norm_eps = o.norm_eps;
+  block.dropout = o.dropout;
+  block.fused = o.fused;
+  block.block_index = index;
+  block.num_blocks = o.num_blocks;
+  return block;
+}
+
+nn::MlstmBlockOptions mlstm_options(const ModelOptions& o, int64_t index) {
+  auto block = block_options<nn::MlstmBlockOptions>(o, index);
   block.inner_dim =
       rounded_up(o.mlstm.proj_factor, o.embedding_dim, o.mlstm.round_proj_up_to_multiple_of);
   block.num_heads = o.num_heads;
   block.conv_kernel_size = o.mlstm.conv1d_kernel_size;
   block.qkv_block_size = o.mlstm.qkv_proj_blocksize;
   block.bias = o.bias;
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
   block.input_gate = o.mlstm.input_gate;
   block.normalize = o.mlstm.normalize;
   block.igate = {o.mlstm.igate, o.mlstm.igate_bias_init};
   block.fgate = {o.mlstm.fgate, o.mlstm.fgate_bias_init};
   block.mlstm_eps = o.mlstm_eps;
   block.chunk_size = o.chunk_size;
-  block.fused = o.fused;
-  block.num_blocks = o.num_blocks;
   return block;
 }
 
@@ -74,9 +82,8 @@ nn::FeedForwardOptions feed_forward_options(const ModelOptions& o) {
   return feed_forward;
 }
 
-nn::SlstmBlockOptions slstm_options(const ModelOptions& o, int64_t block_index) {
-  nn::SlstmBlockOptions block;
-  block.dim = o.embedding_dim;
+nn::SlstmBlockOptions slstm_options(const ModelOptions& o, int64_t index) {
+  auto block = block_options<nn::SlstmBlockOptions>(o, index);
   block.num_heads = o.num_heads;
   block.conv_kernel_size = o.slstm.conv1d_kernel_size;
   block.cell = o.slstm.cell;
@@ -86,83 +93,54 @@ nn::SlstmBlockOptions slstm_options(const ModelOptions& o, int64_t block_index) 
   block.recompute = o.slstm.recompute;
   block.recurrent_clip = o.slstm.recurrent_clip;
   block.recurrent_cut = o.slstm.recurrent_cut;
-  block.fused = o.fused;
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
-  block.block_index = block_index;
-  block.num_blocks = o.num_blocks;
   block.feed_forward = feed_forward_options(o);
   return block;
 }
 
-nn::XlstmLargeBlockOptions large_options(const ModelOptions& o) {
+nn::XlstmLargeBlockOptions large_options(const ModelOptions& o, int64_t index) {
   const auto scaled = [&](double factor) {
     return static_cast<int64_t>(static_cast<double>(o.embedding_dim) * factor);
   };
-  nn::XlstmLargeBlockOptions block;
-  block.dim = o.embedding_dim;
+  auto block = block_options<nn::XlstmLargeBlockOptions>(o, index);
   block.qk_dim = scaled(o.qk_dim_factor);
   block.v_dim = scaled(o.v_dim_factor);
   block.num_heads = o.num_heads;
   block.ffn_dim = rounded_up_large(o.feed_forward.proj_factor, o.embedding_dim,
                                    o.feed_forward.round_up_to_multiple_of);
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
   block.gate_soft_cap = o.gate_soft_cap;
   block.mlstm_eps = o.mlstm_eps;
   block.chunk_size = o.chunk_size;
-  block.fused = o.fused;
-  block.num_blocks = o.num_blocks;
   return block;
 }
 
-nn::LstmBlockOptions lstm_options(const ModelOptions& o) {
-  nn::LstmBlockOptions block;
-  block.dim = o.embedding_dim;
+nn::LstmBlockOptions lstm_options(const ModelOptions& o, int64_t index) {
+  auto block = block_options<nn::LstmBlockOptions>(o, index);
   block.kind = o.kind;
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
   block.feed_forward.dim = o.embedding_dim;
   block.feed_forward.hidden_dim = ffn_dim(o);
   block.feed_forward.num_blocks = o.num_blocks;
   return block;
 }
 
-nn::TransformerBlockOptions transformer_options(const ModelOptions& o, bool gpt) {
-  nn::TransformerBlockOptions block;
-  block.dim = o.embedding_dim;
+nn::TransformerBlockOptions transformer_options(const ModelOptions& o, int64_t index, bool gpt) {
+  auto block = block_options<nn::TransformerBlockOptions>(o, index);
   block.num_heads = o.num_heads;
   block.ffn_dim = ffn_dim(o);
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
   block.gpt = gpt;
-  block.num_blocks = o.num_blocks;
   return block;
 }
 
 nn::MixerOptions mixer_options(const ModelOptions& o, int64_t index) {
-  nn::MixerOptions mixer;
-  mixer.dim = o.embedding_dim;
+  auto mixer = block_options<nn::MixerOptions>(o, index);
   mixer.num_heads = o.num_heads;
   mixer.ffn_dim = ffn_dim(o);
-  mixer.norm_eps = o.norm_eps;
-  mixer.dropout = o.dropout;
   mixer.chunk_size = o.chunk_size;
-  mixer.fused = o.fused;
-  mixer.block_index = index;
-  mixer.num_blocks = o.num_blocks;
   return mixer;
 }
 
 nn::Rwkv5BlockOptions rwkv5_options(const ModelOptions& o, int64_t index, bool data_dependent) {
-  nn::Rwkv5BlockOptions block;
-  block.dim = o.embedding_dim;
+  auto block = block_options<nn::Rwkv5BlockOptions>(o, index);
   block.num_heads = o.num_heads;
-  block.norm_eps = o.norm_eps;
-  block.dropout = o.dropout;
-  block.fused = o.fused;
-  block.block_index = index;
-  block.num_blocks = o.num_blocks;
   block.data_dependent = data_dependent;
   return block;
 }
@@ -180,37 +158,37 @@ BlockPtr make_xlstm(const ModelOptions& o, const Place& place) {
       std::find(o.slstm_at.begin(), o.slstm_at.end(), place.index) != o.slstm_at.end();
   if (slstm) return std::make_shared<nn::SlstmBlock>(slstm_options(o, place.index), place.device);
   if (o.mlstm.up_projection == "post")
-    return std::make_shared<nn::PostMlstmBlock>(mlstm_options(o), feed_forward_options(o),
-                                                place.device);
-  return std::make_shared<nn::MlstmBlock>(mlstm_options(o), place.device);
+    return std::make_shared<nn::PostMlstmBlock>(mlstm_options(o, place.index),
+                                                feed_forward_options(o), place.device);
+  return std::make_shared<nn::MlstmBlock>(mlstm_options(o, place.index), place.device);
 }
 
 BlockPtr make_xlstm_large(const ModelOptions& o, const Place& place) {
-  return std::make_shared<nn::XlstmLargeBlock>(large_options(o), place.device);
+  return std::make_shared<nn::XlstmLargeBlock>(large_options(o, place.index), place.device);
 }
 
 BlockPtr make_lstm(const ModelOptions& o, const Place& place) {
-  return std::make_shared<nn::LstmBlock>(lstm_options(o), place.device);
+  return std::make_shared<nn::LstmBlock>(lstm_options(o, place.index), place.device);
 }
 
 BlockPtr make_llama(const ModelOptions& o, const Place& place) {
-  return std::make_shared<nn::TransformerBlock>(transformer_options(o, /*gpt=*/false),
+  return std::make_shared<nn::TransformerBlock>(transformer_options(o, place.index, /*gpt=*/false),
                                                 place.device);
 }
 
 BlockPtr make_gpt(const ModelOptions& o, const Place& place) {
-  return std::make_shared<nn::TransformerBlock>(transformer_options(o, /*gpt=*/true), place.device);
+  return std::make_shared<nn::TransformerBlock>(transformer_options(o, place.index, /*gpt=*/true),
+                                                place.device);
 }
 
 BlockPtr make_mamba(const ModelOptions& o, const Place& place) {
-  return std::make_shared<nn::MambaBlock>(
-      nn::MambaBlockOptions{o.embedding_dim, 4, o.norm_eps, o.dropout, o.fused}, place.device);
+  return std::make_shared<nn::MambaBlock>(block_options<nn::MambaBlockOptions>(o, place.index),
+                                          place.device);
 }
 
 BlockPtr make_rwkv4(const ModelOptions& o, const Place& place) {
-  return std::make_shared<nn::Rwkv4Block>(
-      nn::Rwkv4BlockOptions{o.embedding_dim, o.norm_eps, o.dropout, place.index, o.num_blocks},
-      place.device);
+  return std::make_shared<nn::Rwkv4Block>(block_options<nn::BlockOptions>(o, place.index),
+                                          place.device);
 }
 
 BlockPtr make_rwkv5(const ModelOptions& o, const Place& place) {

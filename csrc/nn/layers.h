@@ -33,6 +33,16 @@ class Residual {
   bool fused_;
 };
 
+/// What the options of all blocks begin with; not every kind uses all of it.
+struct BlockOptions {
+  int64_t dim = 0;  ///< model width D
+  double norm_eps = 1e-5;
+  double dropout = 0;       ///< on what is added to the residual stream
+  bool fused = true;        ///< several steps in one operator where there is one
+  int64_t block_index = 0;  ///< position in the model; this and num_blocks decide first weights
+  int64_t num_blocks = 1;   ///< of the whole model
+};
+
 /// A residual block of a causal model.
 class Block : public torch::nn::Module {
  public:

@@ -20,11 +20,9 @@ class LstmLayer : public torch::nn::Module {
   at::Tensor bias_ih_, bias_hh_;      ///< (4D)
 };
 
-struct LstmBlockOptions {
-  int64_t dim = 0;
-  std::string kind = "lstm";  ///< "lstm" | "lstm_residual" | "lstm_block"
-  double norm_eps = 1e-5;
-  double dropout = 0;  ///< on what is added to the residual stream; lstm: on the output
+/// The dropout of kind "lstm" is on the output.
+struct LstmBlockOptions : BlockOptions {
+  std::string kind = "lstm";             ///< "lstm" | "lstm_residual" | "lstm_block"
   PlainFeedForwardOptions feed_forward;  ///< of lstm_block
 };
 

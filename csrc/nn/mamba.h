@@ -4,12 +4,8 @@
 
 namespace xlstm::nn {
 
-struct MambaBlockOptions {
-  int64_t dim = 0;
+struct MambaBlockOptions : BlockOptions {
   int64_t conv_kernel_size = 4;
-  double norm_eps = 1e-5;
-  double dropout = 0;  ///< on what is added to the residual stream
-  bool fused = true;   ///< several steps in one operator where there is one
 };
 
 /// x + out(y silu(z)) of norm(x):  u, z = in(.);  u = silu(conv(u));  dt, b, c = x_proj(u);  delta = softplus(dt_proj(dt));

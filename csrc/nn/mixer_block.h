@@ -8,15 +8,11 @@
 
 namespace xlstm::nn {
 
-struct MixerOptions {
-  int64_t dim = 0;
+struct MixerOptions : BlockOptions {
+  MixerOptions() { norm_eps = 1e-6; }
   int64_t num_heads = 4;
   int64_t ffn_dim = 0;
-  double norm_eps = 1e-6;
-  double dropout = 0;                       ///< on what is added to the residual stream
-  int64_t chunk_size = 0;                   ///< of the mLSTM cells
-  bool fused = true;                        ///< several steps in one operator where there is one
-  int64_t block_index = 0, num_blocks = 1;  ///< the latter of the whole model
+  int64_t chunk_size = 0;  ///< of the mLSTM cells
 };
 
 /// What takes the place of attention: x (B,T,D) -> (B,T,D) and the state behind it.

@@ -27,23 +27,18 @@ class HeadGate : public torch::nn::Module {
   const int64_t num_heads_;
 };
 
-struct MlstmBlockOptions {
-  int64_t dim = 0;  ///< model width D
+struct MlstmBlockOptions : BlockOptions {
   int64_t inner_dim =
       0;  ///< width u after the up-projection: a multiple of num_heads and of qkv_block_size
   int64_t num_heads = 4;
   int64_t conv_kernel_size = 4;  ///< 0: no convolution and no SiLU in front of q and k
   int64_t qkv_block_size = 4;
   bool bias = false;  ///< of proj_up, proj_down and q, k, v
-  double norm_eps = 1e-5;
-  double dropout = 0;
   std::string input_gate = "exp";
   bool normalize = true;
   HeadGateOptions igate{"input", "normal"}, fgate{"input", "linspace"};
   double mlstm_eps = 1e-6;
   int64_t chunk_size = 0;
-  bool fused = true;       ///< several steps in one operator where there is one
-  int64_t num_blocks = 1;  ///< of the whole model, for the initialisation
 };
 
 /// mLSTM with pre-up-projection (arXiv 2405.04517, figure 11):

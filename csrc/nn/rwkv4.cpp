@@ -21,7 +21,7 @@ at::Tensor last_token(const at::Tensor& x, const at::Tensor& last) {
   return last.defined() ? last.clone() : at::zeros({x.size(0), 1, x.size(2)}, x.options());
 }
 
-Rwkv4Block::Rwkv4Block(const Rwkv4BlockOptions& options, at::Device device) : options_(options) {
+Rwkv4Block::Rwkv4Block(const BlockOptions& options, at::Device device) : options_(options) {
   const int64_t dim = options.dim;
   const auto norm = [&](const char* name) {
     return register_module(name,

@@ -4,13 +4,6 @@
 
 namespace xlstm::nn {
 
-struct Rwkv4BlockOptions {
-  int64_t dim = 0;
-  double norm_eps = 1e-5;
-  double dropout = 0;                       ///< on what is added to the residual stream
-  int64_t block_index = 0, num_blocks = 1;  ///< decide decays and mixes at the start
-};
-
 /// What enters a mix of this token and the one before: x_t m + x_{t-1} (1 - m); zero before the first token. State: the
 /// last x (B,1,D).
 at::Tensor previous_token(const at::Tensor& x, const at::Tensor& last,
@@ -26,13 +19,13 @@ at::Tensor last_token(const at::Tensor& x, const at::Tensor& last);
 /// State: last x of the time mix (B,1,D), numerator, denominator and their exponent (B,D) float32, last x of the channel mix.
 class Rwkv4Block : public Block {
  public:
-  Rwkv4Block(const Rwkv4BlockOptions& options, at::Device device);
+  Rwkv4Block(const BlockOptions& options, at::Device device);
   State advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) override;
 
  private:
   void init_mixes();
 
-  const Rwkv4BlockOptions options_;
+  const BlockOptions options_;
   std::shared_ptr<Norm> norm_, ffn_norm_;
   std::shared_ptr<Linear> key_, value_, receptance_, output_, ffn_key_, ffn_value_, ffn_receptance_;
   at::Tensor mix_k_, mix_v_, mix_r_, decay_, first_, ffn_mix_k_, ffn_mix_r_;  ///< (D)

@@ -4,13 +4,8 @@
 
 namespace xlstm::nn {
 
-struct Rwkv5BlockOptions {
-  int64_t dim = 0;
+struct Rwkv5BlockOptions : BlockOptions {
   int64_t num_heads = 4;
-  double norm_eps = 1e-5;
-  double dropout = 0;                       ///< on what is added to the residual stream
-  bool fused = true;                        ///< several steps in one operator where there is one
-  int64_t block_index = 0, num_blocks = 1;  ///< decide decays and mixes at the start
   bool data_dependent = false;  ///< RWKV-6: decay and mixes of tokens depend on the input
 };
 

@@ -3,9 +3,8 @@
 
 namespace xlstm::nn {
 
-struct SlstmBlockOptions {
-  int64_t dim = 0;  ///< model width D, a multiple of num_heads
-  int64_t num_heads = 4;
+struct SlstmBlockOptions : BlockOptions {
+  int64_t num_heads = 4;         ///< a divisor of dim
   int64_t conv_kernel_size = 4;  ///< 0: no convolution and no SiLU in front of the i and f gates
   std::string cell = "slstm";    ///< "slstm" | "slstm_expf" | "lstm"
   std::string gate_proj = "headwise";  ///< W of the gates: block-diagonal | "dense"
@@ -14,11 +13,6 @@ struct SlstmBlockOptions {
   bool recompute = false;      ///< compute the gates again in the backward pass
   double recurrent_clip = 0;   ///< bound of the gradient through the recurrence; 0: none
   bool recurrent_cut = false;  ///< no gradient through the recurrence
-  bool fused = true;           ///< several steps in one operator where there is one
-  double norm_eps = 1e-5;
-  double dropout = 0;
-  int64_t block_index = 0;  ///< position in the model, for bias_init
-  int64_t num_blocks = 1;   ///< of the whole model, for the initialisation
   FeedForwardOptions feed_forward;
 };
 

@@ -5,15 +5,12 @@
 
 namespace xlstm::nn {
 
-struct TransformerBlockOptions {
-  int64_t dim = 0;
+struct TransformerBlockOptions : BlockOptions {
+  TransformerBlockOptions() { norm_eps = 1e-6; }
   int64_t num_heads = 4;
   int64_t ffn_dim = 0;
-  double norm_eps = 1e-6;
-  double dropout = 0;       ///< on what is added to the residual stream
   double rope_theta = 1e4;  ///< Llama: rotary embedding (arXiv 2104.09864)
   bool gpt = false;  ///< LayerNorm with bias, biases, plain GELU feed-forward, no rotary embedding
-  int64_t num_blocks = 1;  ///< of the whole model, for the initialisation
 };
 
 /// Causal multi-head attention, softmax(q k^T / sqrt(DH)) v over all tokens since the last reset. State: the keys and

@@ -3,19 +3,15 @@
 
 namespace xlstm::nn {
 
-struct XlstmLargeBlockOptions {
-  int64_t dim = 0;     ///< model width D
+struct XlstmLargeBlockOptions : BlockOptions {
+  XlstmLargeBlockOptions() { norm_eps = 1e-6; }
   int64_t qk_dim = 0;  ///< of all heads together
   int64_t v_dim = 0;
   int64_t num_heads = 8;
   int64_t ffn_dim = 0;
-  double norm_eps = 1e-6;
-  double dropout = 0;         ///< on the output of both halves; the 7B model has none
   double gate_soft_cap = 15;  ///< c * tanh(x / c) on i and f; 0: none
   double mlstm_eps = 1e-6;
   int64_t chunk_size = 0;
-  bool fused = true;       ///< several steps in one operator where there is one
-  int64_t num_blocks = 1;  ///< of the whole model, for the initialisation
 };
 
 /// mLSTM of the 7B block (arXiv 2503.13427): all projections from x, no convolution, no skip;

@@ -5,6 +5,7 @@
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/block_linear.h"
 #include "csrc/ops/block_linear_products.h"
+#include "csrc/ops/common.h"
 
 namespace xlstm::ops {
 namespace {
@@ -66,8 +67,9 @@ at::Tensor block_linear_meta(const at::Tensor& x, const at::Tensor& weight,
   return at::empty_symint(sizes, x.options());
 }
 
-Gradients block_linear_backward_meta(const at::Tensor&, const at::Tensor& x,
+Gradients block_linear_backward_meta(const at::Tensor& dy, const at::Tensor& x,
                                      const at::Tensor& weight, bool has_bias) {
+  check_devices("block_linear", x.device(), {{"dy", dy}, {"weight", weight}});
   const c10::SymInt biases = has_bias ? weight.sym_size(0) * weight.sym_size(1) : c10::SymInt(0);
   return {at::empty_symint(x.sym_sizes(), x.options()),
           at::empty_symint(weight.sym_sizes(), weight.options()),

@@ -11,6 +11,8 @@
 namespace xlstm::ops {
 namespace {
 
+constexpr std::string_view kOp = "block_linear";
+
 /// (...,NB*W) as one matrix per block, (NB,rows,W).
 at::Tensor by_block(const at::Tensor& tensor, int64_t blocks, int64_t width) {
   return tensor.reshape({-1, blocks, width}).transpose(0, 1);
@@ -26,26 +28,21 @@ at::Tensor empty_like(const at::Tensor& x, int64_t channels) {
 
 void check_block_linear_devices(const at::Tensor& x, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias) {
-  check_device("block_linear", "weight", weight, x.device());
-  if (bias) check_device("block_linear", "bias", *bias, x.device());
+  check_devices(kOp, x.device(), {{"weight", weight}, {"bias", bias}});
 }
 
 void check_block_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias) {
   check_block_linear_devices(x, weight, bias);
-  TORCH_CHECK(weight.dim() == 3, "block_linear: weight: expected (NB,O,I), got shape ",
-              weight.sizes());
+  TORCH_CHECK(weight.dim() == 3, kOp, ": weight: expected (NB,O,I), got shape ", weight.sizes());
   const int64_t in = weight.size(0) * weight.size(2), out = weight.size(0) * weight.size(1);
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == in,
-              "block_linear: x: expected a last dimension of NB*I = ", in, " for weight of shape ",
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == in, kOp,
+              ": x: expected a last dimension of NB*I = ", in, " for weight of shape ",
               weight.sizes(), ", got shape ", x.sizes());
-  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "block_linear: weight: expected x's dtype ",
-              x.scalar_type(), ", got ", weight.scalar_type());
+  check_dtype(kOp, "weight", weight, x.scalar_type());
   if (!bias) return;
-  TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out,
-              "block_linear: bias: expected shape (NB*O) = (", out, "), got ", bias->sizes());
-  TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "block_linear: bias: expected x's dtype ",
-              x.scalar_type(), ", got ", bias->scalar_type());
+  check_shape(kOp, "bias", *bias, {out}, "(NB*O)");
+  check_dtype(kOp, "bias", *bias, x.scalar_type());
 }
 
 at::Tensor block_linear_products(const at::Tensor& x, const at::Tensor& weight,

@@ -26,6 +26,11 @@ using CausalConv1dOutputs = std::tuple<at::Tensor, at::Tensor>;
 /// dx, dweight, dbias, dstate0
 using CausalConv1dGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+/// Throw c10::Error naming the argument whose device is not x's.
+void check_causal_conv1d_devices(const CausalConv1dArguments& a);
+void check_causal_conv1d_step_devices(const at::Tensor& x, const at::Tensor& weight,
+                                      const OptionalTensor& bias, const at::Tensor& state);
+
 /// Throw c10::Error naming the argument where a rank, size, dtype, device or value is wrong. Values of cu_seqlens are
 /// not looked at.
 CausalConv1dSizes check_causal_conv1d(const CausalConv1dArguments& a);

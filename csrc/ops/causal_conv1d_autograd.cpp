@@ -4,19 +4,21 @@
 
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/causal_conv1d.h"
+#include "csrc/ops/causal_conv1d_arguments.h"
+#include "csrc/ops/common.h"
 
 namespace xlstm::ops {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Gradients causal_conv1d_backward(const OptionalTensor& dy, const OptionalTensor& dstate,
-                                 const at::Tensor& x, const at::Tensor& weight,
-                                 const OptionalTensor& bias, const OptionalTensor& state0,
-                                 const OptionalTensor& reset, const OptionalTensor& cu_seqlens,
-                                 bool silu) {
+CausalConv1dGradients causal_conv1d_backward(const OptionalTensor& dy, const OptionalTensor& dstate,
+                                             const at::Tensor& x, const at::Tensor& weight,
+                                             const OptionalTensor& bias,
+                                             const OptionalTensor& state0,
+                                             const OptionalTensor& reset,
+                                             const OptionalTensor& cu_seqlens, bool silu) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("xlstm::causal_conv1d_backward", "")
                              .typed<decltype(causal_conv1d_backward)>();
@@ -56,10 +58,10 @@ class CausalConv1d : public torch::autograd::Function<CausalConv1d> {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> causal_conv1d_autograd(
-    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& state0, const OptionalTensor& reset, const OptionalTensor& cu_seqlens,
-    bool silu) {
+CausalConv1dOutputs causal_conv1d_autograd(const at::Tensor& x, const at::Tensor& weight,
+                                           const OptionalTensor& bias, const OptionalTensor& state0,
+                                           const OptionalTensor& reset,
+                                           const OptionalTensor& cu_seqlens, bool silu) {
   if (recording(x, weight, bias, state0)) {
     const variable_list out = CausalConv1d::apply(x, weight, bias, state0, reset, cu_seqlens, silu);
     return {out[0], out[1]};
@@ -98,10 +100,11 @@ at::Tensor causal_conv1d_step_autograd(const at::Tensor& x, const at::Tensor& we
   return y;
 }
 
-std::tuple<at::Tensor, at::Tensor> causal_conv1d_meta(const at::Tensor& x, const at::Tensor& weight,
-                                                      const OptionalTensor&, const OptionalTensor&,
-                                                      const OptionalTensor&,
-                                                      const OptionalTensor& cu_seqlens, bool) {
+CausalConv1dOutputs causal_conv1d_meta(const at::Tensor& x, const at::Tensor& weight,
+                                       const OptionalTensor& bias, const OptionalTensor& state0,
+                                       const OptionalTensor& reset,
+                                       const OptionalTensor& cu_seqlens, bool silu) {
+  check_causal_conv1d_devices({x, weight, bias, state0, reset, cu_seqlens, silu});
   TORCH_CHECK(x.dim() == 3 && weight.dim() == 2,
               "causal_conv1d: x, weight: expected (B,T,C) and (C,W), got ", x.dim(), " and ",
               weight.dim(), " dimensions");
@@ -110,10 +113,12 @@ std::tuple<at::Tensor, at::Tensor> causal_conv1d_meta(const at::Tensor& x, const
           at::empty_symint({states, weight.sym_size(1) - 1, x.sym_size(2)}, x.options())};
 }
 
-Gradients causal_conv1d_backward_meta(const OptionalTensor&, const OptionalTensor&,
-                                      const at::Tensor& x, const at::Tensor& weight,
-                                      const OptionalTensor& bias, const OptionalTensor& state0,
-                                      const OptionalTensor&, const OptionalTensor&, bool) {
+CausalConv1dGradients causal_conv1d_backward_meta(
+    const OptionalTensor& dy, const OptionalTensor& dstate, const at::Tensor& x,
+    const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& state0,
+    const OptionalTensor& reset, const OptionalTensor& cu_seqlens, bool silu) {
+  check_causal_conv1d_devices({x, weight, bias, state0, reset, cu_seqlens, silu});
+  check_devices("causal_conv1d", x.device(), {{"dy", dy}, {"dstate", dstate}});
   const auto like = [&x](const OptionalTensor& input) {
     return input ? at::empty_symint(input->sym_sizes(), input->options())
                  : at::empty({0}, x.options());
@@ -122,8 +127,9 @@ Gradients causal_conv1d_backward_meta(const OptionalTensor&, const OptionalTenso
           at::empty_symint(weight.sym_sizes(), weight.options()), like(bias), like(state0)};
 }
 
-at::Tensor causal_conv1d_step_meta(const at::Tensor& x, const at::Tensor&, const OptionalTensor&,
-                                   at::Tensor&, bool) {
+at::Tensor causal_conv1d_step_meta(const at::Tensor& x, const at::Tensor& weight,
+                                   const OptionalTensor& bias, at::Tensor& state, bool) {
+  check_causal_conv1d_step_devices(x, weight, bias, state);
   return at::empty_symint(x.sym_sizes(), x.options());
 }
 

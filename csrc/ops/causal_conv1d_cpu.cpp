@@ -7,6 +7,7 @@
 #include "csrc/ops/causal_conv1d_arguments.h"
 #include "csrc/ops/cpu/causal_conv1d_params.h"
 #include "csrc/ops/rows.h"
+#include "csrc/ops/sequences.h"
 
 namespace xlstm::ops {
 namespace {
@@ -20,19 +21,10 @@ struct Problem {
 };
 
 std::vector<cpu::ConvSequence> packed_sequences(const at::Tensor& cu_seqlens, int64_t time) {
-  const at::Tensor bounds = cu_seqlens.contiguous();
-  const int32_t* bound = bounds.const_data_ptr<int32_t>();
-  const int64_t count = bounds.size(0) - 1;
-  TORCH_CHECK(bound[0] == 0 && bound[count] == time,
-              "causal_conv1d: cu_seqlens: expected to start at 0 and end at T = ", time,
-              ", got start ", bound[0], " and end ", bound[count]);
+  const std::vector<int64_t> starts = sequence_starts("causal_conv1d", cu_seqlens, time);
   std::vector<cpu::ConvSequence> sequences;
-  for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK(bound[i] <= bound[i + 1],
-                "causal_conv1d: cu_seqlens: expected ascending values, got ", bound[i], " before ",
-                bound[i + 1], " at position ", i);
-    sequences.push_back({0, bound[i], bound[i + 1] - bound[i]});
-  }
+  for (size_t i = 0; i + 1 < starts.size(); ++i)
+    sequences.push_back({0, starts[i], starts[i + 1] - starts[i]});
   return sequences;
 }
 

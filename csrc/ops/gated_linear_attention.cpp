@@ -41,46 +41,46 @@ struct Arguments {
   const OptionalTensor &u, &state0, &reset;
 };
 
-/// The kernels of q's device read every tensor there.
-void check_devices(const Arguments& in) {
-  for (const auto& [name, tensor] :
-       {std::pair("k", in.k), std::pair("v", in.v), std::pair("g", in.g)})
-    check_device(kOp, name, tensor, in.q.device());
-  for (const auto& [name, tensor] :
-       {std::pair("u", in.u), std::pair("state0", in.state0), std::pair("reset", in.reset)})
-    if (tensor) check_device(kOp, name, *tensor, in.q.device());
+void check_same_device(const Arguments& in) {
+  check_devices(kOp, in.q.device(),
+                {{"k", in.k},
+                 {"v", in.v},
+                 {"g", in.g},
+                 {"u", in.u},
+                 {"state0", in.state0},
+                 {"reset", in.reset}});
+}
+
+/// Of the backward operator: also the gradients that it is given.
+void check_same_device(const OptionalTensor& dh, const OptionalTensor& dstate,
+                       const Arguments& in) {
+  check_same_device(in);
+  check_devices(kOp, in.q.device(), {{"dh", dh}, {"dstate", dstate}});
 }
 
 void check(const Arguments& in, int64_t chunk_size) {
-  check_devices(in);
+  check_same_device(in);
   check_rank(kOp, "q", in.q, 4);
   check_rank(kOp, "v", in.v, 4);
   check_floating(kOp, "q", in.q);
   const int64_t batch = in.q.size(0), time = in.q.size(1), heads = in.q.size(2), dk = in.q.size(3),
                 dv = in.v.size(3);
-  check_shape(kOp, "k", in.k, in.q.sizes(), "(B,T,NH,DK)");
-  check_shape(kOp, "g", in.g, in.q.sizes(), "(B,T,NH,DK)");
+  check_shape(kOp, "k", in.k, in.q.sym_sizes(), "(B,T,NH,DK)");
+  check_shape(kOp, "g", in.g, in.q.sym_sizes(), "(B,T,NH,DK)");
   check_shape(kOp, "v", in.v, {batch, time, heads, dv}, "(B,T,NH,DV)");
   if (in.u) check_shape(kOp, "u", *in.u, {heads, dk}, "(NH,DK)");
   if (in.state0) check_shape(kOp, "state0", *in.state0, {batch, heads, dk, dv}, "(B,NH,DK,DV)");
   TORCH_CHECK(chunk_size >= 0, kOp, ": chunk_size: expected 0 or more, got ", chunk_size);
-  if (!in.reset) return;
-  check_shape(kOp, "reset", *in.reset, {batch, time}, "(B,T)");
-  check_dtype(kOp, "reset", *in.reset, at::kBool);
+  check_reset(kOp, in.reset, batch, time);
 }
 
-/// Of the backward operator: also the gradients that it is given.
 void check_backward(const OptionalTensor& dh, const OptionalTensor& dstate, const Arguments& in) {
   check(in, 0);
-  if (dh) {
-    check_shape(kOp, "dh", *dh, in.v.sizes(), "(B,T,NH,DV)");
-    check_device(kOp, "dh", *dh, in.q.device());
-  }
-  if (dstate) {
+  check_same_device(dh, dstate, in);
+  if (dh) check_shape(kOp, "dh", *dh, in.v.sym_sizes(), "(B,T,NH,DV)");
+  if (dstate)
     check_shape(kOp, "dstate", *dstate, {in.q.size(0), in.q.size(2), in.q.size(3), in.v.size(3)},
                 "(B,NH,DK,DV)");
-    check_device(kOp, "dstate", *dstate, in.q.device());
-  }
 }
 
 /// Finite without keys, too: h is then an empty sum.
@@ -310,15 +310,15 @@ Tensor meta_state(const Tensor& q, const Tensor& v) {
 Outputs forward_meta(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                      const OptionalTensor& u, const OptionalTensor& state0,
                      const OptionalTensor& reset, std::optional<double>, int64_t) {
-  check_devices({q, k, v, g, u, state0, reset});
+  check_same_device({q, k, v, g, u, state0, reset});
   return {at::empty_symint(v.sym_sizes(), v.options()), meta_state(q, v)};
 }
 
-Gradients backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& q,
+Gradients backward_meta(const OptionalTensor& dh, const OptionalTensor& dstate, const Tensor& q,
                         const Tensor& k, const Tensor& v, const Tensor& g, const OptionalTensor& u,
                         const OptionalTensor& state0, const OptionalTensor& reset,
                         std::optional<double>) {
-  check_devices({q, k, v, g, u, state0, reset});
+  check_same_device(dh, dstate, {q, k, v, g, u, state0, reset});
   const auto like = [](const Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); };
   const Tensor none = at::empty({0}, q.options());
   return {like(q), like(k), like(v), like(g), u ? like(*u) : none, state0 ? like(*state0) : none};

@@ -26,15 +26,26 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr const char* kOp = "gated_scan";
 
+void check_same_device(const Tensor& x, const Tensor& a, const OptionalTensor& state0,
+                       const OptionalTensor& reset) {
+  check_devices(kOp, x.device(), {{"a", a}, {"state0", state0}, {"reset", reset}});
+}
+
+/// Of the backward operator.
+void check_same_device(const OptionalTensor& dh, const OptionalTensor& dstate, const Tensor& a,
+                       const Tensor& h, const OptionalTensor& state0, const OptionalTensor& reset) {
+  check_devices(kOp, a.device(),
+                {{"h", h}, {"dh", dh}, {"dstate", dstate}, {"state0", state0}, {"reset", reset}});
+}
+
 void check(const Tensor& x, const Tensor& a, const OptionalTensor& state0,
            const OptionalTensor& reset) {
+  check_same_device(x, a, state0, reset);
   check_rank(kOp, "x", x, 3);
   check_floating(kOp, "x", x);
-  check_shape(kOp, "a", a, x.sizes(), "(B,T,D)");
+  check_shape(kOp, "a", a, x.sym_sizes(), "(B,T,D)");
   if (state0) check_shape(kOp, "state0", *state0, {x.size(0), x.size(2)}, "(B,D)");
-  if (!reset) return;
-  check_shape(kOp, "reset", *reset, {x.size(0), x.size(1)}, "(B,T)");
-  check_dtype(kOp, "reset", *reset, at::kBool);
+  check_reset(kOp, reset, x.size(0), x.size(1));
 }
 
 /// See scan_in_passes; float32 or float64.
@@ -79,6 +90,7 @@ Outputs forward_any(const Tensor& x_in, const Tensor& a_in, const OptionalTensor
 
 Gradients backward_any(const OptionalTensor& dh, const OptionalTensor& dstate, const Tensor& a_in,
                        const Tensor& h, const OptionalTensor& state0, const OptionalTensor& reset) {
+  check_same_device(dh, dstate, a_in, h, state0, reset);
   const at::ScalarType type = accumulate_type(h.scalar_type());
   const Tensor first = entering(state0, h, type);
   const int64_t time = h.size(1);
@@ -143,12 +155,16 @@ Tensor meta_state(const Tensor& x) {
                           x.options().dtype(accumulate_type(x.scalar_type())));
 }
 
-Outputs forward_meta(const Tensor& x, const Tensor&, const OptionalTensor&, const OptionalTensor&) {
+Outputs forward_meta(const Tensor& x, const Tensor& a, const OptionalTensor& state0,
+                     const OptionalTensor& reset) {
+  check_same_device(x, a, state0, reset);
   return {at::empty_symint(x.sym_sizes(), x.options()), meta_state(x)};
 }
 
-Gradients backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& a,
-                        const Tensor& h, const OptionalTensor&, const OptionalTensor&) {
+Gradients backward_meta(const OptionalTensor& dh, const OptionalTensor& dstate, const Tensor& a,
+                        const Tensor& h, const OptionalTensor& state0,
+                        const OptionalTensor& reset) {
+  check_same_device(dh, dstate, a, h, state0, reset);
   return {at::empty_symint(h.sym_sizes(), h.options()),
           at::empty_symint(a.sym_sizes(), a.options()), meta_state(h)};
 }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "csrc/ops/autograd_support.h"
+#include "csrc/ops/common.h"
 #include "csrc/ops/linear_cross_entropy.h"
 #include "csrc/ops/linear_cross_entropy_blocks.h"
 
@@ -114,14 +115,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_forward_meta
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_backward_meta(
-    const at::Tensor&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor&,
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,
     const OptionalTensor& dx, const OptionalTensor& dweight, int64_t, double,
     std::string_view reduction) {
-  const auto grad = [&](const OptionalTensor& unit, const at::Tensor& input) {
+  check_linear_cross_entropy_devices(x, weight, target);
+  check_devices("linear_cross_entropy", x.device(),
+                {{"grad", grad}, {"dx", dx}, {"dweight", dweight}});
+  const auto like = [&](const OptionalTensor& unit, const at::Tensor& input) {
     return unit || reduction == "none" ? at::empty_symint(input.sym_sizes(), input.options())
                                        : at::empty_symint({0}, x.options());
   };
-  return {grad(dx, x), grad(dweight, weight)};
+  return {like(dx, x), like(dweight, weight)};
 }
 
 }  // namespace

@@ -44,30 +44,22 @@ void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
 
 void check_linear_cross_entropy_devices(const at::Tensor& x, const at::Tensor& weight,
                                         const at::Tensor& target) {
-  check_device(kOp, "weight", weight, x.device());
-  check_device(kOp, "target", target, x.device());
+  check_devices(kOp, x.device(), {{"weight", weight}, {"target", target}});
 }
 
 void check_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
                                 const at::Tensor& target, double soft_cap,
                                 std::string_view reduction) {
   check_linear_cross_entropy_devices(x, weight, target);
-  TORCH_CHECK(x.dim() >= 1, "linear_cross_entropy: x: expected (...,D), got a scalar");
-  TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(-1),
-              "linear_cross_entropy: weight: expected (V,D) with D = ", x.size(-1), ", got shape ",
-              weight.sizes());
-  TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
-              "linear_cross_entropy: weight: expected x's dtype ", x.scalar_type(), ", got ",
-              weight.scalar_type());
-  TORCH_CHECK(
-      target.scalar_type() == at::kLong && target.sizes() == x.sizes().slice(0, x.dim() - 1),
-      "linear_cross_entropy: target: expected int64 of shape ", x.sizes().slice(0, x.dim() - 1),
-      ", got ", target.scalar_type(), " ", target.sizes());
-  TORCH_CHECK(soft_cap >= 0, "linear_cross_entropy: soft_cap: expected >= 0 (0: none), got ",
-              soft_cap);
-  TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none",
-              "linear_cross_entropy: reduction: expected \"mean\", \"sum\" or \"none\", got \"",
-              reduction, "\"");
+  TORCH_CHECK(x.dim() >= 1, kOp, ": x: expected (...,D), got a scalar");
+  check_rank(kOp, "weight", weight, 2);
+  check_shape(kOp, "weight", weight, {weight.size(0), x.size(-1)}, "(V,D)");
+  check_dtype(kOp, "weight", weight, x.scalar_type());
+  check_dtype(kOp, "target", target, at::kLong);
+  check_shape(kOp, "target", target, x.sym_sizes().slice(0, x.dim() - 1), "x's shape but for D");
+  TORCH_CHECK(soft_cap >= 0, kOp, ": soft_cap: expected >= 0 (0: none), got ", soft_cap);
+  TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", kOp,
+              ": reduction: expected \"mean\", \"sum\" or \"none\", got \"", reduction, "\"");
 }
 
 std::pair<at::Tensor, at::Tensor> cross_entropy_block(const CrossEntropyBlock& b) {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "csrc/ops/common.h"
 #include "csrc/ops/cpu/gemm.h"
 #include "csrc/ops/cpu/linear_cross_entropy_params.h"
 #include "csrc/ops/linear_cross_entropy.h"
@@ -269,9 +270,7 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy_backward_cpu(
     };
     return {scaled(dx), scaled(dweight)};
   }
-  TORCH_CHECK(grad.sizes() == target.sizes(),
-              "linear_cross_entropy: grad: expected target's shape ", target.sizes(), ", got ",
-              grad.sizes());
+  check_shape("linear_cross_entropy", "grad", grad, target.sym_sizes(), "target's shape");
   const Rows rows(x, weight, target, ignore_index);
   const auto accumulate = rows.accumulate();
   Results results;

@@ -8,7 +8,6 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include "csrc/ops/mlstm.h"
 
@@ -67,6 +66,14 @@ struct MlstmSizes {
   int64_t num_sequences = 0;  // B, or N with cu_seqlens
 };
 
+/// Throws c10::Error naming the argument whose device is not that of the first one.
+void check_mlstm_devices(const MlstmArguments& a);
+void check_mlstm_devices(const MlstmBackwardArguments& a);
+void check_mlstm_devices(const MlstmStepArguments& a,
+                         std::string_view op = MlstmStepArguments::kName);
+void check_mlstm_devices(const MlstmLazyArguments& a);
+void check_mlstm_devices(const MlstmFoldArguments& a);
+
 /// Throws c10::Error naming the argument where a rank, size, dtype, device or value is wrong.
 MlstmSizes check_mlstm_arguments(const MlstmArguments& a);
 MlstmSizes check_mlstm_backward_arguments(const MlstmBackwardArguments& a);
@@ -81,10 +88,6 @@ bool is_sigmoid_input_gate(std::string_view op, std::string_view input_gate);
 
 /// The scale of q: DQK^-1/2 where absent.
 double mlstm_scale(const std::optional<double>& scale, int64_t dqk);
-
-/// First token of every sequence of a packed row, and the end. Reads cu_seqlens, which lies on the CPU; throws where it
-/// does not rise from 0 to T.
-std::vector<int64_t> mlstm_sequence_starts(const at::Tensor& cu_seqlens, int64_t time);
 
 /// Empty h, c, n, m and, where wanted, product; on q's device.
 MlstmResults empty_mlstm_results(const MlstmArguments& a, const MlstmSizes& sizes, bool product);

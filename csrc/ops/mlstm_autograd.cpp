@@ -221,6 +221,7 @@ struct Autocast {
 // ---- Meta ---------------------------------------------------------------------------------------------------------
 
 MlstmResults forward_meta(const MlstmArguments& a) {
+  check_mlstm_devices(a);
   check_rank("mlstm_chunkwise", "q", a.q, 4);
   check_rank("mlstm_chunkwise", "v", a.v, 4);
   const c10::SymInt batch = a.q.sym_size(0), time = a.q.sym_size(1), heads = a.q.sym_size(2);
@@ -239,6 +240,7 @@ MlstmOutputs chunkwise_meta(const MlstmArguments& a) {
 }
 
 MlstmGradients backward_meta(const MlstmBackwardArguments& a) {
+  check_mlstm_devices(a);
   const auto like = [](const at::Tensor& x) {
     return at::empty_symint(x.sym_sizes(), x.options());
   };
@@ -253,13 +255,13 @@ MlstmGradients backward_meta(const MlstmBackwardArguments& a) {
           in.n0 ? like(*in.n0) : at::empty({0}, state)};
 }
 
-at::Tensor step_meta(const MlstmStepArguments& a) {
+template <class Arguments>
+at::Tensor step_meta(const Arguments& a) {
+  check_mlstm_devices(a);
   return at::empty_symint(a.v.sym_sizes(), a.v.options());
 }
 
-at::Tensor lazy_meta(const MlstmLazyArguments& a) { return step_meta(a); }
-
-void fold_meta(const MlstmFoldArguments&) {}
+void fold_meta(const MlstmFoldArguments& a) { check_mlstm_devices(a); }
 
 }  // namespace
 
@@ -387,8 +389,8 @@ TORCH_LIBRARY_IMPL(xlstm, Meta, m) {
   m.impl("mlstm_chunkwise", mlstm_kernel<chunkwise_meta>);
   m.impl("mlstm_chunkwise_forward", mlstm_kernel<forward_meta>);
   m.impl("mlstm_chunkwise_backward", mlstm_backward_kernel<backward_meta>);
-  m.impl("mlstm_step", mlstm_step_kernel<step_meta>);
-  m.impl("mlstm_step_lazy", mlstm_lazy_kernel<lazy_meta>);
+  m.impl("mlstm_step", mlstm_step_kernel<step_meta<MlstmStepArguments>>);
+  m.impl("mlstm_step_lazy", mlstm_lazy_kernel<step_meta<MlstmLazyArguments>>);
   m.impl("mlstm_fold", mlstm_fold_kernel<fold_meta>);
 }
 

@@ -29,15 +29,16 @@ Tensor rows_of(const Tensor& x) {
   return x.reshape({x.size(0) * x.size(1), x.size(2) * x.size(3)});
 }
 
-/// The columns of weight, in q's dtype, that q, k and v meet.
+/// The columns of weight that q, k and v meet.
 std::vector<Tensor> weights_of(const MlstmArguments& a, const Tensor& weight) {
   const int64_t heads = a.q.size(2), qk = heads * a.q.size(3), v = heads * a.v.size(3);
-  return weight.to(a.q.scalar_type()).split_with_sizes({qk, qk, v}, 1);
+  return weight.split_with_sizes({qk, qk, v}, 1);
 }
 
 void check_gates(const MlstmArguments& a, const Tensor& weight, const Tensor& bias) {
+  check_devices(kOp, a.q.device(), {{"k", a.k}, {"v", a.v}, {"weight", weight}, {"bias", bias}});
   check_rank(kOp, "q", a.q, 4);
-  check_shape(kOp, "k", a.k, a.q.sizes(), "(B,T,NH,DQK)");
+  check_shape(kOp, "k", a.k, a.q.sym_sizes(), "(B,T,NH,DQK)");
   check_rank(kOp, "v", a.v, 4);
   check_shape(kOp, "v", a.v, {a.q.size(0), a.q.size(1), a.q.size(2), a.v.size(3)}, "(B,T,NH,DV)");
   const int64_t heads = a.q.size(2), width = heads * (2 * a.q.size(3) + a.v.size(3));
@@ -45,7 +46,7 @@ void check_gates(const MlstmArguments& a, const Tensor& weight, const Tensor& bi
   check_shape(kOp, "bias", bias, {2 * heads}, "(2*NH)");
 }
 
-/// Sets igate and fgate.
+/// Sets igate and fgate. weight: in q's dtype.
 void compute_gates(MlstmArguments& a, const Tensor& weight, const Tensor& bias) {
   const std::vector<Tensor> weights = weights_of(a, weight);
   const Tensor sum = full_product(rows_of(a.q), weights[0].t());
@@ -65,9 +66,13 @@ class MlstmGated : public torch::autograd::Function<MlstmGated> {
                                const Tensor& weight, const Tensor& bias, const OptionalTensor&,
                                const OptionalTensor&, const OptionalTensor&, MlstmArguments a) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    compute_gates(a, weight, bias);
+    const Tensor low = weight.to(a.q.scalar_type());
+    compute_gates(a, low, bias);
     const auto [h, c, n, m, product] = mlstm_forward_op(a);
-    save_mlstm(ctx, a, h, product, {weight, bias});
+    // Not weight itself: it is larger where it was rounded, and mostly made of two gates' rows for this call alone.
+    save_mlstm(ctx, a, h, product, {low});
+    ctx->saved_data["weight_type"] = weight.scalar_type();
+    ctx->saved_data["bias_type"] = bias.scalar_type();
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({m});
     return {h, c, n, m};
@@ -85,9 +90,8 @@ class MlstmGated : public torch::autograd::Function<MlstmGated> {
     const Tensor gates = at::cat({result[3].flatten(0, 1).t(), result[4].flatten(0, 1).t()});
     const Tensor low = gates.to(saved.in.q.scalar_type());
     add_to_inputs(result, low, saved);
-    const Tensor &weight = saved.others[0], &bias = saved.others[1];
-    result[3] = weight_gradient(low, saved.in).to(weight.scalar_type());
-    result[4] = gates.sum(1).to(bias.scalar_type());
+    result[3] = weight_gradient(low, saved.in).to(ctx->saved_data["weight_type"].toScalarType());
+    result[4] = gates.sum(1).to(ctx->saved_data["bias_type"].toScalarType());
     result.emplace_back();  // of `a`
     return result;
   }
@@ -109,7 +113,7 @@ class MlstmGated : public torch::autograd::Function<MlstmGated> {
     const auto in_chunks = [&](const Tensor& rows) {
       return rows.unflatten(0, {chunks, tokens / chunks});
     };
-    const Tensor left = in_chunks(gates.t()).transpose(1, 2);
+    const Tensor left = full_factor(in_chunks(gates.t()).transpose(1, 2));
     std::vector<Tensor> sums;
     for (const Tensor& x : {in.q, in.k, in.v})
       sums.push_back(full_product(left, in_chunks(rows_of(x))));
@@ -157,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlstm_gated(const Tensor& q, const Te
     const variable_list out = MlstmGated::apply(a.q, a.k, a.v, weight, bias, a.c0, a.n0, a.m0, a);
     return {out[0], out[1], out[2], out[3]};
   }
-  compute_gates(a, weight, bias);
+  compute_gates(a, weight.to(a.q.scalar_type()), bias);
   return mlstm_chunkwise(a.q, a.k, a.v, a.igate, a.fgate, a.c0, a.n0, a.m0, options);
 }
 

@@ -4,6 +4,8 @@
 // Chunks never cross a sequence or a reset; shorter ones are padded. They are ordered by their place in their sequence:
 // chunk `j` of all sequences that have one, longest sequence first, then chunk j + 1 of those that have one, and so on.
 // A step of the recurrence over chunks is thus a run of chunks, and it goes on from the first ones of the step before.
+#include <vector>
+
 #include "csrc/ops/mlstm_arguments.h"
 
 namespace xlstm::ops {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "csrc/ops/common.h"
+#include "csrc/ops/sequences.h"
 
 namespace xlstm::ops {
 namespace {
@@ -61,7 +61,8 @@ MlstmPlan plan_mlstm(const MlstmArguments& a, const MlstmSizes& sizes, int64_t n
   const bool* reset = resets.defined() ? resets.const_data_ptr<bool>() : nullptr;
   std::vector<int64_t> ends;  // one past the last chunk of every sequence
   if (a.cu_seqlens) {
-    const std::vector<int64_t> starts = mlstm_sequence_starts(*a.cu_seqlens, sizes.time);
+    const std::vector<int64_t> starts =
+        sequence_starts("mlstm_chunkwise", *a.cu_seqlens, sizes.time);
     for (int64_t i = 0; i < sizes.num_sequences; ++i) {
       add_chunks(plan, 0, starts[i], starts[i + 1], length, fresh, reset);
       ends.push_back(static_cast<int64_t>(plan.chunks.size()));

@@ -10,10 +10,7 @@ namespace {
 void check_channels(const HeadwiseNormArguments& a, const OptionalTensor& tensor,
                     std::string_view name) {
   if (!tensor) return;
-  const int64_t channels = a.x.size(-2) * a.x.size(-1);
-  TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == channels, a.op, ": ", name,
-              ": expected shape (NH*DH) = (", channels, "), got ", tensor->sizes());
-  check_device(a.op, name, *tensor, a.x.device());
+  check_shape(a.op, name, *tensor, {a.x.size(-2) * a.x.size(-1)}, "(NH*DH)");
 }
 
 }  // namespace
@@ -26,14 +23,22 @@ at::DimVector headwise_norm_sizes(const at::Tensor& x) {
 
 void check_headwise_rows(const HeadwiseNormArguments& a, const at::Tensor& tensor,
                          std::string_view name) {
-  const at::DimVector expected = headwise_norm_sizes(a.x);
-  TORCH_CHECK(tensor.sizes() == at::IntArrayRef(expected), a.op, ": ", name,
-              ": expected shape (...,NH*DH) = ", at::IntArrayRef(expected), ", got ",
-              tensor.sizes());
+  check_shape(a.op, name, tensor, c10::fromIntArrayRefSlow(headwise_norm_sizes(a.x)),
+              "(...,NH*DH)");
   check_device(a.op, name, tensor, a.x.device());
 }
 
+void check_headwise_norm_devices(const HeadwiseNormArguments& a) {
+  check_devices(a.op, a.x.device(),
+                {{"weight", a.weight},
+                 {"bias", a.bias},
+                 {"skip", a.skip},
+                 {"skip_weight", a.skip_weight},
+                 {"gate", a.gate}});
+}
+
 void check_headwise_norm(const HeadwiseNormArguments& a) {
+  check_headwise_norm_devices(a);
   TORCH_CHECK(a.x.dim() >= 2, a.op, ": x: expected (...,NH,DH), got shape ", a.x.sizes());
   check_floating(a.op, "x", a.x);
   TORCH_CHECK(a.kind == "layer" || a.kind == "rms", a.op,
@@ -55,7 +60,7 @@ at::Tensor empty_residual_sum(const at::Tensor& x, const at::Tensor& branch) {
   TORCH_CHECK(x.dim() >= 1, kOp, ": x: expected (...,D), got shape ", x.sizes());
   check_floating(kOp, "x", x);
   check_floating(kOp, "branch", branch);
-  check_shape(kOp, "branch", branch, x.sizes(), "x's shape");
+  check_shape(kOp, "branch", branch, x.sym_sizes(), "x's shape");
   check_device(kOp, "branch", branch, x.device());
   return at::empty(x.sizes(),
                    x.options().dtype(c10::promoteTypes(x.scalar_type(), branch.scalar_type())));

@@ -52,6 +52,8 @@ at::Tensor empty_residual_sum(const at::Tensor& x, const at::Tensor& branch);
 /// Gradients of the head-wise norm of a sum, as residual_norm_backward returns them.
 ResidualNormGradients residual_gradients(const at::Tensor& sum, const HeadwiseNormGradients& g);
 
+/// Throws c10::Error naming the argument whose device is not x's.
+void check_headwise_norm_devices(const HeadwiseNormArguments& a);
 /// Throw c10::Error naming the argument where a rank, size, dtype, device or value is wrong.
 void check_headwise_norm(const HeadwiseNormArguments& a);
 /// A tensor of rows, (...,NH*DH) of x.

@@ -5,20 +5,22 @@
 #include <string>
 
 #include "csrc/ops/autograd_support.h"
+#include "csrc/ops/common.h"
 #include "csrc/ops/norm.h"
+#include "csrc/ops/norm_arguments.h"
 
 namespace xlstm::ops {
 namespace {
 
 using torch::autograd::variable_list;
-using Gradients =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Gradients headwise_norm_backward(const at::Tensor& dy, const at::Tensor& x,
-                                 const OptionalTensor& weight, const OptionalTensor& bias,
-                                 const OptionalTensor& skip, const OptionalTensor& skip_weight,
-                                 const OptionalTensor& gate, double eps, std::string_view kind,
-                                 std::string_view gate_activation) {
+HeadwiseNormGradients headwise_norm_backward(const at::Tensor& dy, const at::Tensor& x,
+                                             const OptionalTensor& weight,
+                                             const OptionalTensor& bias, const OptionalTensor& skip,
+                                             const OptionalTensor& skip_weight,
+                                             const OptionalTensor& gate, double eps,
+                                             std::string_view kind,
+                                             std::string_view gate_activation) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("xlstm::headwise_norm_backward", "")
                              .typed<decltype(headwise_norm_backward)>();
@@ -75,9 +77,12 @@ at::Tensor headwise_norm_autograd(const at::Tensor& x, const OptionalTensor& wei
   return headwise_norm(x, weight, bias, skip, skip_weight, gate, eps, kind, gate_activation);
 }
 
-at::Tensor headwise_norm_meta(const at::Tensor& x, const OptionalTensor&, const OptionalTensor&,
-                              const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                              double, std::string_view, std::string_view) {
+at::Tensor headwise_norm_meta(const at::Tensor& x, const OptionalTensor& weight,
+                              const OptionalTensor& bias, const OptionalTensor& skip,
+                              const OptionalTensor& skip_weight, const OptionalTensor& gate,
+                              double eps, std::string_view kind, std::string_view gate_activation) {
+  check_headwise_norm_devices(
+      {x, weight, bias, skip, skip_weight, gate, eps, kind, gate_activation});
   TORCH_CHECK(x.dim() >= 2, "headwise_norm: x: expected (...,NH,DH), got ", x.dim(), " dimensions");
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end() - 1);
   sizes.back() = sizes.back() * x.sym_size(-1);
@@ -89,11 +94,14 @@ at::Tensor contiguous_like(const OptionalTensor& input, const at::Tensor& otherw
   return at::empty_symint(input->sym_sizes(), input->options());
 }
 
-Gradients headwise_norm_backward_meta(const at::Tensor&, const at::Tensor& x,
-                                      const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& skip, const OptionalTensor& skip_weight,
-                                      const OptionalTensor& gate, double, std::string_view,
-                                      std::string_view) {
+HeadwiseNormGradients headwise_norm_backward_meta(
+    const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& skip, const OptionalTensor& skip_weight,
+    const OptionalTensor& gate, double eps, std::string_view kind,
+    std::string_view gate_activation) {
+  check_headwise_norm_devices(
+      {x, weight, bias, skip, skip_weight, gate, eps, kind, gate_activation});
+  check_device("headwise_norm", "dy", dy, x.device());
   return {at::empty_symint(x.sym_sizes(), x.options()),
           contiguous_like(weight, x),
           contiguous_like(bias, x),
@@ -102,12 +110,10 @@ Gradients headwise_norm_backward_meta(const at::Tensor&, const at::Tensor& x,
           contiguous_like(gate, x)};
 }
 
-using SumAndNorm = std::tuple<at::Tensor, at::Tensor>;
-using SumGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-SumGradients residual_norm_backward(const OptionalTensor& dsum, const at::Tensor& dy,
-                                    const at::Tensor& sum, const OptionalTensor& weight,
-                                    const OptionalTensor& bias, double eps, std::string_view kind) {
+ResidualNormGradients residual_norm_backward(const OptionalTensor& dsum, const at::Tensor& dy,
+                                             const at::Tensor& sum, const OptionalTensor& weight,
+                                             const OptionalTensor& bias, double eps,
+                                             std::string_view kind) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("xlstm::residual_norm_backward", "")
                              .typed<decltype(residual_norm_backward)>();
@@ -150,9 +156,9 @@ class ResidualNorm : public torch::autograd::Function<ResidualNorm> {
   }
 };
 
-SumAndNorm residual_norm_autograd(const at::Tensor& x, const at::Tensor& branch,
-                                  const OptionalTensor& weight, const OptionalTensor& bias,
-                                  double eps, std::string_view kind) {
+ResidualNormResult residual_norm_autograd(const at::Tensor& x, const at::Tensor& branch,
+                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                          double eps, std::string_view kind) {
   if (recording(x, branch, weight, bias)) {
     const variable_list result =
         ResidualNorm::apply(x, branch, weight, bias, eps, std::string(kind));
@@ -162,15 +168,22 @@ SumAndNorm residual_norm_autograd(const at::Tensor& x, const at::Tensor& branch,
   return residual_norm(x, branch, weight, bias, eps, kind);
 }
 
-SumAndNorm residual_norm_meta(const at::Tensor& x, const at::Tensor& branch, const OptionalTensor&,
-                              const OptionalTensor&, double, std::string_view) {
+ResidualNormResult residual_norm_meta(const at::Tensor& x, const at::Tensor& branch,
+                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                      double, std::string_view) {
+  check_devices("residual_norm", x.device(),
+                {{"branch", branch}, {"weight", weight}, {"bias", bias}});
   const auto options = x.options().dtype(c10::promoteTypes(x.scalar_type(), branch.scalar_type()));
   return {at::empty_symint(x.sym_sizes(), options), at::empty_symint(x.sym_sizes(), options)};
 }
 
-SumGradients residual_norm_backward_meta(const OptionalTensor&, const at::Tensor&,
-                                         const at::Tensor& sum, const OptionalTensor& weight,
-                                         const OptionalTensor& bias, double, std::string_view) {
+ResidualNormGradients residual_norm_backward_meta(const OptionalTensor& dsum, const at::Tensor& dy,
+                                                  const at::Tensor& sum,
+                                                  const OptionalTensor& weight,
+                                                  const OptionalTensor& bias, double,
+                                                  std::string_view) {
+  check_devices("residual_norm", sum.device(),
+                {{"dsum", dsum}, {"dy", dy}, {"weight", weight}, {"bias", bias}});
   return {at::empty_symint(sum.sym_sizes(), sum.options()), contiguous_like(weight, sum),
           contiguous_like(bias, sum)};
 }

@@ -5,9 +5,21 @@
 
 namespace xlstm::ops {
 
-at::Tensor full_product(const at::Tensor& a, const at::Tensor& b) {
-  const bool half = a.scalar_type() == at::kBFloat16 || a.scalar_type() == at::kHalf;
-  if (half && !a.is_cuda()) return full_product(a.to(at::kFloat), b.to(at::kFloat));
+namespace {
+
+bool is_half(const at::Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+}
+
+}  // namespace
+
+at::Tensor full_factor(const at::Tensor& x) {
+  return is_half(x) && !x.is_cuda() ? x.to(at::kFloat) : x;
+}
+
+at::Tensor full_product(const at::Tensor& left, const at::Tensor& right) {
+  const at::Tensor a = full_factor(left), b = full_factor(right);
+  const bool half = is_half(a);  // only a GPU's products have sums of another type
   if (a.dim() == 2) return half ? at::mm(a, b, at::kFloat) : at::mm(a, b);
   return half ? at::bmm(a, b, at::kFloat) : at::bmm(a, b);
 }

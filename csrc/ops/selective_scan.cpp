@@ -27,22 +27,40 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at:
 
 using Arguments = SelectiveScanArguments;
 
+constexpr std::string_view kOp = "selective_scan";
+
+void check_same_device(const Arguments& in) {
+  check_devices(kOp, in.x.device(),
+                {{"delta", in.delta},
+                 {"a", in.a},
+                 {"b", in.b},
+                 {"c", in.c},
+                 {"skip", in.skip},
+                 {"state0", in.state0},
+                 {"reset", in.reset}});
+}
+
+/// Of the backward operator: also the gradients that it is given.
+void check_same_device(const OptionalTensor& dy, const OptionalTensor& dstate,
+                       const Arguments& in) {
+  check_same_device(in);
+  check_devices(kOp, in.x.device(), {{"dy", dy}, {"dstate", dstate}});
+}
+
 void check(const Arguments& in) {
-  constexpr const char* kOp = "selective_scan";
+  check_same_device(in);
   check_rank(kOp, "x", in.x, 3);
   check_floating(kOp, "x", in.x);
   check_rank(kOp, "a", in.a, 2);
   const int64_t batch = in.x.size(0), time = in.x.size(1), dim = in.x.size(2),
                 states = in.a.size(1);
-  check_shape(kOp, "delta", in.delta, in.x.sizes(), "(B,T,D)");
+  check_shape(kOp, "delta", in.delta, in.x.sym_sizes(), "(B,T,D)");
   check_shape(kOp, "a", in.a, {dim, states}, "(D,N)");
   check_shape(kOp, "b", in.b, {batch, time, states}, "(B,T,N)");
   check_shape(kOp, "c", in.c, {batch, time, states}, "(B,T,N)");
   check_shape(kOp, "skip", in.skip, {dim}, "(D)");
   if (in.state0) check_shape(kOp, "state0", *in.state0, {batch, dim, states}, "(B,D,N)");
-  if (!in.reset) return;
-  check_shape(kOp, "reset", *in.reset, {batch, time}, "(B,T)");
-  check_dtype(kOp, "reset", *in.reset, at::kBool);
+  check_reset(kOp, in.reset, batch, time);
 }
 
 /// What the kernels read, alive while they run: a and the state with the channels innermost.
@@ -94,6 +112,7 @@ Gradients selective_scan_backward_cpu(const OptionalTensor& dy, const OptionalTe
   constexpr int64_t kMostTasks = 16, kChannels = 64;  // per row: of memory for the sums of b and c
   const Arguments arguments{x, delta, a, b, c, skip, state0, reset};
   check(arguments);
+  check_same_device(dy, dstate, arguments);
   const Inputs in(arguments);
   cpu::SelectiveScanParams p = in.params();
   const auto ceil_div = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
@@ -135,6 +154,7 @@ Gradients selective_scan_backward_any(const OptionalTensor& dy, const OptionalTe
                                       const OptionalTensor& reset) {
   const Arguments arguments{x, delta, a, b, c, skip, state0, reset};
   check(arguments);
+  check_same_device(dy, dstate, arguments);
   return selective_scan_generic_backward(dy, dstate, arguments);
 }
 
@@ -187,17 +207,19 @@ at::Tensor meta_state(const at::Tensor& x, const at::Tensor& a) {
                           x.options().dtype(accumulate_type(x.scalar_type())));
 }
 
-Outputs selective_scan_meta(const at::Tensor& x, const at::Tensor&, const at::Tensor& a,
-                            const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                            const OptionalTensor&, const OptionalTensor&) {
+Outputs selective_scan_meta(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& a,
+                            const at::Tensor& b, const at::Tensor& c, const at::Tensor& skip,
+                            const OptionalTensor& state0, const OptionalTensor& reset) {
+  check_same_device({x, delta, a, b, c, skip, state0, reset});
   return {at::empty_symint(x.sym_sizes(), x.options()), meta_state(x, a)};
 }
 
-Gradients selective_scan_backward_meta(const OptionalTensor&, const OptionalTensor&,
+Gradients selective_scan_backward_meta(const OptionalTensor& dy, const OptionalTensor& dstate,
                                        const at::Tensor& x, const at::Tensor& delta,
                                        const at::Tensor& a, const at::Tensor& b,
                                        const at::Tensor& c, const at::Tensor& skip,
-                                       const OptionalTensor&, const OptionalTensor&) {
+                                       const OptionalTensor& state0, const OptionalTensor& reset) {
+  check_same_device(dy, dstate, {x, delta, a, b, c, skip, state0, reset});
   const auto like = [](const at::Tensor& t) {
     return at::empty_symint(t.sym_sizes(), t.options());
   };

@@ -3,46 +3,19 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <string>
 #include <vector>
+
+#include "csrc/ops/common.h"
+#include "csrc/ops/sequences.h"
 
 namespace xlstm::ops {
 namespace {
 
-std::string shape_of(const at::Tensor& t) {
-  std::string text = "(";
-  for (const auto& size : t.sym_sizes()) {
-    if (text.size() > 1) text += ",";
-    const auto number = size.maybe_as_int();
-    text += number ? std::to_string(*number) : std::string("s");
-  }
-  return text + ") " + c10::toString(t.scalar_type());
-}
+constexpr std::string_view kOp = "slstm", kBackwardOp = "slstm_backward";
 
-void check_shape(const at::Tensor& t, const char* name, c10::SymIntArrayRef sizes,
-                 const char* meaning) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); ++i)
-    same = t.sym_size(static_cast<int64_t>(i)) == sizes[i];
-  std::string expected = "(";
-  for (size_t i = 0; !same && i < sizes.size(); ++i) {
-    const auto number = sizes[i].maybe_as_int();
-    expected += (i ? "," : "") + (number ? std::to_string(*number) : std::string("s"));
-  }
-  TORCH_CHECK(same, "slstm: ", name, ": expected ", meaning, " = ", expected, "), got ",
-              shape_of(t));
-}
-
-void check_parameter(const at::Tensor& t, const char* name, const at::Tensor& wx) {
-  const at::ScalarType state = slstm_state_type(wx.scalar_type());
-  TORCH_CHECK(t.scalar_type() == wx.scalar_type() || t.scalar_type() == state, "slstm: ", name,
-              ": expected ",
-              wx.scalar_type() == state
-                  ? ""
-                  : std::string(c10::toString(wx.scalar_type())) + " (as wx) or ",
-              c10::toString(state), ", got ", c10::toString(t.scalar_type()));
-  TORCH_CHECK(t.device() == wx.device(), "slstm: ", name, ": expected on ", wx.device(),
-              " as wx, got ", t.device());
+void check_parameter(std::string_view name, const at::Tensor& t, const at::Tensor& wx) {
+  if (t.scalar_type() != wx.scalar_type())
+    check_dtype(kOp, name, t, slstm_state_type(wx.scalar_type()));
 }
 
 void check_states(const SlstmArguments& a, const c10::SymInt& count) {
@@ -60,12 +33,9 @@ void check_states(const SlstmArguments& a, const c10::SymInt& count) {
       {{"y0", &a.y0}, {"c0", &a.c0}, {"n0", &a.n0}, {"m0", &a.m0}}};
   for (const auto& [name, state] : states) {
     if (!state->has_value()) continue;
-    check_shape(**state, name, {count, a.wx.sym_size(3), a.wx.sym_size(4)},
+    check_shape(kOp, name, **state, {count, a.wx.sym_size(3), a.wx.sym_size(4)},
                 a.cu_seqlens ? "(sequences,NH,DH)" : "(B,NH,DH)");
-    TORCH_CHECK((*state)->scalar_type() == type, "slstm: ", name, ": expected ",
-                c10::toString(type), ", got ", c10::toString((*state)->scalar_type()));
-    TORCH_CHECK((*state)->device() == a.wx.device(), "slstm: ", name, ": expected on ",
-                a.wx.device(), " as wx, got ", (*state)->device());
+    check_dtype(kOp, name, **state, type);
   }
 }
 
@@ -117,63 +87,72 @@ at::ScalarType slstm_state_type(at::ScalarType type) {
 void check_slstm_arguments(const SlstmArguments& a) {
   slstm_cell(a.cell);
   check_clip(a.recurrent_clip);
-  const at::ScalarType type = a.wx.scalar_type();
-  TORCH_CHECK(a.wx.dim() == 5 && a.wx.sym_size(2) == 4,
-              "slstm: wx: expected (B,T,4,NH,DH), gates in the order i, f, z, o, got ",
-              shape_of(a.wx));
-  TORCH_CHECK(a.wx.sym_size(3) >= 1 && a.wx.sym_size(4) >= 1,
-              "slstm: wx: expected NH >= 1 and DH >= 1, got ", shape_of(a.wx));
-  TORCH_CHECK(
-      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-      "slstm: wx: expected float32, float64, bfloat16 or float16, got ", c10::toString(type));
+  check_devices(kOp, a.wx.device(),
+                {{"r", a.r},
+                 {"b", a.b},
+                 {"y0", a.y0},
+                 {"c0", a.c0},
+                 {"n0", a.n0},
+                 {"m0", a.m0},
+                 {"reset", a.reset},
+                 {"cu_seqlens", a.cu_seqlens}});
+  TORCH_CHECK(a.wx.dim() == 5 && a.wx.sym_size(2) == 4, kOp,
+              ": wx: expected (B,T,4,NH,DH), gates in the order i, f, z, o, got ",
+              a.wx.sym_sizes());
   const c10::SymInt heads = a.wx.sym_size(3), dh = a.wx.sym_size(4);
-  check_shape(a.r, "r", {4, heads, dh, dh}, "(4,NH,DH,DH)");
-  check_shape(a.b, "b", {4, heads, dh}, "(4,NH,DH)");
-  check_parameter(a.r, "r", a.wx);
-  check_parameter(a.b, "b", a.wx);
-  if (a.cu_seqlens) {
-    TORCH_CHECK(a.cu_seqlens->dim() == 1 && a.cu_seqlens->sym_size(0) >= 1 &&
-                    a.cu_seqlens->scalar_type() == at::kInt,
-                "slstm: cu_seqlens: expected (sequences + 1) int32, got ", shape_of(*a.cu_seqlens));
-    TORCH_CHECK(a.cu_seqlens->device() == a.wx.device(), "slstm: cu_seqlens: expected on ",
-                a.wx.device(), " as wx, got ", a.cu_seqlens->device());
-    TORCH_CHECK(a.wx.sym_size(0) == 1, "slstm: wx: expected B = 1 with cu_seqlens, got ",
-                shape_of(a.wx));
-  }
+  TORCH_CHECK(heads >= 1 && dh >= 1, kOp, ": wx: expected NH >= 1 and DH >= 1, got ",
+              a.wx.sym_sizes());
+  check_floating(kOp, "wx", a.wx);
+  check_shape(kOp, "r", a.r, {4, heads, dh, dh}, "(4,NH,DH,DH)");
+  check_shape(kOp, "b", a.b, {4, heads, dh}, "(4,NH,DH)");
+  check_parameter("r", a.r, a.wx);
+  check_parameter("b", a.b, a.wx);
+  if (a.cu_seqlens) check_cu_seqlens(kOp, *a.cu_seqlens, a.wx.sym_size(0));
   check_states(a, state_count(a.cu_seqlens, a.wx));
-  if (!a.reset) return;
-  check_shape(*a.reset, "reset", {a.wx.sym_size(0), a.wx.sym_size(1)}, "(B,T)");
-  TORCH_CHECK(a.reset->scalar_type() == at::kBool, "slstm: reset: expected bool, got ",
-              c10::toString(a.reset->scalar_type()));
-  TORCH_CHECK(a.reset->device() == a.wx.device(), "slstm: reset: expected on ", a.wx.device(),
-              " as wx, got ", a.reset->device());
+  check_reset(kOp, a.reset, a.wx.sym_size(0), a.wx.sym_size(1));
 }
 
 void check_slstm_backward_arguments(const SlstmBackwardArguments& a) {
   slstm_cell(a.cell);
   check_clip(a.recurrent_clip);
-  TORCH_CHECK(a.y.dim() == 4, "slstm_backward: y: expected (B,T,NH,DH), got ", shape_of(a.y));
-  TORCH_CHECK(a.wx.has_value() == a.b.has_value(),
-              "slstm_backward: wx and b: expected both or neither");
+  check_devices(kBackwardOp, a.y.device(),
+                {{"dy", a.dy},
+                 {"dy_last", a.dy_last},
+                 {"dc", a.dc},
+                 {"dn", a.dn},
+                 {"gates", a.gates},
+                 {"checkpoints", a.checkpoints},
+                 {"wx", a.wx},
+                 {"r", a.r},
+                 {"b", a.b},
+                 {"y0", a.y0},
+                 {"c0", a.c0},
+                 {"n0", a.n0},
+                 {"m0", a.m0},
+                 {"reset", a.reset},
+                 {"cu_seqlens", a.cu_seqlens}});
+  check_rank(kBackwardOp, "y", a.y, 4);
+  TORCH_CHECK(a.wx.has_value() == a.b.has_value(), kBackwardOp,
+              ": wx and b: expected both or neither");
   const Sizes y = a.y.sym_sizes().vec();
-  check_shape(a.r, "r", {4, y[2], y[3], y[3]}, "(4,NH,DH,DH)");
-  if (a.wx) check_shape(*a.wx, "wx", {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
-  if (a.dy) check_shape(*a.dy, "dy", y, "(B,T,NH,DH)");
+  check_shape(kBackwardOp, "r", a.r, {4, y[2], y[3], y[3]}, "(4,NH,DH,DH)");
+  if (a.wx) check_shape(kBackwardOp, "wx", *a.wx, {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
+  if (a.dy) check_shape(kBackwardOp, "dy", *a.dy, y, "(B,T,NH,DH)");
 }
 
 void check_slstm_saved(const SlstmBackwardArguments& a, bool preactivations) {
   const cpu::SlstmCell cell = slstm_cell(a.cell);
   const Sizes y = a.y.sym_sizes().vec();
-  check_shape(a.checkpoints, "checkpoints",
+  check_shape(kBackwardOp, "checkpoints", a.checkpoints,
               checkpoint_sizes(y, state_count(a.cu_seqlens, a.y), a.cu_seqlens.has_value(), cell,
                                a.recompute(), preactivations),
               preactivations ? "(slots,NH,K,DH)" : "(B,NH,ceil(T/16),K,DH)");
   if (a.recompute()) return;
   if (preactivations) {
-    check_shape(a.gates, "gates", {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
+    check_shape(kBackwardOp, "gates", a.gates, {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
   } else {
-    check_shape(a.gates, "gates", {y[0], y[2], y[1], cpu::slstm_saved_gates(cell), y[3]},
-                "(B,NH,T,S,DH)");
+    check_shape(kBackwardOp, "gates", a.gates,
+                {y[0], y[2], y[1], cpu::slstm_saved_gates(cell), y[3]}, "(B,NH,T,S,DH)");
   }
 }
 
@@ -214,17 +193,9 @@ std::vector<cpu::SlstmRow> slstm_sequences(int64_t batch, int64_t time,
     for (int64_t i = 0; i < batch; ++i) rows.push_back({i, 0, time, i});
     return rows;
   }
-  const at::Tensor ends = cu_seqlens->to(at::kCPU).contiguous();
-  const int32_t* const end = ends.const_data_ptr<int32_t>();
-  const int64_t count = ends.size(0) - 1;
-  TORCH_CHECK(end[0] == 0 && end[count] == time,
-              "slstm: cu_seqlens: expected to go from 0 to T = ", time, ", got ", end[0], " to ",
-              end[count]);
-  for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK(end[i] <= end[i + 1], "slstm: cu_seqlens: expected no falling values, got ", end[i],
-                " before ", end[i + 1]);
-    rows.push_back({0, end[i], end[i + 1] - end[i], i});
-  }
+  const std::vector<int64_t> starts = sequence_starts(kOp, *cu_seqlens, time);
+  for (size_t i = 0; i + 1 < starts.size(); ++i)
+    rows.push_back({0, starts[i], starts[i + 1] - starts[i], static_cast<int64_t>(i)});
   std::stable_sort(rows.begin(), rows.end(), [](const cpu::SlstmRow& a, const cpu::SlstmRow& b) {
     return a.length > b.length;
   });

@@ -23,22 +23,39 @@ using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-void check(const at::Tensor& k, const at::Tensor& v, const at::Tensor& w, const at::Tensor& u,
-           const OptionalTensor& a0, const OptionalTensor& b0, const OptionalTensor& p0,
-           const OptionalTensor& reset) {
-  check_rank("wkv", "k", k, 3);
-  check_floating("wkv", "k", k);
-  check_shape("wkv", "v", v, k.sizes(), "(B,T,D)");
-  check_shape("wkv", "w", w, {k.size(2)}, "(D)");
-  check_shape("wkv", "u", u, {k.size(2)}, "(D)");
-  TORCH_CHECK(a0.has_value() == b0.has_value() && a0.has_value() == p0.has_value(),
-              "wkv: a0, b0 and p0 come together");
-  for (const auto* state : {&a0, &b0, &p0})
-    if (*state) check_shape("wkv", "a0, b0, p0", **state, {k.size(0), k.size(2)}, "(B,D)");
-  if (reset) {
-    check_shape("wkv", "reset", *reset, {k.size(0), k.size(1)}, "(B,T)");
-    check_dtype("wkv", "reset", *reset, at::kBool);
-  }
+constexpr std::string_view kOp = "wkv";
+
+void check_same_device(const WkvArguments& in) {
+  check_devices(kOp, in.k.device(),
+                {{"v", in.v},
+                 {"w", in.w},
+                 {"u", in.u},
+                 {"a0", in.a0},
+                 {"b0", in.b0},
+                 {"p0", in.p0},
+                 {"reset", in.reset}});
+}
+
+/// Of the backward operator: also the gradients that it is given.
+void check_same_device(const OptionalTensor& dy, const OptionalTensor& da, const OptionalTensor& db,
+                       const WkvArguments& in) {
+  check_same_device(in);
+  check_devices(kOp, in.k.device(), {{"dy", dy}, {"da", da}, {"db", db}});
+}
+
+void check(const WkvArguments& in) {
+  check_same_device(in);
+  check_rank(kOp, "k", in.k, 3);
+  check_floating(kOp, "k", in.k);
+  const int64_t batch = in.k.size(0), time = in.k.size(1), dim = in.k.size(2);
+  check_shape(kOp, "v", in.v, in.k.sym_sizes(), "(B,T,D)");
+  check_shape(kOp, "w", in.w, {dim}, "(D)");
+  check_shape(kOp, "u", in.u, {dim}, "(D)");
+  TORCH_CHECK(in.a0.has_value() == in.b0.has_value() && in.a0.has_value() == in.p0.has_value(), kOp,
+              ": a0, b0 and p0 come together");
+  for (const auto* state : {&in.a0, &in.b0, &in.p0})
+    if (*state) check_shape(kOp, "a0, b0, p0", **state, {batch, dim}, "(B,D)");
+  check_reset(kOp, in.reset, batch, time);
 }
 
 /// What the kernels read, alive while they run.
@@ -74,7 +91,7 @@ struct Inputs {
 Outputs wkv_cpu(const at::Tensor& k, const at::Tensor& v, const at::Tensor& w, const at::Tensor& u,
                 const OptionalTensor& a0, const OptionalTensor& b0, const OptionalTensor& p0,
                 const OptionalTensor& reset) {
-  check(k, v, w, u, a0, b0, p0, reset);
+  check({k, v, w, u, a0, b0, p0, reset});
   const Inputs in(k, v, w, u, a0, b0, p0, reset);
   const at::Tensor y = at::empty(k.sizes(), in.k.options());
   const at::Tensor a = in.state(), b = in.state(), p = in.state();
@@ -90,7 +107,8 @@ Gradients wkv_backward_cpu(const OptionalTensor& dy, const OptionalTensor& da,
                            const at::Tensor& w, const at::Tensor& u, const OptionalTensor& a0,
                            const OptionalTensor& b0, const OptionalTensor& p0,
                            const OptionalTensor& reset) {
-  check(k, v, w, u, a0, b0, p0, reset);
+  check({k, v, w, u, a0, b0, p0, reset});
+  check_same_device(dy, da, db, {k, v, w, u, a0, b0, p0, reset});
   const Inputs in(k, v, w, u, a0, b0, p0, reset);
   const auto given = [&](const OptionalTensor& t, at::IntArrayRef sizes) {
     return t ? in.dense(*t) : at::zeros(sizes, in.k.options());
@@ -116,8 +134,9 @@ Gradients wkv_backward_cpu(const OptionalTensor& dy, const OptionalTensor& da,
 Outputs wkv_any(const at::Tensor& k, const at::Tensor& v, const at::Tensor& w, const at::Tensor& u,
                 const OptionalTensor& a0, const OptionalTensor& b0, const OptionalTensor& p0,
                 const OptionalTensor& reset) {
-  check(k, v, w, u, a0, b0, p0, reset);
-  return wkv_generic({k, v, w, u, a0, b0, p0, reset});
+  const WkvArguments in{k, v, w, u, a0, b0, p0, reset};
+  check(in);
+  return wkv_generic(in);
 }
 
 Gradients wkv_backward_any(const OptionalTensor& dy, const OptionalTensor& da,
@@ -125,8 +144,10 @@ Gradients wkv_backward_any(const OptionalTensor& dy, const OptionalTensor& da,
                            const at::Tensor& w, const at::Tensor& u, const OptionalTensor& a0,
                            const OptionalTensor& b0, const OptionalTensor& p0,
                            const OptionalTensor& reset) {
-  check(k, v, w, u, a0, b0, p0, reset);
-  return wkv_generic_backward(dy, da, db, {k, v, w, u, a0, b0, p0, reset});
+  const WkvArguments in{k, v, w, u, a0, b0, p0, reset};
+  check(in);
+  check_same_device(dy, da, db, in);
+  return wkv_generic_backward(dy, da, db, in);
 }
 
 Gradients wkv_backward_op(const OptionalTensor& dy, const OptionalTensor& da,
@@ -180,17 +201,20 @@ at::Tensor meta_state(const at::Tensor& k) {
                           k.options().dtype(accumulate_type(k.scalar_type())));
 }
 
-Outputs wkv_meta(const at::Tensor& k, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                 const OptionalTensor&) {
+Outputs wkv_meta(const at::Tensor& k, const at::Tensor& v, const at::Tensor& w, const at::Tensor& u,
+                 const OptionalTensor& a0, const OptionalTensor& b0, const OptionalTensor& p0,
+                 const OptionalTensor& reset) {
+  check_same_device({k, v, w, u, a0, b0, p0, reset});
   return {at::empty_symint(k.sym_sizes(), k.options()), meta_state(k), meta_state(k),
           meta_state(k)};
 }
 
-Gradients wkv_backward_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                            const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,
-                            const at::Tensor& u, const OptionalTensor&, const OptionalTensor&,
-                            const OptionalTensor&, const OptionalTensor&) {
+Gradients wkv_backward_meta(const OptionalTensor& dy, const OptionalTensor& da,
+                            const OptionalTensor& db, const at::Tensor& k, const at::Tensor& v,
+                            const at::Tensor& w, const at::Tensor& u, const OptionalTensor& a0,
+                            const OptionalTensor& b0, const OptionalTensor& p0,
+                            const OptionalTensor& reset) {
+  check_same_device(dy, da, db, {k, v, w, u, a0, b0, p0, reset});
   const auto like = [](const at::Tensor& t) {
     return at::empty_symint(t.sym_sizes(), t.options());
   };

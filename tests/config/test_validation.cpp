@@ -1,5 +1,7 @@
 // Settings that contradict each other: of the model when it is read, of a training run when it
 // starts.
+#include <limits>
+
 #include "tests/config/support.h"
 #include "tests/support/catch.h"
 
@@ -232,6 +234,22 @@ TEST_CASE("the command line may cut a run short of its warm-up") {
         "override 'optim.warmup_steps=501': optim.warmup_steps: is 501, expected at most the 500 "
         "steps of the run");
   CHECK(message({"train.max_steps=3", "optim.warmup_steps=4"}) != "");
+}
+
+TEST_CASE("the number of steps follows from max_steps or max_tokens") {
+  Config given;
+  given.train.global_batch_size = 4;
+  given.data.seq_len = 8;
+  CHECK(tokens_per_step(given) == 32);
+  given.train.max_steps = 7;
+  CHECK(total_steps(given) == 7);
+  given.train.max_steps = 0;
+  given.train.max_tokens = 64;
+  CHECK(total_steps(given) == 2);
+  given.train.max_tokens = 65;
+  CHECK(total_steps(given) == 3);
+  given.train.max_tokens = std::numeric_limits<int64_t>::max();
+  CHECK(total_steps(given) == int64_t{1} << 58);
 }
 
 TEST_CASE("programs other than the trainer read incomplete configurations") {

@@ -186,6 +186,10 @@ TEST_CASE("listops: what is drawn to choose by is neither what trains nor the te
                                   hash(validation.held_out->batch(0, 4))};
   CHECK((held_out[0] != held_out[1] && held_out[0] != train && held_out[1] != train));
   CHECK(validation.held_out->num_windows() == test.held_out->num_windows());
+  options.held_out = "train";
+  const std::string message =
+      error_of([&] { make_task_data(options, 600, 5, false, 16); }, xlstm::ExitCode::kConfig);
+  CHECK(message == "data.task.held_out is train, expected test or validation");
 }
 
 TEST_CASE("listops: the Arena's lengths, recorded, for every cut into batches and every thread",

@@ -265,6 +265,10 @@ TEST_CASE("mlstm_gated names the argument that is wrong") {
     CHECK(message_with(2, v).find("mlstm_gated: v") != std::string::npos);
   CHECK(message_with(3, p.q).find("mlstm_gated: weight") != std::string::npos);
   CHECK(message_with(4, p.q).find("mlstm_gated: bias") != std::string::npos);
+  const std::pair<size_t, const char*> others[] = {{1, "k"}, {2, "v"}, {3, "weight"}, {4, "bias"}};
+  for (const auto& [i, name] : others)
+    CHECK(message_with(i, inputs_of(p)[i].to(at::kMeta))
+              .find(std::string(name) + ": expected device cpu, got meta") != std::string::npos);
 }
 
 TEST_CASE("products of half precision are float32, and long sums are split evenly") {

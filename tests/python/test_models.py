@@ -179,6 +179,18 @@ def test_autocast_with_fused_operators_is_as_near_to_float64_as_without(device, 
     assert 0 < fused < 2 * single < 0.1
 
 
+def test_autocast_rounds_the_weights_of_the_gates_once():
+    """For both passes: the backward pass has what the forward pass rounded."""
+    model = libxlstm.make_model({"model": {"vocab_size": 300, "embedding_dim": 32, "num_blocks": 1, "num_heads": 2}})
+    with torch.profiler.profile(record_shapes=True) as profile:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(random_ids(2, 11))[0].float().sum()
+        loss.backward()
+    rows = [4, 3 * 64]  # of two gates of two heads, for q, k and v
+    casts = [event for event in profile.events() if event.name == "aten::_to_copy" and event.input_shapes[0] == rows]
+    assert len(casts) == 1
+
+
 @needs_gpu
 def test_to_and_load_take_a_gpu(tmp_path):
     model = make_model()

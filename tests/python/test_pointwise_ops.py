@@ -37,18 +37,6 @@ def test_block_linear_gradcheck_on_views(blocks, out, width):
     torch.testing.assert_close(y, block_by_aten(up[:1, :1, :c], w).expand_as(y))
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "target"])
-def test_tensors_of_another_device_are_refused(name):
-    """A kernel would take their addresses as those of its own device. The meta device stands for the other one here."""
-    given = {"x": randn(5, 8), "weight": randn(2, 4, 4), "bias": randn(8)}
-    if name == "target":
-        given = {"x": randn(5, 8), "weight": randn(9, 8), "target": torch.arange(5)}
-    operator = "linear_cross_entropy" if name == "target" else "block_linear"
-    given[name] = given[name].to("meta")
-    with pytest.raises(RuntimeError, match=f"{operator}: {name}: expected device cpu, got meta"):
-        getattr(ops, operator)(**given)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("soft_cap", [0.0, 5.0])
 @pytest.mark.parametrize("sizes", [((3, 50), 20, 37), ((1,), 1, 1), ((2500,), 8, 130), ((130,), 4, 70001)])
@@ -245,34 +233,34 @@ def test_compiles_whole():
 x3, w24 = torch.zeros(2, 3, 4), torch.zeros(4, 2)
 ERRORS = [
     (lambda: ops.causal_conv1d(x3[0], w24), r"x: expected \(B,T,C\)"),
-    (lambda: ops.causal_conv1d(x3, torch.zeros(5, 4)), r"weight: expected shape \(C,W\) = \(4,W\), got \[5, 4\]"),
+    (lambda: ops.causal_conv1d(x3, torch.zeros(5, 4)), r"weight: expected \(C,W\) = \[4, 4\], got \[5, 4\]"),
     (lambda: ops.causal_conv1d(x3, torch.zeros(4, 9)), "width W of 2 to 8, got 9"),
     (lambda: ops.causal_conv1d(x3, w24, torch.zeros(3)), "bias: expected"),
-    (lambda: ops.causal_conv1d(x3, w24, None, torch.zeros(2, 2, 4)), r"state0: expected .* \(2,1,4\)"),
-    (lambda: ops.causal_conv1d(x3, w24, reset=torch.zeros(2, 3)), "reset: expected bool"),
+    (lambda: ops.causal_conv1d(x3, w24, None, torch.zeros(2, 2, 4)), r"state0: expected .* = \[2, 1, 4\], got \[2, 2, 4\]"),
+    (lambda: ops.causal_conv1d(x3, w24, reset=torch.zeros(2, 3)), "reset: expected dtype Bool, got Float"),
     (lambda: ops.causal_conv1d(x3, w24, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32)), "expected B = 1"),
-    (lambda: ops.causal_conv1d(x3[:1], w24, cu_seqlens=torch.tensor([0, 3])), "cu_seqlens: expected int32"),
-    (lambda: ops.causal_conv1d(x3[:1], w24, cu_seqlens=torch.tensor([0, 2], dtype=torch.int32)), "end at T = 3"),
-    (lambda: ops.causal_conv1d(x3[:1], w24, cu_seqlens=torch.tensor([0, 4, 3], dtype=torch.int32)), "ascending"),
+    (lambda: ops.causal_conv1d(x3[:1], w24, cu_seqlens=torch.tensor([0, 3])), "cu_seqlens: expected dtype Int, got Long"),
+    (lambda: ops.causal_conv1d(x3[:1], w24, cu_seqlens=torch.tensor([0, 2], dtype=torch.int32)), "from 0 to T = 3"),
+    (lambda: ops.causal_conv1d(x3[:1], w24, cu_seqlens=torch.tensor([0, 4, 3], dtype=torch.int32)), "4 before 3"),
     (lambda: ops.causal_conv1d(x3.int(), w24), "x: expected float32, float64, bfloat16 or float16, got Int"),
     (lambda: ops.causal_conv1d_step(x3[0], w24, None, torch.zeros(3, 1, 3)), "state: expected"),
-    (lambda: ops.headwise_norm(x3, torch.zeros(11)), r"weight: expected shape \(NH\*DH\) = \(12\), got \[11\]"),
+    (lambda: ops.headwise_norm(x3, torch.zeros(11)), r"weight: expected \(NH\*DH\) = \[12\], got \[11\]"),
     (lambda: ops.headwise_norm(x3, skip=torch.zeros(2, 12)), "skip and skip_weight come together, got only skip"),
-    (lambda: ops.headwise_norm(x3, gate=torch.zeros(3, 12)), r"gate: expected shape .* \[2, 12\], got \[3, 12\]"),
+    (lambda: ops.headwise_norm(x3, gate=torch.zeros(3, 12)), r"gate: expected .* = \[2, 12\], got \[3, 12\]"),
     (lambda: ops.headwise_norm(x3, kind="batch"), 'kind: expected "layer" or "rms", got "batch"'),
     (lambda: ops.headwise_norm(x3, gate_activation="tanh"), "gate_activation: expected"),
     (lambda: ops.headwise_norm(torch.zeros(3)), r"expected \(...,NH,DH\)"),
     (lambda: ops.residual_norm(x3, x3[0]), r"branch: expected x's shape = \[2, 3, 4\], got \[3, 4\]"),
     (lambda: ops.residual_norm(x3, x3.int()), "residual_norm: branch: expected float32, .* got Int"),
-    (lambda: ops.residual_norm(x3, x3, torch.zeros(5)), r"residual_norm: weight: expected shape .* = \(4\), got \[5\]"),
+    (lambda: ops.residual_norm(x3, x3, torch.zeros(5)), r"residual_norm: weight: expected .* = \[4\], got \[5\]"),
     (lambda: ops.residual_norm(x3, x3, kind="batch"), 'residual_norm: kind: expected "layer" or "rms", got "batch"'),
     (lambda: ops.block_linear(x3, torch.zeros(2, 3, 3)), r"NB\*I = 6 .* got shape \[2, 3, 4\]"),
-    (lambda: ops.block_linear(x3, torch.zeros(2, 3, 2).double()), "weight: expected x's dtype Float, got Double"),
-    (lambda: ops.block_linear(x3, torch.zeros(2, 3, 2), torch.zeros(5)), r"bias: expected shape \(NB\*O\) = \(6\)"),
+    (lambda: ops.block_linear(x3, torch.zeros(2, 3, 2).double()), "weight: expected dtype Float, got Double"),
+    (lambda: ops.block_linear(x3, torch.zeros(2, 3, 2), torch.zeros(5)), r"bias: expected \(NB\*O\) = \[6\], got \[5\]"),
     (lambda: ops.linear_cross_entropy(x3, torch.zeros(5, 4), torch.tensor([[0, 1, 2], [3, 7, 0]])),
      "target: expected 0 to 4 or ignore_index -100, got 7 at position 4"),
     (lambda: ops.linear_cross_entropy(x3, torch.zeros(5, 3), torch.zeros(2, 3).long()), r"weight: expected \(V,D\)"),
-    (lambda: ops.linear_cross_entropy(x3, torch.zeros(5, 4), torch.zeros(2, 3)), "target: expected int64"),
+    (lambda: ops.linear_cross_entropy(x3, torch.zeros(5, 4), torch.zeros(2, 3)), "target: expected dtype Long, got Float"),
     (lambda: ops.linear_cross_entropy(x3, torch.zeros(5, 4), torch.zeros(2, 3).long(), reduction="max"), "reduction:"),
     (lambda: ops.linear_cross_entropy(x3, torch.zeros(5, 4), torch.zeros(2, 3).long(), soft_cap=-1.0), "soft_cap:"),
 ]  # fmt: skip

@@ -85,16 +85,3 @@ TEST_CASE("runs that are all warm-up, and runs without one") {
   CHECK(learning_rate(given, 1, 1) == Approx(1e-3));
   CHECK(learning_rate(given, 1, 2) == Approx(5.5e-3));
 }
-
-TEST_CASE("the number of steps follows from max_steps or max_tokens") {
-  config::Config given;
-  given.train.global_batch_size = 4;
-  given.data.seq_len = 8;
-  given.train.max_steps = 7;
-  CHECK(train::total_steps(given) == 7);
-  given.train.max_steps = 0;
-  given.train.max_tokens = 64;
-  CHECK(train::total_steps(given) == 2);
-  given.train.max_tokens = 65;
-  CHECK(train::total_steps(given) == 3);
-}

@@ -1,0 +1,21 @@
+#include "csrc/ops/sequences.h"
+
+#include <c10/util/Exception.h>
+
+namespace xlstm::ops {
+
+std::vector<int64_t> sequence_starts(std::string_view op, const at::Tensor& cu_seqlens,
+                                     int64_t time) {
+  const at::Tensor plain = cu_seqlens.to(at::kCPU).contiguous();
+  const int32_t* const data = plain.const_data_ptr<int32_t>();
+  const std::vector<int64_t> starts(data, data + plain.numel());
+  TORCH_CHECK(starts.front() == 0 && starts.back() == time, op,
+              ": cu_seqlens: expected to go from 0 to T = ", time, ", got ", starts.front(), " to ",
+              starts.back());
+  for (size_t i = 1; i < starts.size(); ++i)
+    TORCH_CHECK(starts[i - 1] <= starts[i], op, ": cu_seqlens: expected no falling values, got ",
+                starts[i - 1], " before ", starts[i]);
+  return starts;
+}
+
+}  // namespace xlstm::ops
