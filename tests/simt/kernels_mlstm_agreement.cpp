@@ -202,6 +202,27 @@ void steps(uint64_t seed) {
   }
 }
 
+/// Where q is zero and exp(-m) underflows, h is zero and not 0 / 0, with eps = 0 too.
+void no_query(uint64_t seed) {
+  simt::launch_seed = seed;
+  for (const Dtype dtype : kDtypes) {
+    const auto h_is_zero = [&](Setting s, void (*run)(Call&)) {
+      s.time = 70, s.dtype = dtype, s.input_bias = 200;
+      Call call(s, seed);
+      std::mt19937 random;
+      call.q.fill(random, 0, 0);
+      call.problem.eps = 0;
+      run(call);
+      for (const double h : call.h.rows(0, 0, s.time, 0))
+        if (h != 0) throw Mismatch("h without a query is " + std::to_string(h) + describe(s));
+    };
+    for (const DeviceLimits& device : {kAmpere, kHopper})
+      for (const bool two_phase : {false, true})
+        h_is_zero({.two_phase = two_phase, .device = device}, [](Call& call) { call.forward(); });
+    h_is_zero({}, step_through);
+  }
+}
+
 }  // namespace
 }  // namespace passes
 
@@ -211,9 +232,10 @@ List<Case> mlstm_agreement_cases() {
       {"mlstm agreement: chunk lengths", passes::chunk_lengths},
       {"mlstm agreement: segments", passes::segment_counts},
       {"mlstm agreement: steps", passes::steps},
+      {"mlstm agreement: no query", passes::no_query},
   };
   // No code that others do not run: the sanitizers see a part.
-  return {cases, simt::build_kind() == simt::Build::kPlain ? size_t{4} : size_t{1}};
+  return {cases, simt::build_kind() == simt::Build::kPlain ? size_t{5} : size_t{1}};
 }
 
 }  // namespace simt_test
