@@ -21,13 +21,9 @@ DEVICE_FUNCTION RowRun row_run(const RowView& view, int64_t row) {
   return {outer * view.outer_stride + inner * view.inner_stride, view.inner_rows - inner};
 }
 
-/// x[i] = data[at + i]. `vector`: all eight exist and begin at 16 bytes; else `count` of them exist, the others are 0.
-DEVICE_FUNCTION void load_eight(const void* data, int64_t at, Dtype dtype, bool vector, int count,
-                                float (&x)[8]) {
-  if (!vector) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = i < count ? load_number(data, at + i, dtype) : 0.0F;
-  } else if (dtype == Dtype::kFloat32) {
+/// x[i] = data[at + i], which begin at a multiple of 16 bytes.
+DEVICE_FUNCTION void load_eight(const void* data, int64_t at, Dtype dtype, float (&x)[8]) {
+  if (dtype == Dtype::kFloat32) {
     const Bytes16* const from =
         reinterpret_cast<const Bytes16*>(static_cast<const float*>(data) + at);
     const Bytes16 low = from[0], high = from[1];
@@ -45,14 +41,7 @@ DEVICE_FUNCTION void load_eight(const void* data, int64_t at, Dtype dtype, bool 
 }
 
 /// data[at + i] = x[i], likewise.
-DEVICE_FUNCTION void store_eight(void* data, int64_t at, Dtype dtype, bool vector, int count,
-                                 const float (&x)[8]) {
-  if (!vector) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i < count) store_number(data, at + i, dtype, x[i]);
-    return;
-  }
+DEVICE_FUNCTION void store_eight(void* data, int64_t at, Dtype dtype, const float (&x)[8]) {
   Bytes16* const to = reinterpret_cast<Bytes16*>(static_cast<unsigned char*>(data) +
                                                  at * (dtype == Dtype::kFloat32 ? 4 : 2));
   Bytes16 first, second = {};

@@ -67,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> block_linear_backward_cpu(const a
                                                                          const at::Tensor& x,
                                                                          const at::Tensor& weight,
                                                                          bool has_bias) {
-  check_block_linear(x, weight, {});
+  check_block_linear_gradient(dy, x, weight);
   cpu::BlockLinearParams p = make_params(x, weight);
   const at::ScalarType type = x.scalar_type();
   if (by_matrix_unit(x, p)) return block_linear_products_backward(dy.to(type), x, weight, has_bias);

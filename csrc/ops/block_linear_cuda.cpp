@@ -116,8 +116,7 @@ at::Tensor block_linear_cuda(const at::Tensor& x, const at::Tensor& weight,
 
 Gradients block_linear_backward_cuda(const at::Tensor& dy, const at::Tensor& x,
                                      const at::Tensor& weight, bool has_bias) {
-  check_block_linear(x, weight, {});
-  check_device("block_linear", "dy", dy, x.device());
+  check_block_linear_gradient(dy, x, weight);
   const c10::DeviceGuard guard(x.device());
   const at::Tensor upstream = dy.to(x.scalar_type());
 #ifdef XLSTM_CUDA

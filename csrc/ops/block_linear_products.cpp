@@ -18,10 +18,10 @@ at::Tensor by_block(const at::Tensor& tensor, int64_t blocks, int64_t width) {
   return tensor.reshape({-1, blocks, width}).transpose(0, 1);
 }
 
-at::Tensor empty_like(const at::Tensor& x, int64_t channels) {
+std::vector<int64_t> sizes_with(const at::Tensor& x, int64_t channels) {
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = channels;
-  return at::empty(sizes, x.options());
+  return sizes;
 }
 
 }  // namespace
@@ -45,10 +45,18 @@ void check_block_linear(const at::Tensor& x, const at::Tensor& weight,
   check_dtype(kOp, "bias", *bias, x.scalar_type());
 }
 
+void check_block_linear_gradient(const at::Tensor& dy, const at::Tensor& x,
+                                 const at::Tensor& weight) {
+  check_block_linear(x, weight, {});
+  check_device("block_linear", "dy", dy, x.device());
+  check_shape("block_linear", "dy", dy, sizes_with(x, weight.size(0) * weight.size(1)),
+              "(...,NB*O)");
+}
+
 at::Tensor block_linear_products(const at::Tensor& x, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias) {
   const int64_t blocks = weight.size(0), out = weight.size(1), in = weight.size(2);
-  at::Tensor y = empty_like(x, blocks * out);
+  at::Tensor y = at::empty(sizes_with(x, blocks * out), x.options());
   if (y.numel() == 0) return y;
   if (in == 0) {
     y.zero_();

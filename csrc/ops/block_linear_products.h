@@ -12,6 +12,9 @@ void check_block_linear_devices(const at::Tensor& x, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias);
 void check_block_linear(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias);
+/// Of the backward pass.
+void check_block_linear_gradient(const at::Tensor& dy, const at::Tensor& x,
+                                 const at::Tensor& weight);
 
 at::Tensor block_linear_products(const at::Tensor& x, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias);

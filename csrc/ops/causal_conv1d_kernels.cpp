@@ -60,8 +60,9 @@ struct Call {
 std::string causal_conv1d_kernels_lack(const CausalConv1dSizes& sizes, at::ScalarType dtype) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (dtype == at::kDouble) return "no kernels for float64";
-  // A block does at least 32 tokens of 128 channels, and strips of tokens are numbered in 32 bits.
-  if (sizes.time > kMost / 2 || sizes.channels > kMost / 2 || sizes.num_sequences > kMost / 2 ||
+  // A block does at least 32 tokens of 128 channels; strips of tokens, and the taps of all channels with their biases, are
+  // numbered in 32 bits.
+  if (sizes.time > kMost / 2 || sizes.channels > kMost / 9 || sizes.num_sequences > kMost / 2 ||
       sizes.batch * (sizes.time / 32 + 1) > kMost / (sizes.channels / 128 + 1))
     return "no kernels for tensors this large";
   return "";

@@ -101,13 +101,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_blocks(
   CrossEntropyBlock block;
   block.ignore_index = call.ignore_index, block.soft_cap = call.soft_cap;
   block.gradient = call.need_dx || call.need_dweight, block.gradient_type = type;
+  at::Tensor scale;
   if (call.reduction == "mean")
-    block.scale = (target != call.ignore_index).sum().clamp_min(1).to(accumulate).reciprocal();
+    scale = (target != call.ignore_index).sum().clamp_min(1).to(accumulate).reciprocal();
+  // A share of the mean is too small a number for float16: there the sums are scaled.
+  const bool scales_sums = scale.defined() && type == at::kHalf;
+  if (!scales_sums) block.scale = scale;
 
   const at::Tensor losses = at::empty({rows}, options);
   const at::Tensor dx = at::empty({call.need_dx ? rows : 0, width}, options);
   at::Tensor dweight =
       call.need_dweight ? at::zeros(call.weight.sizes(), options) : at::empty({0}, options);
+  if (vocab == 0) {  // every target that counts is unknown
+    losses.fill_(std::numeric_limits<double>::quiet_NaN());
+    losses.masked_fill_(target == call.ignore_index, 0);
+    dx.zero_();
+  }
   const int64_t step = std::max<int64_t>(64, kMostLogits / std::max<int64_t>(1, vocab));
   for (int64_t first = 0; first < rows && vocab > 0; first += step) {
     const int64_t count = std::min(step, rows - first);
@@ -124,9 +133,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_blocks(
         some.masked_fill((block.targets == call.ignore_index).unsqueeze(1), 0);
     add_product(dweight, gradient.t(), counted);
   }
+  if (scales_sums) dx.mul_(scale), dweight.mul_(scale);
   at::Tensor loss = losses.reshape(call.target.sizes());
   if (call.reduction != "none") loss = losses.sum(at::kDouble).to(accumulate);
-  if (call.reduction == "mean") loss = loss * block.scale;
+  if (call.reduction == "mean") loss = loss * scale;
   return {loss, call.need_dx ? dx.view(call.x.sizes()) : at::empty({0}, options), dweight};
 }
 

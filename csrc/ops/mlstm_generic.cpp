@@ -199,7 +199,7 @@ class Problem {
         sigmoid ? at::zeros({1}, shift_.options()) : shift_ + at::maximum(highest_, start);
     u = (alpha_ + (total - end)).exp().to(type);
     gamma = (total + start - end).exp().squeeze(-1).to(type);
-    floor = (-m).clamp_max(cpu::kMaxNegM).exp().to(type).expand(shift_.sizes());
+    floor = normaliser_floor(m).to(type).expand(shift_.sizes());
     shift_ = shift_ - m;
     w = ((shift_ + start).exp() * scale).to(type);
   }

@@ -49,7 +49,7 @@ struct RingChunk {
     const Tensor exact = m.to(at::kDouble);
     weights = (added - column(exact)).exp().to(type);
     state_weight = (carried - exact).exp().to(type);
-    floor = (-exact).clamp_max(cpu::kMaxNegM).exp().to(type);
+    floor = normaliser_floor(exact).to(type);
   }
 
   /// h (B,NH,DV) of q (B,NH,DQK), scaled.
@@ -122,7 +122,7 @@ Tensor mlstm_generic_step(const MlstmStepArguments& a) {
   a.n.mul_(column(forget)).add_(added);
   const Tensor h = at::matmul(q.unsqueeze(-2), a.c).squeeze(-2);
   if (a.normalize) {
-    const Tensor floor = (-m).clamp_max(cpu::kMaxNegM).exp().to(type);
+    const Tensor floor = normaliser_floor(m).to(type);
     h.div_(column(normaliser((q * a.n).sum(-1), floor, a.eps)));
   }
   return h.to(a.v.scalar_type());

@@ -1,8 +1,8 @@
 // A block walks over its row twice: for the largest logit and the sum of exponentials, then for the gradient.
 #include "cuda/loss/softmax_cross_entropy.h"
 
-#include "cuda/numbers.cuh"
 #include "cuda/prim/launch.h"
+#include "cuda/rows.cuh"
 
 namespace xlstm::cuda {
 namespace {
@@ -125,36 +125,12 @@ class RowBlock {
     for (int64_t i = 8 * thread; i < p.vocab; i += 8 * kThreads) {
       float values[8] = {};
       if (!ignored) {
+        load_eight(logits, i, Dtype::kFloat32, values);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Bytes16 four = *reinterpret_cast<const Bytes16*>(logits + i + 4 * half);
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            values[4 * half + j] =
-                slope(i + 4 * half + j, prim::float_of(four.words[j]), target, log_sum, scale);
-        }
+        for (int j = 0; j < 8; ++j) values[j] = slope(i + j, values[j], target, log_sum, scale);
       }
-      store_eight(first + i, values);
+      store_eight(p.gradient, first + i, p.dtype, values);
     }
-  }
-
-  DEVICE_FUNCTION void store_eight(int64_t at, const float (&x)[8]) const {
-    if (p.dtype == Dtype::kFloat32) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Bytes16 four;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) four.words[j] = prim::bits_of(x[4 * half + j]);
-        *reinterpret_cast<Bytes16*>(static_cast<float*>(p.gradient) + at + 4 * half) = four;
-      }
-      return;
-    }
-    Bytes16 eight;
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      eight.words[j] = p.dtype == Dtype::kBFloat16 ? prim::pack_bf16x2(x[2 * j], x[2 * j + 1])
-                                                   : prim::pack_f16x2(x[2 * j], x[2 * j + 1]);
-    *reinterpret_cast<Bytes16*>(static_cast<u16*>(p.gradient) + at) = eight;
   }
 
   const SoftmaxCrossEntropyParams& p;

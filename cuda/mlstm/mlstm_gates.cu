@@ -153,10 +153,7 @@ class GatesBlock {
     split(peak * kLog2e, r.peak, r.peak_rest);
     r.w = run.last > 0 ? 0.0F : p.scale * exp2_of((m - peak) * kLog2e);
     r.u = run.last < end.last ? 0.0F : exp2_of((alpha - end_peak) * kLog2e);
-    const double negative_m = -(run.b + peak);
-    r.floor = p.sigmoid_input_gate
-                  ? 1.0F
-                  : exp2_of((negative_m > kMaxNegM ? kMaxNegM : negative_m) * kLog2e);
+    r.floor = p.sigmoid_input_gate ? 1.0F : floor_of(run.b + peak);
     r.start = run.last > 0 ? run.last - 1 : 0;
     return r;
   }

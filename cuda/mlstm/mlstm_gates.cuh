@@ -7,8 +7,9 @@ namespace xlstm::cuda {
 /// Gates below these act as zero; finite, so that differences of them stay numbers.
 constexpr double kMinLogForget = -1e8, kMinLogInput = -1e30;
 constexpr double kLog2e = 1.4426950408889634074;
-/// exp(-m) is cut off here: beyond it h is zero in float32.
-constexpr double kMaxNegM = 80;
+/// -m is cut off here: above, h is zero in float32; below, exp(-m) would no longer be a normal number, and h without a query
+/// 0 / 0.
+constexpr double kMinNegM = -87, kMaxNegM = 80;
 
 /// log sigmoid(x) = min(x, 0) - log1p(exp(-|x|)); NaN stays NaN.
 DEVICE_FUNCTION float log_sigmoid(float x) {
@@ -23,6 +24,11 @@ DEVICE_FUNCTION double max_nan(double a, double b) { return a > b || a != a ? a 
 
 /// 2^x of a double difference, accurate to float32.
 DEVICE_FUNCTION float exp2_of(double x) { return exp2f(static_cast<float>(x)); }
+
+/// exp(-m), what the normaliser is at least; NaN stays NaN.
+DEVICE_FUNCTION float floor_of(double m) {
+  return exp2_of((-m > kMaxNegM ? kMaxNegM : at_least(-m, kMinNegM)) * kLog2e);
+}
 
 DEVICE_FUNCTION u32 word_of(double x, int half) {
   u32 words[2];

@@ -22,7 +22,7 @@ struct alignas(16) GateRecord {
   float peak, peak_rest;  ///< likewise
   float w;        ///< scale * (state before the chunk -> row t); 0 after a reset within the chunk
   float u;        ///< token s -> state after the chunk; 0 before a reset within the chunk
-  float floor;    ///< exp(min(-m_t, 80)); 1 with the sigmoid gate
+  float floor;    ///< exp(-m_t), -m_t cut off at -87 and 80; 1 with the sigmoid gate
   int32_t start;  ///< position in the chunk of the first token whose state reaches t
 };
 static_assert(sizeof(GateRecord) == 32);

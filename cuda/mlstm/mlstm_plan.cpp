@@ -88,7 +88,7 @@ bool mlstm_supported(const MlstmProblem& p, const DeviceLimits& device) {
   const int64_t tokens =
       round_up(p.time, kLongestChunk) * p.batch + p.num_sequences * kLongestChunk;
   return device.compute_capability >= 80 && tokens * p.num_heads < kMost && p.dqk < 65536 &&
-         p.dv < 65536;
+         p.dv < 65536 && round_up(p.dqk, kTile) * round_up(p.dv, kTile) < kMost;
 }
 
 MlstmPlan plan_mlstm(const MlstmProblem& problem, const DeviceLimits& device, Direction direction) {

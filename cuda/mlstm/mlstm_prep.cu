@@ -82,12 +82,9 @@ class PrepBlock {
   DEVICE_FUNCTION float prepare(int row, const Normalizer& of) const {
     float factor = 1, sign = 0;
     if (p.normalize) {
-      // The sweep's lower bound: where exp(-m) underflows and q is zero, h is zero and not 0 / 0.
-      constexpr float kSmallest = 1.17549435e-38F;
       const float size = of.product < 0 ? -of.product : of.product;
       if (size > of.floor) sign = of.product < 0 ? -1.0F : 1.0F;
-      const float floor = fmaxf(of.floor, kSmallest);
-      factor = 1.0F / ((size <= floor ? floor : size) + p.eps);  // NaN stays NaN
+      factor = 1.0F / ((size <= of.floor ? of.floor : size) + p.eps);  // NaN stays NaN
     }
     const int64_t from = token_offset(p.dh, at.sequence.batch, token(row), head),
                   h = token_offset(p.h, at.sequence.batch, token(row), head),

@@ -33,8 +33,8 @@ DEVICE_FUNCTION StepGates gates_of(const StepParams& p, int item) {
     return {exp2_of(log_forget * kLog2e), exp2_of(log_input * kLog2e), 1, 0};
   const double decayed = log_forget + at_least(p.call.m[item], kMinLogInput);
   const double m = static_cast<double>(static_cast<float>(max_nan(decayed, log_input)));
-  return {exp2_of((decayed - m) * kLog2e), exp2_of((log_input - m) * kLog2e),
-          exp2_of((-m > kMaxNegM ? kMaxNegM : -m) * kLog2e), static_cast<float>(m)};
+  return {exp2_of((decayed - m) * kLog2e), exp2_of((log_input - m) * kLog2e), floor_of(m),
+          static_cast<float>(m)};
 }
 
 class StepBlock {
@@ -75,10 +75,7 @@ class StepBlock {
     for (int i = 0; i < kWarps; ++i) product += s.warps[i];
     product *= p.scale;
     const float size = product < 0 ? -product : product;
-    // As in the sweeps: where exp(-m) underflows and q is zero, h is zero and not 0 / 0.
-    constexpr float kSmallest = 1.17549435e-38F;
-    const float floor = gates.floor > kSmallest ? gates.floor : kSmallest;
-    return 1.0F / ((size <= floor ? floor : size) + p.eps);
+    return 1.0F / ((size <= gates.floor ? gates.floor : size) + p.eps);
   }
 
   /// The columns of a tile: C in place, and h = factor * C^T q. All threads of the block.

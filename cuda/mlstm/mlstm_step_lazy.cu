@@ -198,7 +198,7 @@ class LazyBlock {
     if (lane != 0) return;
     s.weights[kTokens] = exp2_of((after - m) * kLog2e);
     s.m = static_cast<float>(m);
-    s.floor = p.sigmoid_input_gate ? 1 : exp2_of((-m > kMaxNegM ? kMaxNegM : -m) * kLog2e);
+    s.floor = p.sigmoid_input_gate ? 1 : floor_of(m);
   }
 
   /// Whether number d of the token's key is the tile's to keep.
@@ -318,9 +318,7 @@ class LazyBlock {
     for (int j = 0; j < used; ++j) product += s.weights[j] * s.dots[j];
     product *= p.scale;
     const float size = product < 0 ? -product : product;
-    constexpr float kSmallest = 1.17549435e-38F;
-    const float floor = s.floor > kSmallest ? s.floor : kSmallest;
-    return p.scale / ((size <= floor ? floor : size) + p.eps);
+    return p.scale / ((size <= s.floor ? s.floor : size) + p.eps);
   }
 
   // Quad i of a batch: row i / kStrips of the thread's rows from `batch` on, strip i % kStrips.

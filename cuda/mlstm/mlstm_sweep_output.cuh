@@ -124,8 +124,6 @@ class SweepOutput : public SweepState<kUse, kDA, kDX, kPlanes> {
 
   /// Divides the rows by N; column tile 0 writes the product.
   DEVICE_FUNCTION void normalize(int i, Stage& stage, OutTile& out) {
-    // Where exp(-m) underflows and q is zero, h is zero and not 0 / 0.
-    constexpr float kSmallest = 1.17549435e-38F;
     const int rows = rows_at(i);
     const int64_t token = static_cast<int64_t>(range.batch) * p.chunks.time + token_at(i);
 #pragma unroll
@@ -139,7 +137,7 @@ class SweepOutput : public SweepState<kUse, kDA, kDX, kPlanes> {
           p.product[(token + row) * p.chunks.num_heads + head] = product;
         if (!p.normalize) continue;
         const float floor = stage.records[row].floor;
-        const float norm = fmaxf(fmaxf(product < 0 ? -product : product, floor), kSmallest) + p.eps;
+        const float norm = fmaxf(product < 0 ? -product : product, floor) + p.eps;
         const float factor = 1.0F / norm;
 #pragma unroll
         for (int t = 0; t < kOutTiles; ++t) {

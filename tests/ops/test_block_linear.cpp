@@ -1,6 +1,9 @@
 // block_linear against plain loops: each way to compute it (rotated, padded, GEMM), odd sizes,
 // strided rows.
 #include "csrc/ops/block_linear.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
 #include "tests/ops/differences.h"
 
 namespace {
@@ -68,4 +71,22 @@ TEST_CASE("block_linear: large blocks", "[block_linear]") {
   check_case({3, 2, 17, 3, true});
   check_case({5, 1, 18, 20, false});
   check_case({0, 2, 17, 3, true});
+}
+
+TEST_CASE("block_linear: a gradient of another shape than the output is refused",
+          "[block_linear]") {
+  using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+  const auto backward =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("xlstm::block_linear_backward", "")
+          .typed<Gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool)>();
+  const at::Tensor x = at::randn({5, 8}), weight = at::randn({2, 4, 4});
+  CHECK_NOTHROW(backward.call(at::randn({5, 8}), x, weight, true));
+  std::string message;
+  try {
+    backward.call(at::randn({4, 8}), x, weight, true);
+  } catch (const c10::Error& error) {
+    message = error.what();
+  }
+  CHECK(message.find("dy: expected (...,NB*O) = [5, 8], got [4, 8]") != std::string::npos);
 }

@@ -81,6 +81,37 @@ TEST_CASE("linear_cross_entropy in blocks: ignored rows, nothing to count, unkno
   CHECK(dweight.abs().max().item<double>() == 0);
 }
 
+TEST_CASE("linear_cross_entropy in blocks: gradients of a mean over many rows in float16") {
+  torch::manual_seed(3);
+  const at::Tensor x = at::randn({8192, 4}, at::kHalf), weight = at::randn({500, 4}, at::kHalf);
+  const at::Tensor target = at::randint(3, {8192}, at::kLong);  // all other tokens are unlikely
+  const auto gradients = [&](at::ScalarType type) {
+    const auto [loss, dx, dweight] = linear_cross_entropy_blocks(
+        {x.to(type), weight.to(type), target, -100, 0, "mean", {}, true, true},
+        cross_entropy_block);
+    return std::pair(dx.to(at::kDouble), dweight.slice(0, 3).to(at::kDouble));
+  };
+  const auto [dx, dweight] = gradients(at::kHalf);
+  const auto [wanted_dx, wanted_dweight] = gradients(at::kDouble);
+  const auto error = [](const at::Tensor& got, const at::Tensor& wanted) {
+    return ((got - wanted).norm() / wanted.norm()).item<double>();
+  };
+  CHECK(error(dx, wanted_dx) < 1e-3);
+  CHECK(error(dweight, wanted_dweight) < 1e-3);
+}
+
+TEST_CASE("linear_cross_entropy in blocks: without a vocabulary no target is known") {
+  const at::Tensor x = at::randn({2, 3}, at::kDouble), weight = at::randn({0, 3}, at::kDouble);
+  at::Tensor target = at::full({2}, 0, at::kLong);
+  target[1].fill_(-100);
+  const auto [loss, dx, dweight] = linear_cross_entropy_blocks(
+      {x, weight, target, -100, 0, "none", {}, true, true}, cross_entropy_block);
+  CHECK(std::isnan(loss[0].item<double>()));
+  CHECK(loss[1].item<double>() == 0);
+  CHECK(dx.abs().max().item<double>() == 0);
+  CHECK(dweight.sizes() == weight.sizes());
+}
+
 TEST_CASE("block_linear by batched products is the operator") {
   torch::manual_seed(2);
   for (const bool with_bias : {false, true})

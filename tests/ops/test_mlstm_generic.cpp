@@ -3,6 +3,8 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <limits>
 
@@ -287,6 +289,33 @@ TEST_CASE("generic mLSTM step equals the CPU kernel") {
       check_close("m", m, numbers(m1), tolerance);
       CHECK(h.scalar_type() == type);
       check_close("h", h, numbers(h1), type == at::kBFloat16 ? 8e-3 : tolerance);
+    }
+  }
+}
+
+TEST_CASE("h without a query is zero and not 0 / 0, in chunks and in steps") {
+  for (const at::ScalarType type : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    const Problem p({.batch = 1, .time = 70, .heads = 2, .dqk = 4, .dv = 3, .states = false});
+    MlstmArguments a = cast(arguments(p), type);
+    a.q = at::zeros_like(a.q);
+    a.igate = a.igate + 800;  // exp(-m) is zero even in float64
+    a.eps = 0;
+    const auto is_zero = [](const Tensor& h) { return size_of(h) == 0; };
+    CHECK(is_zero(std::get<0>(xlstm::ops::mlstm_generic_forward(a))));
+    CHECK(is_zero(std::get<0>(xlstm::test::forward_operator(a))));
+    const auto token = [](const Tensor& x) { return x.select(1, 0); };
+    const auto state = [&](at::IntArrayRef sizes) {
+      return at::zeros(sizes, type == at::kDouble ? at::kDouble : at::kFloat);
+    };
+    for (const bool generic_step : {false, true}) {
+      const Tensor q = token(a.q), k = token(a.k), v = token(a.v), i = token(a.igate),
+                   f = token(a.fgate);
+      Tensor c = state({1, 2, 4, 3}), n = state({1, 2, 4}), m = state({1, 2});
+      xlstm::ops::MlstmOptions options;
+      options.eps = 0;
+      CHECK(is_zero(generic_step ? xlstm::ops::mlstm_generic_step(
+                                       {q, k, v, i, f, c, n, m, "exp", true, a.scale, 0})
+                                 : xlstm::ops::mlstm_step(q, k, v, i, f, c, n, m, options)));
     }
   }
 }

@@ -288,6 +288,13 @@ void packed(uint64_t seed) {
   run({.batch = 2, .time = 40, .channels = 1, .nan_first = true}, seed);
 }
 
+/// So many tokens that strips are longer than the shortest, and end inside a tile.
+void long_strips(uint64_t seed) {
+  if (seed > 0 || !plain()) return;
+  for (const int64_t width : {4, 7})
+    run({.batch = 512, .time = 110, .channels = 1, .width = width}, seed);
+}
+
 /// Token after token: the states are those of the sequence, the outputs too.
 void run_step(const Setting& s, uint64_t seed) {
   simt::launch_seed = seed;
@@ -368,9 +375,13 @@ void step(uint64_t seed) {
 
 List<Case> causal_conv1d_cases() {
   static const Case cases[] = {
-      {"causal_conv1d sizes", sizes},   {"causal_conv1d strides", strides},
-      {"causal_conv1d absent", absent}, {"causal_conv1d resets", resets},
-      {"causal_conv1d packed", packed}, {"causal_conv1d step", step},
+      {"causal_conv1d sizes", sizes},
+      {"causal_conv1d strides", strides},
+      {"causal_conv1d absent", absent},
+      {"causal_conv1d resets", resets},
+      {"causal_conv1d packed", packed},
+      {"causal_conv1d step", step},
+      {"causal_conv1d long strips", long_strips},
   };
   return {cases, sizeof(cases) / sizeof(cases[0])};
 }

@@ -130,6 +130,17 @@ void extremes(uint64_t seed) {
   }
 }
 
+void limits(uint64_t) {
+  xlstm::cuda::MlstmProblem p;
+  p.batch = p.num_sequences = p.num_heads = 1, p.time = 64;
+  p.dqk = 1024, p.dv = 65535;
+  expect(mlstm_supported(p, kAmpere), "wide values");
+  p.dqk = 32768, p.dv = 32768;
+  expect(!mlstm_supported(p, kAmpere), "a state of 2^30 numbers");
+  p.dqk = p.dv = 64, p.time = int64_t{1} << 30;
+  expect(!mlstm_supported(p, kAmpere), "2^30 tokens");
+}
+
 }  // namespace
 }  // namespace passes
 
@@ -138,7 +149,7 @@ List<Case> mlstm_cases() {
       {"mlstm: lengths", passes::lengths},        {"mlstm: gates", passes::gates},
       {"mlstm: documents", passes::documents},    {"mlstm: widths", passes::widths},
       {"mlstm: devices", passes::devices},        {"mlstm: chunk sizes", passes::chunk_sizes},
-      {"mlstm: extreme gates", passes::extremes},
+      {"mlstm: extreme gates", passes::extremes}, {"mlstm: limits", passes::limits},
   };
   return {cases, sizeof(cases) / sizeof(cases[0])};
 }

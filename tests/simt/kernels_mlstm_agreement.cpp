@@ -1,6 +1,7 @@
 // What no choice of kernels, chunks and segments may change: the same inputs by two ways, compared with each other. Each
 // way by itself is compared with the recurrence elsewhere; the generic path in tests/ops/test_mlstm_generic.cpp.
 #include "cuda/mlstm/mlstm_plan.h"
+#include "cuda/numbers.cuh"
 #include "tests/simt/mlstm_call.h"
 
 namespace simt_test {
@@ -202,6 +203,74 @@ void steps(uint64_t seed) {
   }
 }
 
+/// Tokens [begin, end) of all inputs, gates among them.
+void overwrite(const Call& call, int64_t begin, int64_t end, float value) {
+  for (const Tensor* x : {&call.q, &call.k, &call.v, &call.igate, &call.fgate}) {
+    const bool is_gate = x == &call.igate || x == &call.fgate;
+    const int64_t width = is_gate ? 1 : x == &call.v ? call.s.dv : call.s.dqk;
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t h = 0; h < call.s.heads; ++h)
+        for (int64_t d = 0; d < width; ++d)
+          xlstm::cuda::store_number(x->view.data, t * x->view.time + h * x->view.head + d,
+                                    x->dtype(), value);
+  }
+}
+
+/// What happens in a document changes no bit of another: packed sequences whatever it is, after a reset unless numbers
+/// cease to be finite, as products with weights of 0 take part in the same sums.
+void documents_apart(uint64_t seed) {
+  simt::launch_seed = seed;
+  const auto check = [&](const Setting& s, int64_t begin, int64_t end, float value) {
+    Call before(s, seed), after(s, seed);
+    overwrite(after, begin + 2, end - 2, value);
+    for (Call* call : {&before, &after}) call->forward(), call->backward();
+    const Tensor Call::*const results[] = {&Call::h,  &Call::dq,     &Call::dk,
+                                           &Call::dv, &Call::digate, &Call::dfgate};
+    for (const auto result : results)
+      for (int64_t h = 0; h < s.heads; ++h)
+        for (int64_t t = 0; t < s.time; ++t) {
+          const auto token = [&](const Call& call) { return (call.*result).rows(0, t, 1, h); };
+          if ((t < begin || t >= end) && token(before) != token(after))
+            throw Mismatch("documents meet at token " + std::to_string(t) + describe(s));
+        }
+    for (size_t i = 0; !s.packed.empty() && i < before.c.size();
+         ++i)  // of the first document and the last
+      if (i * 3 / before.c.size() != 1 && before.c[i] != after.c[i])
+        throw Mismatch("documents meet in the states" + describe(s));
+  };
+  for (const Dtype dtype : kDtypes)
+    for (const DeviceLimits& device : {kAmpere, kHopper})
+      for (const bool two_phase : {false, true}) {
+        Setting s = {.time = 200, .heads = 2, .dqk = 24, .dv = 40, .dtype = dtype, .resets = true};
+        s.two_phase = two_phase, s.device = device;
+        check(s, 43, 79, 3);
+        // The first one ends inside its second chunk: what is loaded of its tail is the second one's.
+        s.resets = false, s.packed = {0, 100, 136, 200}, s.chunk_size = 64;
+        check(s, 100, 136, NAN);
+      }
+}
+
+/// Where q is zero and exp(-m) underflows, h is zero and not 0 / 0, with eps = 0 too.
+void no_query(uint64_t seed) {
+  simt::launch_seed = seed;
+  for (const Dtype dtype : kDtypes) {
+    const auto h_is_zero = [&](Setting s, void (*run)(Call&)) {
+      s.time = 70, s.dtype = dtype, s.input_bias = 200;
+      Call call(s, seed);
+      std::mt19937 random;
+      call.q.fill(random, 0, 0);
+      call.problem.eps = 0;
+      run(call);
+      for (const double h : call.h.rows(0, 0, s.time, 0))
+        if (h != 0) throw Mismatch("h without a query is " + std::to_string(h) + describe(s));
+    };
+    for (const DeviceLimits& device : {kAmpere, kHopper})
+      for (const bool two_phase : {false, true})
+        h_is_zero({.two_phase = two_phase, .device = device}, [](Call& call) { call.forward(); });
+    h_is_zero({}, step_through);
+  }
+}
+
 }  // namespace
 }  // namespace passes
 
@@ -211,9 +280,11 @@ List<Case> mlstm_agreement_cases() {
       {"mlstm agreement: chunk lengths", passes::chunk_lengths},
       {"mlstm agreement: segments", passes::segment_counts},
       {"mlstm agreement: steps", passes::steps},
+      {"mlstm agreement: no query", passes::no_query},
+      {"mlstm agreement: documents apart", passes::documents_apart},
   };
   // No code that others do not run: the sanitizers see a part.
-  return {cases, simt::build_kind() == simt::Build::kPlain ? size_t{4} : size_t{1}};
+  return {cases, simt::build_kind() == simt::Build::kPlain ? size_t{6} : size_t{1}};
 }
 
 }  // namespace simt_test

@@ -114,7 +114,7 @@ void check_chunk(const Recurrence& r, int64_t begin, int64_t end, const GateReco
     expect_close(record.floor,
                  r.sigmoid_gate  ? 1
                  : std::isnan(m) ? NAN
-                                 : std::exp(std::min(-m, 80.0)),
+                                 : std::exp(std::clamp(-m, -87.0, 80.0)),
                  "floor", t);
   }
 }

@@ -88,7 +88,13 @@ void sequences(uint64_t seed) {
   run_sm90(s, seed);
   s.chunk = 128, s.segments = 2, s.name = "packed, segments";
   run_sm90(s, seed);
-  s.packed = {}, s.chunk = 64, s.segments = 3, s.name = "segments", s.resets = true;
+  // NaN behind the last sequence, for heads that give work to one consumer of the state or to both.
+  s.packed = {0, 70, 190}, s.name = "packed, NaN behind";
+  for (const int64_t dqk : {24, 160}) {
+    s.dqk = dqk;
+    run_sm90(s, seed);
+  }
+  s.dqk = 24, s.packed = {}, s.chunk = 64, s.segments = 3, s.name = "segments", s.resets = true;
   run_sm90(s, seed);
 }
 

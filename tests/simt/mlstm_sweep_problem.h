@@ -195,7 +195,7 @@ struct Head {
       m.push_back(before = now);
     }
   }
-  double floor_at(int64_t t) const { return std::exp(std::min(-m[t], 80.0)); }
+  double floor_at(int64_t t) const { return std::exp(std::clamp(-m[t], -87.0, 80.0)); }
   /// Gradient of the normaliser's product: -<dh, h> / N through |product|.
   double z_at(int64_t t) const {
     if (!in.normalize || std::fabs(product[t]) <= floor_at(t)) return 0;

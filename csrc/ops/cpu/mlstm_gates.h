@@ -77,6 +77,8 @@ inline void times_sigmoid_neg(double* gradient, const double* x, int64_t count) 
 /// Larger of two, NaN if either is.
 inline double max_nan(double a, double b) { return a > b || a != a ? a : b; }
 inline double floor_nan(double x, double low) { return x < low ? low : x; }
+/// The logarithm of what the normaliser is at least.
+inline double log_floor(double m) { return -m > kMaxNegM ? kMaxNegM : floor_nan(-m, kMinNegM); }
 
 template <class T>
 class ChunkGates {
@@ -129,7 +131,7 @@ class ChunkGates {
     for (int64_t t = 0; t < length; ++t) {
       highest = max_nan(alpha[t], highest);
       const double m = p.sigmoid_input_gate ? 0.0 : shift[t] + highest;
-      negative_m[t] = -m > kMaxNegM ? kMaxNegM : -m;
+      negative_m[t] = log_floor(m);
       shift[t] -= m;
     }
     exp_shifted(w, shift, m_start, static_cast<T>(p.scale), length);

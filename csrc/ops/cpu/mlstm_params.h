@@ -10,8 +10,8 @@ namespace xlstm::cpu {
 
 /// Gates below these act as zero; finite, so that differences of them stay numbers.
 constexpr double kMinLogForget = -1e8, kMinLogInput = -1e30;
-/// exp(-m) is cut off here: beyond it h is zero in float.
-constexpr double kMaxNegM = 80;
+/// -m is cut off here: above, h is zero in float; below, exp(-m) would be zero for exp_shifted, and h without a query 0 / 0.
+constexpr double kMinNegM = -86, kMaxNegM = 80;
 
 /// A strided (B,T,NH,D) tensor; gates are (B,T,NH) with inner = 1.
 struct MlstmView {

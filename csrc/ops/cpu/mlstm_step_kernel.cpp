@@ -34,8 +34,7 @@ StepGates<T> step_gates(const MlstmStepParams& p, int64_t item) {
           ? 0.0
           : static_cast<double>(static_cast<T>(max_nan(log_forget + m_old, log_input)));
   *m = static_cast<T>(m_new);
-  const double exponents[3] = {log_forget + m_old - m_new, log_input - m_new,
-                               -m_new > kMaxNegM ? kMaxNegM : -m_new};
+  const double exponents[3] = {log_forget + m_old - m_new, log_input - m_new, log_floor(m_new)};
   T factors[3];
   exp_shifted(factors, exponents, 0.0, T(1), 3);
   for (int64_t i = 0; i < p.dqk; ++i) n[i] = factors[0] * n[i] + factors[1] * k[i];

@@ -114,12 +114,12 @@ class StateBlockSm90 {
     }
   }
 
-  /// The other consumer has all rows; this one only keeps the ring going.
+  /// The other consumer has all rows; this one keeps the ring going, and clears its part of the tiles.
   DEVICE_FUNCTION void stand_by() const {
 #pragma unroll 1
     for (int i = 0; i < blocks; ++i) {
       shared.ring.wait(i);
-      if (clears(i)) meet_consumers();
+      if (clears(i)) clear(shared.slots[shared.ring.slot(i)], i);
       release_slot(shared.ring, i);
     }
   }

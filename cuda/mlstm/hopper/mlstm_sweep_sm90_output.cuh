@@ -89,8 +89,6 @@ class SweepSm90Output : public SweepSm90State<Block, kConsumer> {
 
   /// Divides the rows by N; column tile 0 writes the product.
   DEVICE_FUNCTION void normalize(int i, OutTile& out, const float (&sums)[2]) {
-    // Where exp(-m) underflows and q is zero, h is zero and not 0 / 0.
-    constexpr float kSmallest = 1.17549435e-38F;
     const int rows = this->rows_at(i);
     const int64_t token =
         static_cast<int64_t>(place.range.batch) * p.chunks.time + this->token_at(i);
@@ -101,9 +99,7 @@ class SweepSm90Output : public SweepSm90State<Block, kConsumer> {
       if (p.product != nullptr && column() == 0 && quad == 0 && row < rows)
         p.product[(token + row) * p.chunks.num_heads + place.head] = product;
       if (!p.normalize) continue;
-      const float norm =
-          fmaxf(fmaxf(product < 0 ? -product : product, records_at(i)[row].floor), kSmallest) +
-          p.eps;
+      const float norm = fmaxf(product < 0 ? -product : product, records_at(i)[row].floor) + p.eps;
       const float factor = 1.0F / norm;
 #pragma unroll
       for (int v = 2 * half; v < kDX / 2; v += 4) {
