@@ -1,7 +1,7 @@
 // A block walks over its row twice: for the largest logit and the sum of exponentials, then for the gradient.
 #include "cuda/loss/softmax_cross_entropy.h"
 
-#include "cuda/numbers.cuh"
+#include "cuda/pieces.cuh"
 #include "cuda/prim/launch.h"
 
 namespace xlstm::cuda {
@@ -77,11 +77,12 @@ class RowBlock {
     Mass mass;
     if (vector) {
       for (int64_t i = 4 * thread; i < p.vocab; i += 4 * kThreads) {
-        const Bytes16 four = *reinterpret_cast<const Bytes16*>(logits + i);
+        Piece<float> four;
+        four.load(logits, i);
         float values[4], peak = mass.peak;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          values[j] = capped(prim::float_of(four.words[j])).value;
+          values[j] = capped(four[j]).value;
           peak = larger(peak, values[j]);
         }
         mass.sum *= prim::ex2(mass.peak - peak);
@@ -127,34 +128,15 @@ class RowBlock {
       if (!ignored) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const Bytes16 four = *reinterpret_cast<const Bytes16*>(logits + i + 4 * half);
+          Piece<float> four;
+          four.load(logits, i + 4 * half);
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            values[4 * half + j] =
-                slope(i + 4 * half + j, prim::float_of(four.words[j]), target, log_sum, scale);
+            values[4 * half + j] = slope(i + 4 * half + j, four[j], target, log_sum, scale);
         }
       }
-      store_eight(first + i, values);
+      store_eight(p.gradient, first + i, p.dtype, values);
     }
-  }
-
-  DEVICE_FUNCTION void store_eight(int64_t at, const float (&x)[8]) const {
-    if (p.dtype == Dtype::kFloat32) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Bytes16 four;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) four.words[j] = prim::bits_of(x[4 * half + j]);
-        *reinterpret_cast<Bytes16*>(static_cast<float*>(p.gradient) + at + 4 * half) = four;
-      }
-      return;
-    }
-    Bytes16 eight;
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      eight.words[j] = p.dtype == Dtype::kBFloat16 ? prim::pack_bf16x2(x[2 * j], x[2 * j + 1])
-                                                   : prim::pack_f16x2(x[2 * j], x[2 * j + 1]);
-    *reinterpret_cast<Bytes16*>(static_cast<u16*>(p.gradient) + at) = eight;
   }
 
   const SoftmaxCrossEntropyParams& p;

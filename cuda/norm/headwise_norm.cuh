@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/norm/headwise_norm.h"
+#include "cuda/numbers.cuh"
 #include "cuda/prim/launch.h"
 #include "cuda/rows.cuh"
 
@@ -30,13 +31,6 @@ struct NormLaunch {
 
 constexpr int kPieceSize = 4;   ///< numbers of a piece: 16 bytes of float32, 8 of the other types
 constexpr int kMostPieces = 3;  ///< of a thread
-
-template <class T>
-constexpr Dtype kDtypeOf = Dtype::kFloat32;
-template <>
-inline constexpr Dtype kDtypeOf<bf16> = Dtype::kBFloat16;
-template <>
-inline constexpr Dtype kDtypeOf<f16> = Dtype::kFloat16;
 
 PRIM_FUNCTION constexpr int number_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
@@ -74,13 +68,12 @@ DEVICE_FUNCTION void numbers_of(const RawPiece& piece, Dtype dtype, float (&x)[k
 #pragma unroll
     for (int i = 0; i < kPieceSize; ++i) x[i] = number(i);
   };
-  const auto half = [&](int i) { return static_cast<u16>(piece.words[i / 2] >> 16 * (i % 2)); };
   if (dtype == Dtype::kFloat32) {
     each([&](int i) { return prim::float_of(piece.words[i]); });
   } else if (dtype == Dtype::kBFloat16) {
-    each([&](int i) { return prim::bf16_to_float(half(i)); });
+    each([&](int i) { return prim::bf16_to_float(half_bits(piece.words, i)); });
   } else {
-    each([&](int i) { return prim::f16_to_float(half(i)); });
+    each([&](int i) { return prim::f16_to_float(half_bits(piece.words, i)); });
   }
 }
 
@@ -193,8 +186,8 @@ class NormBlock {
         for (int i = 0; i < kSize; ++i) bytes.words[i] = prim::bits_of(x[i]);
         *reinterpret_cast<Bytes16*>(to) = bytes;
       } else {
-        const auto pack = kDtype == Dtype::kBFloat16 ? prim::pack_bf16x2 : prim::pack_f16x2;
-        *reinterpret_cast<uint64_t*>(to) = uint64_t{pack(x[2], x[3])} << 32 | pack(x[0], x[1]);
+        *reinterpret_cast<uint64_t*>(to) =
+            uint64_t{pack_halves(x[2], x[3], kDtype)} << 32 | pack_halves(x[0], x[1], kDtype);
       }
       return;
     }
