@@ -24,6 +24,19 @@ inline constexpr Dtype kDtypeOf<bf16> = Dtype::kBFloat16;
 template <>
 inline constexpr Dtype kDtypeOf<f16> = Dtype::kFloat16;
 
+/// Calls f with a number of the C++ type that the dtype names.
+template <class F>
+void visit_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(float{});
+    case Dtype::kBFloat16:
+      return f(bf16{});
+    case Dtype::kFloat16:
+      return f(f16{});
+  }
+}
+
 DEVICE_FUNCTION float to_float(float x) { return x; }
 DEVICE_FUNCTION float to_float(bf16 x) { return prim::bf16_to_float(x.bits); }
 DEVICE_FUNCTION float to_float(f16 x) { return prim::f16_to_float(x.bits); }

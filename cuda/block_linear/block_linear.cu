@@ -243,15 +243,12 @@ GradientShape gradient_shape(const BlockLinearGradientParams& p) {
 
 template <class F>
 void visit(Dtype dtype, int32_t size, F f) {
-  const auto by_size = [&](auto type) {
-    using T = decltype(type);
+  visit_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
     if (size == 2) return f(Channels<T, 2>{});
     if (size == 4) return f(Channels<T, 4>{});
     f(Channels<T, 8>{});
-  };
-  if (dtype == Dtype::kFloat32) return by_size(float{});
-  if (dtype == Dtype::kBFloat16) return by_size(bf16{});
-  by_size(f16{});
+  });
 }
 
 template <class T, int kSize>
