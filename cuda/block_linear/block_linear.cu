@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cuda/column_sums.h"
+#include "cuda/pieces.cuh"
 #include "cuda/prim/launch.h"
 #include "cuda/prim/store16.h"
 #include "cuda/rows.cuh"
@@ -18,71 +19,42 @@ constexpr int kMostPieces = 32;           // side by side in a block of the grad
 // One wave of blocks on a GPU of 128 multiprocessors.
 constexpr int64_t kWantedThreads = 128 * 5 * kThreads, kWantedBlocks = 128 * 3;
 
+/// The channels of a thread in one row: whole blocks.
 template <class T, int kSize>
-struct Piece {
-  static constexpr int kLoads = 16 / static_cast<int>(sizeof(T)) >= kSize ? 1 : 2;
-  static constexpr int kChannels = kLoads * 16 / static_cast<int>(sizeof(T));
-  struct Packed {
-    Bytes16 bytes[kLoads];
-  };
+struct Channels {
+  static constexpr int kOf = Piece<T>::kNumbers, kPieces = kOf >= kSize ? 1 : kSize / kOf;
+  static constexpr int kNumbers = kPieces * kOf;
+  Piece<T> pieces[kPieces];
 
-  static DEVICE_FUNCTION Packed load(const void* data, int64_t at) {
-    Packed packed;
+  DEVICE_FUNCTION void load(const void* data, int64_t at) {
 #pragma unroll
-    for (int l = 0; l < kLoads; ++l)
-      packed.bytes[l] = reinterpret_cast<const Bytes16*>(static_cast<const T*>(data) + at)[l];
-    return packed;
+    for (int i = 0; i < kPieces; ++i) pieces[i].load(data, at + i * kOf);
   }
-  static DEVICE_FUNCTION float number(const Packed& packed, int i) {
-    constexpr int kNumbers = kChannels / kLoads;
-    const Bytes16& bytes = packed.bytes[i / kNumbers];
-    if constexpr (sizeof(T) == 4) {
-      return prim::float_of(bytes.words[i % kNumbers]);
-    } else {
-      T x;
-      x.bits = static_cast<u16>(bytes.words[i % kNumbers / 2] >> (16 * (i % 2)));
-      return to_float(x);
-    }
-  }
-  static DEVICE_FUNCTION Packed pack(const float (&x)[kChannels]) {
-    Packed packed;
+  DEVICE_FUNCTION void store(void* data, int64_t at) const {
 #pragma unroll
-    for (int l = 0; l < kLoads; ++l)
-#pragma unroll
-      for (int w = 0; w < 4; ++w) packed.bytes[l].words[w] = word(&x[l * (kChannels / kLoads)], w);
-    return packed;
+    for (int i = 0; i < kPieces; ++i)
+      prim::store16(static_cast<T*>(data) + at + i * kOf, pieces[i].bytes.words);
   }
-  static DEVICE_FUNCTION void store(void* data, int64_t at, const Packed& packed) {
+  DEVICE_FUNCTION float operator[](int i) const { return pieces[i / kOf][i % kOf]; }
+  DEVICE_FUNCTION void set(const float* x) {
 #pragma unroll
-    for (int l = 0; l < kLoads; ++l)
-      prim::store16(reinterpret_cast<Bytes16*>(static_cast<T*>(data) + at) + l,
-                    packed.bytes[l].words);
-  }
-
- private:
-  static DEVICE_FUNCTION u32 word(const float* x, int w) {
-    if constexpr (sizeof(T) == 4) {
-      return prim::bits_of(x[w]);
-    } else if constexpr (std::is_same_v<T, bf16>) {
-      return prim::pack_bf16x2(x[2 * w], x[2 * w + 1]);
-    } else {
-      return prim::pack_f16x2(x[2 * w], x[2 * w + 1]);
-    }
+    for (int i = 0; i < kPieces; ++i) pieces[i].set(x + i * kOf);
   }
 };
 
 /// weight[c][i]: from input i of its block to channel `first` + c.
 template <class T, int kSize>
 DEVICE_FUNCTION void load_weights(const void* data, int64_t first,
-                                  float (&weight)[Piece<T, kSize>::kChannels][kSize]) {
-  using P = Piece<T, kSize>;
+                                  float (&weight)[Channels<T, kSize>::kNumbers][kSize]) {
+  using Own = Channels<T, kSize>;
 #pragma unroll
   for (int part = 0; part < kSize; ++part) {
-    const typename P::Packed packed = P::load(data, first * kSize + part * P::kChannels);
+    Own packed;
+    packed.load(data, first * kSize + part * Own::kNumbers);
 #pragma unroll
-    for (int i = 0; i < P::kChannels; ++i) {
-      const int at = part * P::kChannels + i;
-      weight[at / kSize][at % kSize] = P::number(packed, i);
+    for (int i = 0; i < Own::kNumbers; ++i) {
+      const int at = part * Own::kNumbers + i;
+      weight[at / kSize][at % kSize] = packed[i];
     }
   }
 }
@@ -115,50 +87,47 @@ DEVICE_FUNCTION void by_batches(const RowView* const (&views)[kViews], int64_t f
 template <class T, int kSize>
 KERNEL_FUNCTION(kThreads, kSize == 8 ? 3 : 5)
 block_linear_rows(const GRID_CONSTANT BlockLinearParams p) {
-  using P = Piece<T, kSize>;
-  const int32_t pieces = p.blocks * kSize / P::kChannels;
+  using Own = Channels<T, kSize>;
+  const int32_t pieces = p.blocks * kSize / Own::kNumbers;
   const int64_t item = int64_t{prim::block_idx().x} * kThreads + prim::thread_idx().x;
-  const int64_t first = item / pieces * p.strip, channel = item % pieces * P::kChannels;
+  const int64_t first = item / pieces * p.strip, channel = item % pieces * Own::kNumbers;
   if (first >= p.rows) return;
-  float weight[P::kChannels][kSize];
+  float weight[Own::kNumbers][kSize];
   load_weights<T, kSize>(p.weight, channel, weight);
-  typename P::Packed bias = {};  // 0 in every type
-  if (p.bias != nullptr) bias = P::load(p.bias, channel);
+  Own bias = {};  // 0 in every type
+  if (p.bias != nullptr) bias.load(p.bias, channel);
   const int64_t end = first + p.strip < p.rows ? first + p.strip : p.rows;
   by_batches({&p.x, &p.y}, first, end, [&](auto batch, const int64_t(&at)[2]) {
     constexpr int kBatch = decltype(batch)::value;
-    typename P::Packed x[kBatch];
+    Own x[kBatch];
 #pragma unroll
-    for (int r = 0; r < kBatch; ++r)
-      x[r] = P::load(p.x.data, at[0] + r * p.x.inner_stride + channel);
+    for (int r = 0; r < kBatch; ++r) x[r].load(p.x.data, at[0] + r * p.x.inner_stride + channel);
 #pragma unroll
     for (int r = 0; r < kBatch; ++r) {
-      float y[P::kChannels];
+      float y[Own::kNumbers];
 #pragma unroll
-      for (int c = 0; c < P::kChannels; ++c) {
-        y[c] = P::number(bias, c);
+      for (int c = 0; c < Own::kNumbers; ++c) {
+        y[c] = bias[c];
 #pragma unroll
-        for (int i = 0; i < kSize; ++i)
-          y[c] += weight[c][i] * P::number(x[r], c / kSize * kSize + i);
+        for (int i = 0; i < kSize; ++i) y[c] += weight[c][i] * x[r][c / kSize * kSize + i];
       }
-      x[r] = P::pack(y);
+      x[r].set(y);
     }
 #pragma unroll
-    for (int r = 0; r < kBatch; ++r)
-      P::store(p.y.data, at[1] + r * p.y.inner_stride + channel, x[r]);
+    for (int r = 0; r < kBatch; ++r) x[r].store(p.y.data, at[1] + r * p.y.inner_stride + channel);
   });
 }
 
 /// The sums that become the gradients of a thread's weights and biases.
 template <class T, int kSize>
 struct Sums {
-  using P = Piece<T, kSize>;
+  using Own = Channels<T, kSize>;
   static constexpr int kRound = 4;  // channels that meet in shared memory at once
   static constexpr int kNumbers = kRound * (kSize + 1);  // of a thread
   static constexpr int kPitch = kThreads + 1;            // a number of all threads
   static constexpr size_t kSharedBytes = sizeof(float) * kNumbers * kPitch;
 
-  float weight[P::kChannels][kSize] = {}, bias[P::kChannels] = {};
+  float weight[Own::kNumbers][kSize] = {}, bias[Own::kNumbers] = {};
 
   /// One row of the partial sums, weights first: those of the block's threads that own the same channels, in order.
   DEVICE_FUNCTION void leave(const BlockLinearGradientParams& p, float* out, int64_t first_piece) {
@@ -166,7 +135,7 @@ struct Sums {
     const int thread = static_cast<int>(prim::thread_idx().x), groups = kThreads / p.width;
     const int64_t channels = int64_t{p.blocks} * kSize;
 #pragma unroll
-    for (int round = 0; round < P::kChannels; round += kRound) {
+    for (int round = 0; round < Own::kNumbers; round += kRound) {
       if (round > 0) prim::sync_block();
 #pragma unroll
       for (int c = 0; c < kRound; ++c) {
@@ -178,7 +147,7 @@ struct Sums {
 #pragma unroll 1
       for (int at = thread; at < p.width * kNumbers; at += kThreads) {
         const int piece = at / kNumbers, number = at % kNumbers;
-        const int64_t channel = (first_piece + piece) * P::kChannels + round;
+        const int64_t channel = (first_piece + piece) * Own::kNumbers + round;
         if (channel >= channels) break;
         const float* const own = s + number * kPitch + piece;
         float sum = own[0];
@@ -195,46 +164,46 @@ struct Sums {
 template <class T, int kSize>
 KERNEL_FUNCTION(kThreads, kSize == 8 ? 2 : 3)
 block_linear_gradients(const GRID_CONSTANT BlockLinearGradientParams p) {
-  using P = Piece<T, kSize>;
-  const int32_t pieces = p.blocks * kSize / P::kChannels, tiles = divide_up(pieces, p.width);
+  using Own = Channels<T, kSize>;
+  const int32_t pieces = p.blocks * kSize / Own::kNumbers, tiles = divide_up(pieces, p.width);
   const int32_t block = static_cast<int32_t>(prim::block_idx().x), row_of_sums = block / tiles,
                 thread = static_cast<int32_t>(prim::thread_idx().x), groups = kThreads / p.width,
                 group = thread / p.width, first_piece = block % tiles * p.width,
                 piece = first_piece + thread % p.width;
-  const int64_t channel = int64_t{piece} * P::kChannels,
+  const int64_t channel = int64_t{piece} * Own::kNumbers,
                 first = (int64_t{row_of_sums} * groups + group) * p.strip;
   Sums<T, kSize> sums;
   if (group < groups && piece < pieces && first < p.rows) {
-    float weight[P::kChannels][kSize];
+    float weight[Own::kNumbers][kSize];
     load_weights<T, kSize>(p.weight, channel, weight);
     const int64_t end = first + p.strip < p.rows ? first + p.strip : p.rows;
     by_batches({&p.x, &p.dy, &p.dx}, first, end, [&](auto batch, const int64_t(&at)[3]) {
       constexpr int kBatch = decltype(batch)::value;
-      typename P::Packed x[kBatch], dy[kBatch];
+      Own x[kBatch], dy[kBatch];
 #pragma unroll
       for (int r = 0; r < kBatch; ++r) {
-        dy[r] = P::load(p.dy.data, at[1] + r * p.dy.inner_stride + channel);
-        x[r] = P::load(p.x.data, at[0] + r * p.x.inner_stride + channel);
+        dy[r].load(p.dy.data, at[1] + r * p.dy.inner_stride + channel);
+        x[r].load(p.x.data, at[0] + r * p.x.inner_stride + channel);
       }
 #pragma unroll
       for (int r = 0; r < kBatch; ++r) {
-        float dx[P::kChannels] = {};
+        float dx[Own::kNumbers] = {};
 #pragma unroll
-        for (int c = 0; c < P::kChannels; ++c) {
-          const float slope = P::number(dy[r], c);
+        for (int c = 0; c < Own::kNumbers; ++c) {
+          const float slope = dy[r][c];
           sums.bias[c] += slope;
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
             const int from = c / kSize * kSize + i;
-            sums.weight[c][i] += slope * P::number(x[r], from);
+            sums.weight[c][i] += slope * x[r][from];
             dx[from] += slope * weight[c][i];
           }
         }
-        dy[r] = P::pack(dx);
+        dy[r].set(dx);
       }
 #pragma unroll
       for (int r = 0; r < kBatch; ++r)
-        P::store(p.dx.data, at[2] + r * p.dx.inner_stride + channel, dy[r]);
+        dy[r].store(p.dx.data, at[2] + r * p.dx.inner_stride + channel);
     });
   }
   sums.leave(p, p.partials + row_of_sums * int64_t{p.blocks} * kSize * (kSize + 1), first_piece);
@@ -274,24 +243,21 @@ GradientShape gradient_shape(const BlockLinearGradientParams& p) {
 
 template <class F>
 void visit(Dtype dtype, int32_t size, F f) {
-  const auto by_size = [&](auto type) {
-    using T = decltype(type);
-    if (size == 2) return f(Piece<T, 2>{});
-    if (size == 4) return f(Piece<T, 4>{});
-    f(Piece<T, 8>{});
-  };
-  if (dtype == Dtype::kFloat32) return by_size(float{});
-  if (dtype == Dtype::kBFloat16) return by_size(bf16{});
-  by_size(f16{});
+  visit_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (size == 2) return f(Channels<T, 2>{});
+    if (size == 4) return f(Channels<T, 4>{});
+    f(Channels<T, 8>{});
+  });
 }
 
 template <class T, int kSize>
-void launch_rows(Piece<T, kSize>, const BlockLinearParams& p, int64_t threads, Stream stream) {
+void launch_rows(Channels<T, kSize>, const BlockLinearParams& p, int64_t threads, Stream stream) {
   prim::launch("block_linear_rows", block_linear_rows<T, kSize>,
                {static_cast<u32>(ratio_up(threads, kThreads)), kThreads}, p, stream);
 }
 template <class T, int kSize>
-void launch_gradients(Piece<T, kSize>, const BlockLinearGradientParams& p, int64_t blocks,
+void launch_gradients(Channels<T, kSize>, const BlockLinearGradientParams& p, int64_t blocks,
                       Stream stream) {
   prim::launch("block_linear_gradients", block_linear_gradients<T, kSize>,
                {static_cast<u32>(blocks), kThreads, Sums<T, kSize>::kSharedBytes}, p, stream);

@@ -104,23 +104,7 @@ class BackwardBlock {
       if (first + row == at.begin || tile.tokens[row].starts) window.fill(first + row);
 #pragma unroll 1
       do {
-        const ConvToken token = tile.tokens[row];
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-#pragma unroll
-          for (int j = kTaps - 1; j > 0; --j) dx[j][i] = dx[j - 1][i];
-          dx[0][i] = 0;
-        }
-        if (token.kept >= 0 && l.call.dstate.data != nullptr) add_state_gradient(token);
-        if (token.seen > 0) {
-          window.push(tile.x.own(row, thread));
-          if (l.call.dy.data != nullptr)
-            add_token(token, first + row < at.end, tile.dy.own(row, thread));
-        }
-        ConvOwn<T, kOwn> out;
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) from_float(out.v[i], dx[kTaps - 1][i]);
-        tile.dy.own(row, thread) = out;
+        step(tile, row, tile.tokens[row], first + row < at.end, l.call.dy.data != nullptr);
         ++row;
       } while (row < rows && !tile.tokens[row].starts);
     }
@@ -129,24 +113,28 @@ class BackwardBlock {
   /// Nothing to ask of any token, and windows that move by renaming registers.
   DEVICE_FUNCTION void walk_plain(typename Shared::Stage& tile) {
 #pragma unroll kTaps
-    for (int row = 0; row < Shared::kRows; ++row) {
-      window.push(tile.x.own(row, thread));
-      const ConvOwn<T, kOwn> dy = tile.dy.own(row, thread);
-      ConvOwn<T, kOwn> out;
+    for (int row = 0; row < Shared::kRows; ++row)
+      step(tile, row, {kTaps, kTaps, false, -1, 0}, true, true);
+  }
+
+  /// A token, which lies in the strip or not: dy becomes dx of kTaps - 1 tokens earlier.
+  DEVICE_FUNCTION void step(typename Shared::Stage& tile, int row, ConvToken token, bool owned,
+                            bool has_dy) {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        float d = to_float(dy.v[i]);
-        if (in.parameters.silu) d *= conv_slope<T>(window.convolved(i, kTaps), true);
-        dbias[i] += d;
+    for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
-        for (int j = kTaps - 1; j >= 0; --j) {
-          dx[j][i] = (j > 0 ? dx[j - 1][i] : 0.0F) + window.weight[j][i] * d;
-          dweight[j][i] += d * window.x[j][i];
-        }
-        from_float(out.v[i], dx[kTaps - 1][i]);
-      }
-      tile.dy.own(row, thread) = out;
+      for (int j = kTaps - 1; j > 0; --j) dx[j][i] = dx[j - 1][i];
+      dx[0][i] = 0;
     }
+    if (token.kept >= 0 && l.call.dstate.data != nullptr) add_state_gradient(token);
+    if (token.seen > 0) {
+      window.push(tile.x.own(row, thread));
+      if (has_dy) add_token(token, owned, tile.dy.own(row, thread));
+    }
+    ConvOwn<T, kOwn> out;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) from_float(out.v[i], dx[kTaps - 1][i]);
+    tile.dy.own(row, thread) = out;
   }
 
   DEVICE_FUNCTION void add_state_gradient(const ConvToken& token) {
@@ -159,8 +147,8 @@ class BackwardBlock {
             static_cast<const T*>(state.data)[from + (window.channel + i) * state.channel]);
   }
 
-  /// `owned`: the token lies in the strip.
-  DEVICE_FUNCTION void add_token(const ConvToken& token, bool owned, const ConvOwn<T, kOwn>& dy) {
+  /// `owned`: the token lies in the strip. dy: a copy, read as one word.
+  DEVICE_FUNCTION void add_token(const ConvToken& token, bool owned, ConvOwn<T, kOwn> dy) {
     const int counted = owned ? token.seen : 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {

@@ -82,14 +82,7 @@ class ForwardBlock {
       if (first + row == at.begin || tile.tokens[row].starts) window.fill(first + row);
 #pragma unroll 1
       do {
-        const int seen = tile.tokens[row].seen;
-        ConvOwn<T, kOwn>& own = tile.tile.own(row, thread);
-        window.push(own);
-        ConvOwn<T, kOwn> y;
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i)
-          from_float(y.v[i], conv_activate<T>(window.convolved(i, seen), in.parameters.silu));
-        own = y;
+        step(tile, row, tile.tokens[row].seen);
         ++row;
       } while (row < rows && !tile.tokens[row].starts);
     }
@@ -98,15 +91,18 @@ class ForwardBlock {
   /// Nothing to ask of any token, and a window that moves by renaming registers.
   DEVICE_FUNCTION void walk_plain(typename Shared::Stage& tile) {
 #pragma unroll kTaps
-    for (int row = 0; row < Shared::kRows; ++row) {
-      ConvOwn<T, kOwn>& own = tile.tile.own(row, thread);
-      window.push(own);
-      ConvOwn<T, kOwn> y;
+    for (int row = 0; row < Shared::kRows; ++row) step(tile, row, kTaps);
+  }
+
+  /// A token that sees so many inputs: x becomes y.
+  DEVICE_FUNCTION void step(typename Shared::Stage& tile, int row, int seen) {
+    ConvOwn<T, kOwn>& own = tile.tile.own(row, thread);
+    window.push(own);
+    ConvOwn<T, kOwn> y;
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i)
-        from_float(y.v[i], conv_activate<T>(window.convolved(i, kTaps), in.parameters.silu));
-      own = y;
-    }
+    for (int i = 0; i < kOwn; ++i)
+      from_float(y.v[i], conv_activate<T>(window.convolved(i, seen), in.parameters.silu));
+    own = y;
   }
 
   const ForwardLaunch& l;

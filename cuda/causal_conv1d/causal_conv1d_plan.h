@@ -29,17 +29,4 @@ inline bool conv_is_vector(const ConvView& x, int32_t channels, Dtype dtype) {
          channels * bytes % 16 == 0 && x.batch * bytes % 16 == 0 && x.time * bytes % 16 == 0;
 }
 
-/// Calls f with a number of the C++ type that the dtype names.
-template <class F>
-void visit_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(float{});
-    case Dtype::kBFloat16:
-      return f(bf16{});
-    case Dtype::kFloat16:
-      return f(f16{});
-  }
-}
-
 }  // namespace xlstm::cuda

@@ -1,74 +1,50 @@
 // step: one token. A thread per 16 bytes of channels, or per channel where they do not lie side by side.
+#include <type_traits>
+
 #include "cuda/causal_conv1d/causal_conv1d_launch.h"
 #include "cuda/causal_conv1d/causal_conv1d_plan.h"
+#include "cuda/pieces.cuh"
 
 namespace xlstm::cuda {
 namespace {
 
 constexpr int kThreads = 128, kMostMemory = 7;
 
-/// Neighbouring channels as they are moved.
-template <class T, bool kVector>
-struct StepPiece {
-  static constexpr int kNumbers = 16 / static_cast<int>(sizeof(T));
-  Bytes16 bytes;
-  DEVICE_FUNCTION void load(const void* data, int64_t at) {
-    bytes = *reinterpret_cast<const Bytes16*>(static_cast<const T*>(data) + at);
-  }
-  DEVICE_FUNCTION void store(void* data, int64_t at) const {
-    *reinterpret_cast<Bytes16*>(static_cast<T*>(data) + at) = bytes;
-  }
-  DEVICE_FUNCTION float get(int i) const {
-    if constexpr (sizeof(T) == 4) {
-      return prim::float_of(bytes.words[i]);
-    } else {
-      T x;
-      x.bits = static_cast<u16>(bytes.words[i / 2] >> (16 * (i % 2)));
-      return to_float(x);
-    }
-  }
-  DEVICE_FUNCTION void set(int i, float value) {
-    if constexpr (sizeof(T) == 4) {
-      bytes.words[i] = prim::bits_of(value);
-    } else {
-      T x;
-      from_float(x, value);
-      const u32 word = i % 2 == 0 ? 0 : bytes.words[i / 2];  // halves are set in order
-      bytes.words[i / 2] = word | static_cast<u32>(x.bits) << (16 * (i % 2));
-    }
-  }
-};
+/// A number alone.
 template <class T>
-struct StepPiece<T, false> {
+struct Single {
   static constexpr int kNumbers = 1;
   T number;
   DEVICE_FUNCTION void load(const void* data, int64_t at) {
     number = static_cast<const T*>(data)[at];
   }
   DEVICE_FUNCTION void store(void* data, int64_t at) const { static_cast<T*>(data)[at] = number; }
-  DEVICE_FUNCTION float get(int) const { return to_float(number); }
+  DEVICE_FUNCTION float operator[](int) const { return to_float(number); }
   DEVICE_FUNCTION void set(int, float value) { from_float(number, value); }
 };
+/// Channels of a thread as they are moved.
+template <class T, bool kVector>
+using Channels = std::conditional_t<kVector, Piece<T>, Single<T>>;
 
 template <class T, bool kVector>
 KERNEL_FUNCTION(kThreads, 8)
 causal_conv1d_token(const GRID_CONSTANT ConvStepParams p) {
-  using Piece = StepPiece<T, kVector>;
+  using Own = Channels<T, kVector>;
   const ConvParameters& parameters = p.parameters;
-  const int32_t pieces = parameters.channels / Piece::kNumbers, memory = parameters.width - 1;
+  const int32_t pieces = parameters.channels / Own::kNumbers, memory = parameters.width - 1;
   const int64_t item = int64_t{prim::block_idx().x} * kThreads + prim::thread_idx().x;
   if (item >= int64_t{p.batch} * pieces) return;
   const int64_t batch = item / pieces;
-  const int32_t channel = static_cast<int32_t>(item % pieces) * Piece::kNumbers;
+  const int32_t channel = static_cast<int32_t>(item % pieces) * Own::kNumbers;
   const int64_t state = batch * p.state.batch + channel * p.state.channel;
-  Piece rows[kMostMemory + 1];
+  Own rows[kMostMemory + 1];
 #pragma unroll
   for (int j = 0; j < kMostMemory; ++j)
     if (j < memory) rows[j].load(p.state.data, state + j * p.state.time);
   rows[kMostMemory].load(p.x.data, batch * p.x.batch + channel * p.x.channel);
-  Piece y;
+  Own y;
 #pragma unroll
-  for (int i = 0; i < Piece::kNumbers; ++i) {
+  for (int i = 0; i < Own::kNumbers; ++i) {
     float weights[kMostMemory + 1];  // all loads before the first sum
 #pragma unroll
     for (int j = 0; j < kMostMemory; ++j)
@@ -77,8 +53,8 @@ causal_conv1d_token(const GRID_CONSTANT ConvStepParams p) {
     float sum = conv_bias(parameters, channel + i);
 #pragma unroll
     for (int j = 0; j < kMostMemory; ++j)
-      if (j < memory) sum += weights[j] * rows[j].get(i);
-    sum += weights[kMostMemory] * rows[kMostMemory].get(i);
+      if (j < memory) sum += weights[j] * rows[j][i];
+    sum += weights[kMostMemory] * rows[kMostMemory][i];
     y.set(i, conv_activate<T>(sum, parameters.silu));
   }
   y.store(p.y.data, batch * p.y.batch + channel * p.y.channel);
@@ -96,8 +72,7 @@ causal_conv1d_token(const GRID_CONSTANT ConvStepParams p) {
 
 template <class T, bool kVector>
 void launch_token(const ConvStepParams& p, Stream stream) {
-  const int64_t items =
-      int64_t{p.batch} * (p.parameters.channels / StepPiece<T, kVector>::kNumbers);
+  const int64_t items = int64_t{p.batch} * (p.parameters.channels / Channels<T, kVector>::kNumbers);
   prim::launch("causal_conv1d_token", causal_conv1d_token<T, kVector>,
                {static_cast<u32>((items + kThreads - 1) / kThreads), kThreads}, p, stream);
 }

@@ -1,8 +1,8 @@
 // A block walks over its row twice: for the largest logit and the sum of exponentials, then for the gradient.
 #include "cuda/loss/softmax_cross_entropy.h"
 
+#include "cuda/pieces.cuh"
 #include "cuda/prim/launch.h"
-#include "cuda/rows.cuh"
 
 namespace xlstm::cuda {
 namespace {
@@ -77,11 +77,12 @@ class RowBlock {
     Mass mass;
     if (vector) {
       for (int64_t i = 4 * thread; i < p.vocab; i += 4 * kThreads) {
-        const Bytes16 four = *reinterpret_cast<const Bytes16*>(logits + i);
+        Piece<float> four;
+        four.load(logits, i);
         float values[4], peak = mass.peak;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          values[j] = capped(prim::float_of(four.words[j])).value;
+          values[j] = capped(four[j]).value;
           peak = larger(peak, values[j]);
         }
         mass.sum *= prim::ex2(mass.peak - peak);

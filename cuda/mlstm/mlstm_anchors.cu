@@ -11,20 +11,21 @@ constexpr int kThreads = 256, kWarps = kThreads / 32, kParts = kAnchorWarps;
 
 /// Where the state of a slot lies, in 16-byte pieces of its planes, and n.
 struct SlotState {
-  Piece* c;
+  Bytes16* c;
   float* n;
 };
 DEVICE_FUNCTION SlotState state_of(const AnchorParams& p, int64_t index) {
   const int64_t numbers = int64_t{p.planes} * padded(p.dqk) * padded(p.dv);
-  return {reinterpret_cast<Piece*>(static_cast<bf16*>(p.states) + index * numbers),
+  return {reinterpret_cast<Bytes16*>(static_cast<bf16*>(p.states) + index * numbers),
           p.state_n + index * padded(p.dqk)};
 }
 
-DEVICE_FUNCTION float product_of(const Piece& a, const Piece& b) {
+DEVICE_FUNCTION float product_of(const Bytes16& a, const Bytes16& b) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    sum += low_half(a.x[i]) * low_half(b.x[i]) + high_half(a.x[i]) * high_half(b.x[i]);
+    sum +=
+        low_half(a.words[i]) * low_half(b.words[i]) + high_half(a.words[i]) * high_half(b.words[i]);
   return sum;
 }
 
@@ -53,7 +54,7 @@ mlstm_anchors(const GRID_CONSTANT AnchorParams p) {
   const int rows = padded(p.dqk);
   const int64_t own = int64_t{head} * p.anchors.count + anchor;
   float* const kept_n = p.anchors.states + own * (p.planes * plane * 4 + rows);
-  Piece* const kept = reinterpret_cast<Piece*>(kept_n + rows);
+  Bytes16* const kept = reinterpret_cast<Bytes16*>(kept_n + rows);
   // dC is written where it enters a chunk in its own direction: at the end of the chunk before.
   const SlotState state = state_of(p, int64_t{head} * p.chunks.slots + (p.dot ? slot - 1 : slot));
   const int first = part * kThreads + static_cast<int>(prim::thread_idx().x);

@@ -327,10 +327,10 @@ class OutBlock {
       const float* const n = stage.n + c;
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
-        const Piece piece = *reinterpret_cast<const Piece*>(stage.a.at(plane, row, c));
+        const Bytes16 piece = *reinterpret_cast<const Bytes16*>(stage.a.at(plane, row, c));
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          row_n += low_half(piece.x[i]) * n[2 * i] + high_half(piece.x[i]) * n[2 * i + 1];
+          row_n += low_half(piece.words[i]) * n[2 * i] + high_half(piece.words[i]) * n[2 * i + 1];
       }
     }
   }
@@ -497,22 +497,22 @@ class OutBlock {
 
   /// bfloat16: 8 neighbouring columns per lane.
   DEVICE_FUNCTION void write_row(int64_t at, int row, int m, int half) const {
-    Piece piece;
+    Bytes16 piece;
 #pragma unroll
     for (int n = 0; n < 4; ++n)
-      piece.x[n] = prim::pack_bf16x2(o[m][n][2 * half], o[m][n][2 * half + 1]);
-    transpose_quad(piece.x);
+      piece.words[n] = prim::pack_bf16x2(o[m][n][2 * half], o[m][n][2 * half + 1]);
+    transpose_quad(piece.words);
     const int column = place.col0 + 8 * (warp * Shape::kColumnTiles + lane % 4);
     auto* const out = static_cast<u16*>(p.out.data);
     if (row >= place.rows) return;
     if (p.out.vector && column + 8 <= p.out.width) {
-      *reinterpret_cast<Piece*>(out + at + column) = piece;
+      *reinterpret_cast<Bytes16*>(out + at + column) = piece;
       return;
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       if (column + i < p.out.width)
-        out[at + (column + i) * p.out.inner] = static_cast<u16>(piece.x[i / 2] >> (16 * (i % 2)));
+        out[at + (column + i) * p.out.inner] = half_bits(piece.words, i);
   }
 
   /// float32 or float16: two neighbouring columns.

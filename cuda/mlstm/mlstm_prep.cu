@@ -90,8 +90,8 @@ class PrepBlock {
                   h = token_offset(p.h, at.sequence.batch, token(row), head),
                   to = token_offset(p.g, at.sequence.batch, token(row), head);
     if constexpr (kPacked)
-      return -sign * prepare_packed(rows_at(p.dh, from), rows_at(p.h, h), rows_at(p.g, to), factor,
-                                    sign != 0);
+      return -sign * prepare_packed(pieces_at(p.dh, from), pieces_at(p.h, h), pieces_at(p.g, to),
+                                    factor, sign != 0);
     float z = 0;
 #pragma unroll 1
     for (int col = 8 * lane; col < p.g.width; col += 8 * lanes) {
@@ -108,19 +108,20 @@ class PrepBlock {
     return -z * sign;
   }
 
-  static DEVICE_FUNCTION Bytes16* rows_at(const Operand& x, int64_t offset) {
-    return reinterpret_cast<Bytes16*>(static_cast<u16*>(x.data) + offset);
+  using Eight = Piece<bf16>;
+  static DEVICE_FUNCTION Eight* pieces_at(const Operand& x, int64_t offset) {
+    return reinterpret_cast<Eight*>(static_cast<bf16*>(x.data) + offset);
   }
 
   /// All loads of several pieces are on their way before the first is used.
-  DEVICE_FUNCTION float prepare_packed(const Bytes16* dh, const Bytes16* h, Bytes16* g,
-                                       float factor, bool has_z) const {
+  DEVICE_FUNCTION float prepare_packed(const Eight* dh, const Eight* h, Eight* g, float factor,
+                                       bool has_z) const {
     constexpr int kPieces = 4;
-    const int pieces = p.g.width / 8;
+    const int pieces = p.g.width / Eight::kNumbers;
     float z = 0;
 #pragma unroll 1
     for (int first_piece = lane; first_piece < pieces; first_piece += kPieces * lanes) {
-      Bytes16 slopes[kPieces] = {}, values[kPieces] = {};
+      Eight slopes[kPieces] = {}, values[kPieces] = {};
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
         if (first_piece + i * lanes < pieces) slopes[i] = dh[first_piece + i * lanes];
@@ -129,17 +130,16 @@ class PrepBlock {
         if (has_z && first_piece + i * lanes < pieces) values[i] = h[first_piece + i * lanes];
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        Bytes16 out;
+        float out[Eight::kNumbers];
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const float low = factor * half_of(slopes[i].words[w], 0, Dtype::kBFloat16),
-                      high = factor * half_of(slopes[i].words[w], 1, Dtype::kBFloat16);
-          if (has_z)
-            z += low * half_of(values[i].words[w], 0, Dtype::kBFloat16) +
-                 high * half_of(values[i].words[w], 1, Dtype::kBFloat16);
-          out.words[w] = prim::pack_bf16x2(low, high);
+        for (int e = 0; e < Eight::kNumbers; e += 2) {
+          out[e] = factor * slopes[i][e], out[e + 1] = factor * slopes[i][e + 1];
+          if (has_z) z += out[e] * values[i][e] + out[e + 1] * values[i][e + 1];
         }
-        if (first_piece + i * lanes < pieces) prim::store16(g + first_piece + i * lanes, out.words);
+        Eight piece;
+        piece.set(out);
+        if (first_piece + i * lanes < pieces)
+          prim::store16(g + first_piece + i * lanes, piece.bytes.words);
       }
     }
     return z;

@@ -1,14 +1,9 @@
 #pragma once
 // Rows of numbers in any of the three types, eight at a time: 16-byte accesses where the memory allows them.
 #include "cuda/mlstm/mlstm_tiles.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/pieces.cuh"
 
 namespace xlstm::cuda {
-
-DEVICE_FUNCTION float half_of(u32 word, int half, Dtype dtype) {
-  const u16 bits = static_cast<u16>(half == 0 ? word : word >> 16);
-  return dtype == Dtype::kBFloat16 ? prim::bf16_to_float(bits) : prim::f16_to_float(bits);
-}
 
 /// Numbers [col, col + 8) of the row at element offset `base`; those beyond the width are 0.
 DEVICE_FUNCTION void load_eight(const Operand& x, int64_t base, int col, float (&out)[8]) {

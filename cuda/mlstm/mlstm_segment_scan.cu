@@ -1,7 +1,7 @@
 // segment scan: from the segments' own sums to the states that enter them. A thread has sixteen numbers, four by four: all
 // threads want the same gammas, and one load of them must serve many numbers.
 #include "cuda/mlstm/mlstm_launch.h"
-#include "cuda/numbers.cuh"
+#include "cuda/pieces.cuh"
 #include "cuda/prim/launch.h"
 
 namespace xlstm::cuda {
@@ -14,9 +14,10 @@ constexpr int64_t kBlockNumbers = int64_t{kThreads} * 4 * kVectors;
 DEVICE_FUNCTION void load_four(const SegmentScanParams& p, const float* item, int64_t i,
                                float (&x)[4]) {
   if (p.vector && i < p.size) {
-    const Bytes16 four = *reinterpret_cast<const Bytes16*>(item + i);
+    Piece<float> four;
+    four.load(item, i);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) x[k] = prim::float_of(four.words[k]);
+    for (int k = 0; k < 4; ++k) x[k] = four[k];
     return;
   }
 #pragma unroll
@@ -25,10 +26,9 @@ DEVICE_FUNCTION void load_four(const SegmentScanParams& p, const float* item, in
 DEVICE_FUNCTION void store_four(const SegmentScanParams& p, float* item, int64_t i,
                                 const float (&x)[4]) {
   if (p.vector && i < p.size) {
-    Bytes16 four;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) four.words[k] = prim::bits_of(x[k]);
-    *reinterpret_cast<Bytes16*>(item + i) = four;
+    Piece<float> four;
+    four.set(x);
+    four.store(item, i);
     return;
   }
 #pragma unroll

@@ -171,18 +171,18 @@ class StateBlock {
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int n = 0; n < Shape::kColumnTiles; n += 4) {
-          Piece piece;
+          Bytes16 piece;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             u32 planes[kPlanes];
             split(s[m][n + j][2 * half], s[m][n + j][2 * half + 1], planes);
-            piece.x[j] = planes[plane];
+            piece.words[j] = planes[plane];
           }
-          transpose_quad(piece.x);
+          transpose_quad(piece.words);
           const int row = place.row0 + warp_row + 16 * m + 8 * half + here / 4;
           const int col = place.col0 + warp_col + 8 * (n + here % 4);
           if (row < padded(p.dqk) && col < padded(p.dv))
-            *reinterpret_cast<Piece*>(to + int64_t{row} * padded(p.dv) + col) = piece;
+            *reinterpret_cast<Bytes16*>(to + int64_t{row} * padded(p.dv) + col) = piece;
         }
   }
 

@@ -23,9 +23,10 @@ struct StepRow {
 template <bool kVector>
 DEVICE_FUNCTION void load_four(const float* from, int width, float (&c)[4]) {
   if constexpr (kVector) {
-    const Bytes16 bytes = *reinterpret_cast<const Bytes16*>(from);
+    Piece<float> four;
+    four.load(from, 0);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) c[i] = prim::float_of(bytes.words[i]);
+    for (int i = 0; i < 4; ++i) c[i] = four[i];
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) c[i] = i < width ? from[i] : 0.0F;
@@ -34,10 +35,9 @@ DEVICE_FUNCTION void load_four(const float* from, int width, float (&c)[4]) {
 template <bool kVector>
 DEVICE_FUNCTION void store_four(float* to, int width, const float (&c)[4]) {
   if constexpr (kVector) {
-    Bytes16 bytes;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) bytes.words[i] = prim::bits_of(c[i]);
-    *reinterpret_cast<Bytes16*>(to) = bytes;
+    Piece<float> four;
+    four.set(c);
+    four.store(to, 0);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)

@@ -34,26 +34,6 @@ struct LazyLaunch {
   bool vector_rows = false;  ///< q, keys and n may be read 16 bytes at a time
 };
 
-/// 16 bytes of neighbouring numbers.
-template <class T>
-struct Piece {
-  static constexpr int kNumbers = 16 / static_cast<int>(sizeof(T));
-  Bytes16 bytes;
-  DEVICE_FUNCTION void load(const T* row, int at, bool wanted) {
-    bytes = wanted ? *reinterpret_cast<const Bytes16*>(row + at) : Bytes16{};
-  }
-  DEVICE_FUNCTION void store(T* to) const { *reinterpret_cast<Bytes16*>(to) = bytes; }
-  DEVICE_FUNCTION float operator[](int i) const {
-    if constexpr (sizeof(T) == 4) {
-      return prim::float_of(bytes.words[i]);
-    } else {
-      T x;
-      x.bits = static_cast<u16>(bytes.words[i / 2] >> (16 * (i % 2)));
-      return to_float(x);
-    }
-  }
-};
-
 struct alignas(16) LazyShared {
   float q[kRows];
   float rows[kTokens * kRows];  ///< keys of a fold; then [group of rows][column] of h
@@ -224,8 +204,9 @@ class LazyBlock {
     for (int i = 0; i < kStrips; ++i) {
       const int j = (thread + i * kThreads) / kColumns, col = first_column + thread % kColumns;
       if (j >= used) continue;
-      const float x =
-          p.dtype == Dtype::kFloat32 ? prim::float_of(values[i]) : half_of(values[i], 0, p.dtype);
+      const float x = p.dtype == Dtype::kFloat32
+                          ? prim::float_of(values[i])
+                          : half_to_float(static_cast<u16>(values[i]), p.dtype);
       s.values[j][thread % kColumns] = col < p.dv ? x : 0.0F;
       if (j == kept && !folds && col < p.dv)
         store_number(l.ring.values, slot_of(j) * p.dv + col, p.dtype, x);
@@ -277,7 +258,7 @@ class LazyBlock {
             for (int e = 0; e < kNumbers; ++e)
               s.rows[j * kRows + d - first + e] = keys[piece][i][e];
           } else if (j == kept && in_part(d)) {
-            keys[piece][i].store(static_cast<T*>(l.ring.keys) + slot_of(j) * p.dqk + d);
+            keys[piece][i].store(l.ring.keys, slot_of(j) * p.dqk + d);
           }
         }
       }

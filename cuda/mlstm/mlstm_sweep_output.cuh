@@ -4,21 +4,6 @@
 
 namespace xlstm::cuda {
 
-/// A 4x4 transposition among the four lanes of a quad: lane t's words[i] becomes lane i's words[t].
-DEVICE_FUNCTION void exchange_in_quad(u32 (&words)[4]) {
-  const u32 t = prim::thread_idx().x % 4;
-#pragma unroll
-  for (u32 bit = 1; bit < 4; bit *= 2) {
-#pragma unroll
-    for (u32 low = 0; low < 4; ++low) {
-      if ((low & bit) != 0) continue;
-      const bool upper = (t & bit) != 0;
-      const u32 got = prim::shfl_xor(upper ? words[low] : words[low + bit], bit);
-      (upper ? words[low] : words[low + bit]) = got;
-    }
-  }
-}
-
 /// Two neighbouring numbers of an operand, packed bfloat16 with one plane, else two floats.
 template <int kPlanes>
 struct Pair {
@@ -206,24 +191,24 @@ class SweepOutput : public SweepState<kUse, kDA, kDX, kPlanes> {
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int first = 0; first < 2; first += kHalves) {
-        Vector16 piece;
+        Bytes16 piece;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int t = j % kPerRow, half = first + j / kPerRow;
           piece.words[j] = prim::pack_bf16x2(out[m][t][2 * half], out[m][t][2 * half + 1]);
         }
-        exchange_in_quad(piece.words);
+        transpose_quad(piece.words);
         const int row = out_row(m, first + quad / kPerRow);
         const int col = warp % 4 * (kDX / 4) + 8 * (quad % kPerRow);
         if (row >= rows || col >= columns) continue;
         bf16* to = data + base + row * p.out.time + col;
         if (columns - col >= 8) {
-          *reinterpret_cast<Vector16*>(to) = piece;
+          *reinterpret_cast<Bytes16*>(to) = piece;
           continue;
         }
 #pragma unroll
         for (int e = 0; e < 8; ++e)
-          if (e < columns - col) to[e].bits = static_cast<u16>(piece.words[e / 2] >> (e % 2 * 16));
+          if (e < columns - col) to[e].bits = half_bits(piece.words, e);
       }
   }
 

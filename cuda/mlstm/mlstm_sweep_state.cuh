@@ -4,10 +4,6 @@
 
 namespace xlstm::cuda {
 
-struct alignas(16) Vector16 {
-  u32 words[4];
-};
-
 template <Use kUse, int kDA, int kDX, int kPlanes>
 class SweepState : public SweepBlock<kUse, kDA, kDX, kPlanes> {
  public:
@@ -176,9 +172,9 @@ class SweepState : public SweepBlock<kUse, kDA, kDX, kPlanes> {
         } else {
           bf16 parts[3];
           split_exactly(n[c][e], parts);
-          const Vector16 row = {
+          const Bytes16 row = {
               {parts[0].bits | static_cast<u32>(parts[1].bits) << 16, parts[2].bits, 0, 0}};
-          *reinterpret_cast<Vector16*>(s.n_parts[col]) = row;
+          *reinterpret_cast<Bytes16*>(s.n_parts[col]) = row;
         }
       }
   }

@@ -17,10 +17,6 @@ DEVICE_FUNCTION int64_t state_offset(const Chunks& c, int head, int slot, int pl
   return matrix * padded(dqk) * padded(dv);
 }
 
-struct alignas(16) Piece {
-  u32 x[4];
-};
-
 /// The thread, from an instruction that stays where it is: addresses made of it are not computed before a loop and then
 /// kept in registers throughout.
 DEVICE_FUNCTION int thread_here() {
@@ -28,23 +24,6 @@ DEVICE_FUNCTION int thread_here() {
   return static_cast<int>(prim::shfl(thread, thread % 32));
 }
 DEVICE_FUNCTION int lane_here() { return thread_here() % 32; }
-
-/// The four lanes of a quad hold x[tile] of four neighbouring 8-column tiles, two numbers each; afterwards lane i holds
-/// the eight numbers of tile i in order.
-DEVICE_FUNCTION void transpose_quad(u32 (&x)[4]) {
-  const u32 lane = prim::thread_idx().x % 4;
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = (lane & static_cast<u32>(distance)) != 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int low = distance == 1 ? 2 * i : i, high = low + distance;
-      const u32 other = prim::shfl_xor(upper ? x[low] : x[high], static_cast<u32>(distance));
-      x[low] = upper ? other : x[low];
-      x[high] = upper ? x[high] : other;
-    }
-  }
-}
 
 /// Tiles in flight that give two blocks per multiprocessor, else as many as fit. `bytes(stages)`: of one block.
 template <class Bytes>

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/norm/headwise_norm.h"
+#include "cuda/numbers.cuh"
 #include "cuda/prim/launch.h"
 #include "cuda/rows.cuh"
 
@@ -30,13 +31,6 @@ struct NormLaunch {
 
 constexpr int kPieceSize = 4;   ///< numbers of a piece: 16 bytes of float32, 8 of the other types
 constexpr int kMostPieces = 3;  ///< of a thread
-
-template <class T>
-constexpr Dtype kDtypeOf = Dtype::kFloat32;
-template <>
-inline constexpr Dtype kDtypeOf<bf16> = Dtype::kBFloat16;
-template <>
-inline constexpr Dtype kDtypeOf<f16> = Dtype::kFloat16;
 
 PRIM_FUNCTION constexpr int number_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
@@ -74,15 +68,18 @@ DEVICE_FUNCTION void numbers_of(const RawPiece& piece, Dtype dtype, float (&x)[k
 #pragma unroll
     for (int i = 0; i < kPieceSize; ++i) x[i] = number(i);
   };
-  const auto half = [&](int i) { return static_cast<u16>(piece.words[i / 2] >> 16 * (i % 2)); };
   if (dtype == Dtype::kFloat32) {
     each([&](int i) { return prim::float_of(piece.words[i]); });
   } else if (dtype == Dtype::kBFloat16) {
-    each([&](int i) { return prim::bf16_to_float(half(i)); });
+    each([&](int i) { return prim::bf16_to_float(half_bits(piece.words, i)); });
   } else {
-    each([&](int i) { return prim::f16_to_float(half(i)); });
+    each([&](int i) { return prim::f16_to_float(half_bits(piece.words, i)); });
   }
 }
+
+struct NormShared {
+  float parts[2][kNormMost / 32][2];
+};
 
 /// kPieces: of a thread. kVector: launch.vector, known. kWide: launch.is_wide.
 template <class T, int kPieces_, bool kVector, bool kWide_>
@@ -94,11 +91,7 @@ class NormBlock {
   using Piece = RawPiece;
   using Pieces = Piece[kPieces];
 
-  struct Shared {
-    float parts[2][kNormMost / 32][2];
-  };
-
-  DEVICE_FUNCTION NormBlock(const NormLaunch& launch, Shared& shared)
+  DEVICE_FUNCTION NormBlock(const NormLaunch& launch, NormShared& shared)
       : l(launch),
         in(launch.in),
         s(shared),
@@ -112,6 +105,12 @@ class NormBlock {
         tiles(kWide ? divide_up(launch.in.dim, width) : 1) {}
 
  protected:
+  template <class F>
+  DEVICE_FUNCTION static void each_piece(F f) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) f(piece);
+  }
+
   struct Statistics {
     float mean, rstd;
   };
@@ -193,8 +192,8 @@ class NormBlock {
         for (int i = 0; i < kSize; ++i) bytes.words[i] = prim::bits_of(x[i]);
         *reinterpret_cast<Bytes16*>(to) = bytes;
       } else {
-        const auto pack = kDtype == Dtype::kBFloat16 ? prim::pack_bf16x2 : prim::pack_f16x2;
-        *reinterpret_cast<uint64_t*>(to) = uint64_t{pack(x[2], x[3])} << 32 | pack(x[0], x[1]);
+        *reinterpret_cast<uint64_t*>(to) =
+            uint64_t{pack_halves(x[2], x[3], kDtype)} << 32 | pack_halves(x[0], x[1], kDtype);
       }
       return;
     }
@@ -243,7 +242,7 @@ class NormBlock {
 
   const NormLaunch& l;
   const HeadwiseNormInputs& in;
-  Shared& s;
+  NormShared& s;
   const int thread, group, head;
   const int64_t strip, first, end;
   const int width, tiles;  ///< channels of a tile; of a row
@@ -350,5 +349,32 @@ inline NormLaunch norm_launch(const HeadwiseNormInputs& in, bool vector,
   return l;
 }
 inline int64_t norm_strips(const NormLaunch& l) { return (l.in.rows + l.strip - 1) / l.strip; }
+
+/// A kernel: Block is the direction's for some T, kPieces, kVector and kWide, built from `launch`.
+template <class Block, class Launch>
+DEVICE_FUNCTION void run_norm_block(const Launch& launch) {
+  Block(launch, *reinterpret_cast<NormShared*>(prim::dynamic_shared())).run();
+}
+
+/// Launches the kernel that takes `l`, with shared memory for so many numbers behind NormShared. Of a direction's
+/// Kernels<T>, wide, unaligned and vector<pieces> call their argument with their kernel's name and the kernel.
+template <template <class> class Kernels, class Launch>
+void launch_norm(const Launch& l, size_t numbers, Stream stream) {
+  const NormLaunch& n = l.norm;
+  const auto launch = [&](const char* name, auto kernel) {
+    prim::launch(name, kernel,
+                 {static_cast<u32>(norm_strips(n) * n.in.heads), static_cast<u32>(n.threads),
+                  sizeof(NormShared) + numbers * sizeof(float)},
+                 l, stream);
+  };
+  visit_dtype(n.in.dtype, [&](auto zero) {
+    using Own = Kernels<decltype(zero)>;
+    if (n.is_wide) return Own::wide(launch);
+    if (!n.vector) return Own::unaligned(launch);
+    if (n.pieces == 1) return Own::template vector<1>(launch);
+    if (n.pieces == 2) return Own::template vector<2>(launch);
+    Own::template vector<3>(launch);
+  });
+}
 
 }  // namespace xlstm::cuda

@@ -19,15 +19,13 @@ struct BackwardLaunch {
 template <class T, int kPieces, bool kVector, bool kWide>
 class BackwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   using Base = NormBlock<T, kPieces, kVector, kWide>;
-  using Base::kSize, Base::kDtype;
+  using Base::kSize, Base::kDtype, Base::each_piece;
   using typename Base::Pieces, typename Base::Row;
 
  public:
-  /// Behind it, not of wide rows: kept parameters in float32, (kKept, width), and the groups' sums of one parameter at a
-  /// time, (groups, width).
-  using Shared = typename Base::Shared;
-
-  DEVICE_FUNCTION BackwardBlock(const BackwardLaunch& launch, Shared& shared)
+  /// Behind `shared`, not of wide rows: kept parameters in float32, (kKept, width), and the groups' sums of one parameter
+  /// at a time, (groups, width).
+  DEVICE_FUNCTION BackwardBlock(const BackwardLaunch& launch, NormShared& shared)
       : Base(launch.norm, shared),
         call(launch.call),
         kept(reinterpret_cast<float*>(&shared + 1)),
@@ -56,12 +54,6 @@ class BackwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   using Numbers = float[kSize];
   /// The further gradient waits in registers, too, where there are enough of them.
   static constexpr bool kPastEarly = kVector;
-
-  template <class F>
-  DEVICE_FUNCTION static void each_piece(F f) {
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) f(piece);
-  }
 
   DEVICE_FUNCTION void load_all(const Row& row, int tile, Loaded& to) const {
     this->load_x(row, tile, to.x);
@@ -256,47 +248,39 @@ class BackwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   float sums[kKept][kPieces][kSize];
 };
 
-template <class Block>
-DEVICE_FUNCTION void run_block(const BackwardLaunch& l) {
-  Block(l, *reinterpret_cast<typename Block::Shared*>(prim::dynamic_shared())).run();
-}
-
 template <class T, int kPieces>
 KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_gradients(const GRID_CONSTANT BackwardLaunch l) {
-  run_block<BackwardBlock<T, kPieces, true, false>>(l);
+  run_norm_block<BackwardBlock<T, kPieces, true, false>>(l);
 }
 
 template <class T>
 KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_unaligned_gradients(const GRID_CONSTANT BackwardLaunch l) {
-  run_block<BackwardBlock<T, kMostPieces, false, false>>(l);
+  run_norm_block<BackwardBlock<T, kMostPieces, false, false>>(l);
 }
 
 template <class T>
 KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_wide_gradients(const GRID_CONSTANT BackwardLaunch l) {
-  run_block<BackwardBlock<T, kMostPieces, false, true>>(l);
+  run_norm_block<BackwardBlock<T, kMostPieces, false, true>>(l);
 }
 
 template <class T>
-void launch_gradients(const BackwardLaunch& l, Stream stream) {
-  const NormLaunch& n = l.norm;
-  const auto launch = [&](const char* name, auto kernel) {
-    const size_t width = static_cast<size_t>(n.pieces * kPieceSize) << n.group_bits;
-    const size_t numbers = n.is_wide ? 0 : (kKept + static_cast<size_t>(n.groups())) * width;
-    prim::launch(name, kernel,
-                 {static_cast<u32>(norm_strips(n) * n.in.heads), static_cast<u32>(n.threads),
-                  sizeof(typename NormBlock<T, 1, true, false>::Shared) + numbers * sizeof(float)},
-                 l, stream);
-  };
-  if (n.is_wide) return launch("headwise_norm_wide_gradients", headwise_norm_wide_gradients<T>);
-  if (!n.vector)
-    return launch("headwise_norm_unaligned_gradients", headwise_norm_unaligned_gradients<T>);
-  if (n.pieces == 1) return launch("headwise_norm_gradients", headwise_norm_gradients<T, 1>);
-  if (n.pieces == 2) return launch("headwise_norm_gradients", headwise_norm_gradients<T, 2>);
-  launch("headwise_norm_gradients", headwise_norm_gradients<T, 3>);
-}
+struct BackwardKernels {
+  template <class F>
+  static void wide(const F& launch) {
+    launch("headwise_norm_wide_gradients", headwise_norm_wide_gradients<T>);
+  }
+  template <class F>
+  static void unaligned(const F& launch) {
+    launch("headwise_norm_unaligned_gradients", headwise_norm_unaligned_gradients<T>);
+  }
+  template <int kPieces, class F>
+  static void vector(const F& launch) {
+    launch("headwise_norm_gradients", headwise_norm_gradients<T, kPieces>);
+  }
+};
 
 /// One round of blocks that fills the GPU: the partial sums stay small beside the rows.
 NormLaunch backward_launch(const HeadwiseNormInputs& in, bool vector,
@@ -337,17 +321,10 @@ void headwise_norm_backward(const HeadwiseNormBackward& call, Stream stream) {
     vector = vector && norm_vector(data, call.in.dtype);
   BackwardLaunch l{{}, call};
   l.norm = backward_launch(call.in, vector, {&l.call.dy, &l.call.dsum});
-  switch (call.in.dtype) {
-    case Dtype::kFloat32:
-      launch_gradients<float>(l, stream);
-      break;
-    case Dtype::kBFloat16:
-      launch_gradients<bf16>(l, stream);
-      break;
-    case Dtype::kFloat16:
-      launch_gradients<f16>(l, stream);
-      break;
-  }
+  const size_t width = static_cast<size_t>(l.norm.pieces * kPieceSize) << l.norm.group_bits;
+  const size_t numbers =
+      l.norm.is_wide ? 0 : (kKept + static_cast<size_t>(l.norm.groups())) * width;
+  launch_norm<BackwardKernels>(l, numbers, stream);
   add_parameters(call, norm_strips(l.norm), stream);
 }
 

@@ -13,11 +13,11 @@ struct ForwardLaunch {
 template <class T, int kPieces, bool kVector, bool kWide>
 class ForwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   using Base = NormBlock<T, kPieces, kVector, kWide>;
-  using Base::kSize, Base::kDtype;
+  using Base::kSize, Base::kDtype, Base::each_piece;
   using typename Base::Piece, typename Base::Pieces, typename Base::Row;
 
  public:
-  DEVICE_FUNCTION ForwardBlock(const ForwardLaunch& launch, typename Base::Shared& shared)
+  DEVICE_FUNCTION ForwardBlock(const ForwardLaunch& launch, NormShared& shared)
       : Base(launch.norm, shared), call(launch.call) {}
 
   DEVICE_FUNCTION void run() {
@@ -60,12 +60,6 @@ class ForwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   };
   /// Parameters, which come from a cache where rows are many, wait in registers only where those are few.
   static constexpr bool kParametersEarly = kPieces == 1;
-
-  template <class F>
-  DEVICE_FUNCTION static void each_piece(F f) {
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) f(piece);
-  }
 
   DEVICE_FUNCTION void load_beside(const Row& row, int tile, Beside& to) const {
     this->load_row(this->in.skip, row, tile, to.skip);
@@ -112,45 +106,39 @@ class ForwardBlock : public NormBlock<T, kPieces, kVector, kWide> {
   const HeadwiseNormForward& call;
 };
 
-template <class Block>
-DEVICE_FUNCTION void run_block(const ForwardLaunch& l) {
-  Block(l, *reinterpret_cast<typename Block::Shared*>(prim::dynamic_shared())).run();
-}
-
 template <class T, int kPieces>
 KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_rows(const GRID_CONSTANT ForwardLaunch l) {
-  run_block<ForwardBlock<T, kPieces, true, false>>(l);
+  run_norm_block<ForwardBlock<T, kPieces, true, false>>(l);
 }
 
 template <class T>
 KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_unaligned_rows(const GRID_CONSTANT ForwardLaunch l) {
-  run_block<ForwardBlock<T, kMostPieces, false, false>>(l);
+  run_norm_block<ForwardBlock<T, kMostPieces, false, false>>(l);
 }
 
 template <class T>
 KERNEL_FUNCTION(kNormMost, 1)
 headwise_norm_wide_rows(const GRID_CONSTANT ForwardLaunch l) {
-  run_block<ForwardBlock<T, kMostPieces, false, true>>(l);
+  run_norm_block<ForwardBlock<T, kMostPieces, false, true>>(l);
 }
 
 template <class T>
-void launch_rows(const ForwardLaunch& l, Stream stream) {
-  const auto launch = [&](const char* name, auto kernel) {
-    prim::launch(
-        name, kernel,
-        {static_cast<u32>(norm_strips(l.norm) * l.norm.in.heads), static_cast<u32>(l.norm.threads),
-         sizeof(typename NormBlock<T, 1, true, false>::Shared)},
-        l, stream);
-  };
-  if (l.norm.is_wide) return launch("headwise_norm_wide_rows", headwise_norm_wide_rows<T>);
-  if (!l.norm.vector)
-    return launch("headwise_norm_unaligned_rows", headwise_norm_unaligned_rows<T>);
-  if (l.norm.pieces == 1) return launch("headwise_norm_rows", headwise_norm_rows<T, 1>);
-  if (l.norm.pieces == 2) return launch("headwise_norm_rows", headwise_norm_rows<T, 2>);
-  launch("headwise_norm_rows", headwise_norm_rows<T, 3>);
-}
+struct ForwardKernels {
+  template <class F>
+  static void wide(const F& launch) {
+    launch("headwise_norm_wide_rows", headwise_norm_wide_rows<T>);
+  }
+  template <class F>
+  static void unaligned(const F& launch) {
+    launch("headwise_norm_unaligned_rows", headwise_norm_unaligned_rows<T>);
+  }
+  template <int kPieces, class F>
+  static void vector(const F& launch) {
+    launch("headwise_norm_rows", headwise_norm_rows<T, kPieces>);
+  }
+};
 
 }  // namespace
 
@@ -159,14 +147,7 @@ void headwise_norm_forward(const HeadwiseNormForward& call, Stream stream) {
   for (const NormTerm& term : call.terms) vector = vector && norm_vector(term.rows, term.dtype);
   ForwardLaunch l{{}, call};
   l.norm = norm_launch(call.in, vector, {&l.call.terms[0].rows, &l.call.terms[1].rows});
-  switch (call.in.dtype) {
-    case Dtype::kFloat32:
-      return launch_rows<float>(l, stream);
-    case Dtype::kBFloat16:
-      return launch_rows<bf16>(l, stream);
-    case Dtype::kFloat16:
-      return launch_rows<f16>(l, stream);
-  }
+  launch_norm<ForwardKernels>(l, 0, stream);
 }
 
 }  // namespace xlstm::cuda

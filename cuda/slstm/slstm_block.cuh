@@ -165,21 +165,6 @@ DEVICE_FUNCTION void store_fragment(Bytes16* fragments, int index, const u32 (&a
         {a[p][0], a[p][1], a[p][2], a[p][3]}};
 }
 
-/// Transposes the 4 x 4 words of four neighbouring lanes: afterwards w[i] is word (lane % 4) of the i-th of them.
-DEVICE_FUNCTION void transpose_quad(u32 (&w)[4]) {
-  const u32 t = prim::thread_idx().x % 4;
-#pragma unroll
-  for (u32 step = 1; step <= 2; ++step) {  // 2 x 2 blocks of words, then of such blocks
-    const bool upper = (t & step) != 0;
-#pragma unroll
-    for (u32 k = 0; k < 2; ++k) {
-      const u32 low = step == 1 ? 2 * k : k, high = low + step;
-      const u32 got = prim::shfl_xor(upper ? w[low] : w[high], step);
-      (upper ? w[low] : w[high]) = got;
-    }
-  }
-}
-
 /// What the threads of a warp hold of its 8 units becomes rows of the exchange. values[channel][sequence of a thread]: unit
 /// lane / 4, sequences 2 (lane % 4) + {0, 1}. Calls put(channel, plane, row, unit, words) for 2 kWords neighbouring units.
 template <int kPlanes, int kWords, int kChannels, class Put>

@@ -226,7 +226,10 @@ class SlstmForwardBlock {
         });
 #pragma unroll
     for (int i = 0; i < (kChains - 1) * 8; ++i) sums[0][i / 4][i % 4] += other_sums[i / 4][i % 4];
-    if (kernel().small) return;
+    if constexpr (!kernel().small) multiply_others(from, pitch);
+  }
+  /// The steps whose weights lie in shared memory.
+  DEVICE_FUNCTION void multiply_others(const SlstmColumns& from, int pitch) {
 #pragma unroll 1
     for (int i = kResident; i < my_steps; ++i) {
       u32 b[kPlanes][4];

@@ -10,22 +10,29 @@ constexpr int64_t kLargestBlock = 128, kLargestCluster = 8, kLargestHead = 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// About how long a step takes: what a warp does besides its products, these, more where their weights come from shared
-/// memory, and the exchange. Forward in units of 17 ns, which one k16 step of a warp takes: fitted to an H200's times of
-/// heads of 64 to 512 units in blocks of 64 and 32.
+/// In units of what a k16 step of a warp takes.
+struct StepCosts {
+  int64_t block, cluster, grid;  ///< the exchange
+  int64_t cell;                  ///< per unit group
+  int64_t shared;                ///< more for a k16 step whose weights come from shared memory
+  int64_t sums;                  ///< where warps share the columns of R
+};
+/// The forward unit is 17 ns: fitted to an H200's times of heads of 64 to 512 units in blocks of 64 and 32.
+constexpr StepCosts kForwardCosts{11, 33, 103, 40, 3, 11};
+constexpr StepCosts kBackwardCosts{4, 24, 64, 8, 1, 0};
+
+/// About how long a step takes.
 int64_t step_cost(const SlstmMap& map) {
+  const bool forward = map.kernel.channels == 1;
+  const StepCosts& costs = forward ? kForwardCosts : kBackwardCosts;
   const SlstmSteps steps = slstm_steps(map.kernel, map.division);
   const int64_t beyond = std::max(0, steps.all - steps.resident);
-  const bool block = map.exchange == SlstmExchange::kBlock,
-             cluster = map.exchange == SlstmExchange::kCluster;
-  if (map.kernel.channels == 1) {
-    constexpr int64_t kCell = 40, kSums = 11;
-    const int64_t exchange = block ? 11 : cluster ? 33 : 103;
-    return exchange + map.kernel.groups * (kCell + steps.all + 3 * beyond) +
-           (map.splits > 1 ? kSums : 0);
-  }
-  constexpr int64_t kCell = 8;
-  return (block ? 4 : cluster ? 24 : 64) + kCell * map.kernel.groups + steps.all + beyond;
+  // A k16 step forward is one group's, backward that of both.
+  const int64_t products = (forward ? map.kernel.groups : 1) * (steps.all + costs.shared * beyond);
+  const int64_t exchange = map.exchange == SlstmExchange::kBlock     ? costs.block
+                           : map.exchange == SlstmExchange::kCluster ? costs.cluster
+                                                                     : costs.grid;
+  return exchange + map.kernel.groups * costs.cell + products + (map.splits > 1 ? costs.sums : 0);
 }
 
 /// With `units` per block; exchange kAuto where this does not fit.

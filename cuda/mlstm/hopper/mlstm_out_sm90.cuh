@@ -252,11 +252,12 @@ class OutConsumerSm90 {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int col = thread % 2 * 32 + 8 * i;
-      const Piece piece = *reinterpret_cast<const Piece*>(
+      const Bytes16 piece = *reinterpret_cast<const Bytes16*>(
           shared.a[a_slot(j)].piece(kBoxRows * consumer + thread / 2, col));
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        sum += low_half(piece.x[e]) * n[col + 2 * e] + high_half(piece.x[e]) * n[col + 2 * e + 1];
+        sum += low_half(piece.words[e]) * n[col + 2 * e] +
+               high_half(piece.words[e]) * n[col + 2 * e + 1];
     }
   }
 
@@ -475,11 +476,12 @@ class OutConsumerSm90 {
       const int64_t at = base + row * p.out.time;
 #pragma unroll
       for (int i = 0; i < Shape::kColumns / 8; i += 4) {
-        Piece piece;
+        Bytes16 piece;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          piece.x[j] = prim::pack_bf16x2(o[4 * (i + j) + 2 * half], o[4 * (i + j) + 2 * half + 1]);
-        transpose_quad(piece.x);
+          piece.words[j] =
+              prim::pack_bf16x2(o[4 * (i + j) + 2 * half], o[4 * (i + j) + 2 * half + 1]);
+        transpose_quad(piece.words);
         const int col = t.col0 + 8 * (i + lane_here() % 4);
         if (row < t.rows) write_piece(out, at, col, piece);
       }
@@ -487,15 +489,14 @@ class OutConsumerSm90 {
   }
 
   /// Eight neighbouring columns.
-  DEVICE_FUNCTION void write_piece(u16* out, int64_t at, int col, const Piece& piece) const {
+  DEVICE_FUNCTION void write_piece(u16* out, int64_t at, int col, const Bytes16& piece) const {
     if (p.out.vector && col + 8 <= p.out.width) {
-      *reinterpret_cast<Piece*>(out + at + col) = piece;
+      *reinterpret_cast<Bytes16*>(out + at + col) = piece;
       return;
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      if (col + i < p.out.width)
-        out[at + (col + i) * p.out.inner] = static_cast<u16>(piece.x[i / 2] >> (16 * (i % 2)));
+      if (col + i < p.out.width) out[at + (col + i) * p.out.inner] = half_bits(piece.words, i);
   }
 
   const OutParamsSm90& maps;

@@ -142,8 +142,8 @@ class SweepSm90Consumer : public SweepSm90Output<SweepSm90Block<kUse, kDA, kDX>,
     XTile& x = x_at(i, kConsumer);
     for (int row = first + warp; row < 64; row += 4) {
       const int col = thread % 32 * 8;
-      if (col < kDA) *reinterpret_cast<Vector16*>(b.piece(row, col)) = Vector16{};
-      if (col < kDX) *reinterpret_cast<Vector16*>(x.piece(row, col)) = Vector16{};
+      if (col < kDA) *reinterpret_cast<Bytes16*>(b.piece(row, col)) = Bytes16{};
+      if (col < kDX) *reinterpret_cast<Bytes16*>(x.piece(row, col)) = Bytes16{};
     }
   }
 

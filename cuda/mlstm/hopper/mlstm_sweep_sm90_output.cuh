@@ -31,7 +31,7 @@ class SweepSm90Output : public SweepSm90State<Block, kConsumer> {
   using OutTile = float[kDX / 2];
   using ScoreTile = float[32];
   using Fragments = u32[4][4];
-  using DotPieces = Vector16[kTransposed ? 2 : 1][kTransposed ? kDX / 32 : 1];
+  using DotPieces = Bytes16[kTransposed ? 2 : 1][kTransposed ? kDX / 32 : 1];
 
   DEVICE_FUNCTION const GateRecord* records_at(int i) { return s.records[s.gate_ring.slot(i)]; }
   DEVICE_FUNCTION const float* z_at(int i) { return s.z[s.gate_ring.slot(i)]; }
@@ -128,7 +128,7 @@ class SweepSm90Output : public SweepSm90State<Block, kConsumer> {
         const int col = 32 * j + 8 * quad;
         pieces[half][j] = {};
         if (row < rows && col < columns())
-          pieces[half][j] = *reinterpret_cast<const Vector16*>(data + row * p.dot.time + col);
+          pieces[half][j] = *reinterpret_cast<const Bytes16*>(data + row * p.dot.time + col);
       }
     }
   }
@@ -145,7 +145,7 @@ class SweepSm90Output : public SweepSm90State<Block, kConsumer> {
 #pragma unroll
       for (int j = 0; j < kDX / 32; ++j) {
         u32(&words)[4] = pieces[half][j].words;
-        exchange_in_quad(words);
+        transpose_quad(words);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           const int v = 4 * (4 * j + m) + 2 * half;
@@ -166,16 +166,16 @@ class SweepSm90Output : public SweepSm90State<Block, kConsumer> {
       const int row = row_of(half);
 #pragma unroll
       for (int j = 0; j < kDX / 32; ++j) {
-        Vector16 piece;
+        Bytes16 piece;
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           const int v = 4 * (4 * j + m) + 2 * half;
           piece.words[m] = prim::pack_bf16x2(out[v], out[v + 1]);
         }
-        exchange_in_quad(piece.words);
+        transpose_quad(piece.words);
         const int col = 32 * j + 8 * quad;
         if (row >= rows || col >= columns()) continue;
-        *reinterpret_cast<Vector16*>(data + row * p.out.time + col) = piece;
+        *reinterpret_cast<Bytes16*>(data + row * p.out.time + col) = piece;
       }
     }
   }

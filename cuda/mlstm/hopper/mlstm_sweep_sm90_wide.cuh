@@ -185,14 +185,14 @@ class SweepSm90WideConsumer : public SweepSm90Output<SweepSm90WideBlock<kUse>> {
 #pragma unroll
     for (int j = 0; j < kLength / 16; ++j) {
       const int row = thread / 8 + 16 * j;
-      Vector16& from = *reinterpret_cast<Vector16*>(x_at(i).piece(row, col));
+      Bytes16& from = *reinterpret_cast<Bytes16*>(x_at(i).piece(row, col));
       if (row >= rows) from = {};
       const float weight = this->inner(records[row]);
-      Vector16 piece = from;
+      Bytes16 piece = from;
 #pragma unroll
       for (u32& pair : piece.words)
         pair = prim::pack_bf16x2(weight * low_half(pair), weight * high_half(pair));
-      *reinterpret_cast<Vector16*>(s.weighted[consumer].piece(row, col)) = piece;
+      *reinterpret_cast<Bytes16*>(s.weighted[consumer].piece(row, col)) = piece;
     }
   }
   /// The same for B: each consumer takes half of the columns.
@@ -200,7 +200,7 @@ class SweepSm90WideConsumer : public SweepSm90Output<SweepSm90WideBlock<kUse>> {
     s.ab_ring.wait(4 * i + 2 + consumer);
     AbTile& b = b_at(i, consumer);
     for (int row = rows + thread / 16; row < kLength; row += 8)
-      *reinterpret_cast<Vector16*>(b.piece(row, thread % 16 * 8)) = Vector16{};
+      *reinterpret_cast<Bytes16*>(b.piece(row, thread % 16 * 8)) = Bytes16{};
     prim::fence_proxy_async();
     prim::named_sync(1, 256);
   }

@@ -30,7 +30,7 @@ DEVICE_FUNCTION void clear_rows(StripTile<kBoxRows, kCols>& tile, int first) {
   constexpr int kPieces = kCols / 8;
   const int thread = static_cast<int>(prim::thread_idx().x) - 128;
   for (int i = first * kPieces + thread; i < kBoxRows * kPieces; i += 128 * kConsumers)
-    *reinterpret_cast<Piece*>(tile.piece(i / kPieces, i % kPieces * 8)) = {};
+    *reinterpret_cast<Bytes16*>(tile.piece(i / kPieces, i % kPieces * 8)) = {};
 }
 /// After clear_rows: what was written is seen by all products.
 DEVICE_FUNCTION void meet_consumers() {
