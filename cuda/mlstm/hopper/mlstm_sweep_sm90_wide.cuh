@@ -17,6 +17,9 @@ struct SweepSm90WideShared {
                        kContraction = kSweepSm90WideTile.contraction,
                        kColumns = kSweepSm90WideTile.columns;
   static constexpr int kAbSlots = 7, kXSlots = 3, kGateSlots = 2;
+  // Loading is less than two chunks, of four tiles of A and B each, ahead of either consumer. A slot of x, which changes
+  // hands, could else be two uses ahead of who waits for it, and a barrier's parity tells but one.
+  static_assert(kAbSlots < 8);
 
   StripTile<kLength, kContraction / 2> ab[kAbSlots];  ///< halves of the columns
   StripTile<kLength, kColumns> x[kXSlots];
