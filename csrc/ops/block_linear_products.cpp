@@ -48,9 +48,9 @@ void check_block_linear(const at::Tensor& x, const at::Tensor& weight,
 void check_block_linear_gradient(const at::Tensor& dy, const at::Tensor& x,
                                  const at::Tensor& weight) {
   check_block_linear(x, weight, {});
-  check_device("block_linear", "dy", dy, x.device());
-  check_shape("block_linear", "dy", dy, sizes_with(x, weight.size(0) * weight.size(1)),
-              "(...,NB*O)");
+  check_device(kOp, "dy", dy, x.device());
+  const std::vector<int64_t> expected = sizes_with(x, weight.size(0) * weight.size(1));
+  check_shape(kOp, "dy", dy, c10::fromIntArrayRefSlow(expected), "(...,NB*O)");
 }
 
 at::Tensor block_linear_products(const at::Tensor& x, const at::Tensor& weight,

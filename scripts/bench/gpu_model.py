@@ -29,11 +29,10 @@ from timing import Effort, gpu_machine, measure, write_report  # noqa: E402
 SIZES = {"125m": (768, 24), "350m": (1024, 48), "760m": (1536, 48), "1.3b": (2048, 48)}  # width, blocks
 
 
-def run_ours(program, config, overrides, steps, tokens):
+def run_ours(program, config, overrides, *options):
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        done = subprocess.run([program, config, *overrides, "--steps", str(steps), "--tokens", str(tokens), "--json", report],
-                              capture_output=True, text=True)
+        done = subprocess.run([program, config, *overrides, *options, "--json", report], capture_output=True, text=True)
         if done.returncode != 0:
             return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"}
         return json.loads(report.read_text()) | {"config": str(config.relative_to(ROOT))}
@@ -95,6 +94,7 @@ def main(argv=None):
     parser.add_argument("--tokens-per-step", type=int, default=32768, help="sequences of 2048 in one micro batch")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--decode", type=int, default=128, help="tokens to decode at batch 1")
+    parser.add_argument("--decode-dtype", default="float32", help="of the weights that decode: float32 or bfloat16_weights")
     parser.add_argument("--seconds", type=float, default=10, help="for each peer")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--program", type=Path, default=ROOT / "build" / "bin" / "xlstm-bench")
@@ -122,7 +122,8 @@ def main(argv=None):
                               f"model.slstm_at={at}"]
             else:
                 at = slstm_positions(config)
-            ours = run_ours(args.program, config, overrides, args.steps, args.decode)
+            ours = run_ours(args.program, config, overrides, "--steps", str(args.steps), "--tokens", str(args.decode),
+                            "--dtype", args.decode_dtype)
             theirs = {"error": "left out"} if args.no_peers else time_peer(
                 vocab, width, blocks, at, batch, seq_len, dtype, device, args.seconds)
             free_memory()
