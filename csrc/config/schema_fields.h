@@ -1,6 +1,8 @@
 #pragma once
 // How the tables of settings are written: ranges, and fields by their member's path. The tables themselves are schema.cpp,
 // schema_model.cpp and schema_data.cpp.
+#include <cstdint>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
