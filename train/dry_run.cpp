@@ -9,10 +9,12 @@
 
 #include "train/activation_memory.h"
 #include "train/device.h"
+#include "train/distributed.h"
 #include "train/first_weights.h"
 #include "train/flops.h"
 #include "train/log.h"
 #include "train/metrics.h"
+#include "train/run_folder.h"
 #include "train/schedule.h"
 #include "train/step_timer.h"
 #include "train/train_step.h"
@@ -63,15 +65,36 @@ void print_memory(const MemoryEstimate& memory, int64_t available, bool shard) {
 
 void print_schedule(const config::Config& config) {
   const int64_t per_step = tokens_per_step(config);
-  const int64_t steps = total_steps(config);
+  const int64_t steps = total_steps(config), processes = place_from_environment().size;
   print_line("per step    " + format_thousands(per_step) +
              " tokens: " + std::to_string(config.train.global_batch_size) + " sequences of " +
              format_thousands(config.data.seq_len) + " in micro batches of " +
-             std::to_string(micro_batch(config)));
+             std::to_string(micro_batch(config, processes)) +
+             (processes > 1 ? " in each of " + std::to_string(processes) + " processes" : ""));
   print_line("whole run   " + (has_length(config)
                                    ? format_thousands(steps) + " steps, " +
                                          format_thousands(steps * per_step) + " tokens"
                                    : "length not given"));
+}
+
+/// Where the run would begin. Throws what a start would: a folder of something else, settings that must not change, a
+/// checkpoint that is bad or not there.
+void print_start(const config::Config& config, bool fresh) {
+  const std::string folder = run_path(config.run);
+  if (fresh) {
+    print_line("start       at step 0; what " + folder + " holds is moved aside");
+    return;
+  }
+  const std::optional<CheckpointFolder> checkpoint = choose_checkpoint(config, holds_run(folder));
+  if (!checkpoint) {
+    print_line("start       at step 0, in " + folder);
+    return;
+  }
+  check_same_run(config, checkpoint_config(*checkpoint), checkpoint->path);
+  const std::optional<TrainerState> state = checkpoint_state(*checkpoint);
+  const int64_t step = state ? state->step : 0;
+  print_line("start       from " + checkpoint->path +
+             (step < total_steps(config) ? "" : ": this run is finished"));
 }
 
 void print_data(const config::Config& config, const TrainingData& data) {
@@ -167,6 +190,7 @@ void dry_run(const config::Config& given, bool fresh) {
   const int64_t available = available_memory_bytes(device);
   print_memory(memory, available, config.optim.shard);
   print_schedule(config);
+  if (has_data(config)) print_start(config, fresh);
   const std::optional<CheckpointFolder> weights = print_first_weights(config, fresh);
   if (!has_data(config)) {
     print_line(

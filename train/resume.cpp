@@ -1,5 +1,8 @@
 // Which checkpoint a run goes on from, and whether its settings allow that.
+#include <algorithm>
 #include <filesystem>
+#include <iterator>
+#include <string_view>
 
 #include "csrc/config/schema.h"
 #include "csrc/core/error.h"
@@ -12,17 +15,18 @@ namespace {
 
 namespace fs = std::filesystem;
 
-CheckpointFolder choose_newest_good(const RunFolder& folder, bool verify) {
+CheckpointFolder choose_newest_good(const std::string& folder, bool verify) {
   try {
-    return find_checkpoint(folder.path(), verify, log_warning);
+    return find_checkpoint(folder, verify, log_warning);
   } catch (const Error& error) {
     throw Error(error.code, "run folder " + std::string(error.what()) +
                                 "; start over with --fresh, which keeps the old folder beside it");
   }
 }
 
-CheckpointFolder choose_named(const RunFolder& folder, const std::vector<std::string>& checkpoints,
-                              const std::string& name, bool verify) {
+CheckpointFolder choose_named(const std::string& folder,
+                              const std::vector<std::string>& checkpoints, const std::string& name,
+                              bool verify) {
   const int64_t step = checkpoint_step(name);
   std::string known;
   for (const std::string& checkpoint : checkpoints) {
@@ -30,8 +34,29 @@ CheckpointFolder choose_named(const RunFolder& folder, const std::vector<std::st
       return open_checkpoint(checkpoint, verify);
     known += (known.empty() ? "" : ", ") + fs::path(checkpoint).filename().string();
   }
-  throw Error(ExitCode::kCheckpoint, "run folder " + folder.path() + ": no checkpoint " + name +
+  throw Error(ExitCode::kCheckpoint, "run folder " + folder + ": no checkpoint " + name +
                                          "; there is " + (known.empty() ? "none" : known));
+}
+
+/// Settings that processes of one run may have differently: the data that they read is compared as such.
+constexpr std::string_view kOfEachMachine[] = {
+    "run.out_dir", "run.num_threads", "data.text",      "data.val_text",  "data.train",
+    "data.val",    "data.tokenizer",  "data.cache_dir", "data.task.path", "train.init_from"};
+
+struct Difference {
+  std::string name, a, b;
+};
+
+template <class Counts>
+std::optional<Difference> first_difference(config::Config a, config::Config b,  // a field refers to
+                                           const Counts& counts) {  // what could be written
+  for (const config::Field& field : config::schema()) {
+    if (!counts(field)) continue;
+    Difference found{field.name, config::format_value(field.ref(a)),
+                     config::format_value(field.ref(b))};
+    if (found.a != found.b) return found;
+  }
+  return std::nullopt;
 }
 
 }  // namespace
@@ -43,17 +68,17 @@ int64_t checkpoint_step(const std::string& folder) {
   return std::stoll(name.substr(5));
 }
 
-std::optional<CheckpointFolder> choose_checkpoint(const RunFolder& folder,
-                                                  const config::Config& config) {
+std::optional<CheckpointFolder> choose_checkpoint(const config::Config& config, bool held_run) {
   const std::string& resume = config.run.resume;
+  const std::string folder = run_path(config.run);
   if (resume == "never") {
-    if (!folder.held_run()) return std::nullopt;
+    if (!held_run) return std::nullopt;
     throw Error(ExitCode::kCheckpoint,
-                "run folder " + folder.path() +
+                "run folder " + folder +
                     ": holds a run, and run.resume is never; go on with run.resume=auto, or start "
                     "over with --fresh, which keeps the old folder beside it");
   }
-  const std::vector<std::string> checkpoints = list_checkpoints(folder.path());
+  const std::vector<std::string> checkpoints = list_checkpoints(folder);
   if (resume != "auto")
     return choose_named(folder, checkpoints, resume, config.ckpt.verify_on_load);
   if (checkpoints.empty()) return std::nullopt;
@@ -80,16 +105,20 @@ void set_aside_later_checkpoints(const RunFolder& folder, int64_t step) {
 
 void check_same_run(const config::Config& now, const config::Config& saved,
                     const std::string& saved_in) {
-  config::Config a = now, b = saved;  // a field refers to a Config that could be written
-  for (const config::Field& field : config::schema()) {
-    if (!field.identity) continue;
-    const std::string value = config::format_value(field.ref(a)),
-                      before = config::format_value(field.ref(b));
-    if (value != before)
-      throw Error(ExitCode::kConfig, field.name + ": " + value + " now, but the run in " +
-                                         saved_in + " was trained with " + before +
-                                         "; put it back, or start over with --fresh");
-  }
+  const auto counts = [](const config::Field& field) { return field.identity; };
+  if (const auto found = first_difference(now, saved, counts))
+    throw Error(ExitCode::kConfig, found->name + ": " + found->a + " now, but the run in " +
+                                       saved_in + " was trained with " + found->b +
+                                       "; put it back, or start over with --fresh");
+}
+
+std::string differing_setting(const config::Config& own, const config::Config& leader) {
+  const auto counts = [](const config::Field& field) {
+    return std::find(std::begin(kOfEachMachine), std::end(kOfEachMachine), field.name) ==
+           std::end(kOfEachMachine);
+  };
+  const auto found = first_difference(own, leader, counts);
+  return found ? found->name + ": " + found->a + " here, " + found->b + " in process 0" : "";
 }
 
 }  // namespace xlstm::train

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
@@ -37,13 +38,6 @@ bool holds_anything(const std::string& path) {
   return false;
 }
 
-bool holds_run(const std::string& path) {
-  for (const char* name : {"run.json", "run.log", "metrics.jsonl", "ckpt"}) {
-    if (fs::exists(fs::path(path) / name)) return true;
-  }
-  return false;
-}
-
 std::string first_free_name(const std::string& stem) {
   for (int number = 1;; ++number) {
     std::string name = stem + std::to_string(number);
@@ -57,22 +51,39 @@ std::string run_path(const config::RunConfig& run) {
   return (fs::path(run.out_dir) / run.name).lexically_normal().string();
 }
 
+bool holds_run(const std::string& path) {
+  if (!fs::is_directory(path)) {
+    if (fs::exists(path)) refuse(path, "is a file");
+    return false;
+  }
+  for (const char* name : {"run.json", "run.log", "metrics.jsonl", "ckpt"}) {
+    if (fs::exists(fs::path(path) / name)) return true;
+  }
+  if (holds_anything(path))
+    refuse(path, "not empty, and not a run (no run.json): it is left alone");
+  return false;
+}
+
 RunFolder::RunFolder(const config::RunConfig& run, bool fresh) : path_(run_path(run)) {
   try {
     create_and_lock();
-    if (fresh && holds_anything(path_)) {
-      moved_to_ = first_free_name(path_ + ".old-");
-      fs::rename(path_, moved_to_);
-      lock_.release();
-      create_and_lock();
-    }
-    held_run_ = holds_run(path_);
-    if (!held_run_ && holds_anything(path_)) {
-      refuse(path_, "not empty, and not a run (no run.json): it is left alone");
-    }
+    held_run_ = !fresh && holds_run(path_);
     probe();
   } catch (const std::system_error& error) {  // fs::filesystem_error included
     refuse(path_, "cannot be written: " + error.code().message());
+  }
+}
+
+std::string RunFolder::start_over() {
+  try {
+    if (!holds_anything(path_)) return "";
+    const std::string moved_to = first_free_name(path_ + ".old-");
+    fs::rename(path_, moved_to);
+    const Lock before(std::move(lock_));  // held until the new one is: nobody comes between
+    create_and_lock();
+    return moved_to;
+  } catch (const std::system_error& error) {
+    refuse(path_, "cannot be moved aside: " + error.code().message());
   }
 }
 
@@ -96,11 +107,22 @@ void RunFolder::create_and_lock() {
     refuse(path_, "another xlstm-train (pid " + pid.substr(0, pid.find('\n')) +
                       ") trains here: wait for it or stop it");
   }
+  if (!lock_is_in_place()) {  // another process has moved the folder aside meanwhile
+    lock_.release();
+    return create_and_lock();
+  }
   const std::string pid = std::to_string(::getpid()) + "\n";
   // The number only serves the message above: a disk too full for it fails the probe right after.
   if (::ftruncate(lock_.fd, 0) != 0 || ::pwrite(lock_.fd, pid.data(), pid.size(), 0) < 0) {
     throw std::system_error(errno, std::generic_category(), lock);
   }
+}
+
+bool RunFolder::lock_is_in_place() const {
+  struct stat held {
+  }, named{};
+  return ::fstat(lock_.fd, &held) == 0 && ::stat(file(kLock).c_str(), &named) == 0 &&
+         held.st_dev == named.st_dev && held.st_ino == named.st_ino;
 }
 
 void RunFolder::probe() const {

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "csrc/config/config.h"
 #include "train/checkpoint.h"
@@ -16,26 +17,27 @@ std::string run_path(const config::RunConfig& run);
 ///   tensorboard/  loss.png  ckpt/step-.../  lock
 class RunFolder {
  public:
-  /// Creates the folder, proves that it can be written, and locks it. fresh: what it holds is moved
-  /// aside to <name>.old-N first. Throws Error(kCheckpoint) when it cannot be written, when another
-  /// process trains there (with its pid), or when it holds files of something else than a run.
+  /// Creates the folder, proves that it can be written, and locks it. fresh: start_over() follows, once everything else
+  /// that can fail has not. Throws Error(kCheckpoint) when it cannot be written, when another process trains there (with
+  /// its pid), or when it holds files of something else than a run and is not to be moved.
   RunFolder(const config::RunConfig& run, bool fresh);
+  /// Moves what the folder holds, if anything, aside to <name>.old-N, which is returned, and owns an empty one.
+  std::string start_over();
 
   const std::string& path() const { return path_; }
   std::string file(const std::string& name) const { return path_ + "/" + name; }
   /// True when the folder held a run already.
   bool held_run() const { return held_run_; }
-  /// Where --fresh moved the old contents; "" where nothing was moved.
-  const std::string& moved_to() const { return moved_to_; }
 
  private:
   void create_and_lock();
   void probe() const;
-  std::string path_, moved_to_;
+  bool lock_is_in_place() const;
+  std::string path_;
   bool held_run_ = false;
   struct Lock {
     Lock() = default;
-    Lock(const Lock&) = delete;
+    Lock(Lock&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
     Lock& operator=(const Lock&) = delete;
     ~Lock() { release(); }
     void release();
@@ -54,12 +56,14 @@ void write_run_header(const RunFolder& folder, const config::Config& config,
 /// What the run's header says of them; "" where there is none.
 std::string recorded_first_weights(const RunFolder& folder);
 
+/// Whether a folder holds a run. Throws Error(kCheckpoint) where it is no folder, or one of something else.
+bool holds_run(const std::string& path);
+
 /// The checkpoint to go on from by config.run.resume, its hashes verified where ckpt.verify_on_load;
-/// nothing: start at step 0. "auto" falls back past bad checkpoints with a warning that names the bad file.
-/// Throws Error(kCheckpoint) when every checkpoint is bad, the named one is missing or bad, or
-/// "never" meets a run.
-std::optional<CheckpointFolder> choose_checkpoint(const RunFolder& folder,
-                                                  const config::Config& config);
+/// nothing: start at step 0. held_run: what the run's folder held before this start. "auto" falls back past bad
+/// checkpoints with a warning that names the bad file. Throws Error(kCheckpoint) when every checkpoint is bad, the named
+/// one is missing or bad, or "never" meets a run.
+std::optional<CheckpointFolder> choose_checkpoint(const config::Config& config, bool held_run);
 
 /// Step of a checkpoint folder named "step-00001000"; -1 for other names.
 int64_t checkpoint_step(const std::string& folder);
@@ -71,5 +75,9 @@ void set_aside_later_checkpoints(const RunFolder& folder, int64_t step);
 /// schema says (config::Field::identity). `saved_in`: the checkpoint, for the message.
 void check_same_run(const config::Config& now, const config::Config& saved,
                     const std::string& saved_in);
+
+/// What the processes of a run must agree on and this one does not: "" or the first setting with its two values. Where
+/// files are and how many threads compute is each machine's own. leader: the settings of process 0.
+std::string differing_setting(const config::Config& own, const config::Config& leader);
 
 }  // namespace xlstm::train

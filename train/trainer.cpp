@@ -40,7 +40,9 @@ class Trainer::Impl {
 
  private:
   void open();
+  void agree_on_settings();
   void open_run_folder();
+  void start_over();
   void open_data();
   void resume_or_start();
   NamedTensors load(const CheckpointFolder& checkpoint);
@@ -114,6 +116,7 @@ void Trainer::Impl::open() {
   use_own_stream(device_);
   if (config_.run.num_threads > 0) at::set_num_threads(static_cast<int>(config_.run.num_threads));
   group_.emplace(place, device_);
+  agree_on_settings();
   if (leads()) open_run_folder();
   open_data();
 
@@ -126,14 +129,36 @@ void Trainer::Impl::open() {
   saver_.emplace(config_, leads() ? folder_->path() : "", *model_, *optimizer_, device_, *group_,
                  *recorder_);
   saver_->check_free_disk();
+  if (leads() && options_.fresh) start_over();
+}
+
+/// Other settings would end in a wait for ever, or in weights that come apart.
+void Trainer::Impl::agree_on_settings() {
+  if (group_->place().alone()) return;
+  const std::string leader = group_->broadcast(config::print_config(config_));
+  const std::string found =
+      differing_setting(config_, config::parse_config(leader, "settings of process 0"));
+  if (group_->any(!found.empty()))
+    throw Error(ExitCode::kConfig,
+                found.empty() ? "another process of this run has other settings and names the first"
+                              : found + "; give all processes of a run the same settings");
 }
 
 void Trainer::Impl::open_run_folder() {
-  // Weights that cannot be had stop a run before --fresh moves an earlier one, and before data is prepared.
+  if (options_.fresh && checkpoint_step(config_.run.resume) >= 0)
+    throw Error(ExitCode::kConfig, "run.resume: goes on from " + config_.run.resume +
+                                       ", but --fresh starts over; give one of them");
+  // Weights that cannot be had stop a run before data is prepared.
   if (takes_first_weights(config_, options_.fresh)) check_first_weights(config_, /*verify=*/false);
   folder_.emplace(config_.run, options_.fresh);
+  if (!options_.fresh) open_log_file(folder_->file("run.log"));
+}
+
+/// An earlier run is moved aside when nothing can stop this one any more.
+void Trainer::Impl::start_over() {
+  const std::string moved_to = folder_->start_over();
   open_log_file(folder_->file("run.log"));
-  if (!folder_->moved_to().empty()) log_info("moved the earlier run to " + folder_->moved_to());
+  if (!moved_to.empty()) log_info("moved the earlier run to " + moved_to);
 }
 
 /// Process 0 prepares data.text; the others then find it in the cache.
@@ -153,7 +178,8 @@ void Trainer::Impl::resume_or_start() {
   state_.data_fingerprint = data_.train->fingerprint();
   NamedTensors optimizer_state;
   if (leads()) {
-    const std::optional<CheckpointFolder> checkpoint = choose_checkpoint(*folder_, config_);
+    const std::optional<CheckpointFolder> checkpoint =
+        choose_checkpoint(config_, folder_->held_run());
     std::string first_weights;
     if (checkpoint.has_value()) {
       optimizer_state = load(*checkpoint);

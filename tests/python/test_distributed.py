@@ -241,3 +241,13 @@ def test_an_environment_that_makes_no_sense(setup):  # noqa: F811
         done = subprocess.run([PROGRAM, config], capture_output=True, text=True, timeout=60,
                               env={**os.environ, "XLSTM_PYTHON": sys.executable, **variables})
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("setting, here, there", [("eval.every", 3, 5), ("train.max_steps", 13, 12), ("optim.lr", 0.003, None)])
+def test_processes_with_other_settings_do_not_start(setup, setting, here, there):  # noqa: F811
+    config, run = setup
+    (_, err, status), (_, other_err, other_status) = together(config, own={1: [f"{setting}={here}"]})
+    assert status == other_status == 2
+    assert "another process of this run has other settings" in err
+    assert f"{setting}: {here} here" in other_err and (there is None or f"{there} in process 0" in other_err)
+    assert not run.exists()

@@ -284,6 +284,31 @@ def test_changed_settings_are_refused_on_resume(setup, corpus, tmp_path):
     assert train(config, "train.max_steps=6").returncode == 0
 
 
+def test_fresh_moves_nothing_before_the_new_run_can_start(setup):
+    config, run = setup
+    assert train(config, "train.max_steps=4").returncode == 0
+    one_line_error(train(config, "--fresh", "data.text=typo.txt"), 3)
+    assert "--fresh starts over; give one" in one_line_error(train(config, "--fresh", "--resume", "step-4"), 2)
+    assert [path.name for path in run.parent.iterdir()] == ["demo"]
+    assert "resumed from" in train(config).stdout
+
+
+def test_dry_run_tells_where_the_run_would_begin(setup):
+    config, run = setup
+    assert f"start       at step 0, in {run}" in train(config, "--dry-run").stdout
+    assert train(config, "train.max_steps=4").returncode == 0
+    before = sorted(run.rglob("*"))
+    assert re.search(r"^start .*step-00000004$", train(config, "--dry-run").stdout, re.M)
+    assert re.search(r"^start .*step-00000004: this run is finished$", train(config, "--dry-run", "train.max_steps=4").stdout, re.M)
+    assert "is moved aside" in train(config, "--dry-run", "--fresh").stdout
+    assert "data.shuffle_seed: 5 now" in one_line_error(train(config, "--dry-run", "data.shuffle_seed=5"), 2)
+    assert "holds a run" in one_line_error(train(config, "--dry-run", "--resume", "never"), 4)
+    assert sorted(run.rglob("*")) == before
+    (run.parent / "thesis").mkdir()
+    (run.parent / "thesis" / "main.tex").write_text("x")
+    assert "not a run" in one_line_error(train(config, "--dry-run", "run.name=thesis"), 4)
+
+
 def test_non_finite_gradient_stops(setup):
     config, run = setup
     message = one_line_error(train(config, failpoint="trainer.nan_grad:6"), 5)

@@ -86,14 +86,28 @@ TEST_CASE("a run folder that cannot be one is refused before anything is written
 TEST_CASE("--fresh moves the old run aside and loses nothing") {
   const testing::TemporaryFolder folder;
   for (int number = 1; number <= 2; ++number) {
-    { RunFolder(run_in(folder), true); }
+    { RunFolder(run_in(folder), true).start_over(); }
     std::ofstream(folder / "runs/demo/run.json") << number;
   }
-  const RunFolder third(run_in(folder), true);
+  RunFolder third(run_in(folder), true);
   CHECK(!third.held_run());
-  CHECK(third.moved_to() == (folder / "runs/demo.old-2").string());
+  CHECK(fs::exists(folder / "runs/demo/run.json"));  // until it is known that the new run can start
+  CHECK(third.start_over() == (folder / "runs/demo.old-2").string());
+  CHECK(!fs::exists(folder / "runs/demo/run.json"));
+  CHECK(third.start_over().empty());
+  CHECK(holds(error_of([&] { RunFolder(run_in(folder), false); }).first, "trains here"));
   CHECK(fs::exists(folder / "runs/demo.old-1/run.json"));
   CHECK(fs::exists(folder / "runs/demo.old-2/run.json"));
+}
+
+TEST_CASE("processes of a run must agree, but on where their files are") {
+  config::Config own, leader;
+  own.run.out_dir = "/scratch";
+  own.data.text = "elsewhere.txt";
+  own.run.num_threads = 3;
+  CHECK(differing_setting(own, leader).empty());
+  own.eval.every = 7;
+  CHECK(holds(differing_setting(own, leader), "eval.every: 7 here, "));
 }
 
 TEST_CASE("resume never does not touch a run") {
@@ -103,15 +117,16 @@ TEST_CASE("resume never does not touch a run") {
   config.run.resume = "never";
   {
     const RunFolder first(config.run, false);
-    CHECK(!choose_checkpoint(first, config).has_value());
+    CHECK(!choose_checkpoint(config, first.held_run()).has_value());
     std::ofstream(first.file("run.json")) << "{}";
   }
   const RunFolder second(config.run, false);
-  const auto [message, code] = error_of([&] { choose_checkpoint(second, config); });
+  const auto [message, code] = error_of([&] { choose_checkpoint(config, second.held_run()); });
   CHECK(code == ExitCode::kCheckpoint);
   CHECK(holds(message, "--fresh"));
   config.run.resume = "step-7";
-  CHECK(holds(error_of([&] { choose_checkpoint(second, config); }).first, "no checkpoint step-7"));
+  CHECK(holds(error_of([&] { choose_checkpoint(config, second.held_run()); }).first,
+              "no checkpoint step-7"));
 }
 
 TEST_CASE("checkpoint folders by name") {
