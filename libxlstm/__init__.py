@@ -33,6 +33,9 @@ def load(checkpoint_dir, verify=True, device="cpu", dtype=None):
     Raises libxlstm.Error (a RuntimeError) naming the file and what is wrong with it.
     """
     module = load_module()
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if dtype is not None and dtype not in dtypes:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, dtypes))}, got {dtype!r}")
     try:
         core = module.load(str(checkpoint_dir), verify, dtype or torch.float32)
     except module.Error as error:

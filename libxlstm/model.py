@@ -52,14 +52,15 @@ class CoreModule(_Part):
                 if step not in part._modules:
                     part.add_module(step, _Part())
                 part = part._modules[step]
-            part._parameters[key] = tensor  # not register_parameter: it takes copies, torch.nn.Parameter, alone
+            tensor._is_param = True  # isinstance(tensor, torch.nn.Parameter), whose constructor takes copies alone
+            part.register_parameter(key, tensor)
             self._own.append((part._parameters, key, tensor))
         super().train(core.training)
 
     def _compute(self, inputs, state, reset, lengths):
         self._check_parameters()
         if lengths is not None:
-            lengths = torch.as_tensor(lengths)
+            lengths = torch.as_tensor(lengths, device="cpu")
         return self._core(inputs, state, reset, lengths)
 
     def train(self, mode=True):
@@ -83,12 +84,15 @@ class CoreModule(_Part):
         for parameters, key, tensor in self._own:
             if parameters.get(key) is not tensor:
                 raise RuntimeError(
-                    f"{key}: a parameter was replaced (by an assignment, torch.func.functional_call or a parametrization), "
-                    "but the C++ model computes with its own tensor; change that in place: parameter.copy_(values) in "
+                    f"{key}: a parameter was replaced (by an assignment, torch.func.functional_call, torch.export or a "
+                    "parametrization), but the C++ model computes with its own tensor; change that in place: parameter.copy_(values) in "
                     "torch.no_grad()"
                 )
 
     def __deepcopy__(self, memo):
+        if any(id(tensor) in memo for _, _, tensor in self._own):
+            raise RuntimeError("copy.deepcopy: what refers to this module's parameters (an optimizer?) was copied before it, "
+                               "to tensors that the copied C++ module does not have; name the module first")
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         with torch.random.fork_rng(devices=[]):  # it draws weights, which are then overwritten
@@ -97,6 +101,8 @@ class CoreModule(_Part):
             theirs.data = ours.detach().clone()
             theirs.requires_grad_(ours.requires_grad)
             memo[id(ours)] = theirs
+        parts = dict(self.named_modules())
+        memo.update({id(parts[name]): part for name, part in twin.named_modules()})
         for key, value in self.__dict__.items():  # hooks, and what a subclass has besides
             if key in ("_parameters", "_modules"):
                 twin.__dict__[key].update({name: copy.deepcopy(part, memo) for name, part in value.items()
@@ -186,6 +192,10 @@ class Model(CoreModule):
         prompts = [_ids(ids) for ids in (prompts if several else [prompts])]
         if not several and on_token is not None:
             told, on_token = on_token, lambda _, id: told(id)
+        for name, value, low in (("max_new_tokens", max_new_tokens, 0), ("seed", seed, 0), ("vocab_size", vocab_size, 1),
+                                 ("stop_token", stop_token, 0)):
+            if not (isinstance(value, numbers.Integral) and value >= low or value is None and name in ("vocab_size", "stop_token")):
+                raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
         stop_token, vocab_size = -1 if stop_token is None else stop_token, vocab_size or 0
         with self._own_stream():
             found = self._core.generate(prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, vocab_size,
@@ -219,7 +229,7 @@ class Model(CoreModule):
 
 def _ids(sequence):
     """One sequence as a list of integers."""
-    ids = torch.as_tensor(sequence)
+    ids = torch.as_tensor(sequence, device="cpu")
     if ids.dim() != 1 or ids.numel() > 0 and (ids.is_floating_point() or ids.dtype == torch.bool):
         raise ValueError(f"prompt: expected ids (T), or several such, got {ids.dtype} of shape {tuple(ids.shape)}")
     return ids.tolist()

@@ -122,7 +122,8 @@ def cut_at(text, stops):
 
 
 class Judge:
-    """A model and its tokenizer. The model is moved to the device and, for bfloat16_weights, rounded in place.
+    """A model and its tokenizer. The model is put into eval mode, moved to the device and, for bfloat16_weights,
+    rounded in place.
 
     device      "cpu", "cuda", "cuda:1", ... or "auto": a GPU where torch sees one
     dtype       float32; bfloat16: autocast, as train.dtype has it; bfloat16_weights: the weights are rounded too
@@ -164,7 +165,7 @@ class Judge:
         self.model, self.tokenizer, self.batch_size, self.max_logits = model, tokenizer, batch_size, max_logits
         self.device = torch.device(device)
         weights, self._autocast = DTYPES[dtype]
-        model.to(self.device, weights)
+        model.to(self.device, weights).eval()
         self._batch_dims = self._find_batch_dims()
 
     @classmethod
@@ -381,9 +382,11 @@ def draw(logits, temperature, top_k, top_p):
     """A token for each row of logits (B,V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double() / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if 0 < top_k < logits.size(-1):  # of equal ones the lowest ids, as xlstm-generate has it
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
+        logits = logits.scatter(-1, order[:, top_k:], float("-inf"))
     probabilities = logits.softmax(-1)
     if top_p < 1:  # the shortest head that holds top_p, at least one token
         sorted_, order = probabilities.sort(-1, descending=True)

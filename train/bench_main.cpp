@@ -17,11 +17,11 @@
 
 #include "csrc/config/config.h"
 #include "csrc/core/error.h"
+#include "csrc/nn/no_dropout.h"
 #include "train/command_line.h"
 #include "train/decoder.h"
 #include "train/device.h"
 #include "train/flops.h"
-#include "train/generation.h"
 #include "train/generation_speed.h"
 #include "train/process_setup.h"
 #include "train/step_timer.h"
@@ -118,7 +118,7 @@ Json time_decoding(const config::Config& config, models::LanguageModel& model, i
                    std::optional<bool> lazy_fold) {
   constexpr int64_t kWarmUp = 16;
   const at::NoGradGuard no_grad;
-  const EvalModeGuard eval_mode(model);
+  const nn::NoDropout no_dropout;
   Decoder decoder(model, {}, lazy_fold);
   const at::Tensor token = at::zeros({1, 1}, at::kLong);
   std::vector<double> seconds;
@@ -165,7 +165,7 @@ Json throughput_json(models::LanguageModel& model, int64_t prompt, int64_t token
 
 void measure_generation(const CommandLine& line, models::LanguageModel& model, Json& report) {
   const at::NoGradGuard no_grad;
-  const EvalModeGuard eval_mode(model);
+  const nn::NoDropout no_dropout;
   const int64_t prompt = line.get_int("--prompt", 16, 1);
   const auto positions = line.get_growing("--positions"), batches = line.get_growing("--batches");
   if (!positions.empty())

@@ -11,7 +11,7 @@ namespace xlstm::train {
 
 /// Feeds a model one token after another, of one sequence or of several side by side. It owns the state, which is updated
 /// in place; on a GPU the step is recorded as a CUDA graph after a few tokens and replayed from then on, where this build
-/// and the model allow that. Needs no-grad mode and a model in eval mode.
+/// and the model allow that. Needs no-grad mode and nothing dropped (nn::NoDropout).
 class Decoder {
  public:
   /// `state`: after the tokens so far (empty: none), of so many sequences; its tensors are written to. `lazy_fold`: as

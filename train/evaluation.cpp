@@ -13,8 +13,8 @@
 
 #include "csrc/core/error.h"
 #include "csrc/core/progress.h"
+#include "csrc/nn/no_dropout.h"
 #include "train/autocast.h"
-#include "train/generation.h"
 
 namespace xlstm::train {
 namespace {
@@ -113,7 +113,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
     throw Error(ExitCode::kConfig,
                 "evaluation needs a batch size >= 1, got " + std::to_string(batch_size));
   const at::NoGradGuard no_grad;
-  const EvalModeGuard eval_mode(model);
+  const nn::NoDropout no_dropout;
   const at::Device device = model.head_weight().device();
   const AutocastGuard autocast(device.type(), bfloat16);
   int64_t windows = data.num_windows();

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "csrc/core/error.h"
+#include "csrc/nn/no_dropout.h"
 #include "train/decoder.h"
 
 namespace xlstm::train {
@@ -160,7 +161,7 @@ std::vector<std::vector<int64_t>> generate_batch(
   Prompts generated(prompts.size());
   if (prompts.empty() || options.max_new_tokens == 0) return generated;
   const at::NoGradGuard no_grad;
-  const EvalModeGuard eval_mode(model);
+  const nn::NoDropout no_dropout;
 
   const auto batch = static_cast<int64_t>(prompts.size());
   auto [logits, state] = read_prompts(model, prompts);

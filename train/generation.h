@@ -37,7 +37,7 @@ class Sampler {
 
 /// Continues `prompt` (at least one token): one parallel pass over the prompt, then one token at a time with constant
 /// memory. `on_token`, where given, sees each new token at once. Own random stream: torch's generator is not touched.
-/// The model's training mode is put back afterwards. Throws Error(kData) for ids outside the vocabulary.
+/// Nothing is dropped, whatever mode the model is in. Throws Error(kData) for ids outside the vocabulary.
 std::vector<int64_t> generate(models::LanguageModel& model, const std::vector<int64_t>& prompt,
                               const SamplingOptions& options,
                               const std::function<void(int64_t)>& on_token = {});
@@ -48,21 +48,5 @@ std::vector<int64_t> generate(models::LanguageModel& model, const std::vector<in
 std::vector<std::vector<int64_t>> generate_batch(
     models::LanguageModel& model, const std::vector<std::vector<int64_t>>& prompts,
     const SamplingOptions& options, const std::function<void(size_t, int64_t)>& on_token = {});
-
-/// Puts a model into eval mode, and what it was in before back at the end of the scope.
-class EvalModeGuard {
- public:
-  explicit EvalModeGuard(torch::nn::Module& module)
-      : module_(module), training_(module.is_training()) {
-    module_.eval();
-  }
-  ~EvalModeGuard() { module_.train(training_); }
-  EvalModeGuard(const EvalModeGuard&) = delete;
-  EvalModeGuard& operator=(const EvalModeGuard&) = delete;
-
- private:
-  torch::nn::Module& module_;
-  bool training_;
-};
 
 }  // namespace xlstm::train

@@ -16,7 +16,7 @@ struct GenerationTimes {
 
 /// Generates one sequence greedily behind a random prompt of `prompt` tokens, up to the last of `positions` (which grow,
 /// from 1), three times. Each number is the lowest of the three: other work on the machine, which slows a stretch of one of
-/// them, only adds to it. Needs no-grad mode and a model in eval mode.
+/// them, only adds to it. Needs no-grad mode and nothing dropped (nn::NoDropout).
 GenerationTimes time_generation(models::LanguageModel& model, int64_t prompt,
                                 const std::vector<int64_t>& positions,
                                 std::optional<bool> lazy_fold = {});

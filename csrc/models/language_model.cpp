@@ -13,22 +13,31 @@ namespace {
 
 constexpr int64_t kIgnored = -100;  // a target that does not count
 
+void check_targets(const at::Tensor& targets, at::IntArrayRef expected,
+                   std::string_view reduction) {
+  TORCH_CHECK(targets.sizes() == expected, "loss: targets: expected (B,T) = ", expected, ", got ",
+              targets.sizes());
+  TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none",
+              "loss: reduction: expected \"mean\", \"sum\" or \"none\", got \"", reduction, "\"");
+}
+
 /// Of all logits (...,V) at once; the mean over no targets is 0.
 at::Tensor stepwise_loss(const at::Tensor& logits, const at::Tensor& targets,
                          std::string_view reduction) {
+  check_targets(targets, logits.sizes().slice(0, 2), reduction);
   const at::Tensor each = at::cross_entropy_loss(logits.flatten(0, -2), targets.flatten(), {},
                                                  at::Reduction::None, kIgnored);
   if (reduction == "none") return each.view(targets.sizes());
   if (reduction == "sum") return each.sum();
-  TORCH_CHECK(reduction == "mean",
-              "loss: reduction: expected \"mean\", \"sum\" or \"none\", got \"", reduction, "\"");
   return each.sum() / (targets != kIgnored).sum().clamp_min(1);
 }
 
 at::Tensor squared_error(const at::Tensor& predictions, const at::Tensor& targets,
                          std::string_view reduction) {
+  check_targets(targets, predictions.sizes(), reduction);
   const at::Tensor counted = targets.isfinite();
-  const at::Tensor each = (predictions - targets.nan_to_num()).square() * counted;
+  // Filled before the square: what does not count gives no NaN to the gradient, whatever was predicted.
+  const at::Tensor each = (predictions - targets).masked_fill(counted.logical_not(), 0).square();
   if (reduction == "none") return each;
   return reduction == "sum" ? each.sum() : each.sum() / counted.sum().clamp_min(1);
 }

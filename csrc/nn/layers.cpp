@@ -3,6 +3,7 @@
 #include <cmath>
 #include <utility>
 
+#include "csrc/nn/no_dropout.h"
 #include "csrc/ops/block_linear.h"
 #include "csrc/ops/causal_conv1d.h"
 #include "csrc/ops/norm.h"
@@ -186,8 +187,15 @@ at::Tensor stepwise_gated_norm(const at::Tensor& h, const at::Tensor& weight,
   return y * (act == "silu" ? at::silu(gate) : at::sigmoid(gate));
 }
 
+namespace {
+thread_local bool no_dropout = false;
+}
+
+NoDropout::NoDropout() : before_(std::exchange(no_dropout, true)) {}
+NoDropout::~NoDropout() { no_dropout = before_; }
+
 at::Tensor apply_dropout(const at::Tensor& x, double p, bool training) {
-  return training && p > 0 ? at::dropout(x, p, true) : x;
+  return training && p > 0 && !no_dropout ? at::dropout(x, p, true) : x;
 }
 
 bool is_decode_step(const at::Tensor& x, const std::optional<at::Tensor>& reset) {

@@ -1,5 +1,7 @@
 #include "csrc/ops/causal_conv1d_arguments.h"
 
+#include <ATen/MemoryOverlap.h>
+
 #include "csrc/ops/common.h"
 
 namespace xlstm::ops {
@@ -74,6 +76,7 @@ CausalConv1dSizes check_causal_conv1d_step(const at::Tensor& x, const at::Tensor
   const CausalConv1dSizes sizes{x.size(0), 1, x.size(1), weight.size(1), x.size(0)};
   check_state(kStepOp, "state", state, sizes);
   check_dtype(kStepOp, "state", state, x.scalar_type());
+  at::assert_no_internal_overlap(state);
   return sizes;
 }
 

@@ -74,8 +74,9 @@ void check(const Arguments& in, int64_t chunk_size) {
   check_reset(kOp, in.reset, batch, time);
 }
 
-void check_backward(const OptionalTensor& dh, const OptionalTensor& dstate, const Arguments& in) {
-  check(in, 0);
+void check_backward(const OptionalTensor& dh, const OptionalTensor& dstate, const Arguments& in,
+                    int64_t chunk_size) {
+  check(in, chunk_size);
   check_same_device(dh, dstate, in);
   if (dh) check_shape(kOp, "dh", *dh, in.v.sym_sizes(), "(B,T,NH,DV)");
   if (dstate)
@@ -204,19 +205,20 @@ Gradients backward_any(const OptionalTensor& dh, const OptionalTensor& dstate, c
 Gradients backward_cuda(const OptionalTensor& dh, const OptionalTensor& dstate, const Tensor& q,
                         const Tensor& k, const Tensor& v, const Tensor& g, const OptionalTensor& u,
                         const OptionalTensor& state0, const OptionalTensor& reset,
-                        std::optional<double> scale) {
+                        std::optional<double> scale, int64_t chunk_size) {
   const Arguments arguments{q, k, v, g, u, state0, reset};
-  check_backward(dh, dstate, arguments);
+  check_backward(dh, dstate, arguments, chunk_size);
   const c10::DeviceGuard guard(q.device());
-  return backward_any(dh, dstate, arguments, scale, 0);
+  return backward_any(dh, dstate, arguments, scale, chunk_size);
 }
 
 Gradients backward_cpu(const OptionalTensor& dh, const OptionalTensor& dstate, const Tensor& q,
                        const Tensor& k, const Tensor& v, const Tensor& g, const OptionalTensor& u,
                        const OptionalTensor& state0, const OptionalTensor& reset,
-                       std::optional<double> scale) {
+                       std::optional<double> scale, int64_t chunk_size) {
   const Arguments arguments{q, k, v, g, u, state0, reset};
-  check_backward(dh, dstate, arguments);
+  check_backward(dh, dstate, arguments, chunk_size);
+  if (chunk_size > 0) return backward_any(dh, dstate, arguments, scale, chunk_size);
   const Inputs in(arguments);
   const Tensor gh = dh ? in.dense(*dh) : at::zeros(v.sizes(), in.q.options());
   const Tensor gs = dstate ? in.dense(*dstate) : in.empty_state().zero_();
@@ -244,11 +246,11 @@ Outputs call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
 Gradients call_backward(const OptionalTensor& dh, const OptionalTensor& dstate, const Tensor& q,
                         const Tensor& k, const Tensor& v, const Tensor& g, const OptionalTensor& u,
                         const OptionalTensor& state0, const OptionalTensor& reset,
-                        std::optional<double> scale) {
+                        std::optional<double> scale, int64_t chunk_size) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("xlstm::gated_linear_attention_backward", "")
                              .typed<decltype(call_backward)>();
-  return op.call(dh, dstate, q, k, v, g, u, state0, reset, scale);
+  return op.call(dh, dstate, q, k, v, g, u, state0, reset, scale, chunk_size);
 }
 
 class GatedLinearAttention : public torch::autograd::Function<GatedLinearAttention> {
@@ -268,24 +270,13 @@ class GatedLinearAttention : public torch::autograd::Function<GatedLinearAttenti
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& d) {
     const variable_list s = ctx->get_saved_variables();
-    const double scale = ctx->saved_data["scale"].toDouble();
-    const int64_t chunk_size = ctx->saved_data["chunk_size"].toInt();
-    const OptionalTensor u = or_absent(s[4]), state0 = or_absent(s[5]), reset = or_absent(s[6]);
-    const OptionalTensor dh = or_absent(d[0]), dstate = or_absent(d[1]);
-    auto [dq, dk, dv, dg, du, dstate0] =
-        s[0].is_meta() || chunk_size == 0
-            ? by_operator(dh, dstate, {s[0], s[1], s[2], s[3], u, state0, reset}, scale)
-            : backward_any(dh, dstate, {s[0], s[1], s[2], s[3], u, state0, reset}, scale,
-                           chunk_size);
+    const OptionalTensor u = or_absent(s[4]), state0 = or_absent(s[5]);
+    const BelowAutogradUnlessRecording guard;
+    auto [dq, dk, dv, dg, du, dstate0] = call_backward(
+        or_absent(d[0]), or_absent(d[1]), s[0], s[1], s[2], s[3], u, state0, or_absent(s[6]),
+        ctx->saved_data["scale"].toDouble(), ctx->saved_data["chunk_size"].toInt());
     const Tensor none;
     return {dq, dk, dv, dg, u ? du : none, state0 ? dstate0 : none, none, none, none};
-  }
-
- private:
-  static Gradients by_operator(const OptionalTensor& dh, const OptionalTensor& dstate,
-                               const Arguments& in, double scale) {
-    const BelowAutogradUnlessRecording guard;
-    return call_backward(dh, dstate, in.q, in.k, in.v, in.g, in.u, in.state0, in.reset, scale);
   }
 };
 
@@ -317,7 +308,7 @@ Outputs forward_meta(const Tensor& q, const Tensor& k, const Tensor& v, const Te
 Gradients backward_meta(const OptionalTensor& dh, const OptionalTensor& dstate, const Tensor& q,
                         const Tensor& k, const Tensor& v, const Tensor& g, const OptionalTensor& u,
                         const OptionalTensor& state0, const OptionalTensor& reset,
-                        std::optional<double>) {
+                        std::optional<double>, int64_t) {
   check_same_device(dh, dstate, {q, k, v, g, u, state0, reset});
   const auto like = [](const Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); };
   const Tensor none = at::empty({0}, q.options());

@@ -15,7 +15,8 @@ std::tuple<at::Tensor, at::Tensor> gated_scan(const at::Tensor& x, const at::Ten
                                               const std::optional<at::Tensor>& reset = {});
 
 /// h_t = a_t h_{t-1} + x_t from zero, or, reverse, h_t = a_{t+1} h_{t+1} + x_t, in log2(T) elementwise passes: what runs
-/// where there is no kernel. x, a (B,T,D) float32 or float64.
-at::Tensor scan_in_passes(at::Tensor x, at::Tensor a, bool reverse);
+/// where there is no kernel. x, a (B,T,D) float32 or float64; reset (B,T) bool, may be undefined: nothing passes by way of
+/// that token's a, whatever it is.
+at::Tensor scan_in_passes(at::Tensor x, at::Tensor a, at::Tensor reset, bool reverse);
 
 }  // namespace xlstm::ops

@@ -11,6 +11,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "csrc/ops/common.h"
@@ -57,7 +58,8 @@ void check_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
   check_dtype(kOp, "weight", weight, x.scalar_type());
   check_dtype(kOp, "target", target, at::kLong);
   check_shape(kOp, "target", target, x.sym_sizes().slice(0, x.dim() - 1), "x's shape but for D");
-  TORCH_CHECK(soft_cap >= 0, kOp, ": soft_cap: expected >= 0 (0: none), got ", soft_cap);
+  TORCH_CHECK(soft_cap >= 0 && std::isfinite(soft_cap), kOp,
+              ": soft_cap: expected a number >= 0 (0: none), got ", soft_cap);
   TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", kOp,
               ": reduction: expected \"mean\", \"sum\" or \"none\", got \"", reduction, "\"");
 }

@@ -28,7 +28,8 @@ struct MlstmOptions {
 /// meant for the sigmoid gate (with "exp" it is h relative to e^m).
 /// Gradients are exact with m detached: m carries no gradient and dm0 = 0; the path eps -> m is left out, which
 /// is nothing at eps = 0 and at most 1e-3 of the gate gradients in extreme gates at 1e-6.
-/// Throws c10::Error naming the argument, what was expected and what came. On CUDA the values of cu_seqlens are not
+/// A forget gate whose logarithm is below -1e8 forgets everything, whatever the input gate. Numbers that are not finite in v
+/// may reach earlier tokens of their chunk. Throws c10::Error naming the argument, what was expected and what came. On CUDA the values of cu_seqlens are not
 /// checked: that would wait for the device; and numbers that are not finite may reach other documents of their row past a
 /// reset, though never past a border of cu_seqlens.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlstm_chunkwise(

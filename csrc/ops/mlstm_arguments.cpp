@@ -1,5 +1,6 @@
 #include "csrc/ops/mlstm_arguments.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -66,6 +67,19 @@ int64_t count_sequences(const at::Tensor& cu_seqlens, const MlstmSizes& sizes) {
   return cu_seqlens.size(0) - 1;
 }
 
+void check_numbers(std::string_view op, double eps, const std::optional<double>& scale) {
+  TORCH_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps: expected a number >= 0, got ", eps);
+  TORCH_CHECK(!scale || std::isfinite(*scale), op, ": scale: expected a finite number, got ",
+              *scale);
+}
+
+/// What is written must not be what is read.
+void check_apart(const MlstmStepArguments& a) {
+  for (const at::Tensor& state : {a.c, a.n, a.m})
+    for (const at::Tensor& input : {a.q, a.k, a.v, a.igate, a.fgate})
+      at::assert_no_overlap(state, input);
+}
+
 }  // namespace
 
 bool is_sigmoid_input_gate(std::string_view op, std::string_view input_gate) {
@@ -130,6 +144,7 @@ MlstmSizes check_mlstm_arguments(const MlstmArguments& a) {
     check_shape(kOp, name, gate, {sizes.batch, sizes.time, sizes.num_heads}, "(B,T,NH)");
   check_inputs(kOp, a.q, a.k, a.v, a.igate, a.fgate);
   is_sigmoid_input_gate(kOp, a.input_gate);
+  check_numbers(kOp, a.eps, a.scale);
   TORCH_CHECK(a.chunk_size >= 0, kOp, ": chunk_size: expected 0 (automatic) or more, got ",
               a.chunk_size);
   check_reset(kOp, a.reset, sizes.batch, sizes.time);
@@ -176,6 +191,8 @@ MlstmSizes check_mlstm_step_arguments(const MlstmStepArguments& a, std::string_v
   check_inputs(op, a.q, a.k, a.v, a.igate, a.fgate);
   is_sigmoid_input_gate(op, a.input_gate);
   check_step_states(op, a.c, a.n, a.m, sizes, a.q);
+  check_numbers(op, a.eps, a.scale);
+  check_apart(a);
   return sizes;
 }
 

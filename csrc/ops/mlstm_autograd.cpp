@@ -79,8 +79,10 @@ class MlstmChunkwise : public torch::autograd::Function<MlstmChunkwise> {
     constexpr size_t kInputs = 9;
     variable_list result(kInputs);
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
+    const SavedMlstm saved =
+        saved_mlstm(ctx);  // may compute it again (checkpointing), which autograd is to see
     const BelowAutogradUnlessRecording guard;
-    result = saved_mlstm(ctx).gradients(grads);
+    result = saved.gradients(grads);
     result.resize(kInputs);
     return result;
   }
@@ -123,6 +125,15 @@ void check_states_without_gradient(const Arguments& a) {
               ": c, n, m: expected states without gradient, which are written in place");
 }
 
+/// As torch's own functions that work in place.
+template <class Arguments>
+void check_writable(const Arguments& a) {
+  if (c10::InferenceMode::is_enabled()) return;
+  for (const auto& [name, tensor] : {std::pair("c", a.c), std::pair("n", a.n), std::pair("m", a.m)})
+    TORCH_CHECK(!tensor.is_inference(), Arguments::kName, ": ", name,
+                ": made in inference mode and written outside it; clone() it first");
+}
+
 /// A graph that saved one of these sees that it was written.
 void mark_written(std::initializer_list<at::Tensor> tensors) {
   for (const at::Tensor& tensor : tensors)
@@ -132,6 +143,7 @@ void mark_written(std::initializer_list<at::Tensor> tensors) {
 template <class Arguments, auto kOp>
 at::Tensor step_below_autograd(const Arguments& a) {
   check_states_without_gradient(a);
+  check_writable(a);
   at::Tensor h;
   if (recording(a.q, a.k, a.v, a.igate, a.fgate)) {
     h = MlstmStep<Arguments, kOp>::apply(a.q, a.k, a.v, a.igate, a.fgate, a);

@@ -82,9 +82,9 @@ class MlstmGated : public torch::autograd::Function<MlstmGated> {
     constexpr size_t kInputs = 9;
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined())
       return variable_list(kInputs);
+    const SavedMlstm saved = saved_mlstm(ctx);  // before the guards, as in mlstm_chunkwise
     const BelowAutogradUnlessRecording guard;
     const WithoutAutocast no_autocast;
-    const SavedMlstm saved = saved_mlstm(ctx);
     variable_list result = saved.gradients(grads);
     // (2*NH, B*T): the bias wants sums of neighbours.
     const Tensor gates = at::cat({result[3].flatten(0, 1).t(), result[4].flatten(0, 1).t()});

@@ -2,6 +2,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <cmath>
+
 #include "csrc/ops/common.h"
 
 namespace xlstm::ops {
@@ -46,6 +48,8 @@ void check_headwise_norm(const HeadwiseNormArguments& a) {
   TORCH_CHECK(a.gate_activation == "silu" || a.gate_activation == "sigmoid", a.op,
               ": gate_activation: expected \"silu\" or \"sigmoid\", got \"", a.gate_activation,
               "\"");
+  TORCH_CHECK(a.eps >= 0 && std::isfinite(a.eps), a.op, ": eps: expected a number >= 0, got ",
+              a.eps);
   TORCH_CHECK(a.skip.has_value() == a.skip_weight.has_value(), a.op,
               ": skip and skip_weight come together, got only ", a.skip ? "skip" : "skip_weight");
   check_channels(a, a.weight, "weight");

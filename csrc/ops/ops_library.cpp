@@ -126,8 +126,8 @@ TORCH_LIBRARY(xlstm, m) {
       "Tensor state)");
   m.def(
       "gated_linear_attention_backward(Tensor? dh, Tensor? dstate, Tensor q, Tensor k, Tensor v, "
-      "Tensor g, Tensor? u, Tensor? state0, *, Tensor? reset, float? scale) -> (Tensor dq, Tensor "
-      "dk, Tensor dv, Tensor dg, Tensor du, Tensor dstate0)");
+      "Tensor g, Tensor? u, Tensor? state0, *, Tensor? reset, float? scale, int chunk_size=0) -> "
+      "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor du, Tensor dstate0)");
   m.def(
       "gated_scan(Tensor x, Tensor a, Tensor? state0=None, *, Tensor? reset=None) -> (Tensor h, "
       "Tensor state)");

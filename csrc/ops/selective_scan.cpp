@@ -50,7 +50,10 @@ void check_same_device(const OptionalTensor& dy, const OptionalTensor& dstate,
 void check(const Arguments& in) {
   check_same_device(in);
   check_rank(kOp, "x", in.x, 3);
-  check_floating(kOp, "x", in.x);
+  for (const auto& [name, tensor] :
+       {std::pair("x", in.x), std::pair("delta", in.delta), std::pair("a", in.a),
+        std::pair("b", in.b), std::pair("c", in.c), std::pair("skip", in.skip)})
+    check_floating(kOp, name, tensor);
   check_rank(kOp, "a", in.a, 2);
   const int64_t batch = in.x.size(0), time = in.x.size(1), dim = in.x.size(2),
                 states = in.a.size(1);
@@ -61,6 +64,14 @@ void check(const Arguments& in) {
   check_shape(kOp, "skip", in.skip, {dim}, "(D)");
   if (in.state0) check_shape(kOp, "state0", *in.state0, {batch, dim, states}, "(B,D,N)");
   check_reset(kOp, in.reset, batch, time);
+}
+
+void check_backward(const OptionalTensor& dy, const OptionalTensor& dstate, const Arguments& in) {
+  check(in);
+  check_same_device(dy, dstate, in);
+  if (dy) check_shape(kOp, "dy", *dy, in.x.sym_sizes(), "(B,T,D)");
+  if (dstate)
+    check_shape(kOp, "dstate", *dstate, {in.x.size(0), in.x.size(2), in.a.size(1)}, "(B,D,N)");
 }
 
 /// What the kernels read, alive while they run: a and the state with the channels innermost.
@@ -111,8 +122,7 @@ Gradients selective_scan_backward_cpu(const OptionalTensor& dy, const OptionalTe
                                       const OptionalTensor& reset) {
   constexpr int64_t kMostTasks = 16, kChannels = 64;  // per row: of memory for the sums of b and c
   const Arguments arguments{x, delta, a, b, c, skip, state0, reset};
-  check(arguments);
-  check_same_device(dy, dstate, arguments);
+  check_backward(dy, dstate, arguments);
   const Inputs in(arguments);
   cpu::SelectiveScanParams p = in.params();
   const auto ceil_div = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
@@ -153,8 +163,7 @@ Gradients selective_scan_backward_any(const OptionalTensor& dy, const OptionalTe
                                       const at::Tensor& skip, const OptionalTensor& state0,
                                       const OptionalTensor& reset) {
   const Arguments arguments{x, delta, a, b, c, skip, state0, reset};
-  check(arguments);
-  check_same_device(dy, dstate, arguments);
+  check_backward(dy, dstate, arguments);
   return selective_scan_generic_backward(dy, dstate, arguments);
 }
 

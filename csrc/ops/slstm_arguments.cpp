@@ -138,6 +138,20 @@ void check_slstm_backward_arguments(const SlstmBackwardArguments& a) {
   check_shape(kBackwardOp, "r", a.r, {4, y[2], y[3], y[3]}, "(4,NH,DH,DH)");
   if (a.wx) check_shape(kBackwardOp, "wx", *a.wx, {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
   if (a.dy) check_shape(kBackwardOp, "dy", *a.dy, y, "(B,T,NH,DH)");
+  if (a.b) check_shape(kBackwardOp, "b", *a.b, {4, y[2], y[3]}, "(4,NH,DH)");
+  if (a.cu_seqlens) check_cu_seqlens(kBackwardOp, *a.cu_seqlens, y[0]);
+  check_reset(kBackwardOp, a.reset, y[0], y[1]);
+  const Sizes state{state_count(a.cu_seqlens, a.y), y[2], y[3]};
+  const std::array<std::pair<const char*, const OptionalTensor*>, 7> states{
+      {{"dy_last", &a.dy_last},
+       {"dc", &a.dc},
+       {"dn", &a.dn},
+       {"y0", &a.y0},
+       {"c0", &a.c0},
+       {"n0", &a.n0},
+       {"m0", &a.m0}}};
+  for (const auto& [name, tensor] : states)
+    if (*tensor) check_shape(kBackwardOp, name, **tensor, state, "(B or sequences,NH,DH)");
 }
 
 void check_slstm_saved(const SlstmBackwardArguments& a, bool preactivations) {

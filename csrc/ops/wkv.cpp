@@ -58,6 +58,15 @@ void check(const WkvArguments& in) {
   check_reset(kOp, in.reset, batch, time);
 }
 
+void check_backward(const OptionalTensor& dy, const OptionalTensor& da, const OptionalTensor& db,
+                    const WkvArguments& in) {
+  check(in);
+  check_same_device(dy, da, db, in);
+  if (dy) check_shape(kOp, "dy", *dy, in.k.sym_sizes(), "(B,T,D)");
+  for (const auto& [name, state] : {std::pair("da", da), std::pair("db", db)})
+    if (state) check_shape(kOp, name, *state, {in.k.size(0), in.k.size(2)}, "(B,D)");
+}
+
 /// What the kernels read, alive while they run.
 struct Inputs {
   at::ScalarType type;
@@ -107,16 +116,14 @@ Gradients wkv_backward_cpu(const OptionalTensor& dy, const OptionalTensor& da,
                            const at::Tensor& w, const at::Tensor& u, const OptionalTensor& a0,
                            const OptionalTensor& b0, const OptionalTensor& p0,
                            const OptionalTensor& reset) {
-  check({k, v, w, u, a0, b0, p0, reset});
-  check_same_device(dy, da, db, {k, v, w, u, a0, b0, p0, reset});
+  check_backward(dy, da, db, {k, v, w, u, a0, b0, p0, reset});
   const Inputs in(k, v, w, u, a0, b0, p0, reset);
-  const auto given = [&](const OptionalTensor& t, at::IntArrayRef sizes) {
-    return t ? in.dense(*t) : at::zeros(sizes, in.k.options());
+  const auto given = [&](const OptionalTensor& t, const at::Tensor& like) {
+    return t ? in.dense(*t) : at::zeros(like.sizes(), in.k.options());
   };
-  const at::IntArrayRef state{k.size(0), k.size(2)};
-  const at::Tensor gy = given(dy, k.sizes()), ga = given(da, state), gb = given(db, state);
   const at::Tensor dk = at::empty(k.sizes(), in.k.options()), dv = at::empty_like(dk);
   const at::Tensor da0 = in.state(), db0 = in.state(), dw = in.state(), du = in.state();
+  const at::Tensor gy = given(dy, dk), ga = given(da, da0), gb = given(db, db0);
   cpu::WkvParams p = in.params();
   p.dy = gy.const_data_ptr(), p.da = ga.const_data_ptr(), p.db = gb.const_data_ptr();
   p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
@@ -145,8 +152,7 @@ Gradients wkv_backward_any(const OptionalTensor& dy, const OptionalTensor& da,
                            const OptionalTensor& b0, const OptionalTensor& p0,
                            const OptionalTensor& reset) {
   const WkvArguments in{k, v, w, u, a0, b0, p0, reset};
-  check(in);
-  check_same_device(dy, da, db, in);
+  check_backward(dy, da, db, in);
   return wkv_generic_backward(dy, da, db, in);
 }
 

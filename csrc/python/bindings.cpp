@@ -4,6 +4,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <system_error>
+
 #include "csrc/config/config.h"
 #include "csrc/core/error.h"
 #include "csrc/models/language_model.h"
@@ -158,13 +160,18 @@ void save_safetensors(const std::string& path, const py::dict& tensors) {
 /// errors become what torch makes of them (IndexError, ValueError, RuntimeError, ...).
 void register_errors(py::module_& m) {
   static py::handle error = py::exception<xlstm::Error>(m, "Error", PyExc_RuntimeError).release();
+  static const auto set_error = [](const char* what, xlstm::ExitCode code) {
+    py::object instance = py::reinterpret_borrow<py::object>(error)(what);
+    instance.attr("code") = static_cast<int>(code);
+    PyErr_SetObject(error.ptr(), instance.ptr());
+  };
   py::register_local_exception_translator([](std::exception_ptr caught) {
     try {
       if (caught) std::rethrow_exception(caught);
     } catch (const xlstm::Error& e) {
-      py::object instance = py::reinterpret_borrow<py::object>(error)(e.what());
-      instance.attr("code") = static_cast<int>(e.code);
-      PyErr_SetObject(error.ptr(), instance.ptr());
+      set_error(e.what(), e.code);
+    } catch (const std::system_error& e) {  // of files
+      set_error(e.what(), xlstm::ExitCode::kCheckpoint);
     } catch (const c10::Error&) {
       torch::translate_exception_to_python(caught);
     }

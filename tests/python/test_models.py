@@ -456,3 +456,80 @@ def test_schema_is_json():
     import json
 
     assert "model" in json.dumps(json.loads(C.config_schema_json()))
+
+
+def test_parameters_are_parameters_and_copies_stay_together():
+    model = make_model()
+    assert all(isinstance(p, torch.nn.Parameter) for p in model.parameters())
+    assert model.get_parameter("blocks.0.norm.weight") is model.blocks.get_submodule("0").norm.weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    twin, other, embedding = copy.deepcopy((model, optimizer, model.embedding))
+    assert embedding is twin.embedding
+    ids = random_ids(1, 5)
+    twin.loss(ids, ids).backward()
+    before = twin(ids)[0]
+    other.step()
+    assert not torch.equal(twin(ids)[0], before) and len(seen) == 2
+    assert torch.equal(model(ids)[0], before)
+    with pytest.raises(RuntimeError, match="name the module first"):
+        copy.deepcopy((optimizer, model))
+
+
+def test_generation_beside_training():
+    """Generation drops nothing, and a model that trains goes on dropping, whatever another thread does meanwhile."""
+    torch.manual_seed(1)
+    model = libxlstm.make_model({"model": {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "dropout": 0.5}})
+    expected = model.generate([1, 2], 60, seed=3)
+    ids = torch.randint(256, (1, 40))
+    results, losses = {}, []
+
+    def work(name, count):
+        results[name] = model.generate([1, 2], count, seed=3)
+
+    threads = [threading.Thread(target=work, args=(i, 60 - 10 * i)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) or len(losses) < 3:
+        losses.append(model.loss(ids, ids).item())
+    assert all(results[i] == expected[: 60 - 10 * i] for i in range(3))
+    assert len(set(losses)) == len(losses) and model.training and model._core.training
+
+
+def test_losses_check_their_targets():
+    model = make_model()
+    ids = random_ids(2, 5)
+    for fused in ("true", "false"):
+        model = libxlstm.make_model(YAML + f"  fused: {fused}\n")
+        for targets in (ids.T.contiguous(), ids[:1], ids.flatten()):
+            with pytest.raises(RuntimeError, match="target"):
+                model.loss(ids, targets)
+        with pytest.raises(RuntimeError, match='reduction: expected "mean"'):
+            model.loss(ids, ids, reduction="foo")
+    numbers = libxlstm.make_model({"model": {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "vocab_size": 1,
+                                             "input_features": 3}})
+    x, targets = torch.randn(2, 5, 3), torch.randn(2, 5)
+    for wrong in (targets[..., None], targets[0], targets.T):
+        with pytest.raises(RuntimeError, match=r"loss: targets: expected \(B,T\)"):
+            numbers.loss(x, wrong)
+    with pytest.raises(RuntimeError, match='reduction: expected "mean"'):
+        numbers.loss(x, targets, reduction="foo")
+    targets[:, 3:] = float("nan")
+    loss = numbers.loss(x, targets)
+    torch.testing.assert_close(loss, numbers.loss(x[:, :3], targets[:, :3]))
+
+
+def test_arguments_of_generate_and_load(tmp_path):
+    model = make_model()
+    for name, wrong in (("seed", -1), ("seed", None), ("max_new_tokens", -1), ("vocab_size", -1), ("stop_token", 1.5)):
+        with pytest.raises(ValueError, match=f"{name}: expected an integer"):
+            model.generate([1], **{name: wrong})
+    with torch.device("meta"):
+        assert len(model.generate([1, 2], 3)) == 3
+    with pytest.raises(ValueError, match="dtype: expected one of torch.float32"):
+        libxlstm.load(tmp_path, dtype="bfloat16")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(libxlstm.Error) as caught:
+        model.save(tmp_path / "file")
+    assert caught.value.code == 4

@@ -381,3 +381,20 @@ def test_without_the_harness_the_command_says_what_to_install():
     code = "import sys; sys.modules['lm_eval'] = None; import libxlstm.lm_eval"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and 'pip install "lm_eval>=0.4"' in done.stderr.strip().splitlines()[-1]
+
+
+def test_draw_ranks_as_the_programs_do():
+    """Of equal logits the lowest ids, and temperatures down to nothing."""
+    logits = torch.zeros(400, 8)
+    assert set(draw(logits, 1.0, 3, 1.0).tolist()) == {0, 1, 2}
+    logits[:, 5] = 1e-3
+    assert set(draw(logits, 1.0, 2, 1.0).tolist()) == {0, 5}
+    assert set(draw(logits, 1e-320, 0, 1.0).tolist()) == {5}
+
+
+def test_a_judge_drops_nothing():
+    torch.manual_seed(3)
+    model = libxlstm.make_model({"model": {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "dropout": 0.5}})
+    judge = Judge(model, Tokenizer("bytes"), device="cpu")
+    pair = [(list(b"the"), list(b" cell"))]
+    assert judge.score(pair) == judge.score(pair) and not model.training

@@ -12,9 +12,10 @@ void scan_channels(const GatedScanParams& p, int64_t row, int64_t channel, int64
   Vec<A> state(A(0));
   for (int64_t i = 0; i < p.time; ++i) {
     const int64_t t = p.reverse ? p.time - 1 - i : i;
-    // The first step has nothing to multiply; a gate beyond the last token is never read.
-    const Vec<A> gate = i == 0 ? Vec<A>(A(0)) : load(a + (p.reverse ? t + 1 : t) * p.dim, n);
-    state = at::vec::fmadd(gate, state, load(x + t * p.dim, n));
+    const int64_t gate = p.reverse ? t + 1 : t;  // beyond the last token it is never read
+    const bool passes = i > 0 && !(p.reset && p.reset[row * p.time + gate]);
+    const Vec<A> given = load(x + t * p.dim, n);
+    state = passes ? at::vec::fmadd(load(a + gate * p.dim, n), state, given) : given;
     store(h + t * p.dim, state, n);
   }
 }

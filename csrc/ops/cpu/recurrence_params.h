@@ -43,6 +43,7 @@ struct GatedScanParams {
   Dtype dtype = Dtype::kFloat;  // float or double
   int64_t batch = 0, time = 0, dim = 0;
   const void *x = nullptr, *a = nullptr;
+  const bool* reset = nullptr;  // (B,T), may be null: nothing passes by way of that token's a
   void* h = nullptr;
   bool reverse = false;  // from the last token to the first: h_t = a_{t+1} h_{t+1} + x_t
 };

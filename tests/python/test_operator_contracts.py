@@ -1,0 +1,164 @@
+"""What operators promise beside their numbers: sizes are checked, documents and overlapping memory are kept apart, recomputation
+and compilation see what they need."""
+
+import pytest
+import torch
+from test_devices import OPERATORS, arguments
+from test_forward_mode import OPERATORS as DIFFERENTIABLE
+from torch.utils.checkpoint import checkpoint
+
+import libxlstm  # noqa: F401  registers the operators
+
+ops = torch.ops.xlstm
+NAN = float("nan")
+
+
+def real_call(operator):
+    """Arguments that the operator takes on the CPU."""
+    tensors, options = arguments(operator)
+    if "cu_seqlens" in tensors:  # of the two ways to say where documents begin, one
+        tensors["cu_seqlens"] = torch.tensor([0, 5], dtype=torch.int32)
+        tensors["reset"] = None
+    if operator == "slstm_forward":
+        options = options | {"preactivations": False}
+    if operator == "slstm_backward":
+        tensors["checkpoints"] = torch.zeros(1, 2, 1, 4, 4)
+    return tensors, options
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_sizes_are_checked(operator):
+    """A kernel would read beyond the end of what is too short: every dimension of every tensor, backward operators too."""
+    call = getattr(ops, operator)
+    tensors, options = real_call(operator)
+    call(**tensors, **options)
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        for dim in set(range(x.dim())) - FREE.get((operator.removesuffix("_forward"), name), set()):
+            other = x.narrow(dim, 0, x.size(dim) - 1) if x.size(dim) > 1 else torch.cat([x, x], dim)
+            with pytest.raises((RuntimeError, ValueError, IndexError)):
+                call(**tensors | {name: other}, **options)
+
+
+# Dimensions that may have any size: no other tensor has them, or none is read beside this one.
+FREE = {("linear_cross_entropy", "weight"): {0}, ("linear_cross_entropy_backward", "weight"): {0},
+        ("linear_cross_entropy_backward", "dx"): {0, 1, 2}, ("linear_cross_entropy_backward", "dweight"): {0, 1},
+        ("block_linear", "x"): {0, 1}, ("slstm_backward", "gates"): {0, 1, 2, 3, 4}}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", sorted(set(DIFFERENTIABLE) - {"mlstm_step", "causal_conv1d_step"}))
+def test_recomputed_alone_in_the_backward_pass(operator):
+    call, given = getattr(ops, operator), DIFFERENTIABLE[operator]()
+    given = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]
+    leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def run(*tensors):
+        out = call(*tensors)
+        return out[0] if isinstance(out, tuple) else out
+
+    expected = torch.autograd.grad(run(*given).square().sum(), leaves)
+    for reentrant in (False, True):
+        for leaf in leaves:
+            leaf.grad = None
+        checkpoint(run, *given, use_reentrant=reentrant).square().sum().backward()
+        for leaf, other in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(leaf.grad, other, rtol=0, atol=0)
+
+
+def test_gated_scan_lets_nothing_past_a_reset():
+    reset = torch.zeros(2, 6, dtype=torch.bool)
+    reset[:, 3] = reset[0, 0] = True
+    x, a, state = torch.randn(2, 6, 5), torch.rand(2, 6, 5), torch.randn(2, 5)
+    bad_x, bad_a, bad_state = x.clone(), a.clone(), state.clone()
+    bad_x[:, 1], bad_a[:, 3], bad_state[0] = NAN, NAN, float("inf")
+    clean, _ = ops.gated_scan(x, a, state, reset=reset)
+    h, last = ops.gated_scan(bad_x, bad_a, bad_state, reset=reset)
+    assert torch.equal(h[:, 3:], clean[:, 3:]) and torch.equal(h[0, 0], clean[0, 0]) and torch.equal(last, clean[:, -1])
+    assert h[:, 1:3].isnan().all()
+    given = [t.requires_grad_() for t in (x, a, state)]
+    dh = torch.ones(2, 6, 5)
+    expected = torch.autograd.grad(ops.gated_scan(*given, reset=reset)[0], given, dh)
+    dh[:, 4] = NAN
+    found = torch.autograd.grad(ops.gated_scan(x, bad_a.requires_grad_(), state, reset=reset)[0], (x, bad_a, state), dh)
+    for gradient, other in zip(found[:2], expected[:2]):
+        assert torch.equal(gradient[:, :3], other[:, :3])
+    assert torch.equal(found[2], expected[2]) and not found[2][0].any()
+
+
+@pytest.mark.parametrize("time", [0, 1, 7])
+def test_gated_scan_compiles_whatever_the_strides(time):
+    a = torch.rand(3, time, 2).permute(2, 1, 0)
+    state = torch.randn(3, 2).t()
+
+    def strides(device):
+        inputs = [x.to(device) for x in (torch.randn(2, time, 3), a, state)]
+        forward = ops.gated_scan(*inputs)
+        backward = ops.gated_scan_backward(inputs[0], inputs[2], inputs[1], inputs[0], inputs[2], reset=None)
+        return [x.stride() for x in (*forward, *backward)]
+
+    assert strides("cpu") == strides("meta")
+
+
+def test_gated_linear_attention_in_chunks_has_its_backward_operator():
+    q, k, v = (torch.randn(1, 5, 1, 2, dtype=torch.double, requires_grad=True) for _ in range(3))
+    g = -torch.rand_like(q)
+
+    def run(q, k, v, g):
+        return ops.gated_linear_attention(q, k, v, g, chunk_size=4)[0]
+
+    assert torch.autograd.gradcheck(run, (q, k, v, g.detach().requires_grad_()))
+    with pytest.raises(RuntimeError, match="derivative"):
+        gradient, = torch.autograd.grad(run(q, k, v, g).square().sum(), k, create_graph=True)
+        gradient.sum().backward()
+    compiled = torch.compile(run, backend="aot_eager", dynamic=True, fullgraph=True)
+    expected = torch.autograd.grad(run(q, k, v, g).square().sum(), (q, k, v))
+    found = torch.autograd.grad(compiled(q, k, v, g).square().sum(), (q, k, v))
+    for gradient, other in zip(found, expected):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_backward_operators_take_absent_gradients():
+    k, w = torch.randn(2, 7, 5), -torch.rand(5)
+    y = ops.wkv(k, k, w, w)[0]
+    zeros = torch.zeros(2, 5)
+    absent = ops.wkv_backward(torch.ones_like(y), None, None, k, k, w, w, None, None, None, reset=None)
+    given = ops.wkv_backward(torch.ones_like(y), zeros, zeros, k, k, w, w, None, None, None, reset=None)
+    assert all(torch.equal(a, b) for a, b in zip(absent, given, strict=True))
+
+
+def test_states_that_are_written_in_place():
+    state = torch.zeros(1, 3, 1).expand(2, -1, -1)
+    with pytest.raises(RuntimeError, match="memory"):
+        ops.causal_conv1d_step(torch.ones(2, 1), torch.ones(1, 4), None, state)
+    step = DIFFERENTIABLE["mlstm_step"]()
+    c, n, m = step[5:]
+    with pytest.raises(RuntimeError, match="memory"):
+        ops.mlstm_step(step[0], n, *step[2:5], c, n, m)  # k is read after n was written
+    with pytest.raises(RuntimeError, match="memory"):
+        ops.mlstm_step(*step[:5], c[:1].expand_as(c), n, m)
+    with torch.inference_mode():
+        made = [torch.zeros_like(x) for x in (c, n, m)]
+        ops.mlstm_step(*step[:5], *made)
+    with pytest.raises(RuntimeError, match="inference mode"), torch.no_grad():
+        ops.mlstm_step(*step[:5], *made)
+
+
+@pytest.mark.parametrize("operator, option, values", [
+    ("mlstm_chunkwise", "eps", (-1.0, NAN)), ("mlstm_chunkwise", "scale", (NAN, float("inf"))),
+    ("mlstm_step", "eps", (-1.0, NAN)), ("headwise_norm", "eps", (-10.0, NAN)), ("residual_norm", "eps", (-1.0,)),
+    ("linear_cross_entropy", "soft_cap", (-1.0, float("inf"), NAN)),
+])  # fmt: skip
+def test_numbers_that_make_no_sense(operator, option, values):
+    for value in values:
+        with pytest.raises(RuntimeError, match=rf"{operator}: {option}: expected"):
+            getattr(ops, operator)(*DIFFERENTIABLE[operator](), **{option: value})
+
+
+def test_types_that_make_no_sense():
+    x, delta, a, *rest = DIFFERENTIABLE["selective_scan"]()
+    with pytest.raises(RuntimeError, match="selective_scan: a: expected float32"):
+        ops.selective_scan(x, delta, a.to(torch.complex64), *rest)
+    x, a = DIFFERENTIABLE["gated_scan"]()
+    with pytest.raises(RuntimeError, match="gated_scan: a: expected float32"):
+        ops.gated_scan(x, a.long())
