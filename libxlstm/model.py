@@ -148,6 +148,9 @@ class BlockStack(CoreModule):
         state None: before the first token. reset (B,T) bool: the state is empty before that token. lengths, a list or tensor
         of B numbers from 1 to T: the sequences have these lengths and padding behind them, which is not read; y is 0 there, and
         the state is the one behind each sequence's own end. Without a state only.
+
+        Gradients go back through the state, too; to cut them, as truncated backpropagation through time does, pass on
+        [[tensor.detach() for tensor in block] for block in state].
         """
         return self._compute(x, state, reset, lengths)
 

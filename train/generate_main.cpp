@@ -24,6 +24,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr int64_t kSideBySide = 16;  // samples: each has a state of its own in memory
+constexpr const char* kBetweenSamples = "---------------\n";
+
 const std::vector<OptionSpec> kOptions{
     {"--prompt", "TEXT",
      "text to continue; without it and --prompt-file: standard input, where it is no terminal"},
@@ -34,7 +37,7 @@ const std::vector<OptionSpec> kOptions{
     {"--top-p", "X", "draw from the most likely tokens that hold this probability (1.0)"},
     {"--seed", "N", "sample i uses seed N+i (42)"},
     {"--greedy", "", "always the most likely token"},
-    {"--num-samples", "N", "how many continuations (1)"},
+    {"--num-samples", "N", "how many continuations, drawn side by side, 16 at a time (1)"},
     {"--device", "NAME", "cpu, cuda or auto: a GPU where there is one (auto)"},
     {"--dtype", "NAME",
      "float32, or bfloat16_weights: the weights are rounded, which halves the memory and what a "
@@ -86,30 +89,46 @@ void show(const std::string& text) {
     throw std::system_error(errno, std::generic_category(), "standard output");
 }
 
-/// Prints one continuation as it is drawn and its speed on standard error.
-void print_sample(LoadedModel& loaded, data::Tokenizer& tokenizer,
-                  const std::vector<int64_t>& prompt, const SamplingOptions& options) {
-  TextStream stream(tokenizer, prompt);
+/// How fast the prompt was read and its continuations were drawn, on standard error.
+void print_speed(size_t prompt, int64_t first_tokens, int64_t tokens, Clock::duration reading,
+                 Clock::duration drawing) {
+  const auto rate = [](double count, Clock::duration time) {
+    return count / std::max(std::chrono::duration<double>(time).count(), 1e-9);
+  };
+  if (tokens == 0) return;
+  std::fprintf(stderr, "prompt: %zu tokens, %.1f tokens/s", prompt,
+               rate(static_cast<double>(prompt), reading));
+  if (tokens > first_tokens)
+    std::fprintf(stderr, " | decode: %lld tokens, %.1f tokens/s", static_cast<long long>(tokens),
+                 rate(static_cast<double>(tokens - first_tokens), drawing));
+  std::fputc('\n', stderr);
+}
+
+/// Draws `count` continuations side by side. The first is printed as it is drawn, the others behind it.
+void print_samples(LoadedModel& loaded, data::Tokenizer& tokenizer, const std::string& text,
+                   const std::vector<int64_t>& prompt, const SamplingOptions& options,
+                   size_t count) {
+  std::vector<TextStream> streams(count, TextStream(tokenizer, prompt));
+  std::vector<std::string> waiting(count);
   const auto start = Clock::now();
   auto first_token = start;
-  int64_t count = 0;
-  generate(*loaded.model, prompt, options, [&](int64_t id) {
-    if (count++ == 0) first_token = Clock::now();
-    if (id != options.stop_token) show(stream.push(id));
+  int64_t tokens = 0;
+  show(text);
+  generate_batch(*loaded.model, std::vector(count, prompt), options, [&](size_t i, int64_t id) {
+    if (tokens++ == 0) first_token = Clock::now();
+    if (id == options.stop_token) return;
+    if (i == 0) {
+      show(streams[i].push(id));
+    } else {
+      waiting[i] += streams[i].push(id);
+    }
   });
   const auto end = Clock::now();
-  show(stream.finish() + "\n");
-  const auto rate = [](size_t tokens, Clock::duration time) {
-    return static_cast<double>(tokens) /
-           std::max(std::chrono::duration<double>(time).count(), 1e-9);
-  };
-  if (count > 0)
-    std::fprintf(stderr, "prompt: %zu tokens, %.1f tokens/s", prompt.size(),
-                 rate(prompt.size(), first_token - start));
-  if (count > 1)
-    std::fprintf(stderr, " | decode: %lld tokens, %.1f tokens/s", static_cast<long long>(count),
-                 rate(static_cast<size_t>(count - 1), end - first_token));
-  if (count > 0) std::fputc('\n', stderr);
+  show(streams[0].finish() + "\n");
+  for (size_t i = 1; i < count; ++i)
+    show(kBetweenSamples + text + waiting[i] + streams[i].finish() + "\n");
+  print_speed(prompt.size(), static_cast<int64_t>(count), tokens, first_token - start,
+              end - first_token);
 }
 
 int body(int argc, char** argv) {
@@ -138,11 +157,11 @@ int body(int argc, char** argv) {
   const auto tokenizer = data::make_tokenizer(loaded.tokenizer);
   SamplingOptions options = sampling_options(line, *tokenizer);
   const std::vector<int64_t> prompt = encode_prompt(text, *tokenizer, loaded.tokenizer);
-  for (int64_t i = 0; i < num_samples; ++i) {
-    if (i > 0) show("---------------\n");
-    if (!line.has("--no-echo")) show(text);
-    options.seed = static_cast<uint64_t>(seed + i);
-    print_sample(loaded, *tokenizer, prompt, options);
+  for (int64_t done = 0; done < num_samples; done += kSideBySide) {
+    if (done > 0) show(kBetweenSamples);
+    options.seed = static_cast<uint64_t>(seed + done);
+    print_samples(loaded, *tokenizer, line.has("--no-echo") ? "" : text, prompt, options,
+                  static_cast<size_t>(std::min(kSideBySide, num_samples - done)));
   }
   return 0;
 }

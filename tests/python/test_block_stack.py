@@ -82,6 +82,18 @@ def test_gradients_reach_what_stands_before_it():
     torch.testing.assert_close(difference / (2 * step), (gradient * direction).sum(), rtol=1e-6, atol=1e-6)
 
 
+def test_gradients_go_back_through_the_state():
+    stack = make_stack().double()
+    x = torch.randn(2, 12, 32, dtype=torch.double, requires_grad=True)
+    whole = stack(x)[0][:, 7:].sum()
+    _, state = stack(x[:, :7])
+    parted = stack(x[:, 7:], state)[0].sum()
+    expected, found = (torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (whole, parted))
+    torch.testing.assert_close(found, expected)
+    cut = [[tensor.detach() for tensor in block] for block in state]
+    assert not torch.autograd.grad(stack(x[:, 7:], cut)[0].sum(), x)[0][:, :7].any()
+
+
 def test_a_network_around_it_trains_and_is_kept():
     net = Regression()
     assert all(name in dict(net.named_parameters()) for name in ("lift.weight", "stack.blocks.1.slstm.bias"))
