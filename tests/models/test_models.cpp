@@ -467,8 +467,7 @@ TEST_CASE("inputs that do not fit are refused by name") {
   CHECK(message(ids[0], {}, {}).find("ids: expected (B,T) int64") == 0);
   CHECK(message(ids, ModelState(2), {}).find("state: expected one entry for each of 3 blocks") ==
         0);
-  CHECK(message(ids, {}, at::ones({2, 3}, at::kBool))
-            .find("reset: expected bool of the shape of ids") == 0);
+  CHECK(message(ids, {}, at::ones({2, 3}, at::kBool)).find("reset: expected (2,4) bool") == 0);
   CHECK(message(ids + kVocabulary, {}, {}).find("out of range") != std::string::npos);
 }
 
