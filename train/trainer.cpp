@@ -199,6 +199,8 @@ void Trainer::Impl::share_state(const NamedTensors& optimizer_state) {
   const int64_t* numbers = counters.const_data_ptr<int64_t>();
   state_.step = numbers[0], state_.tokens = numbers[1];
   state_.samples_consumed = numbers[2], state_.skipped_updates = numbers[3];
+  state_.data_fingerprint = group_->broadcast(state_.data_fingerprint);
+  data_.train->take_order_of(state_.data_fingerprint);
   if (state_.step > 0) optimizer_->load_state(optimizer_state);
 }
 
@@ -214,7 +216,7 @@ NamedTensors Trainer::Impl::load(const CheckpointFolder& checkpoint) {
                     "name it as train.init_from of a run with another run.name");
   }
   const std::string fingerprint = data_.train->fingerprint();
-  if (state->data_fingerprint != fingerprint) {
+  if (!data_.train->take_order_of(state->data_fingerprint)) {
     throw Error(ExitCode::kConfig, "data: the training data is not that of " + checkpoint.path +
                                        " (fingerprint " + state->data_fingerprint + ", now " +
                                        fingerprint +
@@ -223,6 +225,8 @@ NamedTensors Trainer::Impl::load(const CheckpointFolder& checkpoint) {
   }
   NamedTensors optimizer_state = checkpoint_optimizer(checkpoint);
   optimizer_->check_state(optimizer_state);
+  if (data_.train->fingerprint() != fingerprint)
+    log_info("the samples keep the order of the earlier version that this run began with");
   load_weights(*model_, checkpoint);
   state_ = *state;
   saver_->set_saved_step(state_.step);

@@ -192,29 +192,32 @@ def mix64(x):
     return x ^ (x >> 31)
 
 
-def permute(index, n, seed, epoch):
+def permute(index, n, seed, epoch, order):
     if n == 1:
         return 0
     half = ((n - 1).bit_length() + 1) // 2
     low = (1 << half) - 1
     key = mix64((mix64((seed + GAMMA) & MASK) + epoch) & MASK)
+    rounds, flip = (4, 0) if order == 1 else (12, mix64(key) & 1)
     value = index
     while True:
         left, right = value >> half, value & low
-        for turn in range(1, 5):
+        for turn in range(1, rounds + 1):
             left, right = right, left ^ (mix64((key + turn * GAMMA + right) & MASK) & low)
         value = left << half | right
+        if value < 2:
+            value ^= flip
         if value < n:
             return value
 
 
 def test_golden_permutations():
-    rows = re.findall(r"\{(\d+)u, (\d+)u, (\d+)u, (\d+)u, (\d+)u\}",
+    rows = re.findall(r"\{(\d+)u, (\d+)u, (\d+)u, (\d+)u, (\d+), (\d+)u\}",
                       (ROOT / "tests" / "data" / "permute_golden.inc").read_text())
-    assert len(rows) > 100
-    for index, n, seed, epoch, value in (map(int, row) for row in rows):
-        assert permute(index, n, seed, epoch) == value
-    assert sorted(permute(i, 1000, 7, 3) for i in range(1000)) == list(range(1000))
+    assert len(rows) > 200
+    for index, n, seed, epoch, order, value in (map(int, row) for row in rows):
+        assert permute(index, n, seed, epoch, order) == value
+    assert sorted(permute(i, 1000, 7, 3, 2) for i in range(1000)) == list(range(1000))
 
 
 def worker(*args, stdin=b""):
