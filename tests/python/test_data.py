@@ -57,6 +57,16 @@ def write_jsonl(path, texts):
     return path
 
 
+def test_closed_standard_streams_are_not_the_files_that_it_writes(tmp_path):
+    (tmp_path / "t.txt").write_text("words\n" * 1000)
+    run("prepare", tmp_path / "t.txt", "--output", tmp_path / "open")
+    for closed in ("2>&-", ">&- 2>&-", "<&- >&- 2>&-"):
+        command = ["sh", "-c", f'exec "$@" {closed}', "sh", XLSTM_DATA, "prepare", tmp_path / "t.txt", "--output"]
+        assert subprocess.run([*command, tmp_path / "t"]).returncode == 0
+        for suffix in (".bin", ".idx"):
+            assert (tmp_path / ("t" + suffix)).read_bytes() == (tmp_path / ("open" + suffix)).read_bytes()
+
+
 def test_bytes_round_trip_through_numpy(tmp_path):
     texts = ["plain", "Grüße €😀", "line\r\nend\x00nul", " " * 70000]
     run("prepare", write_jsonl(tmp_path / "t.jsonl", texts), "--output", tmp_path / "out")
