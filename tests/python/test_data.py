@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -263,6 +264,21 @@ def test_worker_protocol(tmp_path):
     assert second == (b"D", b"a </s>")
     assert third[0] == b"X" and b"unknown request" in third[1]
     assert fourth == (b"E", struct.pack("<Q", 1) + struct.pack("<i", 1))
+
+
+def test_worker_outlives_signals_to_its_group(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "t.json"))
+    with subprocess.Popen([sys.executable, ROOT / "libxlstm" / "tokenizer_worker.py", tmp_path / "t.json"],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.read(1) == b"H"
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                process.send_signal(number)
+            process.communicate(timeout=30)  # its input ends
+        finally:
+            process.kill()
+    assert process.returncode == 0
 
 
 def test_worker_errors(tmp_path):
