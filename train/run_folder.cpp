@@ -66,6 +66,9 @@ RunFolder::RunFolder(const config::RunConfig& run, bool fresh) : path_(run_path(
       lock_.release();
       create_and_lock();
     }
+    if (const fs::path ckpt = file("ckpt");
+        fs::exists(fs::symlink_status(ckpt)) && !fs::is_directory(ckpt))
+      refuse(path_, "its ckpt is a file, or a link to a folder that is not there");
     held_run_ = holds_run(path_);
     if (!held_run_ && holds_anything(path_)) {
       refuse(path_, "not empty, and not a run (no run.json): it is left alone");

@@ -18,7 +18,8 @@ class RunFolder {
  public:
   /// Creates the folder, proves that it can be written, and locks it. fresh: what it holds is moved
   /// aside to <name>.old-N first. Throws Error(kCheckpoint) when it cannot be written, when another
-  /// process trains there (with its pid), or when it holds files of something else than a run.
+  /// process trains there (with its pid), when its ckpt is no folder, or when it holds files of
+  /// something else than a run.
   RunFolder(const config::RunConfig& run, bool fresh);
 
   const std::string& path() const { return path_; }

@@ -5,6 +5,7 @@
 #include <ATen/ops/tensor.h>
 
 #include <csignal>
+#include <filesystem>
 #include <optional>
 #include <system_error>
 #include <vector>
@@ -31,6 +32,8 @@
 #include "train/training_data.h"
 
 namespace xlstm::train {
+
+namespace fs = std::filesystem;
 
 class Trainer::Impl {
  public:
@@ -174,6 +177,7 @@ void Trainer::Impl::resume_or_start() {
 /// Files of the run's course, cut to where it goes on. checkpoint: "" at a start.
 void Trainer::Impl::start_files(const std::string& checkpoint, const std::string& first_weights) {
   try {
+    fs::create_directory(folder_->file("ckpt"));
     write_run_header(*folder_, config_, options_.command, models::count_parameters(config_.model),
                      first_weights);
     truncate_jsonl(folder_->file("metrics.jsonl"), state_.step);
