@@ -56,7 +56,8 @@ void write_run_header(const RunFolder& folder, const config::Config& config,
 std::string recorded_first_weights(const RunFolder& folder);
 
 /// The checkpoint to go on from by config.run.resume, its hashes verified where ckpt.verify_on_load;
-/// nothing: start at step 0. "auto" falls back past bad checkpoints with a warning that names the bad file.
+/// nothing: start at step 0. "auto" falls back past bad checkpoints with a warning that names the bad file, and so does
+/// "step-N" where the last start had these very settings: this one repeats it, to go on with what that made.
 /// Throws Error(kCheckpoint) when every checkpoint is bad, the named one is missing or bad, or
 /// "never" meets a run.
 std::optional<CheckpointFolder> choose_checkpoint(const RunFolder& folder,

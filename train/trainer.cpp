@@ -358,7 +358,7 @@ ExitCode Trainer::Impl::stop(const char* signal) {
   recorder_->write_event("stop", state_.step, {{"signal", signal}});
   log_info(std::string("stopped by ") + signal + " at step " + std::to_string(state_.step) +
            " of " + std::to_string(total_steps_) +
-           ", everything is saved; to go on, run the same command again: " + options_.command);
+           ", everything is saved; to go on, run the same command again: " + options_.command_to_go_on);
   return ExitCode::kPreempted;
 }
 

@@ -20,7 +20,8 @@ namespace xlstm::train {
 struct TrainerOptions {
   bool fresh = false;                   ///< move an existing run aside first
   bool quiet = false;                   ///< no step lines
-  std::string command = "xlstm-train";  ///< recorded, and shown as the way to go on
+  std::string command = "xlstm-train";           ///< recorded
+  std::string command_to_go_on = "xlstm-train";  ///< shown where the run is stopped
 };
 
 class Trainer {
