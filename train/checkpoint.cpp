@@ -45,13 +45,13 @@ std::string to_hex(const at::Tensor& bytes) {
 }
 
 /// Room for tensors and all that goes with them.
-int64_t needed_bytes(const config::Config& config, const std::vector<const NamedTensors*>& files) {
+int64_t needed_bytes(const TokenizerFiles& tokenizer,
+                     const std::vector<const NamedTensors*>& files) {
   int64_t bytes = kTextBytes;
   for (const NamedTensors* tensors : files)
     for (const auto& entry : *tensors)
       bytes += static_cast<int64_t>(entry.second.nbytes()) + kBytesPerTensor;
-  for (const std::string& path : data::tokenizer_files(config.data.tokenizer))
-    bytes += static_cast<int64_t>(fs::file_size(path));
+  for (const auto& [name, content] : tokenizer) bytes += static_cast<int64_t>(content.size());
   return bytes;
 }
 
@@ -73,7 +73,7 @@ class Writer {
   Writer(fs::path folder, int64_t step) : folder_(std::move(folder)), step_(step) {
     uncommit(folder_);
     fs::remove_all(folder_);
-    fs::create_directories(folder_);
+    fs::create_directory(folder_);
     failpoint("ckpt.after_mkdir", step_);
     // "ckpt.write:N,ckpt.write_step:S" dies with exactly N bytes of step S written.
     if (const auto limit = failpoint_value("ckpt.write");
@@ -141,14 +141,10 @@ std::string read_bytes(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-/// A single tokenizer file is stored as tokenizer.json, whatever it was called, so that the folder is a tokenizer too.
-void add_common_files(Writer& writer, const config::Config& config) {
+void add_common_files(Writer& writer, const config::Config& config,
+                      const TokenizerFiles& tokenizer) {
   writer.add(kConfigName, config::print_config(config));
-  const std::string& tokenizer = config.data.tokenizer;
-  const bool single_file = fs::is_regular_file(tokenizer);
-  for (const std::string& path : data::tokenizer_files(tokenizer))
-    writer.add(single_file ? "tokenizer.json" : fs::path(path).filename().string(),
-               read_bytes(path));
+  for (const auto& [name, content] : tokenizer) writer.add(name, content);
 }
 
 std::string format_state(const TrainerState& state) {
@@ -226,20 +222,28 @@ NamedTensors named_model_tensors(const models::LanguageModel& model) {
   return tensors;
 }
 
+TokenizerFiles read_tokenizer(const std::string& spec) {
+  const bool single_file = fs::is_regular_file(spec);
+  TokenizerFiles files;
+  for (const std::string& path : data::tokenizer_files(spec))
+    files.emplace_back(single_file ? "tokenizer.json" : fs::path(path).filename().string(),
+                       read_bytes(path));
+  return files;
+}
+
 std::string save_checkpoint(const std::string& run_dir, const config::Config& config,
                             const models::LanguageModel& model, const NamedTensors& optimizer,
-                            const TrainerState& state) {
+                            const TrainerState& state, const TokenizerFiles& tokenizer) {
   char name[32];
   std::snprintf(name, sizeof name, "step-%08lld", static_cast<long long>(state.step));
   const fs::path parent = fs::path(run_dir) / "ckpt";
   const NamedTensors weights = named_model_tensors(model);
-  fs::create_directories(parent);
-  check_free_space(parent.string(), needed_bytes(config, {&weights, &optimizer}));
+  check_free_space(parent.string(), needed_bytes(tokenizer, {&weights, &optimizer}));
   Writer writer(parent / name, state.step);
   writer.add(kModelName, weights);
   writer.add(kOptimizerName, optimizer);
   writer.add(kTrainerName, format_state(state));
-  add_common_files(writer, config);
+  add_common_files(writer, config, tokenizer);
   writer.commit();
   return (parent / name).string();
 }
@@ -250,11 +254,12 @@ void save_model_folder(const std::string& folder, const config::Config& config,
   if (fs::exists(path) && !fs::is_empty(path) && !fs::exists(path / kManifestName))
     throw Error(ExitCode::kCheckpoint,
                 folder + ": exists and is not a model folder; choose another name");
+  const TokenizerFiles tokenizer = read_tokenizer(config.data.tokenizer);
   fs::create_directories(path.parent_path());
-  check_free_space(path.parent_path().string(), needed_bytes(config, {&model_tensors}));
+  check_free_space(path.parent_path().string(), needed_bytes(tokenizer, {&model_tensors}));
   Writer writer(path, 0);
   writer.add(kModelName, model_tensors);
-  add_common_files(writer, config);
+  add_common_files(writer, config, tokenizer);
   writer.commit();
 }
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "csrc/config/config.h"
@@ -30,12 +31,19 @@ struct TrainerState {
 /// Parameters and buffers by dotted name, in registration order.
 NamedTensors named_model_tensors(const models::LanguageModel& model);
 
-/// Writes a committed checkpoint and returns its folder. On any file-system error everything of it is removed and
-/// std::system_error is thrown; earlier checkpoints are untouched. `tokenizer` is copied in so that the folder stands
-/// alone. optimizer and state null: a model-only folder at exactly `folder`.
+/// A tokenizer's files as a checkpoint holds them, name and content. A single file is called tokenizer.json, whatever it
+/// was called, so that the folder is a tokenizer too.
+using TokenizerFiles = std::vector<std::pair<std::string, std::string>>;
+/// spec: as data::make_tokenizer takes it. Throws Error(kData), and std::system_error where a file cannot be read.
+TokenizerFiles read_tokenizer(const std::string& spec);
+
+/// Writes a committed checkpoint into <run_dir>/ckpt, which must be there, and returns its folder. On any file-system
+/// error everything of it is removed and std::system_error is thrown; earlier checkpoints are untouched. `tokenizer` goes
+/// in so that the folder stands alone.
 std::string save_checkpoint(const std::string& run_dir, const config::Config& config,
                             const models::LanguageModel& model, const NamedTensors& optimizer,
-                            const TrainerState& state);
+                            const TrainerState& state, const TokenizerFiles& tokenizer = {});
+/// The same of a model alone, at exactly `folder`, with the tokenizer that the settings name.
 void save_model_folder(const std::string& folder, const config::Config& config,
                        const NamedTensors& model_tensors);
 

@@ -1,10 +1,13 @@
 #include "train/command_line.h"
 
 #include <c10/util/Exception.h>
+#include <fcntl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <new>
 #include <sstream>
@@ -104,6 +107,13 @@ int report_no_memory(const char* program, const std::exception& error) {
                 ExitCode::kMemory);
 }
 
+/// A program may be started with standard streams closed: files that it opens would then get their numbers, and what is
+/// printed would end up in them.
+void open_standard_streams() {
+  for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
+    if (::fcntl(fd, F_GETFD) == -1 && ::open("/dev/null", O_RDWR) != fd) std::_Exit(1);
+}
+
 bool is_file_error(const std::error_code& code) {
   for (const std::errc each :
        {std::errc::no_space_on_device, std::errc::read_only_file_system,
@@ -194,6 +204,7 @@ std::string format_options(const std::vector<OptionSpec>& options) {
 }
 
 int run_main(const char* program, const std::function<int()>& body) {
+  open_standard_streams();
   std::signal(SIGPIPE, SIG_IGN);
   try {
     return body();

@@ -43,7 +43,8 @@ std::string format_options(const std::vector<OptionSpec>& options);
 /// Runs a program's body and turns what it throws into one line `program: error: ...` on standard
 /// error and the exit status: Error -> its code, no memory -> 7 with advice, a failed file
 /// operation -> 4, c10::ValueError (a value that a model refuses) -> 2, other -> 1; of c10::Error
-/// the first line. SIGPIPE is ignored: a closed pipe is an error of the write.
+/// the first line. SIGPIPE is ignored: a closed pipe is an error of the write. Standard streams that
+/// are closed are /dev/null from here on, so call it before a file is opened.
 int run_main(const char* program, const std::function<int()>& body);
 
 /// Whether there was not enough memory, of the machine or of a GPU.

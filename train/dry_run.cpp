@@ -15,6 +15,7 @@
 #include "train/log.h"
 #include "train/metrics.h"
 #include "train/run_folder.h"
+#include "train/samples.h"
 #include "train/schedule.h"
 #include "train/step_timer.h"
 #include "train/train_step.h"
@@ -204,6 +205,7 @@ void dry_run(const config::Config& given, bool fresh) {
   }
   const TrainingData data = open_training_data(config);
   print_data(config, data);
+  const SampleWriter checks_prompts(config, "");
   if (weights) check_first_tokenizer(*weights, config);
   if (available >= 0 && memory.known() > available) {
     print_line("one step    not run: it would need more memory than there is");

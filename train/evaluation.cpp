@@ -108,7 +108,8 @@ void sum_over_processes(ProcessGroup& processes, Score& total, EvaluationResult&
 
 EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
                           int64_t batch_size, int64_t max_batches, bool bfloat16,
-                          bool show_progress, const TokenGroups* groups, ProcessGroup* processes) {
+                          bool show_progress, const TokenGroups* groups, ProcessGroup* processes,
+                          const std::function<void()>& after_batch) {
   if (batch_size < 1)
     throw Error(ExitCode::kConfig,
                 "evaluation needs a batch size >= 1, got " + std::to_string(batch_size));
@@ -130,7 +131,8 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
   }
   Score total;
   const ProcessPlace place = processes != nullptr ? processes->place() : ProcessPlace();
-  for (int64_t first = place.rank * batch_size; first < windows; first += place.size * batch_size) {
+  for (int64_t begin = 0; begin < windows; begin += place.size * batch_size) {
+    const int64_t first = std::min(begin + place.rank * batch_size, windows);
     data::Batch batch = data.batch(first, std::min(batch_size, windows - first));
     if (batch.num_targets > 0) {
       const Score part = score(model, batch, device, chance.has_value(), groups, result.groups);
@@ -140,6 +142,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
     }
     result.tokens += batch.num_targets;
     if (progress) progress->update(std::min(first + batch_size, windows));
+    after_batch();
   }
   if (progress) progress->finish();
   if (processes != nullptr && !place.alone()) sum_over_processes(*processes, total, result);

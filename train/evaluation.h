@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -35,11 +36,13 @@ struct EvaluationResult {
 
 /// Token-weighted mean over a fixed set, without gradients. max_batches 0: the whole set. The model's training mode is
 /// put back afterwards. show_progress: a bar on standard error. groups: targets by their token, of a set of texts.
-/// processes: each judges a share of the batches, and all know the result.
-EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
-                          int64_t batch_size, int64_t max_batches = 0, bool bfloat16 = false,
-                          bool show_progress = false, const TokenGroups* groups = nullptr,
-                          ProcessGroup* processes = nullptr);
+/// processes: each judges a share of the batches, and all know the result. after_batch: called as often by each of them;
+/// what it throws ends the evaluation.
+EvaluationResult evaluate(
+    models::LanguageModel& model, const data::HeldOutSet& data, int64_t batch_size,
+    int64_t max_batches = 0, bool bfloat16 = false, bool show_progress = false,
+    const TokenGroups* groups = nullptr, ProcessGroup* processes = nullptr,
+    const std::function<void()>& after_batch = [] {});
 
 struct JudgedSet {
   std::string name;

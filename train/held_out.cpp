@@ -1,6 +1,9 @@
 #include "train/held_out.h"
 
+#include <nlohmann/json.hpp>
+
 namespace xlstm::train {
+
 std::string held_out_line(const EvaluationResult& result) {
   std::string line = "held-out loss " + format_number("%.4f", result.loss);
   line += result.last_error.has_value() ? " (squared error) | at the last position " +
@@ -27,6 +30,27 @@ Metrics held_out_metrics(const EvaluationResult& result) {
     metrics.emplace_back("val/scaled_accuracy", *result.scaled_accuracy);
   }
   return metrics;
+}
+
+std::optional<EvaluationResult> recorded_held_out(const std::string& path, int64_t step) {
+  std::optional<EvaluationResult> result;
+  for (const nlohmann::json& line : lines_of_step(path, step)) {
+    const auto number = [&](const char* key) {
+      const auto found = line.find(key);
+      return found != line.end() && found->is_number() ? std::optional(found->get<double>())
+                                                       : std::nullopt;
+    };
+    const std::optional<double> loss = number("val/loss");
+    if (!loss) continue;
+    result.emplace();
+    result->loss = *loss;
+    result->perplexity = number("val/ppl").value_or(0);
+    result->bits_per_byte = number("val/bits_per_byte").value_or(0);
+    result->accuracy = number("val/accuracy");
+    result->scaled_accuracy = number("val/scaled_accuracy");
+    result->last_error = number("val/last_error");
+  }
+  return result;
 }
 
 std::string held_out_result(const EvaluationResult& result) {

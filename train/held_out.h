@@ -1,5 +1,7 @@
 #pragma once
 // How a run tells what an evaluation of its held-out data found.
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include "train/evaluation.h"
@@ -11,6 +13,8 @@ namespace xlstm::train {
 std::string held_out_line(const EvaluationResult& result);
 /// The same as val/... metrics.
 Metrics held_out_metrics(const EvaluationResult& result);
+/// What a file of metrics tells of the evaluation at this step, all but its number of tokens; nothing where there was none.
+std::optional<EvaluationResult> recorded_held_out(const std::string& path, int64_t step);
 /// The run's last line: "held-out bits per byte: 1.78", or its perplexity, accuracy or squared error.
 std::string held_out_result(const EvaluationResult& result);
 

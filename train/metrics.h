@@ -15,6 +15,7 @@
 //   ckpt/save_s, ckpt/failed (failed saves so far)
 #include <cstdint>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <utility>
 #include <vector>
@@ -49,6 +50,9 @@ class JsonlWriter {
 /// Keeps the lines of a JSONL file whose "step" is at most `step`; the others, and a torn last
 /// line, are appended to <path>.bak. Returns how many lines went there. No file: 0.
 int64_t truncate_jsonl(const std::string& path, int64_t step);
+
+/// The lines of a JSONL file that are of this step. No file: none.
+std::vector<nlohmann::json> lines_of_step(const std::string& path, int64_t step);
 
 /// The last finite value of `key` in a JSONL file; NaN where there is none.
 double last_value(const std::string& path, const std::string& key);

@@ -121,6 +121,17 @@ int64_t truncate_jsonl(const std::string& path, int64_t step) {
   return count;
 }
 
+std::vector<nlohmann::json> lines_of_step(const std::string& path, int64_t step) {
+  std::vector<nlohmann::json> lines;
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    if (json.is_object() && json.value("step", nlohmann::json()) == step)
+      lines.push_back(std::move(json));
+  }
+  return lines;
+}
+
 double last_value(const std::string& path, const std::string& key) {
   double value = std::numeric_limits<double>::quiet_NaN();
   std::ifstream file(path);

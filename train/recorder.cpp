@@ -17,7 +17,7 @@ void Recorder::open_files(const RunFolder& folder, int64_t step, const std::stri
   jsonl_.emplace(folder.file("metrics.jsonl"));
   write_event(resumed ? "resume" : "start", step,
               {{"checkpoint", checkpoint}, {"first_weights", first_weights}, {"command", command}});
-  if (config_.log.tensorboard && step < total_steps_)
+  if (config_.log.tensorboard)
     tensorboard_.emplace(folder.file("tensorboard"), resumed ? step + 1 : 0);
 }
 

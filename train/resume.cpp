@@ -6,6 +6,7 @@
 
 #include "csrc/config/schema.h"
 #include "csrc/core/error.h"
+#include "csrc/core/file.h"
 #include "train/checkpoint.h"
 #include "train/log.h"
 #include "train/run_folder.h"
@@ -59,6 +60,12 @@ std::optional<Difference> first_difference(config::Config a, config::Config b,  
   return std::nullopt;
 }
 
+/// Whether the last start had all the settings of this one, which it wrote down.
+bool repeats_last_start(const std::string& folder, const config::Config& config) {
+  const std::string recorded = folder + "/config.yaml";
+  return fs::exists(recorded) && read_file(recorded) == config::print_config(config);
+}
+
 }  // namespace
 
 int64_t checkpoint_step(const std::string& folder) {
@@ -79,9 +86,14 @@ std::optional<CheckpointFolder> choose_checkpoint(const config::Config& config, 
                     "over with --fresh, which keeps the old folder beside it");
   }
   const std::vector<std::string> checkpoints = list_checkpoints(folder);
-  if (resume != "auto")
-    return choose_named(folder, checkpoints, resume, config.ckpt.verify_on_load);
-  if (checkpoints.empty()) return std::nullopt;
+  if (checkpoints.empty() && resume == "auto") return std::nullopt;
+  if (resume != "auto") {
+    const bool is_newest =
+        checkpoints.empty() || checkpoint_step(checkpoints.back()) <= checkpoint_step(resume);
+    if (is_newest || !repeats_last_start(folder, config))
+      return choose_named(folder, checkpoints, resume, config.ckpt.verify_on_load);
+    log_info("the last start was this one, from " + resume + ": going on where it stopped");
+  }
   return choose_newest_good(folder, config.ckpt.verify_on_load);
 }
 

@@ -68,6 +68,9 @@ RunFolder::RunFolder(const config::RunConfig& run, bool fresh) : path_(run_path(
   try {
     create_and_lock();
     held_run_ = !fresh && holds_run(path_);
+    if (const fs::path ckpt = file("ckpt");
+        !fresh && fs::exists(fs::symlink_status(ckpt)) && !fs::is_directory(ckpt))
+      refuse(path_, "its ckpt is a file, or a link to a folder that is not there");
     probe();
   } catch (const std::system_error& error) {  // fs::filesystem_error included
     refuse(path_, "cannot be written: " + error.code().message());

@@ -19,7 +19,7 @@ class RunFolder {
  public:
   /// Creates the folder, proves that it can be written, and locks it. fresh: start_over() follows, once everything else
   /// that can fail has not. Throws Error(kCheckpoint) when it cannot be written, when another process trains there (with
-  /// its pid), or when it holds files of something else than a run and is not to be moved.
+  /// its pid), when its ckpt is no folder, or when it holds files of something else than a run and is not to be moved.
   RunFolder(const config::RunConfig& run, bool fresh);
   /// Moves what the folder holds, if anything, aside to <name>.old-N, which is returned, and owns an empty one.
   std::string start_over();
@@ -61,8 +61,9 @@ bool holds_run(const std::string& path);
 
 /// The checkpoint to go on from by config.run.resume, its hashes verified where ckpt.verify_on_load;
 /// nothing: start at step 0. held_run: what the run's folder held before this start. "auto" falls back past bad
-/// checkpoints with a warning that names the bad file. Throws Error(kCheckpoint) when every checkpoint is bad, the named
-/// one is missing or bad, or "never" meets a run.
+/// checkpoints with a warning that names the bad file, and so does "step-N" where the last start had these very settings:
+/// this one repeats it, to go on with what that made. Throws Error(kCheckpoint) when every checkpoint is bad, the named one
+/// is missing or bad, or "never" meets a run.
 std::optional<CheckpointFolder> choose_checkpoint(const config::Config& config, bool held_run);
 
 /// Step of a checkpoint folder named "step-00001000"; -1 for other names.

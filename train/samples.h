@@ -1,11 +1,13 @@
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "csrc/config/config.h"
 #include "csrc/data/tokenizer.h"
 #include "csrc/models/language_model.h"
+#include "train/generation.h"
 #include "train/metrics.h"
 
 namespace xlstm::train {
@@ -14,15 +16,27 @@ namespace xlstm::train {
 /// <run>/samples.jsonl.
 class SampleWriter {
  public:
-  /// Does nothing without sample.prompts. Throws Error(kConfig) for a prompt without a token.
-  SampleWriter(const config::Config& config, const std::string& path);
+  /// Does nothing without sample.prompts. Throws Error(kConfig) for a prompt without a token or with one that the model
+  /// does not know. `path` is touched by the first sample.
+  SampleWriter(const config::Config& config, std::string path);
+
+  /// Whether the file lacks samples of this step.
+  bool lacks(int64_t step) const { return !missing(step).empty(); }
+  /// Writes those. A sample that fails costs a warning, never the run; where a signal asks to stop, what is left stays
+  /// missing.
   void write(models::LanguageModel& model, int64_t step);
 
  private:
+  std::vector<size_t> missing(int64_t step) const;
+  void write_one(models::LanguageModel& model, int64_t step, size_t index);
+  SamplingOptions sampling_options(size_t index) const;
+
   const config::Config& config_;
+  std::string path_;
   std::unique_ptr<data::Tokenizer> tokenizer_;
   std::unique_ptr<JsonlWriter> file_;
   std::vector<std::vector<int64_t>> prompts_;
+  bool failed_ = false;
 };
 
 /// Bytes that are not UTF-8 become U+FFFD.

@@ -29,6 +29,7 @@ Saver::Saver(const config::Config& config, std::string run_dir, const models::La
              const AdamW& optimizer, at::Device device, ProcessGroup& group, Recorder& recorder)
     : config_(config),
       run_dir_(std::move(run_dir)),
+      tokenizer_(run_dir_.empty() ? TokenizerFiles() : read_tokenizer(config.data.tokenizer)),
       model_(model),
       optimizer_(optimizer),
       device_(device),
@@ -91,7 +92,8 @@ void Saver::write(TrainerState state, const NamedTensors& optimizer, bool last) 
   double seconds = 0;
   store_random_streams(device_, state);
   try {
-    const std::string folder = save_checkpoint(run_dir_, config_, model_, optimizer, state);
+    const std::string folder =
+        save_checkpoint(run_dir_, config_, model_, optimizer, state, tokenizer_);
     saved_step_ = state.step;
     failed_saves_in_a_row_ = 0;
     seconds = monotonic_seconds() - start;
@@ -108,16 +110,20 @@ void Saver::write(TrainerState state, const NamedTensors& optimizer, bool last) 
 void Saver::survive(int64_t step, const std::string& problem, bool last) {
   ++failed_saves_;
   ++failed_saves_in_a_row_;
-  const std::string what = "checkpoint of step " + std::to_string(step) + " not saved: " + problem +
-                           " (about " + format_mib(checkpoint_bytes()) + " needed, " +
-                           format_mib(free_disk_bytes(run_dir_)) + " free)";
+  const int64_t free_bytes = free_disk_bytes(run_dir_);
+  const std::string room = free_bytes < 0 ? "is the run's folder still there?"
+                                          : "about " + format_mib(checkpoint_bytes()) +
+                                                " needed, " + format_mib(free_bytes) + " free";
+  const std::string what =
+      "checkpoint of step " + std::to_string(step) + " not saved: " + problem + " (" + room + ")";
   recorder_.write_metrics(step, {{"ckpt/failed", static_cast<double>(failed_saves_)}});
   if (last || failed_saves_in_a_row_ >= config_.ckpt.max_failed_saves) {
     throw Error(ExitCode::kCheckpoint,
                 what +
                     (last ? "; the run ends without it"
                           : ", " + std::to_string(failed_saves_in_a_row_) + " times in a row") +
-                    "; free the disk and run the same command again");
+                    "; " + (free_bytes < 0 ? "put it back" : "free the disk") +
+                    " and run the same command again");
   }
   log_warning(what + "; training goes on, the last good checkpoint is " +
               (saved_step_ >= 0 ? "that of step " + std::to_string(saved_step_) : "none yet"));

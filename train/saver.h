@@ -20,7 +20,8 @@ namespace xlstm::train {
 /// of the run's last step must succeed. What it refers to must outlive it.
 class Saver {
  public:
-  /// run_dir: of the process that leads, which alone writes; "" in the others.
+  /// run_dir: of the process that leads, which alone writes; "" in the others. The tokenizer's files are read here: what
+  /// becomes of them later does not reach the checkpoints.
   Saver(const config::Config& config, std::string run_dir, const models::LanguageModel& model,
         const AdamW& optimizer, at::Device device, ProcessGroup& group, Recorder& recorder);
 
@@ -44,6 +45,7 @@ class Saver {
 
   const config::Config& config_;
   std::string run_dir_;
+  TokenizerFiles tokenizer_;
   const models::LanguageModel& model_;
   const AdamW& optimizer_;
   at::Device device_;

@@ -40,6 +40,10 @@ const char* stop_requested() {
   }
 }
 
+void throw_if_stop_requested() {
+  if (const char* signal = stop_requested()) throw Stopped{signal};
+}
+
 void clear_stop_request() { requested = 0; }
 
 }  // namespace xlstm::train

@@ -8,6 +8,12 @@ namespace xlstm::train {
 void install_signal_handlers();
 /// Name of the signal that asked to stop, null where none has.
 const char* stop_requested();
+/// Thrown where work ends because a signal has asked for it.
+struct Stopped {
+  const char* signal;
+};
+/// Throws Stopped where a signal has asked to stop.
+void throw_if_stop_requested();
 /// Forgets an earlier request (tests run several trainers in one process).
 void clear_stop_request();
 

@@ -32,7 +32,8 @@ const std::vector<train::OptionSpec> kOptions = {
     {"--print-config", "", "every setting with its value, as YAML that loads again"},
     {"--fresh", "", "start over; an existing run is moved to NAME.old-N"},
     {"--resume", "step-N",
-     "go on from this checkpoint (also: auto, never); the same as run.resume=step-N"},
+     "go on from this checkpoint; the same command again goes on from where that stopped (also: "
+     "auto, never); the same as run.resume=step-N"},
     {"--quiet", "", "warnings and the result alone"},
     {"--debug", "", "more messages, and errors in full"},
     {"--help", "", "this text, with every setting"},
@@ -50,19 +51,33 @@ void print_help() {
       train::format_options(kOptions).c_str(), xlstm::config::config_help().c_str());
 }
 
-std::string shell_command(int argc, char** argv) {
+std::string shell_command(const std::vector<std::string>& arguments) {
   std::string command = train::place_from_environment().alone() ? "" : "torchrun ... --no-python ";
-  for (int i = 0; i < argc; ++i) {
-    const std::string argument = argv[i];
-    // --fresh would throw away what the repeated command is to go on with.
-    if (argument == "--fresh") continue;
+  for (const std::string& argument : arguments) {
     const bool plain = !argument.empty() &&
                        argument.find_first_of(" \t\n'\"\\$&;|<>()*?[]{}#~`!") == std::string::npos;
     std::string quoted = "'";
     for (const char c : argument) quoted += c == '\'' ? "'\\''" : std::string(1, c);
-    command += (i > 0 ? " " : "") + (plain ? argument : quoted + "'");
+    command += (&argument != &arguments.front() ? " " : "") + (plain ? argument : quoted + "'");
   }
   return command;
+}
+
+/// The command line without what would throw away, or refuse, the run that it is to go on with.
+std::vector<std::string> arguments_to_go_on(const std::vector<std::string>& arguments,
+                                            const std::string& resume) {
+  std::vector<std::string> kept;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const std::string& argument = arguments[i];
+    if (argument == "--resume") {
+      ++i;  // its value
+    } else if (argument != "--fresh" && !argument.starts_with("--resume=") &&
+               !argument.starts_with("run.resume=")) {
+      kept.push_back(argument);
+    }
+  }
+  if (resume != "auto") kept.push_back("--resume=auto");  // the file may say otherwise
+  return kept;
 }
 
 Error memory_error(const xlstm::config::Config& config) {
@@ -133,7 +148,10 @@ int run(int argc, char** argv) {
                                : line.has("--debug") ? train::Verbosity::kDebug
                                                      : train::Verbosity::kNormal);
   if (config.run.num_threads > 0) at::set_num_threads(static_cast<int>(config.run.num_threads));
-  const train::TrainerOptions options{line.has("--fresh"), quiet, shell_command(argc, argv)};
+  const std::vector<std::string> arguments(argv, argv + argc);
+  const train::TrainerOptions options{
+      line.has("--fresh"), quiet, shell_command(arguments),
+      shell_command(arguments_to_go_on(arguments, config.run.resume))};
   try {
     return train_or_report_memory(config, options, line.has("--dry-run"));
   } catch (const std::exception& error) {

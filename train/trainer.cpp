@@ -4,7 +4,10 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/tensor.h>
 
+#include <algorithm>
 #include <csignal>
+#include <filesystem>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <system_error>
 #include <vector>
@@ -32,6 +35,8 @@
 
 namespace xlstm::train {
 
+namespace fs = std::filesystem;
+
 class Trainer::Impl {
  public:
   Impl(const config::Config& config, const TrainerOptions& options)
@@ -44,24 +49,29 @@ class Trainer::Impl {
   void open_run_folder();
   void start_over();
   void open_data();
+  void open_own_data();
   void resume_or_start();
   NamedTensors load(const CheckpointFolder& checkpoint);
   void start_files(const std::string& checkpoint, const std::string& first_weights);
+  bool is_complete() const;
   void share_state(const NamedTensors& optimizer_state);
   void announce() const;
-  ExitCode train();
+  void train();
   void one_step(Prefetcher& prefetcher);
   void settle();
   void handle_non_finite(const StepResult& result);
+  void save(bool last);
+  void report();
   void evaluate_now();
   void write_samples();
-  void save(bool last);
-  const char* stop_agreed();
+  void stop_if_asked();
   ExitCode stop(const char* signal);
   ExitCode finish();
   void print_result() const;
   bool leads() const { return group_->place().leads(); }
-  bool due(int64_t every) const { return every > 0 && state_.step % every == 0; }
+  bool due(int64_t every) const {
+    return finished() || (every > 0 && state_.step > 0 && state_.step % every == 0);
+  }
   bool finished() const { return state_.step >= total_steps_; }
 
   config::Config config_;
@@ -89,17 +99,16 @@ Trainer::~Trainer() { close_log_file(); }
 ExitCode Trainer::run() { return impl_->run(); }
 
 ExitCode Trainer::Impl::run() {
-  open();
-  resume_or_start();
-  announce();
-  if (finished()) {
-    log_info("this run is finished: step " + std::to_string(state_.step) + " of " +
-             std::to_string(total_steps_) +
-             "; train on with a larger train.max_steps, or start over with --fresh");
-    evaluate_now();
-    return finish();
+  try {
+    open();
+    resume_or_start();
+    announce();
+    report();  // what an earlier process did not come to
+    train();
+  } catch (const Stopped& stopped) {
+    return stop(stopped.signal);
   }
-  return train();
+  return finish();
 }
 
 /// Everything that can fail for outer reasons comes before the first step.
@@ -119,6 +128,7 @@ void Trainer::Impl::open() {
   agree_on_settings();
   if (leads()) open_run_folder();
   open_data();
+  if (leads()) samples_.emplace(config_, folder_->file("samples.jsonl"));
 
   seed_random_streams(device_, static_cast<uint64_t>(config_.run.seed));
   model_ = models::make_language_model(config_.model, device_);
@@ -163,15 +173,23 @@ void Trainer::Impl::start_over() {
 
 /// Process 0 prepares data.text; the others then find it in the cache.
 void Trainer::Impl::open_data() {
-  if (!leads()) group_->barrier();
-  data_ = open_training_data(config_);
-  if (leads()) group_->barrier();
+  if (leads()) open_own_data();
+  stop_if_asked();
+  if (!leads()) open_own_data();
+  stop_if_asked();
   const std::string own = data_.train->fingerprint();
   if (group_->any(own != group_->broadcast(own)))
     throw Error(ExitCode::kData,
                 "the processes of this run do not read the same training data (this one has " +
                     data_.train->fingerprint() +
                     "); give all of them the same files and data settings");
+}
+
+void Trainer::Impl::open_own_data() {
+  try {
+    data_ = open_training_data(config_, throw_if_stop_requested);
+  } catch (const Stopped&) {  // all processes stop together: stop_if_asked() is next
+  }
 }
 
 void Trainer::Impl::resume_or_start() {
@@ -199,32 +217,51 @@ void Trainer::Impl::resume_or_start() {
 
 /// Files of the run's course, cut to where it goes on. checkpoint: "" at a start.
 void Trainer::Impl::start_files(const std::string& checkpoint, const std::string& first_weights) {
+  const std::string metrics = folder_->file("metrics.jsonl");
   try {
+    fs::create_directory(folder_->file("ckpt"));
+    truncate_jsonl(metrics, state_.step);
+    truncate_jsonl(folder_->file("samples.jsonl"), state_.step);
+    if (const auto recorded = recorded_held_out(metrics, state_.step); recorded && data_.held_out) {
+      evaluation_ = *recorded;
+      evaluated_step_ = state_.step;
+    }
+    if (is_complete()) return;
     write_run_header(*folder_, config_, options_.command, models::count_parameters(config_.model),
                      first_weights);
-    truncate_jsonl(folder_->file("metrics.jsonl"), state_.step);
-    truncate_jsonl(folder_->file("samples.jsonl"), state_.step);
   } catch (const std::system_error& error) {
     throw Error(ExitCode::kCheckpoint,
                 "run folder " + folder_->path() + ": cannot be written: " + error.what());
   }
   recorder_->open_files(*folder_, state_.step, checkpoint, first_weights, options_.command);
-  samples_.emplace(config_, folder_->file("samples.jsonl"));
 }
 
-/// Weights, optimizer and counters of process 0, which alone reads checkpoints, for all. optimizer_state: of a checkpoint,
+/// Whether the files of a finished run tell all that it has to tell: then they are left as they are.
+bool Trainer::Impl::is_complete() const {
+  if (!finished() || samples_->lacks(state_.step)) return false;
+  if (data_.held_out != nullptr && evaluated_step_ != state_.step) return false;
+  const auto lines = lines_of_step(folder_->file("metrics.jsonl"), state_.step);
+  return std::any_of(lines.begin(), lines.end(),
+                     [](const auto& line) { return line.value("event", "") == "end"; });
+}
+
+/// Weights, optimizer and counters of process 0, which alone reads the run's files, for all. optimizer_state: of a checkpoint,
 /// in process 0.
 void Trainer::Impl::share_state(const NamedTensors& optimizer_state) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> tensors;
   for (const auto& [name, tensor] : named_model_tensors(*model_)) tensors.push_back(tensor);
-  const at::Tensor counters = at::tensor(
-      {state_.step, state_.tokens, state_.samples_consumed, state_.skipped_updates}, at::kLong);
+  const at::Tensor counters = at::tensor({state_.step, state_.tokens, state_.samples_consumed,
+                                          state_.skipped_updates, evaluated_step_},
+                                         at::kLong);
   tensors.push_back(counters);
   group_->broadcast(tensors);
   const int64_t* numbers = counters.const_data_ptr<int64_t>();
   state_.step = numbers[0], state_.tokens = numbers[1];
   state_.samples_consumed = numbers[2], state_.skipped_updates = numbers[3];
+  evaluated_step_ = numbers[4];
+  state_.data_fingerprint = group_->broadcast(state_.data_fingerprint);
+  data_.train->take_order_of(state_.data_fingerprint);
   if (state_.step > 0) optimizer_->load_state(optimizer_state);
 }
 
@@ -240,7 +277,7 @@ NamedTensors Trainer::Impl::load(const CheckpointFolder& checkpoint) {
                     "name it as train.init_from of a run with another run.name");
   }
   const std::string fingerprint = data_.train->fingerprint();
-  if (state->data_fingerprint != fingerprint) {
+  if (!data_.train->take_order_of(state->data_fingerprint)) {
     throw Error(ExitCode::kConfig, "data: the training data is not that of " + checkpoint.path +
                                        " (fingerprint " + state->data_fingerprint + ", now " +
                                        fingerprint +
@@ -249,6 +286,8 @@ NamedTensors Trainer::Impl::load(const CheckpointFolder& checkpoint) {
   }
   NamedTensors optimizer_state = checkpoint_optimizer(checkpoint);
   optimizer_->check_state(optimizer_state);
+  if (data_.train->fingerprint() != fingerprint)
+    log_info("the samples keep the order of the earlier version that this run began with");
   load_weights(*model_, checkpoint);
   state_ = *state;
   saver_->set_saved_step(state_.step);
@@ -275,27 +314,27 @@ void Trainer::Impl::announce() const {
   log_info("data " + describe_data(config_, data_, total_steps_) + " | " +
            std::to_string(total_steps_) + " steps of " +
            format_thousands(tokens_per_step(config_)) + " tokens");
+  if (finished())
+    log_info("this run is finished: step " + std::to_string(state_.step) + " of " +
+             std::to_string(total_steps_) +
+             "; train on with a larger train.max_steps, or start over with --fresh");
 }
 
-ExitCode Trainer::Impl::train() {
+void Trainer::Impl::train() {
+  if (finished()) return;
   const ProcessPlace& place = group_->place();
   const int64_t global = config_.train.global_batch_size, share = global / place.size;
   train_step_.emplace(*model_, *optimizer_, config_, &*group_);
   Prefetcher prefetcher(*data_.train, state_.samples_consumed + place.rank * share, share,
                         !device_.is_cpu(), global);
   while (!finished()) {
-    one_step(prefetcher);                                           // 1 to 7
-    if (due(config_.eval.every) && !finished()) evaluate_now();     // 8
-    if (due(config_.sample.every) && !finished()) write_samples();  // 9
-    if (due(config_.ckpt.every) && !finished()) save(false);        // 10
+    one_step(prefetcher);                           // 1 to 7
+    if (due(config_.ckpt.every)) save(finished());  // 8: nothing that comes now can lose it
     failpoint("trainer.step_end", state_.step);
     if (failpoint_at("trainer.raise_sigterm", state_.step)) std::raise(SIGTERM);
-    if (const char* signal = stop_agreed()) return stop(signal);  // 11
+    stop_if_asked();  // 9
+    report();         // 10, 11
   }
-  save(true);  // before the final evaluation: nothing that comes now can lose the run
-  evaluate_now();
-  write_samples();
-  return finish();
 }
 
 void Trainer::Impl::one_step(Prefetcher& prefetcher) {
@@ -339,6 +378,12 @@ void Trainer::Impl::handle_non_finite(const StepResult& result) {
               " so far)");
 }
 
+/// What is due at this step and not in the run's files yet.
+void Trainer::Impl::report() {
+  if (due(config_.eval.every) && evaluated_step_ != state_.step) evaluate_now();
+  if (due(config_.sample.every)) write_samples();
+}
+
 void Trainer::Impl::evaluate_now() {
   settle();
   if (data_.held_out == nullptr) return;
@@ -346,7 +391,8 @@ void Trainer::Impl::evaluate_now() {
   const bool progress = recorder_->console().has_bar();
   if (progress) recorder_->console().finish();
   evaluation_ = evaluate(*model_, *data_.held_out, batch, config_.eval.batches,
-                         config_.train.dtype == "bfloat16", progress, nullptr, &*group_);
+                         config_.train.dtype == "bfloat16", progress, nullptr, &*group_,
+                         [this] { stop_if_asked(); });
   evaluated_step_ = state_.step;
   log_info("step " + std::to_string(state_.step) + " | " + held_out_line(evaluation_));
   recorder_->write_metrics(state_.step, held_out_metrics(evaluation_));
@@ -355,6 +401,7 @@ void Trainer::Impl::evaluate_now() {
 void Trainer::Impl::write_samples() {
   settle();
   if (samples_) samples_->write(*model_, state_.step);
+  stop_if_asked();
 }
 
 /// last: nothing comes after this step.
@@ -363,20 +410,24 @@ void Trainer::Impl::save(bool last) {
   saver_->save(state_, last);
 }
 
-/// The signal that asked this process or another one to stop; null where none has. All stop after the same step.
-const char* Trainer::Impl::stop_agreed() {
+/// Throws Stopped where a signal has asked this process or another one to stop: all stop at the same place.
+void Trainer::Impl::stop_if_asked() {
   const char* signal = stop_requested();
-  if (!group_->any(signal != nullptr)) return nullptr;
-  return signal != nullptr ? signal : "a signal to another process";
+  if (group_->any(signal != nullptr))
+    throw Stopped{signal != nullptr ? signal : "a signal to another process"};
 }
 
 ExitCode Trainer::Impl::stop(const char* signal) {
-  recorder_->console().finish();
-  save(true);
-  recorder_->write_event("stop", state_.step, {{"signal", signal}});
-  log_info(std::string("stopped by ") + signal + " at step " + std::to_string(state_.step) +
-           " of " + std::to_string(total_steps_) +
-           ", everything is saved; to go on, run the same command again: " + options_.command);
+  std::string where = " before training began, nothing was to be saved";
+  if (saver_) {  // else data was being prepared
+    recorder_->console().finish();
+    save(true);
+    recorder_->write_event("stop", state_.step, {{"signal", signal}});
+    where = " at step " + std::to_string(state_.step) + " of " + std::to_string(total_steps_) +
+            ", everything is saved";
+  }
+  log_info(std::string("stopped by ") + signal + where +
+           "; to go on, run the same command again: " + options_.command_to_go_on);
   return ExitCode::kPreempted;
 }
 

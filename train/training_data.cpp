@@ -104,7 +104,7 @@ std::string describe_data(const config::Config& config, const TrainingData& data
                         : "nothing held out");
 }
 
-TrainingData open_training_data(config::Config& config) {
+TrainingData open_training_data(config::Config& config, const std::function<void()>& poll) {
   if (!has_data(config)) {
     throw Error(ExitCode::kConfig,
                 "no training data: set data.text=FILE, FOLDER or GLOB, data.train=[{path: "
@@ -120,9 +120,9 @@ TrainingData open_training_data(config::Config& config) {
   std::vector<config::DataSource> sources = config.data.train;
   std::string held_out = config.data.val;
   if (!config.data.text.empty()) {
-    const data::CachedText cached =
-        data::prepare_cached(config.data.text, config.data.val_text, config.data.val_fraction,
-                             config.data.val_split, config.data.tokenizer, config.data.cache_dir);
+    const data::CachedText cached = data::prepare_cached(
+        config.data.text, config.data.val_text, config.data.val_fraction, config.data.val_split,
+        config.data.tokenizer, config.data.cache_dir, poll);
     sources = {{cached.train_prefix, 1.0}};
     held_out = cached.val_prefix;
   }
@@ -144,7 +144,7 @@ TrainingData open_training_data(config::Config& config) {
     result.held_out_tokens = file->num_tokens();
     result.held_out = std::make_unique<data::EvalSet>(file, options);
   }
-  // Every checkpoint gets a copy: a tokenizer that is not there stops the run here, not at its first save.
+  // Every checkpoint gets a copy: a tokenizer that is not there stops the run here.
   data::tokenizer_files(config.data.tokenizer);
   return result;
 }

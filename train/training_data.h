@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -27,6 +28,8 @@ std::string describe_data(const config::Config& config, const TrainingData& data
 /// fits the model. Takes data.tokenizer over from the files where they name another one than the
 /// default, so that samples and checkpoints know it. Throws Error(kConfig) without data and where
 /// model.vocab_size is too small, Error(kData) for bad files.
-TrainingData open_training_data(config::Config& config);
+/// poll: as data::prepare_cached takes it.
+TrainingData open_training_data(
+    config::Config& config, const std::function<void()>& poll = [] {});
 
 }  // namespace xlstm::train

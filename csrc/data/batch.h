@@ -31,6 +31,9 @@ struct Batch {
   std::vector<float> values;
 };
 
+/// The present version of the order of samples (csrc/data/sampling.h, permute).
+constexpr int kOrderVersion = 2;
+
 /// What a run trains on: sample i is a pure function of the settings and i, the same for every number of processes,
 /// batches and restarts.
 class SampleSource {
@@ -43,7 +46,21 @@ class SampleSource {
   /// Changes whenever the settings or the version of the order or of the generators do, and where files do so as far as
   /// their marks tell: the hash in a token file's sidecar (TokenFile::fingerprint; without one their sizes), for tasks
   /// the hash of parts of large files (recorded_task.cpp).
-  virtual std::string fingerprint() const = 0;
+  std::string fingerprint() const { return fingerprint_in(order_); }
+  /// Goes on in the order of the version in which this data has that fingerprint, so that a run keeps the one it began
+  /// with. False, and nothing changes, where there is no such version: it is the fingerprint of something else.
+  bool take_order_of(const std::string& fingerprint) {
+    for (int order = kOrderVersion; order >= 1; --order) {
+      if (fingerprint_in(order) != fingerprint) continue;
+      order_ = order;
+      return true;
+    }
+    return false;
+  }
+
+ protected:
+  virtual std::string fingerprint_in(int order) const = 0;
+  int order_ = kOrderVersion;
 };
 
 /// What a model is judged by: a fixed set of windows, each scored once.

@@ -10,9 +10,6 @@
 namespace xlstm::data {
 namespace {
 
-/// Changes whenever the order or the cutting of samples does, so that a run is not resumed on other data.
-constexpr const char* kOrderVersion = "order-1";
-
 void check_seq_len(int64_t seq_len) {
   if (seq_len < 1)
     throw Error(ExitCode::kConfig,
@@ -96,7 +93,7 @@ Batch Dataset::batch(int64_t first_sample, int64_t count) const {
     if (options_.shuffle) {
       window = static_cast<int64_t>(permute(static_cast<uint64_t>(window),
                                             static_cast<uint64_t>(source.windows), source.seed,
-                                            static_cast<uint64_t>(epoch)));
+                                            static_cast<uint64_t>(epoch), order_));
       offset = static_cast<int64_t>(mix64(mix64(source.seed) ^ static_cast<uint64_t>(epoch)) %
                                     static_cast<uint64_t>(source.slack + 1));
     }
@@ -106,8 +103,8 @@ Batch Dataset::batch(int64_t first_sample, int64_t count) const {
   return batch;
 }
 
-std::string Dataset::fingerprint() const {
-  std::string text = kOrderVersion;
+std::string Dataset::fingerprint_in(int order) const {
+  std::string text = "order-" + std::to_string(order);
   text += " T=" + std::to_string(options_.seq_len) +
           " shuffle=" + std::to_string(options_.shuffle) +
           " seed=" + std::to_string(options_.seed) +

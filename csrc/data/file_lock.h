@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <string>
 
 namespace xlstm::data {
@@ -7,8 +8,11 @@ namespace xlstm::data {
 /// process dies, so that nothing stays locked after a crash.
 class FileLock {
  public:
-  /// wait: block until free, telling so on standard error; else Error(kData) at once. `what` names the protected thing.
-  FileLock(const std::string& path, bool wait, const std::string& what);
+  /// Throws Error(kData) where another process holds the lock; with `while_waiting` it waits until that is over, telling
+  /// so on standard error, and calls the function several times a second: what it throws ends the wait. `what` names
+  /// the protected thing.
+  FileLock(const std::string& path, const std::string& what,
+           const std::function<void()>& while_waiting = {});
   ~FileLock();
   FileLock(const FileLock&) = delete;
   FileLock& operator=(const FileLock&) = delete;

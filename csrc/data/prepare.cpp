@@ -34,8 +34,9 @@ size_t piece_end(std::string_view text) {
 /// Tokenizes documents and writes them, small ones in batches.
 class DocumentWriter {
  public:
-  DocumentWriter(Tokenizer& tokenizer, TokenWriter& writer, bool append_eos, PrepareReport& report)
-      : tokenizer_(tokenizer), writer_(writer), append_eos_(append_eos), report_(report) {}
+  DocumentWriter(const PrepareJob& job, Tokenizer& tokenizer, TokenWriter& writer,
+                 PrepareReport& report)
+      : job_(job), tokenizer_(tokenizer), writer_(writer), report_(report) {}
 
   void add(std::string_view text, std::string_view source) {
     if (tokenizer_.is_bytewise()) {
@@ -75,6 +76,7 @@ class DocumentWriter {
 
  private:
   void append(const std::vector<int64_t>& ids) {
+    job_.poll();
     writer_.append(ids.data(), static_cast<int64_t>(ids.size()));
     document_tokens_ += ids.size();
   }
@@ -84,7 +86,7 @@ class DocumentWriter {
       return;
     }
     const int64_t eos = tokenizer_.eos_id();
-    if (append_eos_ && eos >= 0) writer_.append(&eos, 1);
+    if (job_.append_eos && eos >= 0) writer_.append(&eos, 1);
     writer_.end_document();
     document_tokens_ = 0;
     report_.num_bytes += static_cast<int64_t>(num_bytes);
@@ -95,9 +97,9 @@ class DocumentWriter {
     ++*last_count_;
   }
 
+  const PrepareJob& job_;
   Tokenizer& tokenizer_;
   TokenWriter& writer_;
-  bool append_eos_;
   PrepareReport& report_;
   std::vector<std::string> texts_, sources_;
   size_t batch_bytes_ = 0, document_tokens_ = 0;
@@ -148,7 +150,10 @@ void read_all(const PrepareJob& job, DocumentWriter& writer, PrepareReport& repo
     sink.bad = [&](int64_t line, const std::string& what) {
       report_bad(job, file, line, what, report);
     };
-    sink.progress = [&](int64_t position) { progress.update(units(done + position)); };
+    sink.progress = [&](int64_t position) {
+      job.poll();
+      progress.update(units(done + position));
+    };
     read_documents(file, sink);
     done += file.size_bytes;
   }
@@ -182,7 +187,7 @@ PrepareReport run_prepare(const PrepareJob& job, Tokenizer& tokenizer) try {
                  job.tokenizer.c_str());
   PrepareReport report;
   TokenWriter tokens(job.output_prefix, tokenizer.vocab_size());
-  DocumentWriter writer(tokenizer, tokens, job.append_eos, report);
+  DocumentWriter writer(job, tokenizer, tokens, report);
   read_all(job, writer, report);
   report.num_documents = tokens.num_documents();
   report.num_tokens = tokens.num_tokens();

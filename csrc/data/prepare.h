@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -33,9 +34,11 @@ struct CachedText {
 };
 /// text: file, folder or glob, or "python-stdlib" (the standard library's sources of the Python on this machine).
 /// val_split: "tail" (the last val_fraction of each file, cut at a character) | "file" (whole files chosen by a hash of
-/// their relative name). val_text non-empty: it is the held-out text.
-CachedText prepare_cached(const std::string& text, const std::string& val_text, double val_fraction,
-                          const std::string& val_split, const std::string& tokenizer,
-                          const std::string& cache_dir);
+/// their relative name). val_text non-empty: it is the held-out text. poll: called all the time while texts are
+/// prepared, or while another process does that; what it throws ends the work, and nothing half-written stays.
+CachedText prepare_cached(
+    const std::string& text, const std::string& val_text, double val_fraction,
+    const std::string& val_split, const std::string& tokenizer, const std::string& cache_dir,
+    const std::function<void()>& poll = [] {});
 
 }  // namespace xlstm::data

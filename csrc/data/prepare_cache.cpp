@@ -143,7 +143,7 @@ bool is_ready(const std::string& prefix) {
 
 CachedText prepare_cached(const std::string& text, const std::string& val_text, double val_fraction,
                           const std::string& val_split, const std::string& tokenizer,
-                          const std::string& cache_dir) {
+                          const std::string& cache_dir, const std::function<void()>& poll) {
   if (val_text.empty() && !(val_fraction >= 0 && val_fraction < 1))
     throw Error(ExitCode::kConfig,
                 "data.val_fraction is " + std::to_string(val_fraction) + ", expected 0 to below 1");
@@ -161,13 +161,15 @@ CachedText prepare_cached(const std::string& text, const std::string& val_text, 
   if (error)
     throw Error(ExitCode::kData, folder.string() + ": cannot create: " + error.message() +
                                      "; set data.cache_dir to a folder that can be written");
-  const FileLock lock(folder / "lock", true, text);
+  const FileLock lock(folder / "lock", text, poll);
   if (ready()) return result;  // another process was faster
   const auto encoder = make_tokenizer(tokenizer);
   split.train.output_prefix = result.train_prefix;
+  split.train.poll = poll;
   run_prepare(split.train, *encoder);
   if (split.val) {
     split.val->output_prefix = result.val_prefix;
+    split.val->poll = poll;
     run_prepare(*split.val, *encoder);
   }
   return result;

@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -23,7 +24,8 @@ struct PrepareJob {
   std::string command;
   Part part = Part::kAll;
   double val_fraction = 0;
-  int64_t max_warnings = 10;  ///< bad documents named on standard error
+  int64_t max_warnings = 10;           ///< bad documents named on standard error
+  std::function<void()> poll = [] {};  ///< called all the time; what it throws ends the work
 };
 
 PrepareReport run_prepare(const PrepareJob& job, Tokenizer& tokenizer);

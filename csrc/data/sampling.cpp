@@ -12,7 +12,6 @@ namespace xlstm::data {
 namespace {
 
 constexpr uint64_t kGoldenGamma = 0x9e3779b97f4a7c15u;
-constexpr int kRounds = 4;
 
 /// Integer shares of kPeriod in proportion to the weights, by largest remainder; each at least one.
 std::vector<int64_t> round_shares(const std::vector<double>& weights) {
@@ -40,7 +39,7 @@ uint64_t mix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-uint64_t permute(uint64_t index, uint64_t n, uint64_t seed, uint64_t epoch) {
+uint64_t permute(uint64_t index, uint64_t n, uint64_t seed, uint64_t epoch, int order) {
   if (index >= n)
     throw Error(ExitCode::kData,
                 "permute: index " + std::to_string(index) + " of " + std::to_string(n));
@@ -48,16 +47,19 @@ uint64_t permute(uint64_t index, uint64_t n, uint64_t seed, uint64_t epoch) {
   const int half = (std::bit_width(n - 1) + 1) / 2;  // 2^(2 half) >= n
   const uint64_t mask = (uint64_t{1} << half) - 1;
   const uint64_t key = mix64(mix64(seed + kGoldenGamma) + epoch);
+  const uint64_t rounds = order == 1 ? 4 : 12;
+  const uint64_t flip = order == 1 ? 0 : mix64(key) & 1;
   uint64_t value = index;
   do {
     uint64_t left = value >> half, right = value & mask;
-    for (uint64_t round = 0; round < kRounds; ++round) {
+    for (uint64_t round = 0; round < rounds; ++round) {
       const uint64_t next = left ^ (mix64(key + (round + 1) * kGoldenGamma + right) & mask);
       left = right;
       right = next;
     }
     value = left << half | right;
-  } while (value >= n);  // cycle walking: fewer than 4 turns on average
+    if (value < 2) value ^= flip;  // rounds alone give even permutations
+  } while (value >= n);            // cycle walking: fewer than 4 turns on average
   return value;
 }
 

@@ -96,14 +96,16 @@ Batch TaskSource::batch(int64_t first_sample, int64_t count) const {
   for (int64_t row = 0; row < count; ++row) {
     auto index = static_cast<uint64_t>(first_sample + row);
     if (const auto epoch = static_cast<uint64_t>(options_.train_samples); epoch > 0)
-      index = shuffle_ ? permute(index % epoch, epoch, seed_, index / epoch) : index % epoch;
+      index = is_permuted() ? permute(index % epoch, epoch, seed_, index / epoch, order_)
+                            : index % epoch;
     fill_row(task_->at(Part::kTrain, seed_, static_cast<int64_t>(index), lengths_), row, batch);
   }
   return batch;
 }
 
-std::string TaskSource::fingerprint() const {
+std::string TaskSource::fingerprint_in(int order) const {
   std::string text = kTaskVersion;
+  if (is_permuted() && order > 1) text += " order-" + std::to_string(order);
   text += " " + options_.name + " vocab=" + std::to_string(task_->vocab_size()) +
           " pairs=" + std::to_string(options_.key_values) +
           (options_.random_non_queries ? " random" : "") +

@@ -16,9 +16,10 @@ class TaskSource final : public SampleSource {
              uint64_t seed, bool shuffle);
   int64_t samples_per_epoch() const override { return options_.train_samples; }
   Batch batch(int64_t first_sample, int64_t count) const override;
-  std::string fingerprint() const override;
 
  private:
+  std::string fingerprint_in(int order) const override;
+  bool is_permuted() const { return shuffle_ && options_.train_samples > 0; }
   std::shared_ptr<const Task> task_;
   TaskOptions options_;
   TaskLengths lengths_;

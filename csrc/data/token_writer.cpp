@@ -73,7 +73,7 @@ TokenWriter::TokenWriter(const std::string& prefix, int64_t vocab_size)
   if (error)
     throw Error(ExitCode::kData, parent_folder(prefix) + ": cannot create: " + error.message() +
                                      "; choose an output folder that can be written");
-  lock_ = std::make_unique<FileLock>(prefix_ + ".bin.tmp", false, prefix_);
+  lock_ = std::make_unique<FileLock>(prefix_ + ".bin.tmp", prefix_);
   bin_ = std::make_unique<OutputFile>(prefix_ + ".bin.tmp");
   buffer_.reserve(kBufferBytes);
 }

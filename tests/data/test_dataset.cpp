@@ -6,6 +6,7 @@
 #include <numeric>
 #include <set>
 
+#include "csrc/core/sha256.h"
 #include "csrc/data/sampling.h"
 #include "tests/data/data_files.h"
 
@@ -16,7 +17,9 @@ using namespace xlstm::testing;
 namespace {
 
 struct Golden {
-  uint64_t index, n, seed, epoch, value;
+  uint64_t index, n, seed, epoch;
+  int order;
+  uint64_t value;
 };
 // Written by the independent Python version in tests/python/test_data.py, which checks this table too.
 const Golden kGolden[] = {
@@ -41,7 +44,7 @@ DatasetOptions options_of(int64_t seq_len, bool shuffle = true) {
 
 TEST_CASE("permute is the same as in Python") {
   for (const auto& golden : kGolden)
-    CHECK(permute(golden.index, golden.n, golden.seed, golden.epoch) == golden.value);
+    CHECK(permute(golden.index, golden.n, golden.seed, golden.epoch, golden.order) == golden.value);
 }
 
 TEST_CASE("permute is a bijection that moves things") {
@@ -72,6 +75,31 @@ TEST_CASE("permute is a bijection that moves things") {
         0.04);  // 4 deviations of a random order
   CHECK(permute((uint64_t{1} << 63) - 5, uint64_t{1} << 63, 1, 1) < uint64_t{1} << 63);
   error_of([] { permute(3, 3, 0, 0); });
+}
+
+TEST_CASE("permute has no favourites among the orders of small sets") {
+  // 24,000 epochs of 5 windows, 120 orders: chi squared has mean 119 and deviation 15.4.
+  std::map<std::vector<uint64_t>, double> counts;
+  for (uint64_t epoch = 0; epoch < 24000; ++epoch) {
+    std::vector<uint64_t> order;
+    for (uint64_t i = 0; i < 5; ++i) order.push_back(permute(i, 5, 1234, epoch));
+    ++counts[order];
+  }
+  CHECK(counts.size() == 120);
+  double chi_squared = 0;
+  for (const auto& [order, count] : counts) chi_squared += (count - 200) * (count - 200) / 200;
+  CHECK(chi_squared < 119 + 5 * 15.4);
+  // Windows that follow each other do so again 2 * 255 / 256 times per epoch of 256, deviation 1.4.
+  int64_t neighbours = 0;
+  for (uint64_t epoch = 0; epoch < 600; ++epoch) {
+    uint64_t before = permute(0, 256, 1234, epoch);
+    for (uint64_t i = 1; i < 256; ++i) {
+      const uint64_t now = permute(i, 256, 1234, epoch);
+      neighbours += now == before + 1 || before == now + 1;
+      before = now;
+    }
+  }
+  CHECK(std::abs(static_cast<double>(neighbours) - 1195) < 5 * 35);
 }
 
 TEST_CASE("a mixture follows its weights at every moment") {
@@ -161,6 +189,25 @@ TEST_CASE("batches do not depend on how samples are asked for") {
   }
   CHECK(dataset.batch(5, 0).input.empty());
   CHECK(dataset.fingerprint() == again.fingerprint());
+}
+
+TEST_CASE("data of a run that began in an earlier version keeps that order") {
+  TemporaryFolder folder;
+  const auto file = open_tokens(write_counting(folder, "t", 161));
+  Dataset dataset({{file, 1.0}}, options_of(16));
+  const std::string now = dataset.fingerprint();
+  CHECK(!dataset.take_order_of("of something else"));
+  CHECK(dataset.fingerprint() == now);
+  const std::string before =
+      sha256_hex("order-1 T=16 shuffle=1 seed=1234 reset=1 mask=1 65536*" + file->fingerprint());
+  REQUIRE(dataset.take_order_of(before));
+  CHECK(dataset.fingerprint() == before);
+  const Batch batch = dataset.batch(0, 30);
+  for (uint64_t i = 0; i < 30; ++i)
+    CHECK(batch.input[16 * i] ==
+          static_cast<int64_t>(16 * permute(i % 10, 10, mix64(1234), i / 10, 1)));
+  REQUIRE(dataset.take_order_of(now));
+  CHECK(dataset.batch(0, 30).input != batch.input);
 }
 
 TEST_CASE("mixed files keep their own epochs") {

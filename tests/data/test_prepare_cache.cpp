@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdlib>
 
+#include "csrc/data/file_lock.h"
 #include "csrc/data/prepare.h"
 #include "csrc/data/tokenizer.h"
 #include "tests/data/data_files.h"
@@ -166,6 +167,32 @@ TEST_CASE("many processes may prepare the same text at once") {
   CHECK(entries(folder / "cache") == 1);
   for (const auto& entry : fs::recursive_directory_iterator(folder / "cache"))
     CHECK(entry.path().extension() != ".tmp");
+}
+
+TEST_CASE("preparation can be ended, and leaves nothing half-written") {
+  struct Ended {};
+  TemporaryFolder folder;
+  const std::string text = write_bytes(folder / "t.txt", std::string(300000, 'a'));
+  const std::string cache = (folder / "cache").string();
+  int calls = 0;
+  CHECK_THROWS_AS(prepare_cached(text, "", 0.1, "tail", "bytes", cache,
+                                 [&] {
+                                   if (++calls == 5) throw Ended();  // inside the one document
+                                 }),
+                  Ended);
+  const fs::path entry = *fs::directory_iterator(cache);
+  CHECK(entries(entry) == 1);  // the lock
+  {
+    const FileLock held(entry / "lock", "text");
+    calls = 0;
+    CHECK_THROWS_AS(prepare_cached(text, "", 0.1, "tail", "bytes", cache,
+                                   [&] {
+                                     if (++calls == 3) throw Ended();  // while it waits
+                                   }),
+                    Ended);
+    CHECK(entries(entry) == 1);
+  }
+  CHECK(text_of(prepare_cached(text, "", 0.1, "tail", "bytes", cache).val_prefix).size() == 30001);
 }
 
 TEST_CASE("wrong split settings and too small texts are errors") {

@@ -97,7 +97,9 @@ def test_tokenizers_are_judged_before_the_first_step(run, prefix, tmp_path):
     refused_for(words, prefix, "made with the tokenizer other.json", words)
     hashed = hashlib.sha256(hashlib.sha256(b"{}").hexdigest().encode()).hexdigest()
     sidecar.write_text(json.dumps(about | {"tokenizer": "other.json", "tokenizer_sha256": hashed}))
-    run.train(*on_tokens(prefix), f"data.tokenizer={words}", "--dry-run", check=0)
+    run.train(*on_tokens(prefix), f"data.tokenizer={words}", "sample.prompts=[]", "--dry-run", check=0)
+    done = run.train(*on_tokens(prefix), f"data.tokenizer={words}", "--dry-run")
+    assert done.returncode == 3 and "not a tokenizer" in done.stderr  # prompts would need it
     sidecar.unlink()
     refused_for(absent, absent, "no such tokenizer")
 

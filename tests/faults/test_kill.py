@@ -20,8 +20,7 @@ def finish_and_compare(run, reference):
     committed = run.checkpoints()
     done = run.train(check=0)
     if committed:
-        resumed = [m for m in run.metrics() if m.get("event") == "resume"]
-        assert resumed, f"started anew with {committed[-1].name} present:\n{done.stdout}\n{done.stderr}"
+        assert "resumed from" in done.stdout, f"started anew with {committed[-1].name} present:\n{done.stdout}\n{done.stderr}"
     assert run.fingerprint() == reference.fingerprint
     folders = sorted(p.name for p in (run.path / "ckpt").iterdir())
     assert folders == sorted(p.name for p in (reference.run.path / "ckpt").iterdir()), "left-overs of the crash"

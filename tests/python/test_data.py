@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -55,6 +56,16 @@ def read_megatron(prefix):
 def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": t, "meta": {"redpajama_set_name": "C4"}}) + "\n" for t in texts))
     return path
+
+
+def test_closed_standard_streams_are_not_the_files_that_it_writes(tmp_path):
+    (tmp_path / "t.txt").write_text("words\n" * 1000)
+    run("prepare", tmp_path / "t.txt", "--output", tmp_path / "open")
+    for closed in ("2>&-", ">&- 2>&-", "<&- >&- 2>&-"):
+        command = ["sh", "-c", f'exec "$@" {closed}', "sh", XLSTM_DATA, "prepare", tmp_path / "t.txt", "--output"]
+        assert subprocess.run([*command, tmp_path / "t"]).returncode == 0
+        for suffix in (".bin", ".idx"):
+            assert (tmp_path / ("t" + suffix)).read_bytes() == (tmp_path / ("open" + suffix)).read_bytes()
 
 
 def test_bytes_round_trip_through_numpy(tmp_path):
@@ -192,29 +203,32 @@ def mix64(x):
     return x ^ (x >> 31)
 
 
-def permute(index, n, seed, epoch):
+def permute(index, n, seed, epoch, order):
     if n == 1:
         return 0
     half = ((n - 1).bit_length() + 1) // 2
     low = (1 << half) - 1
     key = mix64((mix64((seed + GAMMA) & MASK) + epoch) & MASK)
+    rounds, flip = (4, 0) if order == 1 else (12, mix64(key) & 1)
     value = index
     while True:
         left, right = value >> half, value & low
-        for turn in range(1, 5):
+        for turn in range(1, rounds + 1):
             left, right = right, left ^ (mix64((key + turn * GAMMA + right) & MASK) & low)
         value = left << half | right
+        if value < 2:
+            value ^= flip
         if value < n:
             return value
 
 
 def test_golden_permutations():
-    rows = re.findall(r"\{(\d+)u, (\d+)u, (\d+)u, (\d+)u, (\d+)u\}",
+    rows = re.findall(r"\{(\d+)u, (\d+)u, (\d+)u, (\d+)u, (\d+), (\d+)u\}",
                       (ROOT / "tests" / "data" / "permute_golden.inc").read_text())
-    assert len(rows) > 100
-    for index, n, seed, epoch, value in (map(int, row) for row in rows):
-        assert permute(index, n, seed, epoch) == value
-    assert sorted(permute(i, 1000, 7, 3) for i in range(1000)) == list(range(1000))
+    assert len(rows) > 200
+    for index, n, seed, epoch, order, value in (map(int, row) for row in rows):
+        assert permute(index, n, seed, epoch, order) == value
+    assert sorted(permute(i, 1000, 7, 3, 2) for i in range(1000)) == list(range(1000))
 
 
 def worker(*args, stdin=b""):
@@ -250,6 +264,21 @@ def test_worker_protocol(tmp_path):
     assert second == (b"D", b"a </s>")
     assert third[0] == b"X" and b"unknown request" in third[1]
     assert fourth == (b"E", struct.pack("<Q", 1) + struct.pack("<i", 1))
+
+
+def test_worker_outlives_signals_to_its_group(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "t.json"))
+    with subprocess.Popen([sys.executable, ROOT / "libxlstm" / "tokenizer_worker.py", tmp_path / "t.json"],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.read(1) == b"H"
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                process.send_signal(number)
+            process.communicate(timeout=30)  # its input ends
+        finally:
+            process.kill()
+    assert process.returncode == 0
 
 
 def test_worker_errors(tmp_path):

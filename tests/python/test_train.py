@@ -1,5 +1,6 @@
 """xlstm-train as a program: whole runs, kills, signals, full disks, and what it leaves in the run folder."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -104,11 +105,12 @@ def test_a_whole_run(setup):
     assert header["versions"]["torch"] and header["threads"] == 1 and "embedding_dim: 16" in header["config"]
     assert "step 12/12" in (run / "run.log").read_text()
 
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in ("lock", "run.log")}
     again = train(config)
     assert again.returncode == 0
     assert "finished" in again.stdout
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
-    assert losses(run) == {m["step"]: m["train/loss_hex"] for m in metrics}
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in ("lock", "run.log")}
 
 
 def crc32c(data):
@@ -192,7 +194,7 @@ def test_killed_runs_end_with_the_same_bits(setup):
     expected, expected_losses = fingerprint(run, 12), losses(run)
     assert train(config, "--fresh", failpoint="trainer.step_end:2").returncode == -signal.SIGKILL
     assert (run.parent / "demo.old-1" / "run.json").exists()
-    assert not (run / "ckpt").exists()  # nothing saved yet: the same command starts at step 0
+    assert not list((run / "ckpt").iterdir())  # nothing saved yet: the same command starts at step 0
     assert train(config, failpoint="trainer.step_end:7").returncode == -signal.SIGKILL
     assert train(config, failpoint="trainer.step_end:9").returncode == -signal.SIGKILL
     done = train(config)
@@ -218,6 +220,161 @@ def test_a_signal_saves_and_says_how_to_go_on(setup, number):
     assert number.name in out and "run the same command again: " in out and str(config) in out
     step = max(losses(run))
     assert [p.name for p in (run / "ckpt").iterdir()] == [f"step-{step:08d}"]
+
+
+def start(config, *arguments, **options):
+    return subprocess.Popen([PROGRAM, config, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "XLSTM_PYTHON": sys.executable}, **options)
+
+
+def wait_for(process, beginning):
+    """For a line of its output that begins so."""
+    assert any(line.startswith(beginning) for line in process.stdout), f"no {beginning!r}: {process.stderr.read()}"
+
+
+def end_of(process, code, timeout=60):
+    """What the run has written, once it has ended with this status."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    return out, err
+
+
+def stopped(process, send=None):
+    """The same of a run that a signal stops soon."""
+    (send or process.send_signal)(signal.SIGTERM)
+    return end_of(process, 75, timeout=20)[0]
+
+
+def evaluations(run):
+    return [(r["step"], r["val/loss"]) for r in records(run) if "val/loss" in r]
+
+
+@pytest.mark.parametrize("where, arguments", [
+    (5, ["eval.batches=0", "eval.every=5"]),
+    (12, ["eval.batches=0", "eval.every=0"]),
+    (5, ["sample.max_new_tokens=10000000", "eval.every=0"]),
+])
+def test_a_signal_does_not_wait_for_evaluations_and_samples(setup, corpus, where, arguments):
+    config, run = setup
+    large = corpus / "large.txt"
+    if not large.exists():
+        large.write_text("some words to be held out, more than can be judged soon\n" * 100_000)
+    always = [f"data.val_text={large}", "ckpt.every=5", "ckpt.keep_last=9", "sample.every=5", "sample.temperature=0"]
+    soon = [*always, arguments[-1], "eval.batches=1"]
+    process = start(config, *always, *arguments)
+    wait_for(process, f"step {where}/")
+    time.sleep(0.3)
+    out = stopped(process)
+    assert f"stopped by SIGTERM at step {where} of 12, everything is saved" in out
+    assert (run / "ckpt" / f"step-{where:08d}" / "MANIFEST.json").exists()
+    assert not evaluations(run) and (run / "samples.jsonl").exists() == (where > 5)
+    assert train(config, *soon).returncode == 0
+    assert train(config, *soon, "run.name=whole").returncode == 0
+    whole = run.parent / "whole"
+    assert evaluations(run) == evaluations(whole) and evaluations(run)[-1][0] == 12
+    assert records(run, "samples.jsonl") == records(whole, "samples.jsonl")
+    assert fingerprint(run, 12) == fingerprint(whole, 12)
+
+
+def test_a_run_killed_after_its_last_save_writes_what_is_missing(setup):
+    config, run = setup
+    assert train(config, failpoint="trainer.step_end:12").returncode == -signal.SIGKILL
+    assert not (run / "samples.jsonl").exists()
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    assert train(config, "run.name=whole").returncode == 0
+    whole = run.parent / "whole"
+    assert evaluations(run) == evaluations(whole)
+    assert records(run, "samples.jsonl") == records(whole, "samples.jsonl")
+    assert train(config).stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert [r["event"] for r in records(run) if "event" in r] == ["start", "resume", "end"]
+
+
+def test_a_signal_while_another_process_prepares_the_text(setup, tmp_path):
+    config, run = setup
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    assert train(config, cache, "train.max_steps=1", "run.name=first").returncode == 0
+    (folder,) = (tmp_path / "cache").iterdir()
+    (folder / "train.meta.json").unlink()
+    with open(folder / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(config, cache)
+        assert process.stderr.readline().startswith("waiting for another process")
+        out = stopped(process)
+    assert "stopped by SIGTERM before training began" in out and "run the same command again" in out
+    assert train(config, cache).returncode == 0
+
+
+def make_tokenizer(path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(["line of a text"], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet))
+    tokenizer.save(str(path))
+    return [f"data.tokenizer={path}", "model.vocab_size=300"]
+
+
+def test_a_signal_to_the_whole_group_and_a_lost_tokenizer(setup, tmp_path):
+    config, run = setup
+    tokenizer = tmp_path / "words.json"
+    arguments = make_tokenizer(tokenizer)
+    content = tokenizer.read_bytes()
+    process = start(config, *arguments, "train.max_steps=1000000", "sample.every=1", "eval.every=0", "ckpt.every=2",
+                    start_new_session=True)
+    wait_for(process, "step 3/")
+    tokenizer.write_text("another one")
+    wait_for(process, "step 6/")
+    tokenizer.unlink()
+    wait_for(process, "step 9/")
+    stopped(process, lambda number: os.killpg(process.pid, number))
+    saved = sorted((run / "ckpt").iterdir())
+    assert int(saved[-1].name[5:]) >= 9 and [(s / "tokenizer.json").read_bytes() for s in saved] == [content] * len(saved)
+
+
+def test_a_sample_that_fails_is_a_warning(setup, tmp_path):
+    config, run = setup
+    process = start(config, *make_tokenizer(tmp_path / "words.json"), "train.max_steps=60", "sample.every=1", "eval.every=0")
+    wait_for(process, "step 3/")
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    out, err = end_of(process, 0)
+    assert err.count("are not written: tokenizer") == 1 and "ended with signal 9" in err
+
+
+def test_the_command_to_go_on_with(setup):
+    config, run = setup
+    first = train(config, "--resume", "never", "--fresh", failpoint="trainer.raise_sigterm:3")
+    assert first.returncode == 75
+    again = re.search(r"run the same command again: (.*)", first.stdout).group(1)
+    assert again == f"{PROGRAM} {config} --resume=auto"
+    done = subprocess.run(again, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "step-00000003" in done.stdout, done.stderr
+
+
+def test_a_start_from_a_named_checkpoint_may_be_repeated(setup):
+    config, run = setup
+    assert train(config).returncode == 0
+    named = ["--resume", "step-8", "optim.learning_rate=2e-2", "ckpt.keep_last=9"]
+    assert train(config, *named, failpoint="trainer.raise_sigterm:10").returncode == 75
+    done = train(config, *named)
+    assert done.returncode == 0 and f"resumed from {run}/ckpt/step-00000010" in done.stdout, done.stderr
+    other = train(config, "--resume", "step-8", "optim.learning_rate=1e-2")  # not the same command
+    assert f"resumed from {run}/ckpt/step-00000008" in other.stdout, other.stderr
+
+
+def test_a_folder_renamed_while_it_trains(setup):
+    config, run = setup
+    process = start(config, "train.max_steps=1000000", "ckpt.max_failed_saves=2", "eval.every=0")
+    wait_for(process, "step 5/")
+    run.rename(run.parent / "renamed")
+    out, err = end_of(process, 4)
+    assert "No such file" in err and "still there" in err, err
+    assert not run.exists() and (run.parent / "renamed" / "ckpt" / "step-00000004").exists()
 
 
 def test_two_trainers_in_one_folder(setup):
@@ -271,6 +428,18 @@ def test_mistakes_are_one_line_before_step_one(setup, tmp_path, arguments, code,
     done = train(config, *arguments)
     assert expected in one_line_error(done, code)
     assert "step 1/" not in done.stdout
+
+
+def test_prompts_that_the_model_does_not_know(setup, tmp_path):
+    config, run = setup
+    (tmp_path / "digits.txt").write_text("0123456789\n" * 100)
+    tokens = tmp_path / "digits"
+    assert subprocess.run([PROGRAM.parent / "xlstm-data", "prepare", tokens.with_suffix(".txt"), "--output", tokens],
+                          capture_output=True).returncode == 0
+    tokens.with_suffix(".meta.json").unlink()  # which knows the tokenizer
+    for arguments in ([], ["--dry-run"]):
+        done = train(config, "data.text=", f"data.train=[{{path: {tokens}}}]", "model.vocab_size=64", *arguments)
+        assert '"line " has token 108' in one_line_error(done, 2) and "step 1/" not in done.stdout
 
 
 def test_changed_settings_are_refused_on_resume(setup, corpus, tmp_path):

@@ -52,6 +52,7 @@ TrainerState tiny_state(int64_t step) {
 
 std::string save_step(const std::string& run, int64_t step) {
   const auto model = models::make_language_model(tiny_config().model);
+  fs::create_directories(fs::path(run) / "ckpt");
   return save_checkpoint(run, tiny_config(), *model, tiny_optimizer(), tiny_state(step));
 }
 
@@ -98,6 +99,7 @@ TEST_CASE("a checkpoint comes back bit by bit") {
   const auto model = models::make_language_model(config.model);
   const auto optimizer = tiny_optimizer();
   const auto state = tiny_state(7);
+  fs::create_directory(run / "ckpt");
   const std::string folder = save_checkpoint(run.string(), config, *model, optimizer, state);
   CHECK(folder == (run / "ckpt/step-00000007").string());
   CHECK(verify_message(folder).empty());

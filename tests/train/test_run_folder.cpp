@@ -75,6 +75,15 @@ TEST_CASE("a run folder that cannot be one is refused before anything is written
     CHECK(code == ExitCode::kCheckpoint);
     CHECK(holds(message, "cannot be written"));
   }
+  SECTION("a ckpt that leads nowhere") {
+    fs::create_directories(folder / "runs/demo");
+    fs::create_symlink(folder / "unmounted", folder / "runs/demo/ckpt");
+    const auto [message, code] = error_of([&] { RunFolder(run_in(folder), false); });
+    CHECK(code == ExitCode::kCheckpoint);
+    CHECK(holds(message, "a link to a folder that is not there"));
+    fs::create_directory(folder / "unmounted");
+    CHECK(RunFolder(run_in(folder), false).held_run());
+  }
   SECTION("somebody else's files") {
     fs::create_directories(folder / "runs/demo");
     std::ofstream(folder / "runs/demo/thesis.tex") << "x";

@@ -161,7 +161,7 @@ TEST_CASE("a run stopped by a signal and resumed has the bits of one that was no
   CHECK(losses(whole).size() == 20);
   CHECK(losses(whole) == losses(halved));
 
-  SECTION("a finished run evaluates again and changes nothing") {
+  SECTION("a finished run changes nothing") {
     const std::string before = hash_of(halved + "/ckpt/step-00000020");
     CHECK(train_once(config) == ExitCode::kOk);
     CHECK(hash_of(halved + "/ckpt/step-00000020") == before);
