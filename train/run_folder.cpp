@@ -67,10 +67,10 @@ bool holds_run(const std::string& path) {
 RunFolder::RunFolder(const config::RunConfig& run, bool fresh) : path_(run_path(run)) {
   try {
     create_and_lock();
-    held_run_ = !fresh && holds_run(path_);
     if (const fs::path ckpt = file("ckpt");
         !fresh && fs::exists(fs::symlink_status(ckpt)) && !fs::is_directory(ckpt))
       refuse(path_, "its ckpt is a file, or a link to a folder that is not there");
+    held_run_ = !fresh && holds_run(path_);
     probe();
   } catch (const std::system_error& error) {  // fs::filesystem_error included
     refuse(path_, "cannot be written: " + error.code().message());

@@ -168,7 +168,7 @@ def test_killed_and_resumed(setup, given, tmp_path):  # noqa: F811
     option = f"train.init_from={source}"
     assert train(config, option, "run.name=whole").returncode == 0
     assert train(config, option, failpoint="trainer.step_end:2").returncode == -signal.SIGKILL
-    assert not (run / "ckpt").exists()  # nothing saved yet: it starts with the given weights again
+    assert not list((run / "ckpt").iterdir())  # nothing saved yet: it starts with the given weights again
     assert train(config, option, failpoint="trainer.step_end:6").returncode == -signal.SIGKILL
     shutil.rmtree(source)
     assert "train.init_from would not be read" in train(config, option, "--dry-run").stdout
