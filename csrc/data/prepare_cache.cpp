@@ -18,7 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int kCacheVersion = 1;  ///< changes whenever the same text gives other tokens
+constexpr int kCacheVersion = 2;  ///< changes whenever the same text gives other tokens
 constexpr const char* kStandardLibrary = "python-stdlib";
 
 std::string default_cache_folder() {

@@ -40,7 +40,8 @@ struct DocumentSink {
 };
 
 /// Reads a file: a text is one document; each line of .jsonl (or .jsonl.zst, streamed) is one, blank lines aside.
-/// Texts are well-formed UTF-8. Throws Error(kData) when the file cannot be opened.
+/// Texts are well-formed UTF-8, without a byte-order mark at a file's beginning. Throws Error(kData) when the file cannot
+/// be opened.
 void read_documents(const TextFile& file, const DocumentSink& sink);
 
 }  // namespace xlstm::data

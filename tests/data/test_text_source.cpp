@@ -227,6 +227,9 @@ TEST_CASE("documents of a text file") {
   CHECK(read_all(write_bytes(folder / "t.txt", "a\r\nb")) ==
         std::vector<std::string>{"in|1|a\r\nb"});
   CHECK(read_all(write_bytes(folder / "e.txt", "")) == std::vector<std::string>{"in|1|"});
+  CHECK(read_all(write_bytes(folder / "m.txt",
+                             "\xef\xbb\xbf"
+                             "a\xef\xbb\xbf")) == std::vector<std::string>{"in|1|a\xef\xbb\xbf"});
   const auto bad = read_all(write_bytes(folder / "b.txt", "ok\nok\n\xff"));
   CHECK(bad == std::vector<std::string>{"3!invalid UTF-8 at byte 7 of the file"});
 }
@@ -253,6 +256,9 @@ TEST_CASE("documents of jsonl, plain and compressed") {
   CHECK(read_all(write_bytes(folder / "two.jsonl.zst", compress(text + "\n") + compress(""))) ==
         want);
   CHECK(read_all(write_bytes(folder / "empty.jsonl.zst", "")).empty());
+  const std::string marked = "\xef\xbb\xbf" + text;
+  CHECK(read_all(write_bytes(folder / "marked.jsonl", marked)) == want);
+  CHECK(read_all(write_bytes(folder / "marked.jsonl.zst", compress(marked))) == want);
 
   SECTION("a truncated file gives its whole documents and one problem") {
     for (const size_t size : {packed.size() - 1, packed.size() / 2, size_t{5}}) {
