@@ -202,6 +202,21 @@ TEST_CASE("texts are found in a fixed order") {
     std::filesystem::create_symlink(root + "/b.txt", root + "/link.txt");
     CHECK(find_texts({root}, "*.txt").size() == 3);
   }
+  SECTION("folders that are linked count, once and without end") {
+    write_bytes(folder / "far" / "x" / "f.txt", "f");
+    std::filesystem::create_directory_symlink(folder / "far", root + "/link");
+    std::filesystem::create_directory_symlink(root, root + "/a/up");
+    std::filesystem::create_directory_symlink(root + "/a", root + "/b");
+    std::filesystem::create_symlink(root + "/nowhere", root + "/dangling.txt");
+    CHECK(names(find_texts({root, root}, "*.txt")) ==
+          std::vector<std::string>{"a.txt", "a/c.txt", "b.txt", "link/x/f.txt"});
+  }
+  SECTION("a folder that cannot be read is an error") {
+    if (::geteuid() == 0) return;  // reads everything
+    std::filesystem::permissions(root + "/a", std::filesystem::perms::none);
+    CHECK(contains(error_of([&] { find_texts({root}, "*.txt"); }), "a: cannot read: Permission"));
+    std::filesystem::permissions(root + "/a", std::filesystem::perms::owner_all);
+  }
   SECTION("nothing found") {
     CHECK(contains(error_of([&] { find_texts({root + "/nope"}, "*"); }),
                    "nope: no such file or folder"));
