@@ -10,19 +10,23 @@ import math
 import sys
 from pathlib import Path
 
+FORMATS = (".png", ".svg", ".pdf")
 SMOOTHING = 0.03  # width of the smoothing window as a share of the logged points
 
 
 def read_series(run_dir):
-    """Metric key -> (steps, values) of a run. A step logged twice counts once, the last time; null is left out."""
+    """Metric key -> (steps, values) of a run. A step logged twice counts once, the last time; null is left out, and so
+    are lines that are no record of a step, as a crash may tear one."""
     path = Path(run_dir) / "metrics.jsonl"
     series = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                continue  # the line a crash tore
+                continue
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                continue
             for key, value in record.items():
                 if isinstance(value, (int, float)) and "/" in key and math.isfinite(value):
                     series.setdefault(key, {})[record["step"]] = value
@@ -97,8 +101,10 @@ def draw(runs, out):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     temporary = Path(out).with_name("." + Path(out).name + ".tmp")
-    figure.savefig(temporary, dpi=150, format=Path(out).suffix.lstrip(".") or "png")
-    plt.close(figure)
+    try:
+        figure.savefig(temporary, dpi=150, format=Path(out).suffix.lstrip("."))
+    finally:
+        plt.close(figure)
     temporary.replace(out)
 
 
@@ -107,8 +113,10 @@ def main(arguments=None):
         prog="python -m libxlstm.plot", description="Draws the loss curves of runs from their metrics.jsonl."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of a run; several share one picture")
-    parser.add_argument("--out", metavar="FILE", help="picture (.png, .svg, .pdf); default: loss.png in the run's folder")
+    parser.add_argument("--out", metavar="FILE", help=f"picture ({', '.join(FORMATS)}); default: loss.png in the run's folder")
     options = parser.parse_args(arguments)
+    if options.out and Path(options.out).suffix not in FORMATS:
+        parser.error(f"--out {options.out}: expected a name that ends in {', '.join(FORMATS)}")
     runs = {}
     for run in options.runs:
         try:
@@ -124,6 +132,8 @@ def main(arguments=None):
         draw(runs, out)
     except ImportError as error:
         sys.exit(f"libxlstm.plot: error: {error}; pip install matplotlib")
+    except OSError as error:
+        sys.exit(f"libxlstm.plot: error: {out}: {error.strerror}; name another file with --out")
     print(out)
 
 

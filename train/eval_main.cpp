@@ -24,6 +24,7 @@
 #include "train/evaluation.h"
 #include "train/schedule.h"
 #include "train/token_frequency.h"
+#include "train/training_data.h"
 
 namespace xlstm::train {
 namespace {
@@ -92,13 +93,14 @@ std::string held_out_prefix(const LoadedModel& loaded) {
 std::shared_ptr<const data::TokenFile> open_data(const LoadedModel& loaded,
                                                  const std::string& prefix) {
   auto file = std::make_shared<const data::TokenFile>(prefix);
-  file->check_vocab(loaded.config.model.vocab_size);
-  if (const auto& sidecar = file->sidecar();
-      sidecar && loaded.tokenizer != "bytes" && !sidecar->tokenizer_sha256.empty() &&
-      sidecar->tokenizer_sha256 != data::tokenizer_sha256(loaded.tokenizer))
+  const auto& sidecar = file->sidecar();
+  if (sidecar && known_tokenizer(loaded.config, loaded.tokenizer) &&
+      !data::is_made_with(*sidecar, loaded.tokenizer))
     throw Error(ExitCode::kData,
                 prefix + ": prepared with another tokenizer (" + sidecar->tokenizer +
-                    ") than the model's; prepare it again with " + loaded.tokenizer);
+                    ") than the model's; prepare it again with xlstm-data prepare --tokenizer " +
+                    loaded.tokenizer);
+  file->check_vocab(loaded.config.model.vocab_size);
   return file;
 }
 

@@ -5,16 +5,14 @@
 #include <optional>
 
 #include "csrc/core/error.h"
-#include "csrc/data/tokenizer.h"
 #include "train/log.h"
 #include "train/run_folder.h"
+#include "train/training_data.h"
 
 namespace xlstm::train {
 namespace {
 
 namespace fs = std::filesystem;
-
-constexpr int64_t kByteValues = 256;
 
 [[noreturn]] void refuse(const std::string& what) {
   throw Error(ExitCode::kConfig, "train.init_from: " + what);
@@ -33,15 +31,6 @@ CheckpointFolder find_first_weights(const config::Config& config, bool verify) {
   if (is_within(folder, run_path(config.run)))
     refuse(folder + " belongs to this run itself; give the new run another run.name");
   return find_checkpoint(folder, verify, log_warning);
-}
-
-/// The sha256 of the tokenizer that a model was, or is to be, trained with ("" for bytes); nothing where that is not
-/// known: a task has none, and "bytes" is also what stands where none was given.
-std::optional<std::string> known_tokenizer(const config::Config& config, const std::string& spec) {
-  if (data::is_given(config.data.task)) return std::nullopt;
-  if (spec == "bytes" && config.data.text.empty() && config.model.vocab_size != kByteValues)
-    return std::nullopt;
-  return data::tokenizer_sha256(spec);
 }
 
 }  // namespace

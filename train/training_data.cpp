@@ -15,6 +15,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr int64_t kByteValues = 256;
+
 data::Verify verify_mode(const std::string& name) {
   if (name == "none") return data::Verify::kNone;
   return name == "sha256" ? data::Verify::kSha256 : data::Verify::kSizes;
@@ -22,19 +24,6 @@ data::Verify verify_mode(const std::string& name) {
 
 bool token_file_exists(const std::string& path) {
   return fs::exists(path) || fs::exists(path + ".bin");
-}
-
-/// Checkpoints and samples would read the tokens as another text.
-void check_same_tokenizer(const std::string& prefix, const data::Sidecar& sidecar,
-                          const std::string& tokenizer) {
-  const std::string& hash = sidecar.tokenizer_sha256;
-  const bool same = sidecar.tokenizer == "bytes"
-                        ? tokenizer == "bytes"
-                        : hash.empty() || hash == data::tokenizer_sha256(tokenizer);
-  if (!same)
-    throw Error(ExitCode::kData, prefix + " was made with the tokenizer " + sidecar.tokenizer +
-                                     ", data.tokenizer is another one: " + tokenizer +
-                                     "; set the first, or prepare the text again with the second");
 }
 
 /// The tokenizer the file was made with must fit the model, and is the one samples need.
@@ -57,7 +46,12 @@ void apply_sidecar(const data::TokenFile& file, config::Config& config) {
     }
     config.data.tokenizer = sidecar->tokenizer;
   }
-  check_same_tokenizer(file.prefix(), *sidecar, config.data.tokenizer);
+  // Checkpoints and samples would read the tokens as another text.
+  if (!data::is_made_with(*sidecar, config.data.tokenizer))
+    throw Error(ExitCode::kData, file.prefix() + " was made with the tokenizer " +
+                                     sidecar->tokenizer +
+                                     ", data.tokenizer is another one: " + config.data.tokenizer +
+                                     "; set the first, or prepare the text again with the second");
 }
 
 std::shared_ptr<const data::TokenFile> open_file(const std::string& path, config::Config& config) {
@@ -68,6 +62,13 @@ std::shared_ptr<const data::TokenFile> open_file(const std::string& path, config
 }
 
 }  // namespace
+
+std::optional<std::string> known_tokenizer(const config::Config& config, const std::string& spec) {
+  if (data::is_given(config.data.task)) return std::nullopt;
+  if (spec == "bytes" && config.data.text.empty() && config.model.vocab_size != kByteValues)
+    return std::nullopt;
+  return data::tokenizer_sha256(spec);
+}
 
 bool has_data(const config::Config& config) {
   return data::is_given(config.data.task) || !config.data.text.empty() ||

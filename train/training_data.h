@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "csrc/config/config.h"
@@ -20,6 +21,10 @@ struct TrainingData {
 bool has_data(const config::Config& config);
 /// What of data.train, data.val or data.task.path is not there, and how to get it; "" where all is.
 std::string missing_data(const config::Config& config);
+
+/// The sha256 of the tokenizer that a model was, or is to be, trained with ("" for bytes); nothing where that is not
+/// known: a task has none, and "bytes" is also what stands where none was given. spec: data.tokenizer, or a copy of it.
+std::optional<std::string> known_tokenizer(const config::Config& config, const std::string& spec);
 
 /// One line for logs and --dry-run: how much there is of what, and how many epochs `steps` are.
 std::string describe_data(const config::Config& config, const TrainingData& data, int64_t steps);

@@ -16,6 +16,12 @@ namespace {
 /// A longer line is taken as damage (a compressed file may hold any amount of it).
 constexpr size_t kMaxLineBytes = size_t{1} << 30;
 
+/// The text of a file without the byte-order mark that some programs put before it.
+std::string_view without_mark(std::string_view text) {
+  constexpr std::string_view kMark = "\xef\xbb\xbf";
+  return text.starts_with(kMark) ? text.substr(kMark.size()) : text;
+}
+
 void read_text(const TextFile& file, const DocumentSink& sink) {
   const MappedFile map(file.path);
   const std::string_view text(reinterpret_cast<const char*>(map.data()), map.size());
@@ -25,7 +31,7 @@ void read_text(const TextFile& file, const DocumentSink& sink) {
         1 + std::count(text.begin(), text.begin() + static_cast<ptrdiff_t>(invalid), '\n');
     sink.bad(line, "invalid UTF-8 at byte " + std::to_string(invalid + 1) + " of the file");
   } else {
-    sink.document({text, file.input, 1});
+    sink.document({without_mark(text), file.input, 1});
   }
   sink.progress(file.size_bytes);
 }
@@ -36,7 +42,7 @@ class LineReader {
   LineReader(const TextFile& file, const DocumentSink& sink) : file_(file), sink_(sink) {}
 
   void line(std::string_view line) {
-    ++number_;
+    if (++number_ == 1) line = without_mark(line);
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) return;
     if (parser_.parse(line)) {
       const std::string_view source = parser_.set_name().empty() ? file_.input : parser_.set_name();

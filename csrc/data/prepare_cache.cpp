@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 
 #include "csrc/core/error.h"
 #include "csrc/core/sha256.h"
@@ -18,7 +19,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int kCacheVersion = 1;  ///< changes whenever the same text gives other tokens
+constexpr int kCacheVersion = 2;  ///< changes whenever the same text gives other tokens
 constexpr const char* kStandardLibrary = "python-stdlib";
 
 std::string default_cache_folder() {
@@ -93,6 +94,17 @@ void split_by_file(const std::string& text, double val_fraction, Split& split) {
   }
 }
 
+void check_apart(const Split& split) {
+  std::set<FileId> train;
+  for (const auto& file : split.train.files) train.insert(file.id);
+  for (const auto& file : split.val->files)
+    if (train.count(file.id) != 0)
+      throw Error(ExitCode::kConfig, "data.val_text: " + file.path + " is a part of data.text (" +
+                                         split.train.what +
+                                         "), too: the model would be judged by what it was "
+                                         "trained on; keep the two in folders of their own");
+}
+
 Split make_split(const std::string& text, const std::string& val_text, double val_fraction,
                  const std::string& val_split, const std::string& tokenizer) {
   Split split;
@@ -110,6 +122,7 @@ Split make_split(const std::string& text, const std::string& val_text, double va
     split.val->files = find_named_texts(val_text);
     split.val->what = val_text;
     split.val->command = "data.val_text=" + val_text;
+    check_apart(split);
   } else if (val_split == "file") {
     split_by_file(text, val_fraction, split);
   } else {

@@ -30,42 +30,59 @@ TextFile::Kind kind_of(const std::string& name) {
 
 bool is_hidden(const fs::path& path) { return path.filename().string().rfind('.', 0) == 0; }
 
+[[noreturn]] void refuse(const fs::path& path, const std::string& why) {
+  throw Error(ExitCode::kData,
+              path.string() + ": cannot read: " + why + "; check its permissions, or leave it out");
+}
+
+struct stat info_of(const fs::path& path) {
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0) refuse(path, std::strerror(errno));
+  return info;
+}
+
+/// Names of the files below a folder that match, from its root on. Links are followed; `seen` are the folders searched.
+void search(const fs::path& root, const fs::path& below, const std::string& glob,
+            std::set<FileId>& seen, std::vector<std::string>& names) {
+  const fs::path folder = root / below;
+  const struct stat info = info_of(folder);
+  if (!seen.emplace(info.st_dev, info.st_ino).second) return;
+  std::error_code error;
+  std::vector<fs::path> entries;
+  for (fs::directory_iterator entry(folder, error), end; !error && entry != end;
+       entry.increment(error))
+    if (!is_hidden(entry->path())) entries.push_back(entry->path().filename());
+  if (error) refuse(folder, error.message());
+  std::sort(entries.begin(), entries.end());  // a folder with several names always gets the same
+  for (const fs::path& name : entries) {
+    std::error_code ignored;
+    if (fs::is_directory(folder / name, ignored)) {
+      search(root, below / name, glob, seen, names);
+    } else if (fs::is_regular_file(folder / name, ignored) &&
+               ::fnmatch(glob.c_str(), name.c_str(), 0) == 0) {
+      names.push_back(below / name);
+    }
+  }
+}
+
 /// Collects files, each once.
 class Collector {
  public:
   void add(const fs::path& path, const std::string& name, const std::string& input) {
-    struct stat info {};
-    if (::stat(path.c_str(), &info) != 0)
-      throw Error(ExitCode::kData, path.string() + ": cannot read: " + std::strerror(errno) +
-                                       "; check its permissions, or leave it out");
+    const struct stat info = info_of(path);
     if (!S_ISREG(info.st_mode)) return;
     ++matched;
-    if (!seen_.emplace(info.st_dev, info.st_ino).second) return;
+    const FileId id{info.st_dev, info.st_ino};
+    if (!seen_.insert(id).second) return;
     files.push_back(
         {path.string(), name, input, kind_of(name), static_cast<int64_t>(info.st_size),
-         static_cast<int64_t>(info.st_mtim.tv_sec) * 1'000'000'000 + info.st_mtim.tv_nsec});
+         static_cast<int64_t>(info.st_mtim.tv_sec) * 1'000'000'000 + info.st_mtim.tv_nsec, id});
   }
 
   void add_folder(const fs::path& folder, const std::string& glob, const std::string& input) {
-    std::vector<fs::path> found;
-    std::error_code error;
-    fs::recursive_directory_iterator entry(folder, fs::directory_options::skip_permission_denied,
-                                           error),
-        end;
-    for (; !error && entry != end; entry.increment(error)) {
-      std::error_code ignored;
-      if (is_hidden(entry->path())) {
-        entry.disable_recursion_pending();
-      } else if (entry->is_regular_file(ignored) &&
-                 ::fnmatch(glob.c_str(), entry->path().filename().c_str(), 0) == 0) {
-        found.push_back(entry->path());
-      }
-    }
-    if (error)
-      throw Error(ExitCode::kData,
-                  folder.string() + ": cannot read the folder: " + error.message());
+    std::set<FileId> searched;
     std::vector<std::string> names;
-    for (const auto& path : found) names.push_back(path.lexically_relative(folder).string());
+    search(folder, "", glob, searched, names);
     std::sort(names.begin(), names.end());
     for (const auto& name : names) add(folder / name, name, input);
   }
@@ -74,7 +91,7 @@ class Collector {
   int64_t matched = 0;  ///< with repetitions
 
  private:
-  std::set<std::pair<uint64_t, uint64_t>> seen_;  ///< device and inode
+  std::set<FileId> seen_;
 };
 
 std::vector<std::string> expand_glob(const std::string& pattern) {

@@ -73,6 +73,11 @@ std::string tokenizer_sha256(const std::string& spec) {
   return digests.empty() ? "" : sha256_hex(digests);
 }
 
+bool is_made_with(const Sidecar& sidecar, const std::string& spec) {
+  if (sidecar.tokenizer == "bytes") return spec == "bytes";
+  return sidecar.tokenizer_sha256.empty() || sidecar.tokenizer_sha256 == tokenizer_sha256(spec);
+}
+
 std::unique_ptr<Tokenizer> make_tokenizer(const std::string& spec) {
   if (spec == "bytes") return std::make_unique<BytesTokenizer>();
   return make_process_tokenizer(tokenizer_files(spec), tokenizer_sha256(spec));

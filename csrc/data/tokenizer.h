@@ -5,6 +5,8 @@
 #include <string_view>
 #include <vector>
 
+#include "csrc/data/token_file.h"
+
 namespace xlstm::data {
 
 /// Text <-> token ids. "bytes" is built in; anything else runs libxlstm/tokenizer_worker.py in a child process.
@@ -36,5 +38,7 @@ std::unique_ptr<Tokenizer> make_tokenizer(const std::string& spec);
 std::vector<std::string> tokenizer_files(const std::string& spec);
 /// sha256 over those files' contents; "" for "bytes". Starts no process.
 std::string tokenizer_sha256(const std::string& spec);
+/// Whether a file's tokens are those of the tokenizer `spec`; true where its sidecar does not say whose they are.
+bool is_made_with(const Sidecar& sidecar, const std::string& spec);
 
 }  // namespace xlstm::data

@@ -104,6 +104,13 @@ TEST_CASE("another text can be held out, or none") {
   const CachedText both = cached(folder, train, 0.5, "tail", val);
   CHECK(text_of(both.train_prefix) == std::string("train text") + '\0');
   CHECK(text_of(both.val_prefix) == std::string("other") + '\0');
+  write_bytes(folder / "t" / "train.txt", "train");
+  const std::string inside = write_bytes(folder / "t" / "held_out.txt", "held out"),
+                    all = (folder / "t").string();
+  fs::create_hard_link(inside, folder / "t2.txt");  // the same by another name
+  for (const std::string& held_out : {inside, (folder / "t2.txt").string(), all})
+    CHECK(contains(error_of([&] { cached(folder, all, 0.1, "tail", held_out); }, ExitCode::kConfig),
+                   " is a part of data.text (" + all + "), too"));
   const CachedText none = cached(folder, train, 0);
   CHECK(none.val_prefix.empty());
   CHECK(text_of(none.train_prefix) == std::string("train text") + '\0');
@@ -117,7 +124,8 @@ TEST_CASE("the cache is reused until text or settings change") {
   CHECK(cached(folder, text).train_prefix == first.train_prefix);
   CHECK(fs::last_write_time(first.train_prefix + ".bin") == written);
   CHECK(cached(folder, text, 0.2).train_prefix != first.train_prefix);
-  CHECK(cached(folder, text, 0.1, "tail", text).train_prefix != first.train_prefix);
+  const std::string other = write_bytes(folder / "b.txt", "held out");
+  CHECK(cached(folder, text, 0.1, "tail", other).train_prefix != first.train_prefix);
   const auto time = fs::last_write_time(text);
   write_bytes(text, "same size, other text");
   fs::last_write_time(text, time + std::chrono::seconds(1));

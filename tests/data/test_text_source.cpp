@@ -202,6 +202,21 @@ TEST_CASE("texts are found in a fixed order") {
     std::filesystem::create_symlink(root + "/b.txt", root + "/link.txt");
     CHECK(find_texts({root}, "*.txt").size() == 3);
   }
+  SECTION("folders that are linked count, once and without end") {
+    write_bytes(folder / "far" / "x" / "f.txt", "f");
+    std::filesystem::create_directory_symlink(folder / "far", root + "/link");
+    std::filesystem::create_directory_symlink(root, root + "/a/up");
+    std::filesystem::create_directory_symlink(root + "/a", root + "/b");
+    std::filesystem::create_symlink(root + "/nowhere", root + "/dangling.txt");
+    CHECK(names(find_texts({root, root}, "*.txt")) ==
+          std::vector<std::string>{"a.txt", "a/c.txt", "b.txt", "link/x/f.txt"});
+  }
+  SECTION("a folder that cannot be read is an error") {
+    if (::geteuid() == 0) return;  // reads everything
+    std::filesystem::permissions(root + "/a", std::filesystem::perms::none);
+    CHECK(contains(error_of([&] { find_texts({root}, "*.txt"); }), "a: cannot read: Permission"));
+    std::filesystem::permissions(root + "/a", std::filesystem::perms::owner_all);
+  }
   SECTION("nothing found") {
     CHECK(contains(error_of([&] { find_texts({root + "/nope"}, "*"); }),
                    "nope: no such file or folder"));
@@ -227,6 +242,9 @@ TEST_CASE("documents of a text file") {
   CHECK(read_all(write_bytes(folder / "t.txt", "a\r\nb")) ==
         std::vector<std::string>{"in|1|a\r\nb"});
   CHECK(read_all(write_bytes(folder / "e.txt", "")) == std::vector<std::string>{"in|1|"});
+  CHECK(read_all(write_bytes(folder / "m.txt",
+                             "\xef\xbb\xbf"
+                             "a\xef\xbb\xbf")) == std::vector<std::string>{"in|1|a\xef\xbb\xbf"});
   const auto bad = read_all(write_bytes(folder / "b.txt", "ok\nok\n\xff"));
   CHECK(bad == std::vector<std::string>{"3!invalid UTF-8 at byte 7 of the file"});
 }
@@ -253,6 +271,9 @@ TEST_CASE("documents of jsonl, plain and compressed") {
   CHECK(read_all(write_bytes(folder / "two.jsonl.zst", compress(text + "\n") + compress(""))) ==
         want);
   CHECK(read_all(write_bytes(folder / "empty.jsonl.zst", "")).empty());
+  const std::string marked = "\xef\xbb\xbf" + text;
+  CHECK(read_all(write_bytes(folder / "marked.jsonl", marked)) == want);
+  CHECK(read_all(write_bytes(folder / "marked.jsonl.zst", compress(marked))) == want);
 
   SECTION("a truncated file gives its whole documents and one problem") {
     for (const size_t size : {packed.size() - 1, packed.size() / 2, size_t{5}}) {

@@ -208,9 +208,9 @@ def test_a_tokenizer_is_learned_from_text(tmp_path):
     assert words.decode(ids) == "the cell \u00e9 x" and len(ids) < 12
 
 
-def test_a_checkpoint_with_a_tokenizer_stands_alone(tmp_path):
+def test_a_checkpoint_with_a_tokenizer_stands_alone(run, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    run = TinyRun(tmp_path / "run", tmp_path / "shared", steps=30, every=30)
+    bytewise, run = run, TinyRun(tmp_path / "run", tmp_path / "shared", steps=30, every=30)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -221,14 +221,21 @@ def test_a_checkpoint_with_a_tokenizer_stands_alone(tmp_path):
     tokenizer.save(str(spec))
     python = {"XLSTM_PYTHON": sys.executable}
     run.train(f"data.tokenizer={spec}", "model.vocab_size=320", check=0, **python)
+    file = tmp_path / "text.txt"
+    file.write_text("The cell keeps memory.\n" * 50)
+    program("xlstm-data", "prepare", file, "--output", tmp_path / "bytes", check=0)
+    program("xlstm-data", "prepare", file, "--output", tmp_path / "words", "--tokenizer", spec, check=0, **python)
+    for judged, right, wrong in ((bytewise.path, "bytes", "words"), (run.path, "words", "bytes")):
+        for options in (["--data"], ["--frequency-buckets", 10, "--counts"]):  # the same ids are other text
+            program("xlstm-eval", judged, *options, tmp_path / right, check=0)
+            refused = program("xlstm-eval", judged, *options, tmp_path / wrong, check=3)
+            assert f"{wrong}: prepared with another tokenizer" in refused.stderr
     spec.unlink()  # the checkpoint's own copy is used from here on
     checkpoint = run.checkpoints()[-1]
     assert (checkpoint / "tokenizer.json").exists()
     text = generate(checkpoint, "--prompt", "The cell 😀 ", "--max-new-tokens", 40, **python)
     assert text.startswith("The cell 😀 ")
     generate(checkpoint, "--max-new-tokens", 5, "--temperature", 3, **python)  # starts from the end-of-document token
-    file = tmp_path / "text.txt"
-    file.write_text("The cell keeps memory.\n" * 50)
     program("xlstm-eval", checkpoint, "--text", file, "--json", tmp_path / "e.json", check=0, **python)
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["bits_per_byte"] < result["loss"] / math.log(2), "a token holds several bytes"

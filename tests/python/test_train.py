@@ -554,8 +554,8 @@ def test_plot(setup, tmp_path):
         import plot
     finally:
         sys.path.pop(0)
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 12, "train/loss": nul')  # what a crash leaves
+    with open(run / "metrics.jsonl", "ab") as file:  # what belongs to no step, and what a crash leaves
+        file.write(b'5\n{"train/loss": 1}\n{"step": null, "train/loss": 1}\n\xff\xfe\n{"step": 12, "train/loss": nul')
     series = plot.read_series(run)
     assert series["train/loss"][0] == tuple(range(1, 13)) and len(series["val/loss"][0]) == 3
     assert plot.smooth([1.0, 2.0, 6.0, 3.0], 3) == [1.0, 3.0, pytest.approx(11 / 3), 3.0]
@@ -563,6 +563,11 @@ def test_plot(setup, tmp_path):
     assert b"<svg" in (tmp_path / "both.svg").read_bytes()
     with pytest.raises(SystemExit, match="nowhere"):
         plot.main([str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="x.png: No such file or directory; name another"):
+        plot.main([str(run), "--out", str(tmp_path / "none" / "x.png")])
+    with pytest.raises(SystemExit, match="2"):
+        plot.main([str(run), "--out", str(tmp_path / "x.foo")])
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".svg", ".yaml"]
 
 
 def test_a_picture_that_fails_is_a_warning(setup, monkeypatch):
