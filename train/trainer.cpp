@@ -427,7 +427,8 @@ ExitCode Trainer::Impl::stop(const char* signal) {
             ", everything is saved";
   }
   log_info(std::string("stopped by ") + signal + where +
-           "; to go on, run the same command again: " + options_.command_to_go_on);
+           "; to go on, run the same command again: " +
+           (saver_ ? options_.command_to_go_on : options_.command));
   return ExitCode::kPreempted;
 }
 
