@@ -40,7 +40,8 @@ const std::vector<OptionSpec> kOptions{
     {"--min-len", "N", "of a data.task: tokens of its shortest sample (data.task.eval_min_len)"},
     {"--held-out", "NAME", "of a data.task: test or validation (data.task.held_out)"},
     {"--batch-size", "N", "windows per forward pass (as in training, fewer for longer windows)"},
-    {"--batches", "N", "stop after so many batches of every set; 0: the whole set (0)"},
+    {"--batches", "N",
+     "stop after so many batches of --batch-size windows of every set; 0: the whole set (0)"},
     {"--fill-last", "",
      "every document is judged alone: its windows begin with it, and the last of a longer one "
      "begins earlier, so that it is as long as the others; what has been judged before does not "
@@ -239,8 +240,9 @@ EvalReport judge(const LoadedModel& loaded, const EvalData& data, int64_t seq_le
   if (buckets) report.bucket_edges = buckets->edges;
   const auto start = std::chrono::steady_clock::now();
   for (const auto& [name, set] : data.sources)
-    report.sources.push_back({name, evaluate(*loaded.model, *set, batch_size, batches, autocast,
-                                             true, buckets ? &buckets->groups : nullptr)});
+    report.sources.push_back(
+        {name, evaluate(*loaded.model, *set, batch_size, batches * batch_size, autocast, true,
+                        buckets ? &buckets->groups : nullptr)});
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (data.by_source) {
     report.result = combined(report.sources);

@@ -107,7 +107,7 @@ void sum_over_processes(ProcessGroup& processes, Score& total, EvaluationResult&
 }  // namespace
 
 EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
-                          int64_t batch_size, int64_t max_batches, bool bfloat16,
+                          int64_t batch_size, int64_t max_windows, bool bfloat16,
                           bool show_progress, const TokenGroups* groups, ProcessGroup* processes) {
   if (batch_size < 1)
     throw Error(ExitCode::kConfig,
@@ -117,7 +117,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
   const at::Device device = model.head_weight().device();
   const AutocastGuard autocast(device.type(), bfloat16);
   int64_t windows = data.num_windows();
-  if (max_batches > 0) windows = std::min(windows, max_batches * batch_size);
+  if (max_windows > 0) windows = std::min(windows, max_windows);
 
   std::optional<Progress> progress;
   if (show_progress) progress.emplace("evaluating", windows, "windows");

@@ -33,11 +33,11 @@ struct EvaluationResult {
   std::vector<GroupLoss> groups;  ///< where groups were asked for
 };
 
-/// Token-weighted mean over a fixed set, without gradients. max_batches 0: the whole set. The model's training mode is
+/// Token-weighted mean over a fixed set, without gradients. max_windows 0: the whole set. The model's training mode is
 /// put back afterwards. show_progress: a bar on standard error. groups: targets by their token, of a set of texts.
 /// processes: each judges a share of the batches, and all know the result.
 EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
-                          int64_t batch_size, int64_t max_batches = 0, bool bfloat16 = false,
+                          int64_t batch_size, int64_t max_windows = 0, bool bfloat16 = false,
                           bool show_progress = false, const TokenGroups* groups = nullptr,
                           ProcessGroup* processes = nullptr);
 

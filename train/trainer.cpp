@@ -319,7 +319,8 @@ void Trainer::Impl::evaluate_now() {
   const int64_t batch = micro_batch(config_, group_->place().size);
   const bool progress = recorder_->console().has_bar();
   if (progress) recorder_->console().finish();
-  evaluation_ = evaluate(*model_, *data_.held_out, batch, config_.eval.batches,
+  const int64_t windows = config_.eval.batches * config_.train.global_batch_size;
+  evaluation_ = evaluate(*model_, *data_.held_out, batch, windows,
                          config_.train.dtype == "bfloat16", progress, nullptr, &*group_);
   evaluated_step_ = state_.step;
   log_info("step " + std::to_string(state_.step) + " | " + held_out_line(evaluation_));

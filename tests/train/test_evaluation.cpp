@@ -214,16 +214,18 @@ TEST_CASE("the accuracy of a task is that of its answers") {
   }
 }
 
-TEST_CASE("max_batches takes the first batches alone; bad sizes are refused") {
+TEST_CASE("max_windows takes the first windows alone; bad sizes are refused") {
   const testing::TemporaryFolder folder;
   const auto file = make_file(folder);
   data::DatasetOptions options;
   options.seq_len = 8;
   const data::EvalSet data(file, options);
   const auto model = tiny_model();
-  const EvaluationResult part = evaluate(*model, data, 2, 2);
+  const EvaluationResult part = evaluate(*model, data, 2, 4);
   CHECK(part.tokens <= 32);
   CHECK(part.tokens >= 30);
+  for (const int64_t batch_size : {1, 3, 5})  // which decides the memory alone
+    CHECK(evaluate(*model, data, batch_size, 4).loss == Approx(part.loss).epsilon(1e-9));
   CHECK(evaluate(*model, data, 2, 10000).tokens == evaluate(*model, data, 5).tokens);
   CHECK_THROWS_AS(evaluate(*model, data, 0), Error);
 }
