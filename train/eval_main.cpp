@@ -256,9 +256,12 @@ EvalReport judge(const LoadedModel& loaded, const EvalData& data, int64_t seq_le
 int body(int argc, char** argv) {
   const CommandLine line = parse_command_line(argc, argv, kOptions);
   if (line.has("--help")) {
-    std::cout << "usage: xlstm-eval CHECKPOINT|RUN_FOLDER [options]\n\nLoss, perplexity and bits "
-                 "per byte of a trained model.\n\n"
-              << format_options(kOptions);
+    std::cout
+        << "usage: xlstm-eval CHECKPOINT|RUN_FOLDER [options]\n\nLoss, perplexity and bits "
+           "per byte of a trained model. The first token of a document is not judged, and its "
+           "bytes do\nnot count; where tokens are of several bytes, each counts with the "
+           "mean of the data's.\n\n"
+        << format_options(kOptions);
     return 0;
   }
   if (line.positional.size() != 1 || !line.overrides.empty())

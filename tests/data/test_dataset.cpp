@@ -265,7 +265,7 @@ TEST_CASE("windows of documents alone: the last one begins earlier and scores no
     for (size_t t = 0; t < 16; ++t) CHECK(batch.reset[t] == (t % 4 == 0));
     CHECK(batch.num_targets == 10);
     CHECK(set.batch(2, 1).num_targets == 1);
-    CHECK(set.bytes_per_token() == Approx(9));
+    CHECK(set.text_bytes(batch) == Approx(90.0 * 10 / 14));
   }
 
   options.seq_len = 50;  // longer than a document: nothing lies before
@@ -306,9 +306,9 @@ TEST_CASE("held-out tokens are scored exactly once") {
                        : std::multiset<int64_t>{2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
       CHECK(scored == want);
       CHECK(counted == static_cast<int64_t>(want.size()));
-      CHECK(set.bytes_per_token() == Approx(90.0 / static_cast<double>(want.size())));
       const Batch all = set.batch(0, set.num_windows());
       CHECK(all.num_targets == counted);
+      CHECK(set.text_bytes(all) == Approx(90.0 / 13 * static_cast<double>(want.size())));
       error_of([&] { set.batch(0, set.num_windows() + 1); });
     }
   }
