@@ -22,6 +22,7 @@
 #include "train/device.h"
 #include "train/eval_report.h"
 #include "train/evaluation.h"
+#include "train/run_folder.h"
 #include "train/schedule.h"
 #include "train/token_frequency.h"
 #include "train/training_data.h"
@@ -34,7 +35,7 @@ namespace fs = std::filesystem;
 const std::vector<OptionSpec> kOptions{
     {"--data", "PREFIX|FOLDER",
      "prepared token file, or a folder of such, one for each source, which are judged apart and "
-     "together (default: the run's own held-out set)"},
+     "together (default: the run's own held-out set, if it is still what it was)"},
     {"--text", "FILE", "text file, folder or glob, tokenised on the spot"},
     {"--seq-len", "N", "context length; may exceed the trained one (data.seq_len)"},
     {"--min-len", "N", "of a data.task: tokens of its shortest sample (data.task.eval_min_len)"},
@@ -80,6 +81,24 @@ class TemporaryFolder {
   fs::path path_;
 };
 
+/// For as long as it lives, relative paths are those of a run's settings.
+class InStartFolder {
+ public:
+  explicit InStartFolder(const LoadedModel& loaded) {
+    const std::string folder = recorded_start_folder(loaded.folder);
+    if (!folder.empty()) fs::current_path(folder);
+  }
+  ~InStartFolder() {
+    std::error_code ignored;
+    fs::current_path(before_, ignored);
+  }
+  InStartFolder(const InStartFolder&) = delete;
+  InStartFolder& operator=(const InStartFolder&) = delete;
+
+ private:
+  const fs::path before_ = fs::current_path();
+};
+
 std::string held_out_prefix(const LoadedModel& loaded) {
   const config::DataConfig& data = loaded.config.data;
   if (!data.val.empty()) return data.val;
@@ -89,6 +108,18 @@ std::string held_out_prefix(const LoadedModel& loaded) {
   return data::prepare_cached(data.text, data.val_text, data.val_fraction, data.val_split,
                               loaded.tokenizer, data.cache_dir)
       .val_prefix;
+}
+
+/// Throws Error(kData) where the set is not the one that the model was judged by when it was saved.
+void check_same_held_out(const LoadedModel& loaded, const data::HeldOutSet& set) {
+  const auto state = checkpoint_state(open_checkpoint(loaded.folder, /*verify=*/false));
+  if (!state || state->held_out_fingerprint.empty() ||
+      state->held_out_fingerprint == set.fingerprint())
+    return;
+  throw Error(ExitCode::kData,
+              loaded.folder + ": its run was judged by another held-out set than " + set.name() +
+                  ", which its settings lead to now: the text has changed, or is in another "
+                  "folder; put it back, or say with --text or --data what to judge by");
 }
 
 std::shared_ptr<const data::TokenFile> open_data(const LoadedModel& loaded,
@@ -151,6 +182,7 @@ std::vector<std::shared_ptr<const data::TokenFile>> training_files(const Command
                                                                    const LoadedModel& loaded) {
   const config::DataConfig& data = loaded.config.data;
   if (line.has("--counts")) return {open_data(loaded, line.get("--counts", ""))};
+  const InStartFolder relative_paths(loaded);
   if (!data.text.empty())
     return {open_data(loaded, data::prepare_cached(data.text, data.val_text, data.val_fraction,
                                                    data.val_split, loaded.tokenizer, data.cache_dir)
@@ -202,30 +234,39 @@ EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t
     throw Error(ExitCode::kConfig, "--min-len is for models that were trained on a data.task");
   if (line.has("--held-out"))
     throw Error(ExitCode::kConfig, "--held-out is for models that were trained on a data.task");
-  std::vector<std::string> prefixes;
-  if (line.has("--text")) {
-    choice.folder = std::make_unique<TemporaryFolder>();
-    choice.name = line.get("--text", "");
-    prefixes = {(choice.folder->path() / "text").string()};
-    data::PrepareOptions options;
-    options.inputs = {choice.name};
-    options.output_prefix = prefixes[0];
-    options.tokenizer = loaded.tokenizer;
-    data::prepare(options);
-  } else {
-    choice.name = line.has("--data") ? line.get("--data", "") : held_out_prefix(loaded);
-    // A folder of the prefix's own name may stand beside it: what is named is the prefix.
-    choice.by_source = fs::is_directory(choice.name) && !fs::exists(choice.name + ".idx");
-    prefixes = choice.by_source ? prefixes_in(choice.name) : std::vector{choice.name};
-  }
   data::DatasetOptions options;
   options.seq_len = seq_len;
   options.reset_state_at_document = config.data.reset_state_at_document;
   options.mask_loss_across_documents = config.data.mask_loss_across_documents;
   options.fill_last_window = line.has("--fill-last");
-  for (const std::string& prefix : prefixes)
+  const auto add = [&](const std::string& prefix) {
     choice.sources.push_back({fs::path(prefix).filename().string(),
                               std::make_unique<data::EvalSet>(open_data(loaded, prefix), options)});
+  };
+  if (line.has("--text")) {
+    choice.folder = std::make_unique<TemporaryFolder>();
+    choice.name = line.get("--text", "");
+    data::PrepareOptions text;
+    text.inputs = {choice.name};
+    text.output_prefix = (choice.folder->path() / "text").string();
+    text.tokenizer = loaded.tokenizer;
+    data::prepare(text);
+    add(text.output_prefix);
+  } else if (line.has("--data")) {
+    choice.name = line.get("--data", "");
+    // A folder of the prefix's own name may stand beside it: what is named is the prefix.
+    choice.by_source = fs::is_directory(choice.name) && !fs::exists(choice.name + ".idx");
+    for (const auto& prefix :
+         choice.by_source ? prefixes_in(choice.name) : std::vector{choice.name})
+      add(prefix);
+  } else {
+    {
+      const InStartFolder relative_paths(loaded);
+      choice.name = held_out_prefix(loaded);
+      add(choice.name);
+    }
+    check_same_held_out(loaded, *choice.sources[0].set);
+  }
   return choice;
 }
 
@@ -277,8 +318,10 @@ int body(int argc, char** argv) {
   if (!given.empty() && given != "float32" && given != "bfloat16" && given != "bfloat16_weights")
     throw Error(ExitCode::kConfig,
                 "--dtype: expected float32, bfloat16 or bfloat16_weights, got " + given);
-  const LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"),
-                                        given == "bfloat16_weights" ? at::kBFloat16 : at::kFloat);
+  LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"),
+                                  given == "bfloat16_weights" ? at::kBFloat16 : at::kFloat);
+  // Its data may be looked for in another folder.
+  if (loaded.tokenizer != "bytes") loaded.tokenizer = fs::absolute(loaded.tokenizer);
   loaded.model->to(device);
   const config::Config& config = loaded.config;
   const int64_t held_out_len = data::is_given(config.data.task) ? config.data.task.eval_len : 0;

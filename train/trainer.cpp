@@ -168,6 +168,7 @@ void Trainer::Impl::resume_or_start() {
     }
     start_files(checkpoint.has_value() ? checkpoint->path : "", first_weights);
   }
+  if (data_.held_out) state_.held_out_fingerprint = data_.held_out->fingerprint();
   share_state(optimizer_state);
 }
 

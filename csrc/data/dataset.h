@@ -62,6 +62,7 @@ class EvalSet final : public HeldOutSet {
   /// sidecar.
   double text_bytes(const Batch& batch) const override;
   std::string name() const override { return file_->prefix(); }
+  std::string fingerprint() const override { return file_->fingerprint(); }
 
  private:
   struct Window {

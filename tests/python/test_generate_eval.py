@@ -84,6 +84,34 @@ def test_eval_of_the_runs_own_held_out_set(run, tmp_path):
     assert json.loads(limited.read_text())["loss"] == pytest.approx(trained["val/loss"], rel=1e-5)
 
 
+def test_the_runs_own_held_out_set_is_the_one_it_was_judged_by(run, tmp_path):
+    """Its paths begin where the run was started; another text is not taken for it."""
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    work.mkdir()
+    elsewhere.mkdir()
+    (work / "text.txt").write_text("The cell keeps memory slowly.\n" * 50)
+    (elsewhere / "text.txt").write_text("Another text of the same name.\n" * 50)
+    config = work / "config.yaml"
+    config.write_text(run.config.read_text().replace(str(run.folder), "runs"))
+    settings = ["data.text=text.txt", "data.cache_dir=cache", "train.max_steps=2", "optim.warmup_steps=1"]
+
+    def call(folder, name, *arguments, check):
+        done = subprocess.run([BIN / name, *arguments], cwd=folder, env=environment(), capture_output=True, text=True)
+        assert done.returncode == check, done.stderr
+        return done
+    call(work, "xlstm-train", config, *settings, check=0)
+    here = call(work, "xlstm-eval", "runs/tiny", check=0).stdout
+    assert call(elsewhere, "xlstm-eval", work / "runs" / "tiny", check=0).stdout == here
+    assert [path.name for path in elsewhere.iterdir()] == ["text.txt"]
+    work.rename(tmp_path / "moved")  # with its text: the folder where the run was started is not there any more
+    assert call(tmp_path / "moved", "xlstm-eval", "runs/tiny", check=0).stdout == here
+    refused = call(elsewhere, "xlstm-eval", tmp_path / "moved" / "runs" / "tiny", check=3).stderr
+    assert "was judged by another held-out set" in refused
+    (tmp_path / "moved" / "text.txt").write_text("The cell keeps memory slowly.\n" * 49 + "The last line has changed.\n")
+    assert "the text has changed" in call(tmp_path / "moved", "xlstm-eval", "runs/tiny", check=3).stderr
+    call(tmp_path / "moved", "xlstm-eval", "runs/tiny", "--text", "text.txt", check=0)
+
+
 def test_rounded_weights(run, tmp_path):
     rounded = libxlstm.load(run.path, dtype=torch.bfloat16)
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
