@@ -135,14 +135,17 @@ EvalSet::EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& op
   }
   options_.seq_len = std::min(options.seq_len, file_->num_tokens() - 1);
   if (!options.fill_last_window) return;
+  int64_t longest = 1;
   for (int64_t d = 0; d < file_->num_documents(); ++d) {
     const int64_t start = file_->document_start(d), last = file_->document_start(d + 1) - 1;
     for (int64_t at = start; at < last; at += options.seq_len) {
       const int64_t count = std::min(options.seq_len, last - at);
       const int64_t before = std::min(at - start, options.seq_len - count);
       windows_.push_back({at - before, before + count, before});
+      longest = std::max(longest, before + count);
     }
   }
+  options_.seq_len = longest;
 }
 
 int64_t EvalSet::num_windows() const {
