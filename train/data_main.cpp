@@ -77,7 +77,8 @@ int run_prepare(const CommandLine& line, const std::vector<std::string>& inputs,
   const auto start = std::chrono::steady_clock::now();
   const data::PrepareReport report = data::prepare(options);
   const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
-  std::printf("wrote %s.bin, .idx and .meta.json in %s\n", options.output_prefix.c_str(),
+  std::printf("wrote %s.bin, .idx and .meta.json in %s\n",
+              data::token_file_prefix(options.output_prefix).c_str(),
               format_duration(spent.count()).c_str());
   std::printf("%lld documents, %lld tokens from %lld bytes (%.3f bytes per token)\n",
               number(report.num_documents), number(report.num_tokens), number(report.num_bytes),
