@@ -190,6 +190,10 @@ int body(int argc, char** argv) {
   if (line.positional.size() != 1)
     throw Error(ExitCode::kConfig, "expected one configuration file; see xlstm-bench --help");
   const config::Config config = config::load_config(line.positional[0], line.overrides);
+  if (config.model.input_features > 0)
+    throw Error(ExitCode::kConfig, "model.input_features is " +
+                                       std::to_string(config.model.input_features) +
+                                       ": only models that read tokens are timed; remove it");
   const int64_t steps = line.get_int("--steps", 20, 0), tokens = line.get_int("--tokens", 64, 0);
   const std::optional<bool> lazy = lazy_fold(line);
   const std::string weights = line.get("--dtype", "float32");
@@ -219,7 +223,7 @@ int body(int argc, char** argv) {
     report["decoding"] = time_decoding(config, *model, tokens, lazy);
   }
   report["seconds"] = monotonic_seconds() - start;
-  const std::string text = report.dump(1) + "\n";
+  const std::string text = report.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
   std::fputs(text.c_str(), stdout);
   if (line.has("--json")) {
     std::ofstream file(line.get("--json", ""));

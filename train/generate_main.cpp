@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -52,6 +53,8 @@ std::string read_prompt(const CommandLine& line) {
   if (line.has("--prompt")) return line.get("--prompt", "");
   if (line.has("--prompt-file")) {
     const std::string path = line.get("--prompt-file", "");
+    if (std::filesystem::is_directory(path))
+      throw Error(ExitCode::kData, path + ": a folder, expected the file of the prompt");
     std::ifstream file(path, std::ios::binary);
     if (!file) throw Error(ExitCode::kData, path + ": cannot open the prompt file; check its name");
     return read_all(file);
@@ -141,7 +144,7 @@ int body(int argc, char** argv) {
   for (int64_t i = 0; i < num_samples; ++i) {
     if (i > 0) show("---------------\n");
     if (!line.has("--no-echo")) show(text);
-    options.seed = static_cast<uint64_t>(seed + i);
+    options.seed = static_cast<uint64_t>(seed) + static_cast<uint64_t>(i);
     print_sample(loaded, *tokenizer, prompt, options);
   }
   return 0;
