@@ -176,7 +176,7 @@ void measure_generation(const CommandLine& line, models::LanguageModel& model, J
 }
 
 int body(int argc, char** argv) {
-  const CommandLine line = parse_command_line(argc, argv, kOptions);
+  const CommandLine line = parse_command_line(argc, argv, kOptions, true);
   if (line.has("--help")) {
     std::printf(
         "usage: xlstm-bench CONFIG.yaml [key.sub=value ...] [options]\n\nTimes training steps on "
@@ -238,5 +238,8 @@ int body(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   xlstm::train::prepare_long_process(argv);
-  return xlstm::train::run_main("xlstm-bench", [&] { return xlstm::train::body(argc, argv); });
+  return xlstm::train::run_main(
+      "xlstm-bench",
+      "lower train.micro_batch_size or data.seq_len, or set model.activation_checkpointing=true",
+      [&] { return xlstm::train::body(argc, argv); });
 }

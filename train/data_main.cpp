@@ -144,16 +144,14 @@ int run_stats(const std::vector<std::string>& prefixes) {
 }
 
 int run(int argc, char** argv) {
-  const CommandLine line = train::parse_command_line(argc, argv, kOptions);
+  const CommandLine line = train::parse_command_line(argc, argv, kOptions, false);
   if (line.has("--help")) {
     print_usage(stdout);
     return 0;
   }
   if (line.positional.empty()) fail_usage("which command? prepare, verify or stats");
   const std::string command = line.positional.front();
-  std::vector<std::string> inputs(line.positional.begin() + 1, line.positional.end());
-  // There are no settings to override here: arguments with '=' in them are paths.
-  inputs.insert(inputs.end(), line.overrides.begin(), line.overrides.end());
+  const std::vector<std::string> inputs(line.positional.begin() + 1, line.positional.end());
   if (command == "prepare") return run_prepare(line, inputs, join(argc, argv));
   if (!line.options.empty()) fail_usage(command + ": takes no " + line.options.begin()->first);
   if (command == "verify") return run_verify(inputs);
@@ -165,5 +163,6 @@ int run(int argc, char** argv) {
 }  // namespace xlstm
 
 int main(int argc, char** argv) {
-  return xlstm::train::run_main("xlstm-data", [&] { return xlstm::run(argc, argv); });
+  return xlstm::train::run_main("xlstm-data", "give large texts in several files",
+                                [&] { return xlstm::run(argc, argv); });
 }

@@ -295,7 +295,7 @@ EvalReport judge(const LoadedModel& loaded, const EvalData& data, int64_t seq_le
 }
 
 int body(int argc, char** argv) {
-  const CommandLine line = parse_command_line(argc, argv, kOptions);
+  const CommandLine line = parse_command_line(argc, argv, kOptions, false);
   if (line.has("--help")) {
     std::cout
         << "usage: xlstm-eval CHECKPOINT|RUN_FOLDER [options]\n\nLoss, perplexity and bits "
@@ -305,11 +305,11 @@ int body(int argc, char** argv) {
         << format_options(kOptions);
     return 0;
   }
-  if (line.positional.size() != 1 || !line.overrides.empty())
+  if (line.positional.size() != 1)
     throw Error(ExitCode::kConfig, "expected one checkpoint or run folder; see xlstm-eval --help");
   if (line.has("--data") && line.has("--text"))
     throw Error(ExitCode::kConfig, "--data and --text exclude each other; give one");
-  if (const int64_t threads = line.get_int("--threads", 0, 0); threads > 0)
+  if (const int64_t threads = line.get_threads(); threads > 0)
     at::set_num_threads(static_cast<int>(threads));
 
   const at::Device device = choose_device(line.get("--device", "auto"), "--device");
@@ -345,5 +345,7 @@ int body(int argc, char** argv) {
 }  // namespace xlstm::train
 
 int main(int argc, char** argv) {
-  return xlstm::train::run_main("xlstm-eval", [&] { return xlstm::train::body(argc, argv); });
+  return xlstm::train::run_main("xlstm-eval",
+                                "lower --batch-size or --seq-len, or give --dtype bfloat16_weights",
+                                [&] { return xlstm::train::body(argc, argv); });
 }

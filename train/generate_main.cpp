@@ -66,7 +66,7 @@ SamplingOptions sampling_options(const CommandLine& line, const data::Tokenizer&
   SamplingOptions options;
   options.max_new_tokens = line.get_int("--max-new-tokens", 256, 0);
   options.temperature = line.has("--greedy") ? 0.0 : line.get_double("--temperature", 0.8);
-  options.top_k = line.get_int("--top-k", 0);
+  options.top_k = line.get_int("--top-k", 0, 0);
   options.top_p = line.get_double("--top-p", 1.0);
   options.stop_token = tokenizer.eos_id();
   options.vocab_size = tokenizer.vocab_size();
@@ -116,7 +116,7 @@ void print_sample(LoadedModel& loaded, data::Tokenizer& tokenizer,
 }
 
 int body(int argc, char** argv) {
-  const CommandLine line = parse_command_line(argc, argv, kOptions);
+  const CommandLine line = parse_command_line(argc, argv, kOptions, false);
   if (line.has("--help")) {
     show(
         "usage: xlstm-generate CHECKPOINT|RUN_FOLDER [options]\n\nContinues a text with a trained "
@@ -124,10 +124,10 @@ int body(int argc, char** argv) {
         format_options(kOptions));
     return 0;
   }
-  if (line.positional.size() != 1 || !line.overrides.empty())
+  if (line.positional.size() != 1)
     throw Error(ExitCode::kConfig,
                 "expected one checkpoint or run folder; see xlstm-generate --help");
-  if (const int64_t threads = line.get_int("--threads", 0, 0); threads > 0)
+  if (const int64_t threads = line.get_threads(); threads > 0)
     at::set_num_threads(static_cast<int>(threads));
   const int64_t num_samples = line.get_int("--num-samples", 1, 1);
   const int64_t seed = line.get_int("--seed", 42);
@@ -154,5 +154,7 @@ int body(int argc, char** argv) {
 }  // namespace xlstm::train
 
 int main(int argc, char** argv) {
-  return xlstm::train::run_main("xlstm-generate", [&] { return xlstm::train::body(argc, argv); });
+  return xlstm::train::run_main("xlstm-generate",
+                                "give a shorter prompt, or --dtype bfloat16_weights",
+                                [&] { return xlstm::train::body(argc, argv); });
 }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -110,6 +111,24 @@ def test_the_runs_own_held_out_set_is_the_one_it_was_judged_by(run, tmp_path):
     (tmp_path / "moved" / "text.txt").write_text("The cell keeps memory slowly.\n" * 49 + "The last line has changed.\n")
     assert "the text has changed" in call(tmp_path / "moved", "xlstm-eval", "runs/tiny", check=3).stderr
     call(tmp_path / "moved", "xlstm-eval", "runs/tiny", "--text", "text.txt", check=0)
+
+
+def test_numbers_names_and_files_that_cannot_be_used(run, tmp_path):
+    for options in (["--batches", 2**63 - 1], ["--batch-size", 2**31], ["--threads", 200_000], ["--seq-len", 2**63 - 1]):
+        assert f"{options[0]} must be at most" in program("xlstm-eval", run.path, *options, check=2).stderr
+    assert "--threads must be at most" in program("xlstm-generate", run.path, "--threads", 200_000, check=2).stderr
+    done = program("xlstm-generate", run.path, "--prompt-file", tmp_path, check=3)
+    assert f"{tmp_path}: a folder, expected the file of the prompt" in done.stderr
+    config = tmp_path / "vectors.yaml"
+    config.write_text("model: {input_features: 4}\n")
+    assert "model.input_features is 4: only models that read tokens" in program("xlstm-bench", config, check=2).stderr
+    text = os.fsencode(tmp_path) + b"/t\xff.txt"
+    with open(text, "w") as file:
+        file.write("The cell keeps memory.")
+    done = subprocess.run([BIN / "xlstm-eval", run.path, "--text", text, "--seq-len", "100000000", "--json",
+                           tmp_path / "e.json"], env=environment(), capture_output=True)
+    assert done.returncode == 0, done.stderr  # a window is as long as the text, not 100 million tokens
+    assert json.loads((tmp_path / "e.json").read_text())["data"].endswith("/t\ufffd.txt")
 
 
 def test_rounded_weights(run, tmp_path):
