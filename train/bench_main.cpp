@@ -176,7 +176,7 @@ void measure_generation(const CommandLine& line, models::LanguageModel& model, J
 }
 
 int body(int argc, char** argv) {
-  const CommandLine line = parse_command_line(argc, argv, kOptions);
+  const CommandLine line = parse_command_line(argc, argv, kOptions, true);
   if (line.has("--help")) {
     std::printf(
         "usage: xlstm-bench CONFIG.yaml [key.sub=value ...] [options]\n\nTimes training steps on "
@@ -190,6 +190,10 @@ int body(int argc, char** argv) {
   if (line.positional.size() != 1)
     throw Error(ExitCode::kConfig, "expected one configuration file; see xlstm-bench --help");
   const config::Config config = config::load_config(line.positional[0], line.overrides);
+  if (config.model.input_features > 0)
+    throw Error(ExitCode::kConfig, "model.input_features is " +
+                                       std::to_string(config.model.input_features) +
+                                       ": only models that read tokens are timed; remove it");
   const int64_t steps = line.get_int("--steps", 20, 0), tokens = line.get_int("--tokens", 64, 0);
   const std::optional<bool> lazy = lazy_fold(line);
   const std::string weights = line.get("--dtype", "float32");
@@ -219,7 +223,7 @@ int body(int argc, char** argv) {
     report["decoding"] = time_decoding(config, *model, tokens, lazy);
   }
   report["seconds"] = monotonic_seconds() - start;
-  const std::string text = report.dump(1) + "\n";
+  const std::string text = report.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
   std::fputs(text.c_str(), stdout);
   if (line.has("--json")) {
     std::ofstream file(line.get("--json", ""));
@@ -234,5 +238,8 @@ int body(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   xlstm::train::prepare_long_process(argv);
-  return xlstm::train::run_main("xlstm-bench", [&] { return xlstm::train::body(argc, argv); });
+  return xlstm::train::run_main(
+      "xlstm-bench",
+      "lower train.micro_batch_size or data.seq_len, or set model.activation_checkpointing=true",
+      [&] { return xlstm::train::body(argc, argv); });
 }

@@ -157,6 +157,7 @@ std::string format_state(const TrainerState& state) {
                      {"samples_consumed", state.samples_consumed},
                      {"skipped_updates", state.skipped_updates},
                      {"data_fingerprint", state.data_fingerprint},
+                     {"held_out_fingerprint", state.held_out_fingerprint},
                      {"rng_state", hex_or_empty(state.rng_state)},
                      {"device_rng_state", hex_or_empty(state.device_rng_state)},
                      {"libxlstm_version", XLSTM_VERSION},

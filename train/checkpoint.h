@@ -24,7 +24,9 @@ struct TrainerState {
   int64_t samples_consumed = 0;  ///< global sample index of the next batch
   int64_t skipped_updates = 0;
   std::string data_fingerprint;
-  at::Tensor rng_state;         ///< of torch's default CPU generator (uint8)
+  std::string
+      held_out_fingerprint;  ///< "" where nothing is held out, of tasks, and in older checkpoints
+  at::Tensor rng_state;      ///< of torch's default CPU generator (uint8)
   at::Tensor device_rng_state;  ///< of the GPU's generator; undefined for a run on the CPU
 };
 

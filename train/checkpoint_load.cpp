@@ -41,6 +41,7 @@ TrainerState parse_state(const std::string& path) {
     state.samples_consumed = json.at("samples_consumed").get<int64_t>();
     state.skipped_updates = json.at("skipped_updates").get<int64_t>();
     state.data_fingerprint = json.at("data_fingerprint").get<std::string>();
+    state.held_out_fingerprint = json.value("held_out_fingerprint", "");  // absent in older ones
     const auto bytes = [&](const std::string& hex) {
       return hex.empty() ? at::Tensor() : from_hex(hex, path);
     };

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <iostream>
 #include <new>
 #include <sstream>
 #include <system_error>
@@ -98,13 +100,26 @@ std::string short_message(const std::exception& error) {
   return of_torch != nullptr ? first_line(of_torch->what_without_backtrace()) : error.what();
 }
 
-int report_no_memory(const char* program, const std::exception& error) {
+int report_no_memory(const char* program, const std::exception& error, const std::string& advice) {
   const bool of_torch = dynamic_cast<const c10::Error*>(&error) != nullptr;
-  return report(program,
-                "out of memory" + (of_torch ? " (" + short_message(error) + ")" : "") +
-                    "; lower train.micro_batch_size or data.seq_len, or set "
-                    "model.activation_checkpointing=true",
-                ExitCode::kMemory);
+  return report(
+      program,
+      "out of memory" + (of_torch ? " (" + short_message(error) + ")" : "") + "; " + advice,
+      ExitCode::kMemory);
+}
+
+/// Whether standard output is a pipe that none reads any more.
+bool reader_has_left() {
+  pollfd output{STDOUT_FILENO, 0, 0};
+  return ::poll(&output, 1, 0) == 1 && (output.revents & POLLERR) != 0;
+}
+
+/// Throws where anything that was printed could not be written; why is known only of the last write.
+void flush_output() {
+  std::cout.flush();
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0 && std::cout) return;
+  if (reader_has_left()) throw std::system_error(EPIPE, std::generic_category(), "standard output");
+  throw Error(ExitCode::kCheckpoint, "standard output: cannot be written; is the disk full?");
 }
 
 /// A program may be started with standard streams closed: files that it opens would then get their numbers, and what is
@@ -140,10 +155,13 @@ int64_t CommandLine::get_int(const std::string& name, int64_t fallback) const {
   return *value;
 }
 
-int64_t CommandLine::get_int(const std::string& name, int64_t fallback, int64_t least) const {
+int64_t CommandLine::get_int(const std::string& name, int64_t fallback, int64_t least,
+                             int64_t most) const {
   const int64_t value = get_int(name, fallback);
   if (value < least)
     fail(name + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
+  if (value > most)
+    fail(name + " must be at most " + std::to_string(most) + ", got " + std::to_string(value));
   return value;
 }
 
@@ -161,15 +179,16 @@ std::vector<int64_t> CommandLine::get_growing(const std::string& name) const {
   std::istringstream stream(text + ",");
   for (std::string part; std::getline(stream, part, ',');) {
     const auto number = config::parse_int(part);
-    if (!number || *number <= (numbers.empty() ? 0 : numbers.back()))
-      fail(name + ": got " + in_quotes(text) +
-           ", expected whole numbers above 0 that grow, as in 10,100");
+    if (!number || *number <= (numbers.empty() ? 0 : numbers.back()) || *number > kMaxNumber)
+      fail(name + ": got " + in_quotes(text) + ", expected whole numbers above 0 that grow, to " +
+           std::to_string(kMaxNumber) + " at most, as in 10,100");
     numbers.push_back(*number);
   }
   return numbers;
 }
 
-CommandLine parse_command_line(int argc, char** argv, const std::vector<OptionSpec>& options) {
+CommandLine parse_command_line(int argc, char** argv, const std::vector<OptionSpec>& options,
+                               bool takes_settings) {
   CommandLine line;
   bool only_positional = false;
   for (int i = 1; i < argc;) {
@@ -180,7 +199,7 @@ CommandLine parse_command_line(int argc, char** argv, const std::vector<OptionSp
     } else if (!only_positional && argument.size() > 1 && argument[0] == '-') {
       i = read_option(i, argc, argv, options, line);
     } else {
-      const bool override = !only_positional && is_override(argument);
+      const bool override = takes_settings && !only_positional && is_override(argument);
       (override ? line.overrides : line.positional).push_back(argument);
       ++i;
     }
@@ -203,18 +222,22 @@ std::string format_options(const std::vector<OptionSpec>& options) {
   return out;
 }
 
-int run_main(const char* program, const std::function<int()>& body) {
+int run_main(const char* program, const std::string& memory_advice,
+             const std::function<int()>& body) {
   open_standard_streams();
   std::signal(SIGPIPE, SIG_IGN);
   try {
-    return body();
+    const int status = body();
+    if (status == 0) flush_output();
+    return status;
   } catch (const Error& error) {
     return report(program, error.what(), error.code);
   } catch (const std::system_error& error) {
+    if (error.code() == std::errc::broken_pipe) return 128 + SIGPIPE;  // as a shell has it
     return report(program, error.what(),
                   is_file_error(error.code()) ? ExitCode::kCheckpoint : kOtherError);
   } catch (const std::exception& error) {
-    if (is_out_of_memory(error)) return report_no_memory(program, error);
+    if (is_out_of_memory(error)) return report_no_memory(program, error, memory_advice);
     const bool value = dynamic_cast<const c10::ValueError*>(&error) != nullptr;
     return report(program, short_message(error), value ? ExitCode::kConfig : kOtherError);
   } catch (...) {

@@ -1,14 +1,18 @@
 #pragma once
-// The command line shared by all programs: `program POSITIONAL... [--flag] [--option VALUE]
-// [key.sub=value ...]`.
+// The command line shared by all programs: `program POSITIONAL... [--flag] [--option VALUE]`, and
+// `[key.sub=value ...]` where they take settings.
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
 
 namespace xlstm::train {
+
+/// Sizes and counts are at most this, so that products of two do not overflow.
+constexpr int64_t kMaxNumber = std::numeric_limits<int32_t>::max();
 
 struct OptionSpec {
   std::string name;   ///< "--max-new-tokens"
@@ -24,28 +28,33 @@ struct CommandLine {
   std::string get(const std::string& name, const std::string& fallback) const;
   int64_t get_int(const std::string& name,
                   int64_t fallback) const;  ///< throws Error(kConfig) on text
-  int64_t get_int(const std::string& name, int64_t fallback,
-                  int64_t least) const;  ///< throws Error(kConfig) below `least` too
+  /// Throws Error(kConfig) below `least` and above `most` too.
+  int64_t get_int(const std::string& name, int64_t fallback, int64_t least,
+                  int64_t most = kMaxNumber) const;
+  int64_t get_threads() const { return get_int("--threads", 0, 0, 4096); }
   double get_double(const std::string& name, double fallback) const;
   /// "10,100" -> {10, 100}; {} where it is not given. Throws Error(kConfig) for anything but whole
-  /// numbers above 0 that grow.
+  /// numbers of 1 to kMaxNumber that grow.
   std::vector<int64_t> get_growing(const std::string& name) const;
 };
 
 /// An option's value is the next argument or follows a '=' ("--seed=1"); a value that starts with
 /// "--" needs the '='. The last of several values counts. Behind "--" everything is positional;
-/// "name.sub=text" before it is an override. Throws Error(kConfig) for unknown options (with a
+/// "name.sub=text" before it is an override where the program `takes_settings`. Throws Error(kConfig) for unknown options (with a
 /// suggestion), missing values, and values of flags.
-CommandLine parse_command_line(int argc, char** argv, const std::vector<OptionSpec>& options);
+CommandLine parse_command_line(int argc, char** argv, const std::vector<OptionSpec>& options,
+                               bool takes_settings);
 /// "--name VALUE   help" lines.
 std::string format_options(const std::vector<OptionSpec>& options);
 
 /// Runs a program's body and turns what it throws into one line `program: error: ...` on standard
-/// error and the exit status: Error -> its code, no memory -> 7 with advice, a failed file
+/// error and the exit status: Error -> its code, no memory -> 7 with `memory_advice`, a failed file
 /// operation -> 4, c10::ValueError (a value that a model refuses) -> 2, other -> 1; of c10::Error
-/// the first line. SIGPIPE is ignored: a closed pipe is an error of the write. Standard streams that
-/// are closed are /dev/null from here on, so call it before a file is opened.
-int run_main(const char* program, const std::function<int()>& body);
+/// the first line. Output that could not be written is such a failure, too. SIGPIPE is ignored, but
+/// a reader of the output that has left ends the program as that signal does: 141, without a word.
+/// Standard streams that are closed are /dev/null from here on, so call it before a file is opened.
+int run_main(const char* program, const std::string& memory_advice,
+             const std::function<int()>& body);
 
 /// Whether there was not enough memory, of the machine or of a GPU.
 bool is_out_of_memory(const std::exception& error);

@@ -77,7 +77,8 @@ int run_prepare(const CommandLine& line, const std::vector<std::string>& inputs,
   const auto start = std::chrono::steady_clock::now();
   const data::PrepareReport report = data::prepare(options);
   const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
-  std::printf("wrote %s.bin, .idx and .meta.json in %s\n", options.output_prefix.c_str(),
+  std::printf("wrote %s.bin, .idx and .meta.json in %s\n",
+              data::token_file_prefix(options.output_prefix).c_str(),
               format_duration(spent.count()).c_str());
   std::printf("%lld documents, %lld tokens from %lld bytes (%.3f bytes per token)\n",
               number(report.num_documents), number(report.num_tokens), number(report.num_bytes),
@@ -143,16 +144,14 @@ int run_stats(const std::vector<std::string>& prefixes) {
 }
 
 int run(int argc, char** argv) {
-  const CommandLine line = train::parse_command_line(argc, argv, kOptions);
+  const CommandLine line = train::parse_command_line(argc, argv, kOptions, false);
   if (line.has("--help")) {
     print_usage(stdout);
     return 0;
   }
   if (line.positional.empty()) fail_usage("which command? prepare, verify or stats");
   const std::string command = line.positional.front();
-  std::vector<std::string> inputs(line.positional.begin() + 1, line.positional.end());
-  // There are no settings to override here: arguments with '=' in them are paths.
-  inputs.insert(inputs.end(), line.overrides.begin(), line.overrides.end());
+  const std::vector<std::string> inputs(line.positional.begin() + 1, line.positional.end());
   if (command == "prepare") return run_prepare(line, inputs, join(argc, argv));
   if (!line.options.empty()) fail_usage(command + ": takes no " + line.options.begin()->first);
   if (command == "verify") return run_verify(inputs);
@@ -164,5 +163,6 @@ int run(int argc, char** argv) {
 }  // namespace xlstm
 
 int main(int argc, char** argv) {
-  return xlstm::train::run_main("xlstm-data", [&] { return xlstm::run(argc, argv); });
+  return xlstm::train::run_main("xlstm-data", "give large texts in several files",
+                                [&] { return xlstm::run(argc, argv); });
 }

@@ -22,6 +22,7 @@
 #include "train/device.h"
 #include "train/eval_report.h"
 #include "train/evaluation.h"
+#include "train/run_folder.h"
 #include "train/schedule.h"
 #include "train/token_frequency.h"
 #include "train/training_data.h"
@@ -34,13 +35,14 @@ namespace fs = std::filesystem;
 const std::vector<OptionSpec> kOptions{
     {"--data", "PREFIX|FOLDER",
      "prepared token file, or a folder of such, one for each source, which are judged apart and "
-     "together (default: the run's own held-out set)"},
+     "together (default: the run's own held-out set, if it is still what it was)"},
     {"--text", "FILE", "text file, folder or glob, tokenised on the spot"},
     {"--seq-len", "N", "context length; may exceed the trained one (data.seq_len)"},
     {"--min-len", "N", "of a data.task: tokens of its shortest sample (data.task.eval_min_len)"},
     {"--held-out", "NAME", "of a data.task: test or validation (data.task.held_out)"},
     {"--batch-size", "N", "windows per forward pass (as in training, fewer for longer windows)"},
-    {"--batches", "N", "stop after so many batches of every set; 0: the whole set (0)"},
+    {"--batches", "N",
+     "stop after so many batches of --batch-size windows of every set; 0: the whole set (0)"},
     {"--fill-last", "",
      "every document is judged alone: its windows begin with it, and the last of a longer one "
      "begins earlier, so that it is as long as the others; what has been judged before does not "
@@ -79,6 +81,24 @@ class TemporaryFolder {
   fs::path path_;
 };
 
+/// For as long as it lives, relative paths are those of a run's settings.
+class InStartFolder {
+ public:
+  explicit InStartFolder(const LoadedModel& loaded) {
+    const std::string folder = recorded_start_folder(loaded.folder);
+    if (!folder.empty()) fs::current_path(folder);
+  }
+  ~InStartFolder() {
+    std::error_code ignored;
+    fs::current_path(before_, ignored);
+  }
+  InStartFolder(const InStartFolder&) = delete;
+  InStartFolder& operator=(const InStartFolder&) = delete;
+
+ private:
+  const fs::path before_ = fs::current_path();
+};
+
 std::string held_out_prefix(const LoadedModel& loaded) {
   const config::DataConfig& data = loaded.config.data;
   if (!data.val.empty()) return data.val;
@@ -88,6 +108,18 @@ std::string held_out_prefix(const LoadedModel& loaded) {
   return data::prepare_cached(data.text, data.val_text, data.val_fraction, data.val_split,
                               loaded.tokenizer, data.cache_dir)
       .val_prefix;
+}
+
+/// Throws Error(kData) where the set is not the one that the model was judged by when it was saved.
+void check_same_held_out(const LoadedModel& loaded, const data::HeldOutSet& set) {
+  const auto state = checkpoint_state(open_checkpoint(loaded.folder, /*verify=*/false));
+  if (!state || state->held_out_fingerprint.empty() ||
+      state->held_out_fingerprint == set.fingerprint())
+    return;
+  throw Error(ExitCode::kData,
+              loaded.folder + ": its run was judged by another held-out set than " + set.name() +
+                  ", which its settings lead to now: the text has changed, or is in another "
+                  "folder; put it back, or say with --text or --data what to judge by");
 }
 
 std::shared_ptr<const data::TokenFile> open_data(const LoadedModel& loaded,
@@ -150,6 +182,7 @@ std::vector<std::shared_ptr<const data::TokenFile>> training_files(const Command
                                                                    const LoadedModel& loaded) {
   const config::DataConfig& data = loaded.config.data;
   if (line.has("--counts")) return {open_data(loaded, line.get("--counts", ""))};
+  const InStartFolder relative_paths(loaded);
   if (!data.text.empty())
     return {open_data(loaded, data::prepare_cached(data.text, data.val_text, data.val_fraction,
                                                    data.val_split, loaded.tokenizer, data.cache_dir)
@@ -201,30 +234,39 @@ EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t
     throw Error(ExitCode::kConfig, "--min-len is for models that were trained on a data.task");
   if (line.has("--held-out"))
     throw Error(ExitCode::kConfig, "--held-out is for models that were trained on a data.task");
-  std::vector<std::string> prefixes;
-  if (line.has("--text")) {
-    choice.folder = std::make_unique<TemporaryFolder>();
-    choice.name = line.get("--text", "");
-    prefixes = {(choice.folder->path() / "text").string()};
-    data::PrepareOptions options;
-    options.inputs = {choice.name};
-    options.output_prefix = prefixes[0];
-    options.tokenizer = loaded.tokenizer;
-    data::prepare(options);
-  } else {
-    choice.name = line.has("--data") ? line.get("--data", "") : held_out_prefix(loaded);
-    // A folder of the prefix's own name may stand beside it: what is named is the prefix.
-    choice.by_source = fs::is_directory(choice.name) && !fs::exists(choice.name + ".idx");
-    prefixes = choice.by_source ? prefixes_in(choice.name) : std::vector{choice.name};
-  }
   data::DatasetOptions options;
   options.seq_len = seq_len;
   options.reset_state_at_document = config.data.reset_state_at_document;
   options.mask_loss_across_documents = config.data.mask_loss_across_documents;
   options.fill_last_window = line.has("--fill-last");
-  for (const std::string& prefix : prefixes)
+  const auto add = [&](const std::string& prefix) {
     choice.sources.push_back({fs::path(prefix).filename().string(),
                               std::make_unique<data::EvalSet>(open_data(loaded, prefix), options)});
+  };
+  if (line.has("--text")) {
+    choice.folder = std::make_unique<TemporaryFolder>();
+    choice.name = line.get("--text", "");
+    data::PrepareOptions text;
+    text.inputs = {choice.name};
+    text.output_prefix = (choice.folder->path() / "text").string();
+    text.tokenizer = loaded.tokenizer;
+    data::prepare(text);
+    add(text.output_prefix);
+  } else if (line.has("--data")) {
+    choice.name = line.get("--data", "");
+    // A folder of the prefix's own name may stand beside it: what is named is the prefix.
+    choice.by_source = fs::is_directory(choice.name) && !fs::exists(choice.name + ".idx");
+    for (const auto& prefix :
+         choice.by_source ? prefixes_in(choice.name) : std::vector{choice.name})
+      add(prefix);
+  } else {
+    {
+      const InStartFolder relative_paths(loaded);
+      choice.name = held_out_prefix(loaded);
+      add(choice.name);
+    }
+    check_same_held_out(loaded, *choice.sources[0].set);
+  }
   return choice;
 }
 
@@ -239,8 +281,9 @@ EvalReport judge(const LoadedModel& loaded, const EvalData& data, int64_t seq_le
   if (buckets) report.bucket_edges = buckets->edges;
   const auto start = std::chrono::steady_clock::now();
   for (const auto& [name, set] : data.sources)
-    report.sources.push_back({name, evaluate(*loaded.model, *set, batch_size, batches, autocast,
-                                             true, buckets ? &buckets->groups : nullptr)});
+    report.sources.push_back(
+        {name, evaluate(*loaded.model, *set, batch_size, batches * batch_size, autocast, true,
+                        buckets ? &buckets->groups : nullptr)});
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (data.by_source) {
     report.result = combined(report.sources);
@@ -252,18 +295,21 @@ EvalReport judge(const LoadedModel& loaded, const EvalData& data, int64_t seq_le
 }
 
 int body(int argc, char** argv) {
-  const CommandLine line = parse_command_line(argc, argv, kOptions);
+  const CommandLine line = parse_command_line(argc, argv, kOptions, false);
   if (line.has("--help")) {
-    std::cout << "usage: xlstm-eval CHECKPOINT|RUN_FOLDER [options]\n\nLoss, perplexity and bits "
-                 "per byte of a trained model.\n\n"
-              << format_options(kOptions);
+    std::cout
+        << "usage: xlstm-eval CHECKPOINT|RUN_FOLDER [options]\n\nLoss, perplexity and bits "
+           "per byte of a trained model. The first token of a document is not judged, and its "
+           "bytes do\nnot count; where tokens are of several bytes, each counts with the "
+           "mean of the data's.\n\n"
+        << format_options(kOptions);
     return 0;
   }
-  if (line.positional.size() != 1 || !line.overrides.empty())
+  if (line.positional.size() != 1)
     throw Error(ExitCode::kConfig, "expected one checkpoint or run folder; see xlstm-eval --help");
   if (line.has("--data") && line.has("--text"))
     throw Error(ExitCode::kConfig, "--data and --text exclude each other; give one");
-  if (const int64_t threads = line.get_int("--threads", 0, 0); threads > 0)
+  if (const int64_t threads = line.get_threads(); threads > 0)
     at::set_num_threads(static_cast<int>(threads));
 
   const at::Device device = choose_device(line.get("--device", "auto"), "--device");
@@ -272,8 +318,10 @@ int body(int argc, char** argv) {
   if (!given.empty() && given != "float32" && given != "bfloat16" && given != "bfloat16_weights")
     throw Error(ExitCode::kConfig,
                 "--dtype: expected float32, bfloat16 or bfloat16_weights, got " + given);
-  const LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"),
-                                        given == "bfloat16_weights" ? at::kBFloat16 : at::kFloat);
+  LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"),
+                                  given == "bfloat16_weights" ? at::kBFloat16 : at::kFloat);
+  // Its data may be looked for in another folder.
+  if (loaded.tokenizer != "bytes") loaded.tokenizer = fs::absolute(loaded.tokenizer);
   loaded.model->to(device);
   const config::Config& config = loaded.config;
   const int64_t held_out_len = data::is_given(config.data.task) ? config.data.task.eval_len : 0;
@@ -297,5 +345,7 @@ int body(int argc, char** argv) {
 }  // namespace xlstm::train
 
 int main(int argc, char** argv) {
-  return xlstm::train::run_main("xlstm-eval", [&] { return xlstm::train::body(argc, argv); });
+  return xlstm::train::run_main("xlstm-eval",
+                                "lower --batch-size or --seq-len, or give --dtype bfloat16_weights",
+                                [&] { return xlstm::train::body(argc, argv); });
 }

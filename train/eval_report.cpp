@@ -107,7 +107,9 @@ void write_report(const std::string& path, const EvalReport& report) {
     for (const JudgedSet& source : report.sources)
       json["sources"][source.name] = loss_json(source.result);
   }
-  write_file_atomically(path, json.dump(2) + "\n");
+  // File names need not be UTF-8: bytes that are not become the replacement character.
+  write_file_atomically(path,
+                        json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }
 
 }  // namespace xlstm::train

@@ -23,6 +23,7 @@ struct Score {
   double nats = 0;  ///< or squared error
   int64_t correct = 0;
   double last_errors = 0;
+  double text_bytes = 0;
 };
 
 /// Token ids (B,T) or real vectors (B,T,F).
@@ -94,20 +95,20 @@ Score score(models::LanguageModel& model, data::Batch& batch, at::Device device,
 /// What the processes found together.
 void sum_over_processes(ProcessGroup& processes, Score& total, EvaluationResult& result) {
   std::vector<double> numbers{total.nats, static_cast<double>(total.correct), total.last_errors,
-                              static_cast<double>(result.tokens)};
+                              total.text_bytes, static_cast<double>(result.tokens)};
   for (const GroupLoss& group : result.groups)
     numbers.insert(numbers.end(), {group.nats, static_cast<double>(group.tokens)});
   processes.sum(numbers);
-  total = {numbers[0], static_cast<int64_t>(numbers[1]), numbers[2]};
-  result.tokens = static_cast<int64_t>(numbers[3]);
+  total = {numbers[0], static_cast<int64_t>(numbers[1]), numbers[2], numbers[3]};
+  result.tokens = static_cast<int64_t>(numbers[4]);
   for (size_t i = 0; i < result.groups.size(); ++i)
-    result.groups[i] = {numbers[4 + 2 * i], static_cast<int64_t>(numbers[5 + 2 * i])};
+    result.groups[i] = {numbers[5 + 2 * i], static_cast<int64_t>(numbers[6 + 2 * i])};
 }
 
 }  // namespace
 
 EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
-                          int64_t batch_size, int64_t max_batches, bool bfloat16,
+                          int64_t batch_size, int64_t max_windows, bool bfloat16,
                           bool show_progress, const TokenGroups* groups, ProcessGroup* processes,
                           const std::function<void()>& after_batch) {
   if (batch_size < 1)
@@ -118,7 +119,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
   const at::Device device = model.head_weight().device();
   const AutocastGuard autocast(device.type(), bfloat16);
   int64_t windows = data.num_windows();
-  if (max_batches > 0) windows = std::min(windows, max_batches * batch_size);
+  if (max_windows > 0) windows = std::min(windows, max_windows);
 
   std::optional<Progress> progress;
   if (show_progress) progress.emplace("evaluating", windows, "windows");
@@ -139,6 +140,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
       total.nats += part.nats;
       total.correct += part.correct;
       total.last_errors += part.last_errors;
+      total.text_bytes += data.text_bytes(batch);
     }
     result.tokens += batch.num_targets;
     if (progress) progress->update(std::min(first + batch_size, windows));
@@ -151,8 +153,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
                 data.name() + ": no token to score; each document needs at least two");
   result.loss = total.nats / static_cast<double>(result.tokens);
   result.perplexity = std::exp(result.loss);
-  if (data.bytes_per_token() > 0)
-    result.bits_per_byte = result.loss / std::log(2.0) / data.bytes_per_token();
+  if (total.text_bytes > 0) result.bits_per_byte = total.nats / std::log(2.0) / total.text_bytes;
   if (models::predicts_numbers(model.options()))
     result.last_error = total.last_errors / static_cast<double>(windows);
   if (chance.has_value()) {

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -55,6 +56,8 @@ std::string read_prompt(const CommandLine& line) {
   if (line.has("--prompt")) return line.get("--prompt", "");
   if (line.has("--prompt-file")) {
     const std::string path = line.get("--prompt-file", "");
+    if (std::filesystem::is_directory(path))
+      throw Error(ExitCode::kData, path + ": a folder, expected the file of the prompt");
     std::ifstream file(path, std::ios::binary);
     if (!file) throw Error(ExitCode::kData, path + ": cannot open the prompt file; check its name");
     return read_all(file);
@@ -66,7 +69,7 @@ SamplingOptions sampling_options(const CommandLine& line, const data::Tokenizer&
   SamplingOptions options;
   options.max_new_tokens = line.get_int("--max-new-tokens", 256, 0);
   options.temperature = line.has("--greedy") ? 0.0 : line.get_double("--temperature", 0.8);
-  options.top_k = line.get_int("--top-k", 0);
+  options.top_k = line.get_int("--top-k", 0, 0);
   options.top_p = line.get_double("--top-p", 1.0);
   options.stop_token = tokenizer.eos_id();
   options.vocab_size = tokenizer.vocab_size();
@@ -132,7 +135,7 @@ void print_samples(LoadedModel& loaded, data::Tokenizer& tokenizer, const std::s
 }
 
 int body(int argc, char** argv) {
-  const CommandLine line = parse_command_line(argc, argv, kOptions);
+  const CommandLine line = parse_command_line(argc, argv, kOptions, false);
   if (line.has("--help")) {
     show(
         "usage: xlstm-generate CHECKPOINT|RUN_FOLDER [options]\n\nContinues a text with a trained "
@@ -140,10 +143,10 @@ int body(int argc, char** argv) {
         format_options(kOptions));
     return 0;
   }
-  if (line.positional.size() != 1 || !line.overrides.empty())
+  if (line.positional.size() != 1)
     throw Error(ExitCode::kConfig,
                 "expected one checkpoint or run folder; see xlstm-generate --help");
-  if (const int64_t threads = line.get_int("--threads", 0, 0); threads > 0)
+  if (const int64_t threads = line.get_threads(); threads > 0)
     at::set_num_threads(static_cast<int>(threads));
   const int64_t num_samples = line.get_int("--num-samples", 1, 1);
   const int64_t seed = line.get_int("--seed", 42);
@@ -159,7 +162,7 @@ int body(int argc, char** argv) {
   const std::vector<int64_t> prompt = encode_prompt(text, *tokenizer, loaded.tokenizer);
   for (int64_t done = 0; done < num_samples; done += kSideBySide) {
     if (done > 0) show(kBetweenSamples);
-    options.seed = static_cast<uint64_t>(seed + done);
+    options.seed = static_cast<uint64_t>(seed) + static_cast<uint64_t>(done);
     print_samples(loaded, *tokenizer, line.has("--no-echo") ? "" : text, prompt, options,
                   static_cast<size_t>(std::min(kSideBySide, num_samples - done)));
   }
@@ -170,5 +173,7 @@ int body(int argc, char** argv) {
 }  // namespace xlstm::train
 
 int main(int argc, char** argv) {
-  return xlstm::train::run_main("xlstm-generate", [&] { return xlstm::train::body(argc, argv); });
+  return xlstm::train::run_main("xlstm-generate",
+                                "give a shorter prompt, or --dtype bfloat16_weights",
+                                [&] { return xlstm::train::body(argc, argv); });
 }

@@ -48,13 +48,16 @@ class RunFolder {
 /// Free bytes for this user on the file system that holds `path`; -1 when unknown.
 int64_t free_disk_bytes(const std::string& path);
 
-/// Writes <run>/run.json (command, versions, host, threads, time, first weights, configuration) and
+/// Writes <run>/run.json (command, folder, versions, host, threads, time, first weights, configuration) and
 /// <run>/config.yaml. first_weights: the checkpoint whose weights the run began with; "": its own.
 void write_run_header(const RunFolder& folder, const config::Config& config,
                       const std::string& command, int64_t num_parameters,
                       const std::string& first_weights);
 /// What the run's header says of them; "" where there is none.
 std::string recorded_first_weights(const RunFolder& folder);
+/// The folder in which the run of a checkpoint was started, where the relative paths of its settings begin; "" where that
+/// is not known or not there any more.
+std::string recorded_start_folder(const std::string& checkpoint);
 
 /// Whether a folder holds a run. Throws Error(kCheckpoint) where it is no folder, or one of something else.
 bool holds_run(const std::string& path);

@@ -14,6 +14,19 @@
 #include "train/run_folder.h"
 
 namespace xlstm::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// A text of a run's header; "" where there is none.
+std::string recorded(const std::string& path, const char* key) {
+  if (!fs::exists(path)) return "";
+  const auto header = nlohmann::json::parse(read_file(path), nullptr, /*allow_exceptions=*/false);
+  if (!header.is_object() || !header.contains(key) || !header[key].is_string()) return "";
+  return header[key].get<std::string>();
+}
+
+}  // namespace
 
 void write_run_header(const RunFolder& folder, const config::Config& config,
                       const std::string& command, int64_t num_parameters,
@@ -27,6 +40,7 @@ void write_run_header(const RunFolder& folder, const config::Config& config,
   const std::string yaml = config::print_config(config);
   const nlohmann::ordered_json header = {
       {"command", command},
+      {"folder", fs::current_path().string()},
       {"time", time_text},
       {"host", host},
       {"pid", ::getpid()},
@@ -46,12 +60,14 @@ void write_run_header(const RunFolder& folder, const config::Config& config,
 }
 
 std::string recorded_first_weights(const RunFolder& folder) {
-  const std::string path = folder.file("run.json");
-  if (!std::filesystem::exists(path)) return "";
-  const auto header = nlohmann::json::parse(read_file(path), nullptr, /*allow_exceptions=*/false);
-  if (!header.is_object() || !header.contains("first_weights")) return "";
-  const auto& weights = header["first_weights"];
-  return weights.is_string() ? weights.get<std::string>() : "";
+  return recorded(folder.file("run.json"), "first_weights");
+}
+
+std::string recorded_start_folder(const std::string& checkpoint) {
+  const fs::path run = fs::weakly_canonical(checkpoint).parent_path().parent_path();
+  const std::string folder = recorded(run / "run.json", "folder");
+  std::error_code ignored;
+  return fs::is_directory(folder, ignored) ? folder : "";
 }
 
 }  // namespace xlstm::train

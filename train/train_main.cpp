@@ -113,7 +113,7 @@ void validate_where_it_trains(const xlstm::config::Config& config) {
 }
 
 int run(int argc, char** argv) {
-  const train::CommandLine line = train::parse_command_line(argc, argv, kOptions);
+  const train::CommandLine line = train::parse_command_line(argc, argv, kOptions, true);
   if (line.has("--help")) {
     print_help();
     return 0;
@@ -165,5 +165,8 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   train::prepare_long_process(argv);
-  return train::run_main("xlstm-train", [&] { return run(argc, argv); });
+  return train::run_main(
+      "xlstm-train",
+      "lower train.micro_batch_size or data.seq_len, or set model.activation_checkpointing=true",
+      [&] { return run(argc, argv); });
 }

@@ -212,6 +212,7 @@ void Trainer::Impl::resume_or_start() {
     }
     start_files(checkpoint.has_value() ? checkpoint->path : "", first_weights);
   }
+  if (data_.held_out) state_.held_out_fingerprint = data_.held_out->fingerprint();
   share_state(optimizer_state);
 }
 
@@ -390,9 +391,10 @@ void Trainer::Impl::evaluate_now() {
   const int64_t batch = micro_batch(config_, group_->place().size);
   const bool progress = recorder_->console().has_bar();
   if (progress) recorder_->console().finish();
-  evaluation_ = evaluate(*model_, *data_.held_out, batch, config_.eval.batches,
-                         config_.train.dtype == "bfloat16", progress, nullptr, &*group_,
-                         [this] { stop_if_asked(); });
+  const int64_t windows = config_.eval.batches * config_.train.global_batch_size;
+  evaluation_ =
+      evaluate(*model_, *data_.held_out, batch, windows, config_.train.dtype == "bfloat16",
+               progress, nullptr, &*group_, [this] { stop_if_asked(); });
   evaluated_step_ = state_.step;
   log_info("step " + std::to_string(state_.step) + " | " + held_out_line(evaluation_));
   recorder_->write_metrics(state_.step, held_out_metrics(evaluation_));

@@ -182,6 +182,7 @@ Config load_config(const std::string& path, const std::vector<std::string>& over
   for (const std::string& text : overrides) loader.apply_override(text);
   Config config = loader.take();
   validate_model(config);
+  validate_tokens(config);
   return config;
 }
 
@@ -190,6 +191,7 @@ Config parse_config(const std::string& yaml, const std::string& name) {
   loader.load_text(yaml, name);
   Config config = loader.take();
   validate_model(config);
+  validate_tokens(config);
   return config;
 }
 

@@ -84,7 +84,7 @@ struct CheckpointConfig {
 
 struct EvalConfig {
   int64_t every = 500;  ///< steps; 0: only at the end
-  int64_t batches = 0;  ///< batches of micro_batch_size held-out sequences; 0: the whole set
+  int64_t batches = 0;  ///< batches of global_batch_size held-out sequences; 0: the whole set
 };
 
 struct SampleConfig {

@@ -16,6 +16,8 @@ std::vector<Field> data_fields();
 
 constexpr int64_t kMaxInt = std::numeric_limits<int64_t>::max();
 constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();  // sizes of tensors' axes
+constexpr int64_t kMaxSteps = 1'000'000'000'000;
+constexpr int64_t kMaxTokens = 1'000'000'000'000'000'000;
 
 inline Limits any() { return {}; }
 inline Limits integers(int64_t low, int64_t high = kMaxInt) {

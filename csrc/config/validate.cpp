@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "csrc/config/schema.h"
+#include "csrc/config/schema_fields.h"
 #include "csrc/config/text.h"
 #include "csrc/config/yaml_reader.h"
 #include "csrc/models/model_kinds.h"
@@ -281,6 +282,14 @@ void validate_model(const Config& config) {
   } else {
     validate_baseline(config);
   }
+}
+
+void validate_tokens(const Config& config) {
+  const int64_t steps = config.train.max_steps, per_step = tokens_per_step(config);
+  require(steps == 0 || per_step <= kMaxTokens / steps, config, "train.max_steps",
+          "is " + to_string(steps) + ", with " + to_string(per_step) +
+              " tokens per step (train.global_batch_size * data.seq_len) more than the " +
+              to_string(kMaxTokens) + " tokens that a run may have");
 }
 
 void validate_for_training(const Config& config) {

@@ -7,4 +7,7 @@ namespace xlstm::config {
 /// to the other kind.
 void validate_model(const Config& config);
 
+/// Throws Error(kConfig) when the tokens of the run are more than kMaxTokens (schema_fields.h).
+void validate_tokens(const Config& config);
+
 }  // namespace xlstm::config

@@ -71,8 +71,10 @@ class HeldOutSet {
   virtual Batch batch(int64_t first_window, int64_t count) const = 0;
   /// For messages.
   virtual std::string name() const = 0;
-  /// UTF-8 bytes of text per scored token, for bits per byte; 0 where there is no text.
-  virtual double bytes_per_token() const { return 0; }
+  /// Changes where files do (TokenFile::fingerprint); "" for samples that are made.
+  virtual std::string fingerprint() const { return ""; }
+  /// UTF-8 bytes of the text that the batch's targets stand for, for bits per byte; 0 where that is not known.
+  virtual double text_bytes(const Batch&) const { return 0; }
   /// Share of answers that guessing gets right; absent where accuracy is not what counts.
   virtual std::optional<double> chance() const { return {}; }
 };

@@ -122,15 +122,27 @@ EvalSet::EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& op
   if (file_->num_tokens() < 2)
     throw Error(ExitCode::kData, file_->prefix() + ".bin: " + std::to_string(file_->num_tokens()) +
                                      " tokens; a held-out set needs at least 2, give more text");
+  if (const auto& sidecar = file_->sidecar()) {
+    int64_t last = 0;
+    file_->read(file_->num_tokens() - 1, 1, &last);
+    if (last == sidecar->eos_id) eos_id_ = last;  // all documents end so, or none does
+    const int64_t ends = eos_id_ >= 0 ? file_->num_documents() : 0;
+    bytes_per_text_token_ = static_cast<double>(sidecar->num_bytes) /
+                            static_cast<double>(std::max<int64_t>(1, file_->num_tokens() - ends));
+  }
+  options_.seq_len = std::min(options.seq_len, file_->num_tokens() - 1);
   if (!options.fill_last_window) return;
+  int64_t longest = 1;
   for (int64_t d = 0; d < file_->num_documents(); ++d) {
     const int64_t start = file_->document_start(d), last = file_->document_start(d + 1) - 1;
     for (int64_t at = start; at < last; at += options.seq_len) {
       const int64_t count = std::min(options.seq_len, last - at);
       const int64_t before = std::min(at - start, options.seq_len - count);
       windows_.push_back({at - before, before + count, before});
+      longest = std::max(longest, before + count);
     }
   }
+  options_.seq_len = longest;
 }
 
 int64_t EvalSet::num_windows() const {
@@ -162,16 +174,10 @@ Batch EvalSet::batch(int64_t first_window, int64_t count) const {
   return batch;
 }
 
-double EvalSet::bytes_per_token() const {
-  if (!file_->sidecar() || file_->sidecar()->num_bytes == 0) return 0;
-  int64_t scored = file_->num_tokens() - 1;
-  if (options_.mask_loss_across_documents || options_.fill_last_window) {
-    scored = 0;
-    for (int64_t d = 0; d < file_->num_documents(); ++d)
-      scored += std::max<int64_t>(0, file_->document_start(d + 1) - file_->document_start(d) - 1);
-  }
-  return scored > 0 ? static_cast<double>(file_->sidecar()->num_bytes) / static_cast<double>(scored)
-                    : 0;
+double EvalSet::text_bytes(const Batch& batch) const {
+  const auto is_text = [&](int64_t target) { return target != kIgnored && target != eos_id_; };
+  return bytes_per_text_token_ *
+         static_cast<double>(std::count_if(batch.target.begin(), batch.target.end(), is_text));
 }
 
 }  // namespace xlstm::data

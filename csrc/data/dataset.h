@@ -51,16 +51,18 @@ class Dataset final : public SampleSource {
 };
 
 /// A held-out file in order, once: window w is tokens [w*T, w*T+T], the last one shorter (windows are padded with
-/// target -100), so that every token but the first of each document is scored exactly once; with fill_last_window each
+/// target -100; none is longer than all the text), so that every token but the first of each document is scored exactly once; with fill_last_window each
 /// document is cut so.
 class EvalSet final : public HeldOutSet {
  public:
   EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& options);
   int64_t num_windows() const override;
   Batch batch(int64_t first_window, int64_t count) const override;
-  /// Over the whole file; 0 when unknown (no sidecar).
-  double bytes_per_token() const override;
+  /// Targets but ends of documents, each at the mean size of the file's tokens of text: exact for bytes. 0 without
+  /// sidecar.
+  double text_bytes(const Batch& batch) const override;
   std::string name() const override { return file_->prefix(); }
+  std::string fingerprint() const override { return file_->fingerprint(); }
 
  private:
   struct Window {
@@ -72,6 +74,8 @@ class EvalSet final : public HeldOutSet {
   std::shared_ptr<const TokenFile> file_;
   DatasetOptions options_;
   std::vector<Window> windows_;  ///< with fill_last_window alone
+  int64_t eos_id_ = -1;          ///< what the file's documents end in; -1: nothing
+  double bytes_per_text_token_ = 0;
 };
 
 /// Bijection of [0, n) keyed by (seed, epoch): Feistel rounds with cycle walking, O(1) memory. order: 2, twelve rounds,

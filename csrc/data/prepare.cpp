@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <system_error>
 
 #include "csrc/core/error.h"
@@ -165,6 +166,25 @@ void read_all(const PrepareJob& job, DocumentWriter& writer, PrepareReport& repo
                  static_cast<long long>(report.bad_documents));
 }
 
+/// The output has a name, and is none of the texts.
+void check_output(const PrepareJob& job) {
+  namespace fs = std::filesystem;
+  if (fs::path(job.output_prefix).filename().empty())
+    throw Error(ExitCode::kConfig,
+                "prepare: \"" + job.output_prefix +
+                    "\" names a folder, expected a prefix: " + job.output_prefix + "NAME");
+  for (const char* suffix : {".bin", ".idx", ".meta.json"}) {
+    const std::string path = job.output_prefix + suffix;
+    std::error_code ignored;
+    if (!fs::exists(path, ignored)) continue;
+    for (const auto& file : job.files)
+      if (fs::equivalent(path, file.path, ignored))
+        throw Error(ExitCode::kConfig, "prepare: " + file.path +
+                                           " is read and would be overwritten; choose another "
+                                           "output, or other inputs");
+  }
+}
+
 void check_not_empty(const PrepareJob& job, const PrepareReport& report) {
   if (report.num_documents > 0) return;
   throw Error(ExitCode::kData, job.what + ": no text in it (" + std::to_string(job.files.size()) +
@@ -211,7 +231,8 @@ PrepareReport prepare(const PrepareOptions& options) {
   PrepareJob job;
   job.files = find_texts(options.inputs, options.glob);
   for (const auto& input : options.inputs) job.what += (job.what.empty() ? "" : ", ") + input;
-  job.output_prefix = options.output_prefix;
+  job.output_prefix = token_file_prefix(options.output_prefix);
+  check_output(job);
   job.tokenizer = options.tokenizer;
   job.append_eos = options.append_eos;
   job.strict = options.strict;

@@ -11,8 +11,9 @@ namespace xlstm::data {
 struct PrepareOptions {
   std::vector<std::string>
       inputs;  ///< files, folders (all text below them), globs; .jsonl and .jsonl.zst by name
-  std::string glob = "*";     ///< which files of a folder (matched on the name, e.g. "*.py")
-  std::string output_prefix;  ///< writes <prefix>.bin, .idx, .meta.json
+  std::string glob = "*";  ///< which files of a folder (matched on the name, e.g. "*.py")
+  std::string
+      output_prefix;  ///< writes <prefix>.bin, .idx, .meta.json, also where it ends in .bin or .idx
   std::string tokenizer = "bytes";
   bool append_eos = true;  ///< each document ends in the tokenizer's end-of-document token
   bool strict = false;  ///< a bad document stops the run; else it is counted, skipped and reported
@@ -25,7 +26,7 @@ struct PrepareReport {
 };
 
 /// Turns text into a token file with its sidecar, written under temporary names and renamed at the end. Progress on
-/// standard error. Throws Error(kData): no such input, empty corpus, bad document (strict), id beyond the file's dtype.
+/// standard error. Throws Error(kConfig): an output without name, or that is an input; Error(kData): no such input, empty corpus, bad document (strict), id beyond the file's dtype.
 PrepareReport prepare(const PrepareOptions& options);
 
 /// Train and held-out token files for a text, prepared into a cache keyed by content and settings; reused when present.

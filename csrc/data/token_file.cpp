@@ -24,11 +24,6 @@ constexpr int64_t kScanChunk = 1 << 16;
   throw Error(ExitCode::kData, path + ": " + what + "; " + fix);
 }
 
-std::string strip_suffix(const std::string& name) {
-  const std::string suffix = name.size() > 4 ? name.substr(name.size() - 4) : "";
-  return suffix == ".bin" || suffix == ".idx" ? name.substr(0, name.size() - 4) : name;
-}
-
 MappedFile open_part(const std::string& prefix, const char* suffix) {
   const std::string path = prefix + suffix;
   std::error_code error;
@@ -187,7 +182,13 @@ void compare_hash(const std::string& path, const std::string& recorded) {
 
 }  // namespace
 
-TokenFile::TokenFile(const std::string& prefix, Verify verify) : prefix_(strip_suffix(prefix)) {
+std::string token_file_prefix(const std::string& name) {
+  const std::string suffix = name.size() > 4 ? name.substr(name.size() - 4) : "";
+  return suffix == ".bin" || suffix == ".idx" ? name.substr(0, name.size() - 4) : name;
+}
+
+TokenFile::TokenFile(const std::string& prefix, Verify verify)
+    : prefix_(token_file_prefix(prefix)) {
   const std::string bin_path = prefix_ + ".bin", idx_path = prefix_ + ".idx";
   idx_ = open_part(prefix_, ".idx");
   bin_ = open_part(prefix_, ".bin");

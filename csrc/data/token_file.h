@@ -23,6 +23,9 @@ struct Sidecar {
   std::string command;
 };
 
+/// The prefix that a name means: ".bin" or ".idx" at its end is left out.
+std::string token_file_prefix(const std::string& name);
+
 enum class Verify { kNone, kSizes, kSha256 };
 
 class TokenFile {

@@ -120,8 +120,9 @@ TEST_CASE("overrides") {
         {"nothing", "expected key.sub=value, such as train.max_steps=100"},
         {"=5", "expected key.sub=value, such as train.max_steps=100"},
         {"train.max_steps=",
-         "train.max_steps: got no value, expected integer >= 0; give a value or remove the line"},
-        {"train.max_steps=x", "train.max_steps: got 'x', expected integer >= 0"},
+         "train.max_steps: got no value, expected integer 0..1000000000000; give a value or remove "
+         "the line"},
+        {"train.max_steps=x", "train.max_steps: got 'x', expected integer 0..1000000000000"},
         {"model.slstm_at=[1,", "not valid YAML (end of sequence flow not found)"},
         {"model.slstm_at=[9]",
          "model.slstm_at: position 9 does not exist, expected 0..3 (model.num_blocks is 4)"},

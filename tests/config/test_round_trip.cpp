@@ -83,6 +83,9 @@ class RandomConfig {
       if (field.name.starts_with("model.")) continue;
       std::visit([&](auto* target) { draw(*target, field.limits); }, field.ref(config));
     }
+    const int64_t tokens = 1'000'000'000'000'000'000,
+                  most = find_field("train.max_steps")->limits.int_high;
+    config.train.max_steps = pick(0, std::min(most, tokens / tokens_per_step(config)));
     auto& model = config.model;
     model.num_heads = pick(1, 8);
     model.embedding_dim = 64 * model.num_heads * pick(1, 4);

@@ -129,6 +129,22 @@ TEST_CASE("models of the comparison: heads of an even width, feed-forwards where
   CHECK(parse_message("model: {kind: hyena, filter_length: 8}") == "");
 }
 
+TEST_CASE("no product of settings is more than can be counted") {
+  const std::string sizes = ", global_batch_size: 2147483647}\ndata: {seq_len: 2147483647}";
+  CHECK(parse_message("train: {max_steps: 0" + sizes) == "");
+  CHECK(parse_message("train: {max_tokens: 1000000000000000000" + sizes) == "");
+  CHECK(parse_message("train: {max_steps: 1" + sizes) ==
+        "f.yaml:1: train.max_steps: is 1, with 4611686014132420609 tokens per step "
+        "(train.global_batch_size * data.seq_len) more than the 1000000000000000000 tokens that a "
+        "run may have");
+  CHECK(parse_message("train: {max_steps: 1000000000000, global_batch_size: 1000}\n"
+                      "data: {seq_len: 1000}") == "");
+  CHECK(parse_message("train: {max_steps: 1000000000001}").find("expected integer 0..") !=
+        std::string::npos);
+  CHECK(parse_message("eval: {batches: 2147483648}").find("expected integer 0..2147483647") !=
+        std::string::npos);
+}
+
 TEST_CASE("what a training run needs") {
   const std::string data = "data: {text: a.txt}\n";
   CHECK(training_message(data + "train: {max_steps: 500}") == "");

@@ -312,13 +312,14 @@ TEST_CASE("windows of documents alone: the last one begins earlier and scores no
     for (size_t t = 0; t < 16; ++t) CHECK(batch.reset[t] == (t % 4 == 0));
     CHECK(batch.num_targets == 10);
     CHECK(set.batch(2, 1).num_targets == 1);
-    CHECK(set.bytes_per_token() == Approx(9));
+    CHECK(set.text_bytes(batch) == Approx(90.0 * 10 / 14));
   }
 
   options.seq_len = 50;  // longer than a document: nothing lies before
   const Batch all = EvalSet(file, options).batch(0, 3);
   CHECK(all.num_targets == 10);
-  CHECK((all.input[50] == 6 && all.target[54] == 11 && all.target[55] == -100));
+  CHECK(all.seq_len == 5);  // nor behind the longest one
+  CHECK((all.target[4] == -100 && all.input[5] == 6 && all.target[9] == 11));
   CHECK(
       EvalSet(open_tokens(write_tokens(folder / "ones", 256, {{1}, {2}})), options).num_windows() ==
       0);
@@ -342,7 +343,8 @@ TEST_CASE("held-out tokens are scored exactly once") {
         const Batch batch = set.batch(w, 1);
         counted += batch.num_targets;
         CHECK(batch.reset[0] == 1);
-        for (size_t t = 0; t < static_cast<size_t>(seq_len); ++t) {
+        CHECK(batch.seq_len <= std::min<int64_t>(seq_len, 12));
+        for (size_t t = 0; t < static_cast<size_t>(batch.seq_len); ++t) {
           if (batch.target[t] == -100) continue;
           scored.insert(batch.target[t]);
           CHECK(batch.input[t] == batch.target[t] - 1);
@@ -353,9 +355,9 @@ TEST_CASE("held-out tokens are scored exactly once") {
                        : std::multiset<int64_t>{2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
       CHECK(scored == want);
       CHECK(counted == static_cast<int64_t>(want.size()));
-      CHECK(set.bytes_per_token() == Approx(90.0 / static_cast<double>(want.size())));
       const Batch all = set.batch(0, set.num_windows());
       CHECK(all.num_targets == counted);
+      CHECK(set.text_bytes(all) == Approx(90.0 / 13 * static_cast<double>(want.size())));
       error_of([&] { set.batch(0, set.num_windows() + 1); });
     }
   }

@@ -83,6 +83,22 @@ def test_bytes_round_trip_through_numpy(tmp_path):
     assert meta["command"].startswith("xlstm-data prepare ")
 
 
+def test_inputs_are_read_in_the_order_given_and_the_output_is_named(tmp_path):
+    for name in ("a=1.txt", "b.txt", "c=3.txt"):
+        (tmp_path / name).write_text(name[0])
+    done = subprocess.run([XLSTM_DATA, "prepare", "a=1.txt", "b.txt", "c=3.txt", "--output", "q/x.bin"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "wrote q/x.bin, .idx and .meta.json" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "q").iterdir()) == ["x.bin", "x.idx", "x.meta.json"]
+    assert b"".join(bytes(d.astype(np.uint8)) for d in read_megatron(tmp_path / "q" / "x")[1]) == b"a\0b\0c\0"
+    assert "q/NAME" in error("prepare", tmp_path / "b.txt", "--output", f"{tmp_path}/q/", check=2)
+    own = tmp_path / "own.bin"
+    own.write_text("a text whose name is that of the output")
+    for inputs in (own, tmp_path):
+        assert "own.bin is read and would be overwritten" in error("prepare", inputs, "--output", tmp_path / "own", check=2)
+    assert own.read_text().startswith("a text")
+
+
 def test_large_vocabulary_through_numpy(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     vocab = {f"w{i}": i for i in range(70000)}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -79,9 +80,55 @@ def test_eval_of_the_runs_own_held_out_set(run, tmp_path):
     assert 0 < result["bits_per_byte"] < 8
     assert f"{result['loss']:.6f}" in done.stdout
     limited = tmp_path / "limited.json"
-    program("xlstm-eval", run.path, "--batches", 2, "--batch-size", 2, "--json", limited, check=0)
-    trained = [m for m in run.metrics() if "val/loss" in m][-1]  # eval.batches: 2 of micro batches of 2
+    program("xlstm-eval", run.path, "--batches", 2, "--batch-size", 4, "--json", limited, check=0)
+    trained = [m for m in run.metrics() if "val/loss" in m][-1]  # eval.batches: 2 of 4 sequences, whatever the micro batch
     assert json.loads(limited.read_text())["loss"] == pytest.approx(trained["val/loss"], rel=1e-5)
+
+
+def test_the_runs_own_held_out_set_is_the_one_it_was_judged_by(run, tmp_path):
+    """Its paths begin where the run was started; another text is not taken for it."""
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    work.mkdir()
+    elsewhere.mkdir()
+    (work / "text.txt").write_text("The cell keeps memory slowly.\n" * 50)
+    (elsewhere / "text.txt").write_text("Another text of the same name.\n" * 50)
+    config = work / "config.yaml"
+    config.write_text(run.config.read_text().replace(str(run.folder), "runs"))
+    settings = ["data.text=text.txt", "data.cache_dir=cache", "train.max_steps=2", "optim.warmup_steps=1"]
+
+    def call(folder, name, *arguments, check):
+        done = subprocess.run([BIN / name, *arguments], cwd=folder, env=environment(), capture_output=True, text=True)
+        assert done.returncode == check, done.stderr
+        return done
+    call(work, "xlstm-train", config, *settings, check=0)
+    here = call(work, "xlstm-eval", "runs/tiny", check=0).stdout
+    assert call(elsewhere, "xlstm-eval", work / "runs" / "tiny", check=0).stdout == here
+    assert [path.name for path in elsewhere.iterdir()] == ["text.txt"]
+    work.rename(tmp_path / "moved")  # with its text: the folder where the run was started is not there any more
+    assert call(tmp_path / "moved", "xlstm-eval", "runs/tiny", check=0).stdout == here
+    refused = call(elsewhere, "xlstm-eval", tmp_path / "moved" / "runs" / "tiny", check=3).stderr
+    assert "was judged by another held-out set" in refused
+    (tmp_path / "moved" / "text.txt").write_text("The cell keeps memory slowly.\n" * 49 + "The last line has changed.\n")
+    assert "the text has changed" in call(tmp_path / "moved", "xlstm-eval", "runs/tiny", check=3).stderr
+    call(tmp_path / "moved", "xlstm-eval", "runs/tiny", "--text", "text.txt", check=0)
+
+
+def test_numbers_names_and_files_that_cannot_be_used(run, tmp_path):
+    for options in (["--batches", 2**63 - 1], ["--batch-size", 2**31], ["--threads", 200_000], ["--seq-len", 2**63 - 1]):
+        assert f"{options[0]} must be at most" in program("xlstm-eval", run.path, *options, check=2).stderr
+    assert "--threads must be at most" in program("xlstm-generate", run.path, "--threads", 200_000, check=2).stderr
+    done = program("xlstm-generate", run.path, "--prompt-file", tmp_path, check=3)
+    assert f"{tmp_path}: a folder, expected the file of the prompt" in done.stderr
+    config = tmp_path / "vectors.yaml"
+    config.write_text("model: {input_features: 4}\n")
+    assert "model.input_features is 4: only models that read tokens" in program("xlstm-bench", config, check=2).stderr
+    text = os.fsencode(tmp_path) + b"/t\xff.txt"
+    with open(text, "w") as file:
+        file.write("The cell keeps memory.")
+    done = subprocess.run([BIN / "xlstm-eval", run.path, "--text", text, "--seq-len", "100000000", "--json",
+                           tmp_path / "e.json"], env=environment(), capture_output=True)
+    assert done.returncode == 0, done.stderr  # a window is as long as the text, not 100 million tokens
+    assert json.loads((tmp_path / "e.json").read_text())["data"].endswith("/t\ufffd.txt")
 
 
 def test_rounded_weights(run, tmp_path):

@@ -46,6 +46,7 @@ TrainerState tiny_state(int64_t step) {
   state.samples_consumed = step * 16;
   state.skipped_updates = 3;
   state.data_fingerprint = "a:\"quoted\"\n\xC3\xA9";
+  state.held_out_fingerprint = "sha256:b";
   state.rng_state = at::rand({5056}).mul(256).to(at::kByte);
   return state;
 }
@@ -122,6 +123,7 @@ TEST_CASE("a checkpoint comes back bit by bit") {
   CHECK(loaded->samples_consumed == state.samples_consumed);
   CHECK(loaded->skipped_updates == state.skipped_updates);
   CHECK(loaded->data_fingerprint == state.data_fingerprint);
+  CHECK(loaded->held_out_fingerprint == state.held_out_fingerprint);
   CHECK(at::equal(loaded->rng_state, state.rng_state));
   const NamedTensors loaded_optimizer = checkpoint_optimizer(checkpoint);
   REQUIRE(loaded_optimizer.size() == optimizer.size());

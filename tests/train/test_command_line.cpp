@@ -22,12 +22,13 @@ const std::vector<OptionSpec> kOptions = {{"--seed", "N", "seed of the random nu
                                           {"--dry-run", "", "only look"},
                                           {"--prompt", "TEXT", "text to continue"}};
 
-CommandLine parse(std::vector<std::string> arguments) {
+CommandLine parse(std::vector<std::string> arguments, bool takes_settings = true) {
   arguments.insert(arguments.begin(), "program");
   std::vector<char*> argv;
   for (std::string& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
-  return parse_command_line(static_cast<int>(arguments.size()), argv.data(), kOptions);
+  return parse_command_line(static_cast<int>(arguments.size()), argv.data(), kOptions,
+                            takes_settings);
 }
 
 std::string parse_error(const std::vector<std::string>& arguments) {
@@ -53,7 +54,7 @@ Outcome outcome_of(const std::function<int()>& body) {
   std::fflush(stderr);
   const int saved = dup(STDERR_FILENO);
   dup2(file, STDERR_FILENO);
-  const int status = run_main("xlstm-test", body);
+  const int status = run_main("xlstm-test", "use less", body);
   std::fflush(stderr);
   dup2(saved, STDERR_FILENO);
   close(saved);
@@ -81,6 +82,8 @@ TEST_CASE("command line: positional arguments, options, overrides in any order")
   CHECK(!line.has("--max-new-tokens"));
   CHECK(line.get_int("--max-new-tokens", 9) == 9);
   CHECK(line.get("--max-new-tokens", "none") == "none");
+  CHECK(parse({"b.txt", "a=1.txt", "c.txt"}, false).positional ==
+        std::vector<std::string>{"b.txt", "a=1.txt", "c.txt"});
 }
 
 TEST_CASE("command line: values, repetition, end of options") {
@@ -102,7 +105,8 @@ TEST_CASE("command line: numbers that grow") {
         std::vector<int64_t>{1, 10, 100});
   CHECK(parse({"--prompt=7"}).get_growing("--prompt") == std::vector<int64_t>{7});
   CHECK(parse({}).get_growing("--prompt").empty());
-  for (const std::string text : {"", "0", "1,1", "2,1", "1,", ",1", "1,x", "1 ,2", "-1,2", "1.5"})
+  for (const std::string text :
+       {"", "0", "1,1", "2,1", "1,", ",1", "1,x", "1 ,2", "-1,2", "1.5", "1,2147483648"})
     CHECK_THROWS_AS(parse({"--prompt", text}).get_growing("--prompt"), Error);
 }
 
@@ -129,6 +133,18 @@ TEST_CASE("command line: errors") {
     }
     return "";
   };
+  const auto range_error = [](const std::string& text) -> std::string {
+    try {
+      parse({"--seed", text}).get_int("--seed", 0, 1);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  CHECK(range_error("2147483647") == "");
+  CHECK(range_error("0") == "command line: --seed must be at least 1, got 0");
+  CHECK(range_error("9223372036854775807") ==
+        "command line: --seed must be at most 2147483647, got 9223372036854775807");
   for (const std::string text : {"abc", "1.5", "", "1 ", "0x1", "99999999999999999999"}) {
     CHECK(number_error(text, true) ==
           "command line: --seed: got '" + text + "', expected an integer");
@@ -159,9 +175,7 @@ TEST_CASE("run_main turns exceptions into one line and the documented exit statu
   check([]() -> int { throw Error(ExitCode::kData, "a.bin: cut\nshort\n"); }, 3,
         head + "a.bin: cut short\n");
   check([]() -> int { throw Error(ExitCode::kPreempted, "saved"); }, 75, head + "saved\n");
-  const std::string advice =
-      "; lower train.micro_batch_size or data.seq_len, or set "
-      "model.activation_checkpointing=true\n";
+  const std::string advice = "; use less\n";
   check([]() -> int { throw std::bad_alloc(); }, 7, head + "out of memory" + advice);
   check(
       []() -> int {

@@ -92,7 +92,8 @@ TEST_CASE("evaluation is the token-weighted mean over the whole set") {
       CHECK(result.tokens == scored);
       CHECK(result.loss == Approx(nats / static_cast<double>(scored)).epsilon(1e-9));
       CHECK(result.perplexity == Approx(std::exp(result.loss)));
-      CHECK(result.bits_per_byte == Approx(result.loss / std::log(2.0) / data.bytes_per_token()));
+      const auto text = static_cast<double>(scored - file->num_documents());  // without their ends
+      CHECK(result.bits_per_byte == Approx(nats / std::log(2.0) / text));
       CHECK(model->is_training());
     }
   }
@@ -170,19 +171,35 @@ TEST_CASE("tokens are judged by how often they occur in other text") {
   }
 }
 
-TEST_CASE("bits per byte counts the bytes of the text") {
+TEST_CASE("bits per byte counts the bytes of what is judged") {
   const testing::TemporaryFolder folder;
-  const auto file = make_file(folder);
-  data::DatasetOptions options;
-  options.seq_len = 16;
-  const data::EvalSet data(file, options);
   const auto model = tiny_model();
-  const EvaluationResult result = evaluate(*model, data, 4);
-  // Each document's first byte is not scored and its end-of-document token is: scored tokens equal bytes.
-  const auto bytes = static_cast<double>(kFirst.size() + kSecond.size());
-  CHECK(static_cast<double>(result.tokens) == bytes);
-  CHECK(result.bits_per_byte * bytes * std::log(2.0) ==
-        Approx(result.loss * static_cast<double>(result.tokens)).epsilon(0.03));
+  data::DatasetOptions windows;
+  windows.seq_len = 4;
+  const auto judge = [&](const data::PrepareOptions& options, int64_t most = 0) {
+    data::prepare(options);
+    const data::EvalSet set(std::make_shared<const data::TokenFile>(options.output_prefix),
+                            windows);
+    const EvaluationResult result = evaluate(*model, set, 3, most);
+    return std::pair(result.tokens, result.loss * static_cast<double>(result.tokens) /
+                                        std::log(2.0) / result.bits_per_byte);
+  };
+  std::ofstream text(folder / "pairs.jsonl");
+  for (int i = 0; i < 50; ++i) text << "{\"text\": \"" << i % 10 << "x\"}\n";
+  text.close();
+  data::PrepareOptions options;
+  options.inputs = {(folder / "pairs.jsonl").string()};
+  options.output_prefix = (folder / "pairs").string();
+  // Of two bytes and an end the first byte is not judged, and the end is no text.
+  const auto [tokens, bytes] = judge(options);
+  CHECK(tokens == 100);
+  CHECK(bytes == Approx(50));
+  // Of a part: targets 1 to 12, of which 3, 6, 9 and 12 begin a document.
+  const auto [part_tokens, part_bytes] = judge(options, 3);
+  CHECK(part_tokens == 8);
+  CHECK(part_bytes == Approx(4));
+  options.append_eos = false;
+  CHECK(judge(options).second == Approx(50));
 }
 
 TEST_CASE("the accuracy of a task is that of its answers") {
@@ -214,16 +231,18 @@ TEST_CASE("the accuracy of a task is that of its answers") {
   }
 }
 
-TEST_CASE("max_batches takes the first batches alone; bad sizes are refused") {
+TEST_CASE("max_windows takes the first windows alone; bad sizes are refused") {
   const testing::TemporaryFolder folder;
   const auto file = make_file(folder);
   data::DatasetOptions options;
   options.seq_len = 8;
   const data::EvalSet data(file, options);
   const auto model = tiny_model();
-  const EvaluationResult part = evaluate(*model, data, 2, 2);
+  const EvaluationResult part = evaluate(*model, data, 2, 4);
   CHECK(part.tokens <= 32);
   CHECK(part.tokens >= 30);
+  for (const int64_t batch_size : {1, 3, 5})  // which decides the memory alone
+    CHECK(evaluate(*model, data, batch_size, 4).loss == Approx(part.loss).epsilon(1e-9));
   CHECK(evaluate(*model, data, 2, 10000).tokens == evaluate(*model, data, 5).tokens);
   CHECK_THROWS_AS(evaluate(*model, data, 0), Error);
 }
