@@ -58,14 +58,6 @@ void Decoder::record() {
   }
 }
 
-std::vector<double> Decoder::next(int64_t token) {
-  ids_.fill_(token);
-  advance();
-  const at::Tensor logits = logits_.to(at::kCPU).to(at::kDouble);  // waits
-  const double* data = logits.const_data_ptr<double>();
-  return {data, data + logits.numel()};
-}
-
 const at::Tensor& Decoder::next(const at::Tensor& tokens) {
   ids_.copy_(tokens);
   advance();

@@ -3,25 +3,22 @@
 
 #include <cstdint>
 #include <optional>
-#include <vector>
 
 #include "csrc/models/language_model.h"
 #include "train/step_graph.h"
 
 namespace xlstm::train {
 
-/// Feeds a model one token after another, of one sequence or of several side by side. It owns the state, which is updated in place; on a GPU the step is recorded as
-/// a CUDA graph after a few tokens and replayed from then on, where this build and the model allow that. Needs no-grad
-/// mode and a model in eval mode.
+/// Feeds a model one token after another, of one sequence or of several side by side. It owns the state, which is updated
+/// in place; on a GPU the step is recorded as a CUDA graph after a few tokens and replayed from then on, where this build
+/// and the model allow that. Needs no-grad mode and a model in eval mode.
 class Decoder {
  public:
   /// `state`: after the tokens so far (empty: none), of so many sequences; its tensors are written to. `lazy_fold`: as
   /// nn::InPlaceStateGuard takes it.
   Decoder(models::LanguageModel& model, models::ModelState state,
           std::optional<bool> lazy_fold = {}, int64_t sequences = 1);
-  /// Takes a token and returns the logits of the next one; of one sequence.
-  std::vector<double> next(int64_t token);
-  /// Takes a token of each sequence (B,1) and returns the logits of the next ones (B,V) on the model's device, which the
+  /// Takes a token of each sequence (B,1), on any device, and returns the logits of the next ones (B,V) on the model's device, which the
   /// next call may overwrite.
   const at::Tensor& next(const at::Tensor& tokens);
 

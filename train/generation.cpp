@@ -1,11 +1,12 @@
 #include "train/generation.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <tuple>
 #include <utility>
 
 #include "csrc/core/error.h"
@@ -15,20 +16,59 @@ namespace xlstm::train {
 namespace {
 
 /// Prompts are taken in pieces of this many tokens, which bounds the memory of long ones.
-constexpr size_t kPromptPiece = 8192;
+constexpr int64_t kPromptPiece = 8192;
 
-at::Tensor ids_tensor(const std::vector<int64_t>& ids, size_t first, size_t count,
-                      at::Device device) {
-  const at::ArrayRef<int64_t> piece(ids.data() + first, count);
-  return at::tensor(piece, at::kLong).unsqueeze(0).to(device);
+using Prompts = std::vector<std::vector<int64_t>>;
+
+void check_prompts(const Prompts& prompts, int64_t vocab_size) {
+  for (const std::vector<int64_t>& prompt : prompts) {
+    if (prompt.empty())
+      throw Error(ExitCode::kData, "generation needs a prompt of at least one token");
+    for (const int64_t id : prompt)
+      if (id < 0 || id >= vocab_size)
+        throw Error(ExitCode::kData, "prompt token " + std::to_string(id) +
+                                         " is outside the model's vocabulary of " +
+                                         std::to_string(vocab_size) +
+                                         "; use the tokenizer it was trained with");
+  }
 }
 
-int64_t argmax(const std::vector<double>& logits, size_t count) {
+/// Logits (B,V) behind the prompts and the state there. Shorter prompts stand at the end of the longest one's positions and
+/// begin with an empty state.
+std::pair<at::Tensor, models::ModelState> read_prompts(models::LanguageModel& model,
+                                                       const Prompts& prompts) {
+  const auto batch = static_cast<int64_t>(prompts.size());
+  size_t longest = 0;
+  for (const auto& prompt : prompts) longest = std::max(longest, prompt.size());
+  const auto length = static_cast<int64_t>(longest);
+  const at::Tensor ids = at::zeros({batch, length}, at::kLong);
+  const at::Tensor reset = at::zeros({batch, length}, at::kBool);
+  for (int64_t row = 0; row < batch; ++row) {
+    const auto& prompt = prompts[static_cast<size_t>(row)];
+    const int64_t padding = length - static_cast<int64_t>(prompt.size());
+    std::copy(prompt.begin(), prompt.end(), ids[row].mutable_data_ptr<int64_t>() + padding);
+    if (padding > 0) reset[row][padding].fill_(true);
+  }
+  const at::Device device = model.head_weight().device();
+  const int64_t piece = std::max<int64_t>(kPromptPiece / batch, 1);
+  at::Tensor h;
+  models::ModelState state;
+  for (int64_t first = 0; first < length; first += piece) {
+    const int64_t count = std::min(piece, length - first);
+    const at::Tensor begins = reset.narrow(1, first, count);
+    std::optional<at::Tensor> begins_here;
+    if (begins.any().item<bool>()) begins_here = begins.to(device);
+    std::tie(h, state) = model.hidden(ids.narrow(1, first, count).to(device), state, begins_here);
+  }
+  return {model.logits(h.select(1, -1)), std::move(state)};  // the last token alone needs them
+}
+
+int64_t argmax(at::ArrayRef<double> logits, size_t count) {
   return std::max_element(logits.begin(), logits.begin() + static_cast<std::ptrdiff_t>(count)) -
          logits.begin();
 }
 
-void check_finite(const std::vector<double>& logits, size_t count) {
+void check_finite(at::ArrayRef<double> logits, size_t count) {
   bool any = false;
   for (size_t i = 0; i < count; ++i) {
     if (std::isnan(logits[i]) || logits[i] == INFINITY)
@@ -53,7 +93,7 @@ Sampler::Sampler(const SamplingOptions& options) : options_(options), random_(op
     throw Error(ExitCode::kConfig, "top_p must be in (0,1], got " + std::to_string(options.top_p));
 }
 
-int64_t Sampler::draw(const std::vector<double>& logits) {
+int64_t Sampler::draw(at::ArrayRef<double> logits) {
   size_t count = logits.size();
   if (options_.vocab_size > 0) count = std::min(count, static_cast<size_t>(options_.vocab_size));
   check_finite(logits, count);
@@ -102,35 +142,47 @@ int64_t Sampler::draw(const std::vector<double>& logits) {
 std::vector<int64_t> generate(models::LanguageModel& model, const std::vector<int64_t>& prompt,
                               const SamplingOptions& options,
                               const std::function<void(int64_t)>& on_token) {
-  if (prompt.empty())
-    throw Error(ExitCode::kData, "generation needs a prompt of at least one token");
-  const int64_t vocab_size = model.options().vocab_size;
-  for (const int64_t id : prompt)
-    if (id < 0 || id >= vocab_size)
-      throw Error(ExitCode::kData,
-                  "prompt token " + std::to_string(id) + " is outside the model's vocabulary of " +
-                      std::to_string(vocab_size) + "; use the tokenizer it was trained with");
-  Sampler sampler(options);
+  const auto tell = [&](size_t, int64_t id) { on_token(id); };
+  return generate_batch(model, {prompt}, options,
+                        on_token ? std::function<void(size_t, int64_t)>(tell) : nullptr)[0];
+}
+
+std::vector<std::vector<int64_t>> generate_batch(
+    models::LanguageModel& model, const std::vector<std::vector<int64_t>>& prompts,
+    const SamplingOptions& options, const std::function<void(size_t, int64_t)>& on_token) {
+  check_prompts(prompts, model.options().vocab_size);
+  std::vector<Sampler> samplers;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    SamplingOptions own = options;
+    own.seed += i;
+    samplers.emplace_back(own);
+  }
+  Prompts generated(prompts.size());
+  if (prompts.empty() || options.max_new_tokens == 0) return generated;
   const at::NoGradGuard no_grad;
   const EvalModeGuard eval_mode(model);
-  const at::Device device = model.head_weight().device();
 
-  // Only the last prompt token needs logits.
-  models::ModelState state;
-  for (size_t first = 0; first + 1 < prompt.size(); first += kPromptPiece) {
-    const size_t count = std::min(kPromptPiece, prompt.size() - 1 - first);
-    state = model.hidden(ids_tensor(prompt, first, count, device), state, {}).second;
+  const auto batch = static_cast<int64_t>(prompts.size());
+  auto [logits, state] = read_prompts(model, prompts);
+  Decoder decoder(model, std::move(state), {}, batch);
+  const at::Tensor tokens = at::zeros({batch, 1}, at::kLong);
+  std::vector<bool> ended(prompts.size());  // these go on, unheard
+  for (int64_t count = 1;; ++count) {
+    const at::Tensor known = logits.to(at::kCPU).to(at::kDouble).contiguous();  // waits
+    const auto width = static_cast<size_t>(known.size(1));
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      if (ended[i]) continue;
+      const int64_t id = samplers[i].draw({known.const_data_ptr<double>() + i * width, width});
+      generated[i].push_back(id);
+      if (on_token) on_token(i, id);
+      ended[i] = id == options.stop_token;
+      tokens.mutable_data_ptr<int64_t>()[i] = id;
+    }
+    if (count == options.max_new_tokens ||
+        std::find(ended.begin(), ended.end(), false) == ended.end())
+      return generated;
+    logits = decoder.next(tokens);
   }
-  Decoder decoder(model, std::move(state));
-  std::vector<int64_t> generated;
-  int64_t token = prompt.back();
-  while (static_cast<int64_t>(generated.size()) < options.max_new_tokens) {
-    token = sampler.draw(decoder.next(token));
-    generated.push_back(token);
-    if (on_token) on_token(token);
-    if (token == options.stop_token) break;
-  }
-  return generated;
 }
 
 }  // namespace xlstm::train

@@ -4,6 +4,7 @@
 
 #include <string_view>
 
+#include "csrc/models/padded_batch.h"
 #include "csrc/nn/xlstm_large.h"
 #include "csrc/ops/linear_cross_entropy.h"
 
@@ -36,7 +37,13 @@ at::Tensor squared_error(const at::Tensor& predictions, const at::Tensor& target
 
 std::pair<at::Tensor, ModelState> LanguageModel::forward(const at::Tensor& ids,
                                                          const ModelState& state,
-                                                         const std::optional<at::Tensor>& reset) {
+                                                         const std::optional<at::Tensor>& reset,
+                                                         const std::optional<at::Tensor>& lengths) {
+  if (lengths && ids.dim() >= 2) {
+    const PaddedBatch batch(*lengths, ids.size(0), ids.size(1), !state.empty(), ids.device());
+    auto [h, next] = hidden(batch.ends_aligned(ids), {}, batch.reset(reset));
+    return {logits(batch.starts_aligned(h)), std::move(next)};
+  }
   auto [h, next] = hidden(ids, state, reset);
   return {logits(h), std::move(next)};
 }

@@ -5,17 +5,11 @@
 #include <memory>
 #include <optional>
 #include <utility>
-#include <vector>
 
+#include "csrc/models/block_stack.h"
 #include "csrc/models/model_options.h"
 
 namespace xlstm::models {
-
-/// State of one block: its tensors in a fixed order (mLSTM: conv window, C, n, m; sLSTM: conv window, y, c, n, m;
-/// 7B block: C, n, m). An empty vector is the state before the first token.
-using BlockState = std::vector<at::Tensor>;
-/// One entry per block; an empty vector is the state before the first token.
-using ModelState = std::vector<BlockState>;
 
 /// A causal language model over token ids. With the option input_features F > 0 the inputs are (B,T,F) float vectors
 /// instead of ids; where predicts_numbers(), the logits (B,T,1) are the numbers and the loss is the squared error.
@@ -27,9 +21,11 @@ class LanguageModel : public torch::nn::Module {
   /// reset (B,T) bool: the state is empty before that token. New tensors always; the given state is not modified.
   virtual std::pair<at::Tensor, ModelState> hidden(const at::Tensor& ids, const ModelState& state,
                                                    const std::optional<at::Tensor>& reset) = 0;
-  /// Logits (B,T,V), float32 or float64, soft-capped where the options say so.
+  /// Logits (B,T,V), float32 or float64, soft-capped where the options say so, and the state. lengths (B) int64: of
+  /// sequences with padding behind them, see PaddedBatch; without a state.
   std::pair<at::Tensor, ModelState> forward(const at::Tensor& ids, const ModelState& state = {},
-                                            const std::optional<at::Tensor>& reset = {});
+                                            const std::optional<at::Tensor>& reset = {},
+                                            const std::optional<at::Tensor>& lengths = {});
   /// Logits (...,V) of final hidden vectors (...,D).
   at::Tensor logits(const at::Tensor& h) const;
   /// Cross entropy in nats, without ever holding all logits unless the option `fused` is off: sum over targets != -100

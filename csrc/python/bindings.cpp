@@ -12,8 +12,16 @@
 
 namespace {
 
+using xlstm::models::BlockStack;
 using xlstm::models::LanguageModel;
 using xlstm::models::ModelState;
+
+/// The module's own tensors, not copies, in registration order.
+std::vector<std::pair<std::string, at::Tensor>> named_parameters(const torch::nn::Module& module) {
+  std::vector<std::pair<std::string, at::Tensor>> result;
+  for (const auto& item : module.named_parameters()) result.emplace_back(item.key(), item.value());
+  return result;
+}
 
 /// A model with the configuration it was built from.
 class PyModel {
@@ -28,30 +36,24 @@ class PyModel {
 
   std::pair<at::Tensor, ModelState> forward(const at::Tensor& ids,
                                             const std::optional<ModelState>& state,
-                                            const std::optional<at::Tensor>& reset) {
-    return model_->forward(ids, state.value_or(ModelState{}), reset);
+                                            const std::optional<at::Tensor>& reset,
+                                            const std::optional<at::Tensor>& lengths) {
+    return model_->forward(ids, state.value_or(ModelState{}), reset, lengths);
   }
   at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets,
                   const std::optional<at::Tensor>& reset, const std::string& reduction) {
     return model_->loss(ids, targets, reset, reduction.c_str());
   }
-  /// Holds the interpreter lock only while it looks for Ctrl-C and tells a token.
-  std::vector<int64_t> generate(const std::vector<int64_t>& prompt,
-                                const xlstm::train::SamplingOptions& options,
-                                const py::object& on_token) {
+  /// on_token(i, id). Holds the interpreter lock only while it looks for Ctrl-C and tells a token.
+  std::vector<std::vector<int64_t>> generate(const std::vector<std::vector<int64_t>>& prompts,
+                                             const xlstm::train::SamplingOptions& options,
+                                             const py::object& on_token) {
     const py::gil_scoped_release no_lock;
-    return xlstm::train::generate(*model_, prompt, options, [&](int64_t id) {
+    return xlstm::train::generate_batch(*model_, prompts, options, [&](size_t i, int64_t id) {
       const py::gil_scoped_acquire lock;
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-      if (!on_token.is_none()) on_token(id);
+      if (!on_token.is_none()) on_token(i, id);
     });
-  }
-  /// The model's own tensors, not copies, in registration order.
-  std::vector<std::pair<std::string, at::Tensor>> named_parameters() const {
-    std::vector<std::pair<std::string, at::Tensor>> result;
-    for (const auto& item : model_->named_parameters())
-      result.emplace_back(item.key(), item.value());
-    return result;
   }
   /// Checkpoints hold float32, or what it can take in: float64 is rounded.
   void save(const std::string& folder) const {
@@ -66,24 +68,53 @@ class PyModel {
   PyModel fresh() const {
     return PyModel(xlstm::models::make_language_model(config_.model), config_, folder_, tokenizer_);
   }
-  void train(bool on) { model_->train(on); }
-  bool training() const { return model_->is_training(); }
+  LanguageModel& module() const { return *model_; }
   std::string config() const { return xlstm::config::print_config(config_); }
   const std::string& folder() const { return folder_; }
-  std::string repr() const {
-    const auto& o = model_->options();
-    int64_t numbers = 0;
-    for (const auto& parameter : model_->parameters()) numbers += parameter.numel();
-    return "<libxlstm model " + o.kind + ": " + std::to_string(o.num_blocks) + " blocks, width " +
-           std::to_string(o.embedding_dim) + ", vocabulary " + std::to_string(o.vocab_size) + ", " +
-           std::to_string(numbers) + " parameters>";
-  }
 
  private:
   std::shared_ptr<LanguageModel> model_;
   xlstm::config::Config config_;
   std::string folder_, tokenizer_;
 };
+
+/// Blocks alone.
+class PyStack {
+ public:
+  explicit PyStack(const xlstm::models::ModelOptions& options)
+      : stack_(xlstm::models::make_block_stack(options)) {}
+
+  std::pair<at::Tensor, ModelState> forward(const at::Tensor& x,
+                                            const std::optional<ModelState>& state,
+                                            const std::optional<at::Tensor>& reset,
+                                            const std::optional<at::Tensor>& lengths) {
+    return stack_->forward(x, state.value_or(ModelState{}), reset, lengths);
+  }
+  PyStack fresh() const { return PyStack(stack_->options()); }
+  BlockStack& module() const { return *stack_; }
+
+ private:
+  std::shared_ptr<BlockStack> stack_;
+};
+
+/// What libxlstm.model's classes ask of both.
+template <class Py>
+py::class_<Py> define(py::module_& m, const char* name, const char* doc) {
+  using no_lock = py::call_guard<py::gil_scoped_release>;
+  return py::class_<Py>(m, name, doc)
+      .def("__call__", &Py::forward, py::arg("input"), py::arg("state"), py::arg("reset"),
+           py::arg("lengths"), no_lock())
+      .def("named_parameters", [](const Py& self) { return named_parameters(self.module()); })
+      .def("fresh", &Py::fresh, no_lock())
+      .def(
+          "train", [](const Py& self, bool mode) { self.module().train(mode); }, py::arg("mode"))
+      .def_property_readonly("training", [](const Py& self) { return self.module().is_training(); })
+      .def("describe", [](const Py& self) {
+        const auto& o = self.module().options();
+        return o.kind + ": " + std::to_string(o.num_blocks) + " blocks, width " +
+               std::to_string(o.embedding_dim);
+      });
+}
 
 PyModel load(const std::string& checkpoint_dir, bool verify, at::ScalarType dtype) {
   auto loaded = xlstm::train::load_model(checkpoint_dir, verify, dtype);
@@ -96,6 +127,10 @@ PyModel make_model(const std::string& yaml) {
   auto model = xlstm::models::make_language_model(config.model);
   std::string tokenizer = config.data.tokenizer;
   return PyModel(std::move(model), std::move(config), "", std::move(tokenizer));
+}
+
+PyStack make_stack(const std::string& yaml) {
+  return PyStack(xlstm::config::parse_config(yaml, "<arguments>").model);
 }
 
 xlstm::NamedTensors named_tensors(const py::dict& tensors) {
@@ -141,17 +176,15 @@ void register_errors(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   register_errors(m);
   using no_lock = py::call_guard<py::gil_scoped_release>;
-  py::class_<PyModel>(m, "Model", "What a libxlstm.Model stands for, and is documented there.")
-      .def("__call__", &PyModel::forward, py::arg("ids"), py::arg("state") = py::none(),
-           py::arg("reset") = py::none(), no_lock())
+  define<PyModel>(m, "Model", "What a libxlstm.Model stands for, and is documented there.")
       .def("loss", &PyModel::loss, py::arg("ids"), py::arg("targets"), py::arg("reset"),
            py::arg("reduction"), no_lock())
       .def(
           "generate",
-          [](PyModel& self, const std::vector<int64_t>& prompt, int64_t max_new_tokens,
-             double temperature, int64_t top_k, double top_p, uint64_t seed, int64_t stop_token,
-             int64_t vocab_size, const py::object& on_token) {
-            return self.generate(prompt,
+          [](PyModel& self, const std::vector<std::vector<int64_t>>& prompts,
+             int64_t max_new_tokens, double temperature, int64_t top_k, double top_p, uint64_t seed,
+             int64_t stop_token, int64_t vocab_size, const py::object& on_token) {
+            return self.generate(prompts,
                                  {.max_new_tokens = max_new_tokens,
                                   .temperature = temperature,
                                   .top_k = top_k,
@@ -161,22 +194,21 @@ PYBIND11_MODULE(_C, m) {
                                   .vocab_size = vocab_size},
                                  on_token);
           },
-          py::arg("prompt"), py::arg("max_new_tokens"), py::arg("temperature"), py::arg("top_k"),
+          py::arg("prompts"), py::arg("max_new_tokens"), py::arg("temperature"), py::arg("top_k"),
           py::arg("top_p"), py::arg("seed"), py::arg("stop_token"), py::arg("vocab_size"),
           py::arg("on_token"))
-      .def("named_parameters", &PyModel::named_parameters)
-      .def("fresh", &PyModel::fresh, no_lock())
       .def("save", &PyModel::save, py::arg("folder"), no_lock())
-      .def("train", &PyModel::train, py::arg("mode"))
-      .def_property_readonly("training", &PyModel::training)
       .def_property_readonly("config", &PyModel::config)
-      .def_property_readonly("folder", &PyModel::folder)
-      .def("__repr__", &PyModel::repr);
+      .def_property_readonly("folder", &PyModel::folder);
+  define<PyStack>(m, "BlockStack",
+                  "What a libxlstm.BlockStack stands for, and is documented there.");
   m.def("load", &load, py::arg("checkpoint_dir"), py::arg("verify"), py::arg("dtype"), no_lock(),
         "The model of a checkpoint folder, or of a run folder (its newest good checkpoint), in "
         "eval mode.");
   m.def("make_model", &make_model, py::arg("yaml"), no_lock(),
         "A freshly initialised model from a YAML text.");
+  m.def("make_stack", &make_stack, py::arg("yaml"), no_lock(),
+        "Freshly initialised blocks from the settings `model` of a YAML text.");
   m.def("save_model_folder", &save_model_folder, py::arg("folder"), py::arg("yaml"),
         py::arg("tensors"), "Writes a model-only checkpoint folder.");
   m.def("save_safetensors", &save_safetensors, py::arg("path"), py::arg("tensors"),

@@ -1,6 +1,5 @@
 # Decides whether the CUDA kernels are built (XLSTM_CUDA: AUTO | ON | OFF) and enables the language only then. Sets
-# XLSTM_WITH_CUDA and defines the imported target `torch_cuda_wheel`: libc10_cuda of torch and the CUDA runtime that
-# torch itself loads. Nothing here needs a GPU or a driver.
+# XLSTM_WITH_CUDA and gives `torch_cuda_wheel` (TorchWheel.cmake) the toolkit's headers. Nothing here needs a GPU or a driver.
 set(XLSTM_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (where nvcc and a CUDA build of torch are) | ON | OFF")
 set(XLSTM_CUDA_ARCHITECTURES "80-real;90a-real;80-virtual" CACHE STRING
   "targets of nvcc: sm_80 and sm_90a code, and PTX for everything later")
@@ -11,18 +10,14 @@ function(cuda_obstacle variable)
     set(${variable} "nvcc is not found (install the CUDA toolkit or set CUDACXX)" PARENT_SCOPE)
     return()
   endif()
-  file(STRINGS ${TORCH_DIR}/version.py line REGEX "^cuda.*=")
-  if(NOT line MATCHES "'([0-9]+)\\.[0-9]+'" OR NOT EXISTS ${TORCH_LIB_DIR}/libc10_cuda.so)
+  if(NOT TORCH_CUDA_MAJOR)
     set(${variable} "torch in ${TORCH_DIR} is built without CUDA" PARENT_SCOPE)
     return()
   endif()
-  set(torch_cuda ${CMAKE_MATCH_1})
   execute_process(COMMAND ${XLSTM_NVCC} --version OUTPUT_VARIABLE text)
-  if(NOT text MATCHES "release ${torch_cuda}\\.")
-    set(${variable} "torch needs nvcc of CUDA ${torch_cuda}, ${XLSTM_NVCC} is another" PARENT_SCOPE)
-    return()
+  if(NOT text MATCHES "release ${TORCH_CUDA_MAJOR}\\.")
+    set(${variable} "torch needs nvcc of CUDA ${TORCH_CUDA_MAJOR}, ${XLSTM_NVCC} is another" PARENT_SCOPE)
   endif()
-  set(TORCH_CUDA_MAJOR ${torch_cuda} PARENT_SCOPE)
 endfunction()
 
 if(DEFINED ENV{CUDACXX})
@@ -58,17 +53,11 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_EXTENSIONS OFF)
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
 
-# The runtime of torch's own packages where it has them: the toolkit's may be older than torch can bear.
 find_package(CUDAToolkit REQUIRED)
-find_file(XLSTM_CUDART libcudart.so.${TORCH_CUDA_MAJOR} NO_DEFAULT_PATH PATHS
-  ${TORCH_DIR}/../nvidia/cu${TORCH_CUDA_MAJOR}/lib ${TORCH_DIR}/../nvidia/cuda_runtime/lib ${TORCH_LIB_DIR})
-if(NOT XLSTM_CUDART)
-  set(XLSTM_CUDART ${CUDA_cudart_LIBRARY})
-endif()
-add_library(torch_cuda_wheel INTERFACE)
 target_include_directories(torch_cuda_wheel SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
-target_link_libraries(torch_cuda_wheel INTERFACE ${TORCH_LIB_DIR}/libtorch_cuda.so ${TORCH_LIB_DIR}/libc10_cuda.so
-  ${XLSTM_CUDART})
+if(NOT XLSTM_CUDART)  # torch brings no runtime
+  target_link_libraries(torch_cuda_wheel INTERFACE ${CUDA_cudart_LIBRARY})
+endif()
 list(APPEND CMAKE_INSTALL_RPATH
   "$ORIGIN/../../nvidia/cu${TORCH_CUDA_MAJOR}/lib;$ORIGIN/../../nvidia/cuda_runtime/lib")
 message(STATUS "CUDA kernels: yes, for ${XLSTM_CUDA_ARCHITECTURES} by ${XLSTM_NVCC}")

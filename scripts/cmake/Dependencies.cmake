@@ -30,7 +30,7 @@ if(XLSTM_BUILD_TRAIN)
     message(FATAL_ERROR "zstd and OpenSSL headers are needed: apt-get install libzstd-dev libssl-dev "
                         "(or -DXLSTM_BUILD_TRAIN=OFF for the operators alone)")
   endif()
-  add_library(zstd_library INTERFACE)
+  add_library(zstd_library INTERFACE IMPORTED GLOBAL)
   target_include_directories(zstd_library SYSTEM INTERFACE ${ZSTD_INCLUDE_DIR})
   target_link_libraries(zstd_library INTERFACE ${ZSTD_LIBRARY})
 endif()

@@ -318,7 +318,7 @@ def test_generate(tmp_path):
             expected.append(int(logits[0, -1].argmax()))
             logits, state = model(torch.tensor([[expected[-1]]]), state)
     assert model.generate(prompt, 30, temperature=0) == expected
-    assert model.generate(torch.tensor([prompt]), 30, temperature=0) == expected and model.training
+    assert model.generate(torch.tensor([prompt]), 30, temperature=0) == [expected] and model.training
 
     told = []
     drawn = model.generate(torch.tensor(prompt), 40, seed=7, on_token=told.append)
@@ -345,8 +345,9 @@ def test_generate(tmp_path):
                            ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p")):
         with pytest.raises(libxlstm.Error, match=message):
             model.generate(**{"prompt": prompt} | wrong)
-    with pytest.raises(ValueError, match="one sequence"):
-        model.generate(torch.zeros(2, 3, dtype=torch.long))
+    for wrong in (torch.zeros(2, 3, 4, dtype=torch.long), [[1.0, 2.0]], [[[1]]], [[True]]):
+        with pytest.raises(ValueError, match=r"prompt: expected ids \(T\), or several such"):
+            model.generate(wrong)
 
 
 def test_generate_gives_what_the_program_gives(tmp_path):

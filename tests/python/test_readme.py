@@ -24,7 +24,8 @@ PROGRAMS = {name: [BIN / name] for name in ("xlstm-train", "xlstm-generate", "xl
 
 def commands():
     """Every command of the README: the lines of its plain blocks and what stands in backticks within its text."""
-    blocks = re.findall(r"^```\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fenced if not language]
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)
     return [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`]+)`", prose)
 
@@ -33,11 +34,13 @@ def test_its_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     libxlstm.make_model("model: {embedding_dim: 32, num_blocks: 2, num_heads: 2}").save("runs/quickstart")
     names = {}
-    operators, model = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    operators, model, stack = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
     exec(operators, names)
     assert names["h"].shape == (2, 100, 4, 128) and names["c"].shape == (2, 4, 64, 128)
     exec(model, names)
     assert names["ids"].shape == (1, 1) and names["logits"].shape == (1, 1, 256)
+    exec(stack, names)
+    assert names["y"].shape == (2, 100, 64) and not names["y"][1, 40:].any()
     before, after = libxlstm.load("runs/quickstart"), libxlstm.load("runs/finetuned")
     assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True) if b.dim() > 1)
 

@@ -182,8 +182,8 @@ TEST_CASE("a decoder gives the logits of one parallel pass, where mLSTM states l
         if (prompt > 0) state = model->forward(ids.narrow(1, 0, prompt)).second;
         Decoder decoder(*model, state, lazy);
         for (int64_t t = prompt; t < 45; ++t) {
-          const auto next = at::tensor(decoder.next(ids[0][t].item<int64_t>()), at::kDouble);
-          REQUIRE((next - logits[0][t]).abs().max().item<double>() < 1e-9);
+          const at::Tensor next = decoder.next(ids.narrow(1, t, 1));
+          REQUIRE((next - logits.select(1, t)).abs().max().item<double>() < 1e-9);
         }
       }
     }
@@ -206,6 +206,32 @@ TEST_CASE("a decoder of several sequences gives each the logits it has alone") {
       REQUIRE((next - whole.select(1, t)).abs().max().item<double>() < 1e-9);
     }
   }
+}
+
+TEST_CASE("prompts of any lengths are continued side by side as each is alone") {
+  const std::vector<std::vector<int64_t>> prompts{
+      {1, 2, 3, 4, 5, 6, 7}, {8}, {9, 10, 11}, {12, 13, 14, 15, 16, 17, 18}};
+  for (const char* kind : {"xlstm", "xlstm_large", "llama", "gpt", "mamba", "hyena"}) {
+    const auto model = tiny_model(kind);
+    SamplingOptions options;
+    options.max_new_tokens = 24;
+    options.seed = 3;
+    for (const int64_t stop : {int64_t{-1}, generate(*model, prompts[0], options)[5]}) {
+      INFO(kind << ", stop token " << stop);
+      options.stop_token = stop;
+      std::vector<std::vector<int64_t>> told(prompts.size()), alone;
+      const auto together = generate_batch(*model, prompts, options,
+                                           [&](size_t i, int64_t id) { told[i].push_back(id); });
+      for (size_t i = 0; i < prompts.size(); ++i) {
+        SamplingOptions own = options;
+        own.seed += i;
+        alone.push_back(generate(*model, prompts[i], own));
+      }
+      CHECK(together == alone);
+      CHECK(told == together);
+    }
+  }
+  CHECK(generate_batch(*tiny_model(), {}, {}).empty());
 }
 
 TEST_CASE("generation is timed at the positions asked for") {

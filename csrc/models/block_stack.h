@@ -1,0 +1,49 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "csrc/models/model_options.h"
+#include "csrc/nn/hgrn.h"
+
+namespace xlstm::models {
+
+/// State of one block: its tensors in a fixed order (mLSTM: conv window, C, n, m; sLSTM: conv window, y, c, n, m;
+/// 7B block: C, n, m). An empty vector is the state before the first token.
+using BlockState = std::vector<at::Tensor>;
+/// One entry per block; an empty vector is the state before the first token.
+using ModelState = std::vector<BlockState>;
+
+/// The blocks of a model and the norm behind them: vectors in, vectors out. Parts: lower_bounds (hgrn, hgrn2), blocks,
+/// out_norm (with the option add_out_norm). Of the options those of embedding and head do not count.
+class BlockStack : public torch::nn::Module {
+ public:
+  /// Takes options that have been checked; make_block_stack checks them.
+  BlockStack(const ModelOptions& options, at::Device device);
+
+  /// x (B,T,D), T >= 0 -> (B,T,D) and the state after the last token, always new tensors. reset (B,T) bool: the state is
+  /// empty before that token. lengths (B) int64: see PaddedBatch.
+  std::pair<at::Tensor, ModelState> forward(const at::Tensor& x, const ModelState& state = {},
+                                            const std::optional<at::Tensor>& reset = {},
+                                            const std::optional<at::Tensor>& lengths = {});
+  /// Throws c10::Error unless the state has an entry for each block or none, and reset is bool of the size (batch, length).
+  void check(int64_t batch, int64_t length, const ModelState& state,
+             const std::optional<at::Tensor>& reset) const;
+  const ModelOptions& options() const { return options_; }
+
+ private:
+  const ModelOptions options_;
+  std::shared_ptr<nn::LowerBounds> bounds_;  ///< hgrn, hgrn2
+  std::vector<std::shared_ptr<nn::Block>> blocks_;
+  std::shared_ptr<nn::Norm> out_norm_;  ///< null without
+};
+
+/// Builds and initialises a stack, as make_language_model does.
+std::shared_ptr<BlockStack> make_block_stack(const ModelOptions& options,
+                                             at::Device device = at::kCPU);
+
+}  // namespace xlstm::models
