@@ -128,7 +128,7 @@ Json time_decoding(const config::Config& config, models::LanguageModel& model, i
     decoder.next(token).to(at::kCPU);  // waits
     if (i >= kWarmUp) seconds.push_back(monotonic_seconds() - start);
   }
-  const double per_token = median(seconds);
+  const double per_token = seconds_per_step(seconds);
   return {{"token_ms", 1e3 * per_token}, {"tokens_per_s", 1 / per_token}};
 }
 
@@ -180,10 +180,10 @@ int body(int argc, char** argv) {
   if (line.has("--help")) {
     std::printf(
         "usage: xlstm-bench CONFIG.yaml [key.sub=value ...] [options]\n\nTimes training steps on "
-        "random tokens and decoding, medians; with --positions or --batches, how fast it "
-        "generates. mfu: the model's floating point operations (train/flops.h) per second, as a "
-        "share of those of one large matrix product in the same dtype, measured in the same "
-        "run.\n\n%s",
+        "random tokens (their median) and decoding (the median of means of 16 steps); with "
+        "--positions or --batches, how fast it generates. mfu: the model's floating point "
+        "operations (train/flops.h) per second, as a share of those of one large matrix product in "
+        "the same dtype, measured in the same run.\n\n%s",
         format_options(kOptions).c_str());
     return 0;
   }

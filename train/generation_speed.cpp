@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <new>
+#include <numeric>
 #include <utility>
 
+#include "csrc/ops/mlstm.h"
 #include "train/decoder.h"
 #include "train/device.h"
 #include "train/step_timer.h"
@@ -15,7 +17,7 @@
 namespace xlstm::train {
 namespace {
 
-constexpr int64_t kWindow = 64;  ///< tokens behind a median
+constexpr int64_t kWindow = 64;  ///< tokens by which the time of one is told
 constexpr int64_t kWarmUp = 16;
 constexpr int kRounds = 3;  ///< of the sequence whose tokens are timed
 
@@ -47,7 +49,7 @@ double measure_throughput(models::LanguageModel& model, int64_t prompt, int64_t 
     wait_for(device);
     if (i >= kWarmUp) seconds.push_back(monotonic_seconds() - start);
   }
-  return static_cast<double>(sequences) / median(seconds);
+  return static_cast<double>(sequences) / seconds_per_step(seconds);
 }
 
 GenerationTimes time_once(models::LanguageModel& model, const at::Tensor& prompts,
@@ -67,7 +69,8 @@ GenerationTimes time_once(models::LanguageModel& model, const at::Tensor& prompt
       seconds.push_back(monotonic_seconds() - start);
     }
     times.until_s.push_back(monotonic_seconds() - begin);
-    times.token_s.push_back(median({seconds.end() - std::min(kWindow, position), seconds.end()}));
+    times.token_s.push_back(
+        seconds_per_step({seconds.end() - std::min(kWindow, position), seconds.end()}));
   }
   return times;
 }
@@ -78,6 +81,15 @@ double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   const size_t middle = values.size() / 2;
   return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
+}
+
+double seconds_per_step(const std::vector<double>& seconds) {
+  const int64_t steps = static_cast<int64_t>(seconds.size()),
+                group = std::min(ops::MlstmRing::kTokens, steps);
+  std::vector<double> means;
+  for (auto end = seconds.end(); end - seconds.begin() >= group; end -= group)
+    means.push_back(std::accumulate(end - group, end, 0.0) / static_cast<double>(group));
+  return median(std::move(means));
 }
 
 GenerationTimes time_generation(models::LanguageModel& model, int64_t prompt,

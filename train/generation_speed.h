@@ -10,7 +10,7 @@
 namespace xlstm::train {
 
 struct GenerationTimes {
-  std::vector<double> token_s;  ///< median of the tokens up to each position, 64 at most
+  std::vector<double> token_s;  ///< seconds_per_step of the tokens up to each position, 64 at most
   std::vector<double> until_s;  ///< from before the prompt to each position
 };
 
@@ -21,12 +21,17 @@ GenerationTimes time_generation(models::LanguageModel& model, int64_t prompt,
                                 const std::vector<int64_t>& positions,
                                 std::optional<bool> lazy_fold = {});
 
-/// Tokens per second of `sequences` that are generated side by side behind prompts of `prompt` tokens: the median step of
-/// `tokens`, after 16 that do not count; none where the memory does not suffice. As above.
+/// Tokens per second of `sequences` that are generated side by side behind prompts of `prompt` tokens: by seconds_per_step of
+/// `tokens` steps, after 16 that do not count; none where the memory does not suffice. As above.
 std::optional<double> generation_throughput(models::LanguageModel& model, int64_t prompt,
                                             int64_t sequences, int64_t tokens,
                                             std::optional<bool> lazy_fold = {});
 
 double median(std::vector<double> values);
+
+/// What a step costs of decoding steps timed one by one, at least one: the median over groups of 16 successive steps of a
+/// group's mean, because an mLSTM's state may be written every 16th step alone (ops::mlstm_step_lazy), which a median of
+/// steps would not see. The last ones are grouped; fewer than 16 are one group.
+double seconds_per_step(const std::vector<double>& seconds);
 
 }  // namespace xlstm::train

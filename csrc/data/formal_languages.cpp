@@ -102,22 +102,22 @@ Sequence reverse_string(Random& random, int64_t size, int64_t vocab) {
 }
 
 /// Symbols 1..k, k = (vocab - 3) / 2; k + i pushes symbol i, 2k + 1 pops, 2k + 2 asks for the stack from the bottom up. The
-/// last symbol is never popped, so that there is an answer.
+/// last symbol is never popped, so that there is an answer. A push takes two tokens, its own and that of the answer, a pop as
+/// many as it saves: whatever is popped, the sample is as long as wanted.
 Sequence stack_manipulation(Random& random, int64_t size, int64_t vocab) {
-  const int64_t symbols = (vocab - 3) / 2, pop = 2 * symbols + 1;
-  Tokens stack = word(random, random.between(1, (size - 1) / 2), symbols);
+  const int64_t symbols = (vocab - 3) / 2, pop = 2 * symbols + 1, most = (size - 1) / 2;
+  Tokens stack = word(random, random.between(1, most), symbols);
   Tokens content = stack;
-  for (int64_t operations = random.below(size); operations > 0; --operations) {
-    // With one operation more: content, ACT, stack.
-    const auto tokens = static_cast<int64_t>(content.size() + stack.size()) + 2;
-    const bool may_push = tokens + 1 <= size, may_pop = stack.size() > 1;
-    if (!may_pop && !may_push) break;
-    if (may_pop && (!may_push || random.below(2) == 0)) {
-      content.push_back(pop);
-      stack.pop_back();
-    } else {
+  int64_t pushes = most - static_cast<int64_t>(stack.size()), pops = random.below(most);
+  while (pushes + pops > 0) {
+    if (stack.size() == 1 || random.below(pushes + pops) < pushes) {
       stack.push_back(random.between(1, symbols));
       content.push_back(symbols + stack.back());
+      --pushes;
+    } else {
+      content.push_back(pop);
+      stack.pop_back();
+      --pops;
     }
   }
   return {joined(std::move(content), {pop + 1}), std::move(stack)};
@@ -152,12 +152,17 @@ Sequence repetition(Random& random, int64_t size, int64_t vocab) {
   return {joined(std::move(w), {vocab - 1}), std::move(answer)};
 }
 
-/// Every token once, in the order of first occurrence.
+/// Every token once, in the order of first occurrence. Tokens are drawn until there is no room for the next one.
 Sequence set(Random& random, int64_t size, int64_t vocab) {
-  Tokens w = word(random, (size - 1) / 2, vocab - 2), answer;
-  for (const int64_t token : w)
-    if (std::find(answer.begin(), answer.end(), token) == answer.end()) answer.push_back(token);
-  return {joined(std::move(w), {vocab - 1}), std::move(answer)};
+  Tokens w, answer;
+  for (int64_t room = size - 1;;) {  // without ACT
+    const int64_t token = random.between(1, vocab - 2);
+    const bool is_new = std::find(answer.begin(), answer.end(), token) == answer.end();
+    room -= is_new ? 2 : 1;
+    if (room < 0) return {joined(std::move(w), {vocab - 1}), std::move(answer)};
+    w.push_back(token);
+    if (is_new) answer.push_back(token);
+  }
 }
 
 struct Most {

@@ -12,7 +12,7 @@ namespace xlstm::data {
 namespace {
 
 /// Changes whenever a generator gives other samples, so that a run is not resumed on other data.
-constexpr const char* kTaskVersion = "task-1";
+constexpr const char* kTaskVersion = "task-2";
 
 void check_lengths(const Task& task, const TaskLengths& lengths, const std::string& min_name,
                    const std::string& max_name) {

@@ -1,5 +1,7 @@
 #include "csrc/nn/layers.h"
 
+#include <torch/nn/init.h>
+
 #include <cmath>
 #include <utility>
 
@@ -40,6 +42,10 @@ void wang_init_(at::Tensor& tensor, int64_t dim, int64_t num_blocks) {
 void uniform_init_(at::Tensor& tensor, double bound) {
   at::NoGradGuard no_grad;
   if (is_drawn(tensor)) tensor.uniform_(-bound, bound);
+}
+
+void orthogonal_init_(at::Tensor& tensor, double gain) {
+  if (is_drawn(tensor)) torch::nn::init::orthogonal_(tensor, gain);
 }
 
 void linspace_init_(at::Tensor& tensor, double first, double last) {

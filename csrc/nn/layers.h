@@ -57,14 +57,16 @@ class Block : public torch::nn::Module {
   virtual std::vector<at::Tensor> outer_parameters() const { return {}; }
 };
 
-/// First weights. These leave tensors on the meta device alone, and normal_init_ and uniform_init_ (small_init_, wang_init_) all
-/// tensors while a SkipDrawing lives.
+/// First weights. These leave tensors on the meta device alone, and those that draw (all but linspace_init_) every tensor
+/// while a SkipDrawing lives.
 void normal_init_(at::Tensor& tensor, double std);
 /// N(0, 2 / (5 dim)): "Transformers without Tears", arXiv 1910.05895.
 void small_init_(at::Tensor& tensor, int64_t dim);
 /// N(0, (2 / (num_blocks sqrt(dim)))^2): the down-projections.
 void wang_init_(at::Tensor& tensor, int64_t dim, int64_t num_blocks);
 void uniform_init_(at::Tensor& tensor, double bound);
+/// gain times a matrix with orthonormal rows or columns, whichever are fewer.
+void orthogonal_init_(at::Tensor& tensor, double gain);
 /// Evenly spaced from `first` to `last` along the last dimension.
 void linspace_init_(at::Tensor& tensor, double first, double last);
 

@@ -31,11 +31,14 @@ MambaBlock::MambaBlock(const MambaBlockOptions& options, at::Device device)
   init();
 }
 
-/// a = -1 .. -16; steps delta spread logarithmically over [0.001, 0.1]; the matrices as torch.nn.Linear draws them.
+/// a = -1 .. -16; steps delta spread logarithmically over [0.001, 0.1]; the matrices as torch.nn.Linear draws them, the last
+/// one less by the depth of the model.
 void MambaBlock::init() {
-  for (const auto& projection : {in_proj_, x_proj_, out_proj_})
+  for (const auto& projection : {in_proj_, x_proj_})
     uniform_init_(projection->weight,
                   1 / std::sqrt(static_cast<double>(projection->weight.size(1))));
+  uniform_init_(out_proj_->weight,
+                1 / std::sqrt(static_cast<double>(inner_ * options_.num_blocks)));
   uniform_init_(dt_proj_->weight, 1 / std::sqrt(static_cast<double>(rank_)));
   if (a_log_.is_meta()) return;
   const at::NoGradGuard no_grad;

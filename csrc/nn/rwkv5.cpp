@@ -1,6 +1,7 @@
 #include "csrc/nn/rwkv5.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "csrc/nn/mixer_block.h"
 #include "csrc/ops/gated_linear_attention.h"
@@ -22,8 +23,9 @@ struct Depth {
       : done(o.num_blocks > 1
                  ? static_cast<double>(o.block_index) / static_cast<double>(o.num_blocks - 1)
                  : 0),
-        left(1 - static_cast<double>(o.block_index) / static_cast<double>(o.num_blocks)) {}
-  double done, left;
+        left(1 - static_cast<double>(o.block_index) / static_cast<double>(o.num_blocks)),
+        reached(static_cast<double>(o.block_index + 1) / static_cast<double>(o.num_blocks)) {}
+  double done, left, reached;
 };
 
 /// The share of this token in a mix: less of the one before in deeper blocks.
@@ -115,15 +117,17 @@ Rwkv5Block::Rwkv5Block(const Rwkv5BlockOptions& options, at::Device device) : op
   init();
 }
 
-/// Decays from slow to fast over the channels, more slow ones in later blocks; the input-dependent parts start at nothing.
+/// The authors' initialisation: orthogonal matrices; output_, ffn_value_ and ffn_receptance_ zero, so that a block starts as
+/// the identity. Decays from slow to fast over the channels, more slow ones in later blocks; the input-dependent parts start
+/// at nothing.
 void Rwkv5Block::init() {
-  for (const auto& projection : {key_, value_, receptance_, gate_, ffn_key_, ffn_receptance_})
-    small_init_(projection->weight, options_.dim);
-  for (const auto& projection : {output_, ffn_value_})
-    wang_init_(projection->weight, options_.dim, options_.num_blocks);
+  for (const auto& projection : {value_, receptance_, ffn_key_})
+    orthogonal_init_(projection->weight, 1);
+  for (const auto& projection : {key_, gate_}) orthogonal_init_(projection->weight, 0.1);
   if (decay_.is_meta()) return;
   const at::NoGradGuard no_grad;
   const Depth depth(options_);
+  head_norm_->weight.fill_(std::pow(depth.reached, 0.7));
   const at::Tensor channel = at::arange(options_.dim, decay_.options());
   const at::Tensor part = channel / std::max(static_cast<double>(options_.dim) - 1, 1.0);
   decay_.copy_(-6 + 5 * at::pow(part, 0.7 + 1.3 * depth.done));

@@ -46,17 +46,25 @@ def claim_row(verdict, code="{}", emphasis="{}"):
             "yes" if verdict.asserted else "no"]
 
 
+# By whether rows have several learning rates.
+RATE = {frozenset({True}): "at the best learning rate", frozenset({False}): "at one learning rate each, not searched",
+        frozenset({True, False}): "at the best learning rate of the rows that have several, the others at their only one"}
+
+
 def notes(results):
     """What a reader of the numbers has to know, in sentences."""
     experiment = results.experiment
     told = []
+    several = {len(experiment.rates(case, model)) > 1 for case in experiment.cases for model in experiment.models_of(case)}
     if experiment.trains:
-        seeds = ", ".join(map(str, experiment.seeds))
-        told.append(f"Means over seeds {seeds} at the best learning rate (in parentheses: least to largest)" if
-                    len(experiment.seeds) > 1 else f"One seed, {seeds}, at the best learning rate")
+        seeds, rate = ", ".join(map(str, experiment.seeds)), RATE[frozenset(several)]
+        told.append(f"Means over seeds {seeds} {rate} (in parentheses: least to largest)" if len(experiment.seeds) > 1 else
+                    f"One seed, {seeds}, {rate}")
         told[-1] += "; steps: of one run; cost: training time of all runs of a row."
     if experiment.chosen_by != experiment.measure:
         told.append(f"The learning rate is chosen by {experiment.chosen_by}, not by {experiment.measure}.")
+    elif True in several:
+        told.append("The learning rate is chosen on the samples that are reported.")
     if experiment.measure_at is not None:
         told.append(f"Held-out metrics are those of step {experiment.measure_at:,}.")
     if experiment.evaluate_best is not None:

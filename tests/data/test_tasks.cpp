@@ -248,12 +248,12 @@ bool same_bytes(const Batch& a, const Batch& b) {
 
 }  // namespace
 
-TEST_CASE("formal languages: every answer is the solver's, every length is used", "[tasks]") {
+TEST_CASE("formal languages: every answer is the solver's, every sample fills its length",
+          "[tasks]") {
   for (const std::string& name : task_names()) {
     const auto task = make_formal_language(named(name));
     if (task == nullptr) continue;
     CAPTURE(name);
-    std::map<size_t, int64_t> lengths;
     std::map<int64_t, int64_t> answers;
     for (uint64_t i = 0; i < 10000; ++i) {
       Random random(5, 0, i);
@@ -261,14 +261,12 @@ TEST_CASE("formal languages: every answer is the solver's, every length is used"
       const TaskSample sample = task->sample(random, length);
       const Asked question = asked(sample);
       REQUIRE(question.answer == solve(name, question.content));
-      const size_t tokens = question.content.size() + question.answer.size();
-      REQUIRE(tokens <= static_cast<size_t>(length));
+      const auto tokens = static_cast<int64_t>(question.content.size() + question.answer.size());
+      REQUIRE(tokens <= length);
+      REQUIRE(tokens >= length - 1);
       for (const int64_t token : question.content) REQUIRE(token < task->vocab_size());
       for (const int64_t token : question.answer) ++answers[token];
-      ++lengths[tokens];
     }
-    CHECK(lengths.rbegin()->first >= 39);
-    CHECK(lengths.begin()->first <= static_cast<size_t>(task->shortest()) + 1);
     CHECK(answers.size() >= 2);
   }
 }
@@ -302,12 +300,12 @@ TEST_CASE("tasks: recorded samples, the same for every platform and every cut in
       {"mod_arithmetic_brackets", "ae4fb5c4735aa928"},
       {"solve_equation", "45972a49b6642856"},
       {"reverse_string", "45d81843876cace9"},
-      {"stack_manipulation", "17464fdaa8bfa20d"},
+      {"stack_manipulation", "573095b3fe919ede"},
       {"bucket_sort", "941ae8a2fee0115b"},
       {"missing_duplicate", "ba34803ceb1156ef"},
       {"odds_first", "51e17d2a58769e79"},
       {"repetition", "5d016fbd9045b231"},
-      {"set", "0ef6086a993e65f6"},
+      {"set", "1c8d23c3a428d9e6"},
       {"majority", "bcf7b366a6caf25a"},
       {"majority_count", "e70dbc2419d2e53a"},
       {"mqar", "7afdeb8b60c28748"},

@@ -1,6 +1,8 @@
 // The draws of the reference codebases: spread, constants and curves, within five standard errors.
 #include <cmath>
 
+#include "csrc/nn/mamba.h"
+#include "csrc/nn/rwkv5.h"
 #include "tests/nn/blocks.h"
 #include "tests/support/catch.h"
 
@@ -161,6 +163,44 @@ TEST_CASE("7B block") {
        {"norm_mlstm.weight", "norm_ffn.weight", "mlstm_layer.multihead_norm.weight"}) {
     check_constant(block, name, 1);
   }
+}
+
+TEST_CASE("Mamba block") {
+  torch::manual_seed(17);
+  MambaBlockOptions options;
+  options.dim = kWide;
+  options.num_blocks = kNumBlocks;
+  const MambaBlock block(options, at::kCPU);
+  const auto check_uniform = [&](const std::string& name, double bound) {
+    INFO(name);
+    const double largest = parameter(block, name + ".weight").abs().max().item<double>();
+    CHECK(largest <= bound);
+    CHECK(largest > 0.99 * bound);
+  };
+  check_uniform("in_proj", 1 / std::sqrt(double{kWide}));
+  check_uniform("x_proj", 1 / std::sqrt(2.0 * kWide));
+  check_uniform("out_proj", 1 / std::sqrt(2.0 * kWide * kNumBlocks));
+}
+
+TEST_CASE("RWKV-5 and RWKV-6 blocks") {
+  torch::manual_seed(18);
+  Rwkv5BlockOptions options;
+  options.dim = kWide;
+  options.num_blocks = kNumBlocks;
+  options.block_index = 2;
+  options.data_dependent = GENERATE(false, true);
+  const Rwkv5Block block(options, at::kCPU);
+  for (const char* name : {"output", "ffn_value", "ffn_receptance"})
+    check_constant(block, std::string(name) + ".weight", 0);
+  for (const auto& [name, gain] : std::vector<std::pair<std::string, double>>{
+           {"value", 1}, {"receptance", 1}, {"ffn_key", 1}, {"key", 0.1}, {"gate", 0.1}}) {
+    INFO(name);
+    const at::Tensor w = parameter(block, name + ".weight");
+    CHECK(difference(w.t().matmul(w), gain * gain * at::eye(kWide)) < 1e-5);
+  }
+  const at::Tensor scale = parameter(block, "head_norm.weight");
+  CHECK(difference(scale, at::full_like(scale, std::pow(3.0 / kNumBlocks, 0.7))) < 1e-6);
+  for (const char* name : {"norm.weight", "ffn_norm.weight"}) check_constant(block, name, 1);
 }
 
 }  // namespace

@@ -33,12 +33,12 @@ RATES = {"slimpajama15b": {
 ABLATIONS = ["ablation_architecture", "ablation_block", "ablation_gating"]
 
 
-def settings(experiment):
-    """{(case, model): settings} of the only run of each."""
-    full = description.load(ROOT / "scripts" / "reproduce", experiment)
-    jobs = full.jobs(elsewhere=True)
-    assert len({(job.case, job.model) for job in jobs}) == len(jobs)
-    return {(job.case, job.model): full.settings(job) for job in jobs}
+def settings(experiment, mini=False):
+    """{(case, model): settings} of the only run of each, in the miniature of the first seed."""
+    found = description.load(ROOT / "scripts" / "reproduce", experiment, mini)
+    jobs = [job for job in found.jobs(elsewhere=True) if job.seed == found.seeds[0]]
+    assert len({(job.case, job.model) for job in jobs}) == len(jobs) and (mini or found.seeds == [0])
+    return {(job.case, job.model): found.settings(job) for job in jobs}
 
 
 def check_recipe(own, rate, steps, batch, warmup=750, context=2048):
@@ -89,7 +89,20 @@ def test_longer_contexts_are_asked_of_the_largest_models_of_300_b_tokens():
 @pytest.mark.parametrize("experiment", [*RATES, *ABLATIONS, "length_extrapolation"])
 def test_every_size_is_judged_by_the_same_text(experiment):
     """eval.batches counts micro batches, whose size follows the memory."""
-    assert {own["eval"]["batches"] * own["train"]["micro_batch_size"] for own in settings(experiment).values()} == {4000}
+    for mini in (False, True):
+        judged = {own["eval"]["batches"] * own["train"]["micro_batch_size"] for own in settings(experiment, mini).values()}
+        assert judged == {4000} if not mini else len(judged) == 1
+
+
+@pytest.mark.parametrize("experiment", description.experiment_ids(ROOT / "scripts" / "reproduce"))
+def test_gradients_are_clipped_as_the_paper_says(experiment):
+    """Those that flow back through the sLSTM's recurrent weights at 10. A clip of the norm of all it does not name: there is
+    the default one, which the README of the experiments tells."""
+    full = description.load(ROOT / "scripts" / "reproduce", experiment)
+    for job in full.jobs(elsewhere=True) if full.trains else ():
+        own = full.settings(job)
+        assert "grad_clip" not in own["train"], job.name
+        assert own["model"].get("slstm", {}).get("recurrent_clip") == (10 if own["model"].get("slstm_at") else None), job.name
 
 
 def test_rare_tokens():

@@ -333,3 +333,14 @@ def test_descriptions_of_the_project_have_figures_that_can_be_drawn():
         for name, figure in experiment.figures.items():
             for panel in figures.resolve(empty, name, figure).panels:
                 assert all(not s.points and s.paper for s in panel.series)
+
+
+@pytest.mark.parametrize("changes, told, chosen", [
+    ({}, "Means over seeds 0, 1 at the best learning rate (in", True),
+    ({"learning_rates": [0.1], "seeds": [0]}, "One seed, 0, at one learning rate each, not searched;", False),
+    ({"learning_rates": [0.1], "models": {"a": {}, "b": {"learning_rates": [0.1, 0.01]}}, "claims": [], "figures": {},
+      "paper": {}}, "at the best learning rate of the rows that have several, the others at their only one (in", True),
+    ({"chosen_by": "long.accuracy"}, "chosen by long.accuracy, not by accuracy.", False)])
+def test_how_learning_rates_were_chosen_is_told(tmp_path, changes, told, chosen):
+    text = " ".join(notes(Results(describe(tmp_path / "recall", **changes), [])))
+    assert told in text and ("The learning rate is chosen on the samples that are reported." in text) == chosen
