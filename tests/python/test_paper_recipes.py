@@ -88,10 +88,10 @@ def test_longer_contexts_are_asked_of_the_largest_models_of_300_b_tokens():
 
 @pytest.mark.parametrize("experiment", [*RATES, *ABLATIONS, "length_extrapolation"])
 def test_every_size_is_judged_by_the_same_text(experiment):
-    """eval.batches counts micro batches, whose size follows the memory."""
+    """eval.batches counts batches of a step, whose size differs."""
     for mini in (False, True):
-        judged = {own["eval"]["batches"] * own["train"]["micro_batch_size"] for own in settings(experiment, mini).values()}
-        assert judged == {4000} if not mini else len(judged) == 1
+        judged = {own["eval"]["batches"] * own["train"]["global_batch_size"] for own in settings(experiment, mini).values()}
+        assert judged == {4096} if not mini else len(judged) == 1
 
 
 @pytest.mark.parametrize("experiment", description.experiment_ids(ROOT / "scripts" / "reproduce"))
