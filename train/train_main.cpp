@@ -100,7 +100,10 @@ int train_or_report_memory(const xlstm::config::Config& config,
       return 0;
     }
     train::install_signal_handlers();
-    return static_cast<int>(train::Trainer(config, options).run());
+    const ExitCode status = train::Trainer(config, options).run();
+    // What a run leaves is in its folder: a console that nobody reads any more is no failure of it.
+    if (std::freopen("/dev/null", "w", stdout) == nullptr) std::clearerr(stdout);
+    return static_cast<int>(status);
   } catch (const std::exception& error) {
     if (train::is_out_of_memory(error)) throw memory_error(config);
     throw;
