@@ -85,8 +85,8 @@ class CoreModule(_Part):
             if parameters.get(key) is not tensor:
                 raise RuntimeError(
                     f"{key}: a parameter was replaced (by an assignment, torch.func.functional_call, torch.export or a "
-                    "parametrization), but the C++ model computes with its own tensor; change that in place: parameter.copy_(values) in "
-                    "torch.no_grad()"
+                    "parametrization), but the C++ model computes with its own tensor; change that in place: "
+                    "parameter.copy_(values) in torch.no_grad()"
                 )
 
     def __deepcopy__(self, memo):
@@ -129,8 +129,9 @@ class BlockStack(CoreModule):
         y, state = stack(more, state)                    # goes on from there
 
     settings: those of `model` in a configuration, but those of embedding and head: `xlstm-train --help` lists them with their
-    defaults. Blocks are residual and a norm follows the last (add_out_norm=False: none). First weights are torch's random
-    generator's (torch.manual_seed). Raises libxlstm.Error naming the setting that is wrong.
+    defaults. Blocks are residual and a norm follows the last (add_out_norm=False: none); positions that gpt learns and the norm
+    in front of rwkv4 to rwkv6 belong to the embedding. First weights are torch's random generator's (torch.manual_seed). Raises
+    libxlstm.Error naming the setting that is wrong.
     """
 
     _ELSEWHERE = ("vocab_size", "input_features", "tie_weights", "embedding_init_std", "output_logit_soft_cap",
@@ -185,9 +186,9 @@ class Model(CoreModule):
         constant time and memory per token, without dropout, the same for the same seed on every platform.
 
         temperature 0: greedy. top_k: from so many of the likeliest, 0: all; top_p: from the likeliest that hold this
-        probability. seed: prompt i has seed + i. stop_token: the end, which is the last id then. vocab_size: only ids below it,
-        where the model's vocabulary is padded. on_token(id), of several prompts on_token(i, id), is called with each id at once.
-        Raises libxlstm.Error.
+        probability. seed: prompt i has seed + i. stop_token: the end, which is the last id then; -1: none. vocab_size: only ids
+        below it, where the model's vocabulary is padded. on_token(id), of several prompts on_token(i, id), is called with each
+        id at once. Raises libxlstm.Error.
         """
         self._check_parameters()
         prompts = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
@@ -196,8 +197,9 @@ class Model(CoreModule):
         if not several and on_token is not None:
             told, on_token = on_token, lambda _, id: told(id)
         for name, value, low in (("max_new_tokens", max_new_tokens, 0), ("seed", seed, 0), ("vocab_size", vocab_size, 1),
-                                 ("stop_token", stop_token, 0)):
-            if not (isinstance(value, numbers.Integral) and value >= low or value is None and name in ("vocab_size", "stop_token")):
+                                 ("stop_token", stop_token, -1)):
+            absent = value is None and name in ("vocab_size", "stop_token")
+            if not absent and not (isinstance(value, numbers.Integral) and value >= low):
                 raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
         stop_token, vocab_size = -1 if stop_token is None else stop_token, vocab_size or 0
         with self._own_stream():

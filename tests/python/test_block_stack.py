@@ -232,8 +232,8 @@ def test_wrong_arguments_are_named():
         stack(x, reset=torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="state: expected one entry for each of 3"):
         stack(x, stack(x)[1][:2])
-    for lengths, message in (([6], r"lengths: expected \(2\) int64"), ([6.0, 2.0], "int64"), ([0, 6], "1 to 6.*got 0 for sequence 0"),
-                             ([6, 7], "1 to 6.*got 7 for sequence 1")):
+    for lengths, message in (([6], r"lengths: expected \(2\) int64"), ([6.0, 2.0], "int64"),
+                             ([0, 6], "1 to 6.*got 0 for sequence 0"), ([6, 7], "1 to 6.*got 7 for sequence 1")):
         with pytest.raises(ValueError, match=message):
             stack(x, lengths=lengths)
     with pytest.raises(ValueError, match="expected no state"):

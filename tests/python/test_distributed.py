@@ -243,7 +243,8 @@ def test_an_environment_that_makes_no_sense(setup):  # noqa: F811
         assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("setting, here, there", [("eval.every", 3, 5), ("train.max_steps", 13, 12), ("optim.learning_rate", 0.02, 0.01)])
+@pytest.mark.parametrize("setting, here, there", [("eval.every", 3, 5), ("train.max_steps", 13, 12),
+                                                  ("optim.learning_rate", 0.02, 0.01)])
 def test_processes_with_other_settings_do_not_start(setup, setting, here, there):  # noqa: F811
     config, run = setup
     (_, err, status), (_, other_err, other_status) = together(config, own={1: [f"{setting}={here}"]})

@@ -1,5 +1,5 @@
-"""What operators promise beside their numbers: sizes are checked, documents and overlapping memory are kept apart, recomputation
-and compilation see what they need."""
+"""What operators promise beside their numbers: sizes are checked, documents and overlapping memory are kept apart,
+recomputation and compilation see what they need."""
 
 import pytest
 import torch
