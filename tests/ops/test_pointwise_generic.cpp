@@ -4,6 +4,8 @@
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
+#include <limits>
+
 #include "csrc/ops/causal_conv1d.h"
 #include "csrc/ops/causal_conv1d_generic.h"
 #include "csrc/ops/gated_scan.h"
@@ -123,14 +125,23 @@ TEST_CASE("causal_conv1d_step in ATen calls equals the CPU operator", "[pointwis
 
 TEST_CASE("gated_scan in elementwise passes equals the CPU operator", "[pointwise_generic]") {
   for (const int64_t time : {0, 1, 2, 7, 64, 65}) {
-    const at::Tensor x = random({2, time, 5}), a = random({2, time, 5}).sigmoid();
-    CAPTURE(time);
-    check_equal(xlstm::ops::scan_in_passes(x, a, {}, false),
-                std::get<0>(xlstm::ops::gated_scan(x, a)), 1e-12);
-    at::Tensor wanted = x.clone();  // the other way round
-    for (int64_t t = time - 2; t >= 0; --t)
-      wanted.select(1, t).add_(a.select(1, t + 1) * wanted.select(1, t + 1));
-    check_equal(xlstm::ops::scan_in_passes(x, a, {}, true), wanted, 1e-12);
+    for (const bool documents : {false, true}) {
+      const at::Tensor x = random({2, time, 5});
+      at::Tensor a = random({2, time, 5}).sigmoid(), reset;
+      if (documents) {
+        reset = at::rand({2, time}) < 0.2;
+        a.masked_fill_(reset.unsqueeze(-1), std::numeric_limits<double>::quiet_NaN());
+      }
+      CAPTURE(time, documents);
+      const OptionalTensor given = documents ? OptionalTensor(reset) : std::nullopt;
+      check_equal(xlstm::ops::scan_in_passes(x, a, reset, false),
+                  std::get<0>(xlstm::ops::gated_scan(x, a, {}, given)), 1e-12);
+      at::Tensor wanted = x.clone();  // the other way round
+      if (documents) a = a.nan_to_num(0.0);
+      for (int64_t t = time - 2; t >= 0; --t)
+        wanted.select(1, t).add_(a.select(1, t + 1) * wanted.select(1, t + 1));
+      check_equal(xlstm::ops::scan_in_passes(x, a, reset, true), wanted, 1e-12);
+    }
   }
 }
 
