@@ -1,5 +1,5 @@
-// The ATen paths of causal_conv1d, headwise_norm, residual_norm and gated_scan, which CUDA tensors take without kernels, on the CPU: equal
-// to the CPU operators, which test_causal_conv1d.cpp, test_norm.cpp and test_gated_ops.py compare with plain loops.
+// The ATen paths of causal_conv1d, headwise_norm, residual_norm and gated_scan, which CUDA tensors take without kernels, on
+// the CPU: equal to the CPU operators, which test_causal_conv1d.cpp, test_norm.cpp and test_gated_ops.py compare with plain loops.
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>

@@ -1,0 +1,98 @@
+"""model.generate: what it draws, what it takes, and beside what it may run."""
+
+import os
+import signal
+import subprocess
+import threading
+
+import pytest
+import torch
+from test_models import ROOT, make_model
+
+import libxlstm
+
+
+def test_generate(tmp_path):
+    model = make_model()
+    prompt = [5, 290, 17]
+    with torch.no_grad():
+        logits, state = model(torch.tensor([prompt]))
+        expected = []
+        for _ in range(30):
+            expected.append(int(logits[0, -1].argmax()))
+            logits, state = model(torch.tensor([[expected[-1]]]), state)
+    assert model.generate(prompt, 30, temperature=0) == expected
+    assert model.generate(torch.tensor([prompt]), 30, temperature=0) == [expected] and model.training
+
+    told = []
+    drawn = model.generate(torch.tensor(prompt), 40, seed=7, on_token=told.append)
+    assert drawn == told == model.generate(prompt, 40, seed=7) != model.generate(prompt, 40, seed=8) and len(drawn) == 40
+    assert model.generate(prompt, 40, seed=7, stop_token=drawn[5]) == drawn[: drawn.index(drawn[5]) + 1]
+    assert max(model.generate(prompt, 200, temperature=5.0, vocab_size=9)) == 8
+    assert max(model.generate(prompt, 200, temperature=5.0)) > 8
+    assert model.generate(prompt, 40, top_k=1) == model.generate(prompt, 40, temperature=0)
+    assert model.generate(prompt, 0) == []
+
+    def interrupt(token):
+        told.append(token)
+        if len(told) == 45:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind a shell it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(prompt, 10**9, on_token=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(told) <= 46
+    for wrong, message in (({"prompt": []}, "at least one token"), ({"prompt": [300]}, "300 is outside"),
+                           ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p")):
+        with pytest.raises(libxlstm.Error, match=message):
+            model.generate(**{"prompt": prompt} | wrong)
+    for wrong in (torch.zeros(2, 3, 4, dtype=torch.long), [[1.0, 2.0]], [[[1]]], [[True]]):
+        with pytest.raises(ValueError, match=r"prompt: expected ids \(T\), or several such"):
+            model.generate(wrong)
+
+
+def test_generate_gives_what_the_program_gives(tmp_path):
+    model = libxlstm.make_model({"model": {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "slstm_at": [1]}})
+    model.save(tmp_path / "model")
+    done = subprocess.run([ROOT / "build" / "bin" / "xlstm-generate", tmp_path / "model", "--prompt", "ab", "--max-new-tokens",
+                           "50", "--device", "cpu", "--seed", "3", "--no-echo"], capture_output=True, check=True)
+    ids = model.generate(list(b"ab"), 50, seed=3)
+    assert done.stdout.decode() == bytes(ids).decode(errors="replace") + "\n"
+
+
+def test_generation_beside_training():
+    """Generation drops nothing, and a model that trains goes on dropping, whatever another thread does meanwhile."""
+    torch.manual_seed(1)
+    model = libxlstm.make_model({"model": {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "dropout": 0.5}})
+    expected = model.generate([1, 2], 60, seed=3)
+    ids = torch.randint(256, (1, 40))
+    results, losses = {}, []
+
+    def work(name, count):
+        results[name] = model.generate([1, 2], count, seed=3)
+
+    threads = [threading.Thread(target=work, args=(i, 60 - 10 * i)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) or len(losses) < 3:
+        losses.append(model.loss(ids, ids).item())
+    assert all(results[i] == expected[: 60 - 10 * i] for i in range(3))
+    assert len(set(losses)) == len(losses) and model.training and model._core.training
+
+
+def test_arguments_of_generate_and_load(tmp_path):
+    model = make_model()
+    for name, wrong in (("seed", -1), ("seed", None), ("max_new_tokens", -1), ("vocab_size", -1), ("stop_token", 1.5)):
+        with pytest.raises(ValueError, match=f"{name}: expected an integer"):
+            model.generate([1], **{name: wrong})
+    with torch.device("meta"):
+        assert len(model.generate([1, 2], 3)) == 3
+    with pytest.raises(ValueError, match="dtype: expected one of torch.float32"):
+        libxlstm.load(tmp_path, dtype="bfloat16")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(libxlstm.Error) as caught:
+        model.save(tmp_path / "file")
+    assert caught.value.code == 4
