@@ -1,6 +1,7 @@
 #include "train/generation.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <utility>
 
 #include "csrc/core/error.h"
+#include "csrc/models/padded_batch.h"
 #include "csrc/nn/no_dropout.h"
 #include "train/decoder.h"
 
@@ -34,21 +36,25 @@ void check_prompts(const Prompts& prompts, int64_t vocab_size) {
   }
 }
 
-/// Logits (B,V) behind the prompts and the state there. Shorter prompts stand at the end of the longest one's positions and
-/// begin with an empty state.
+/// Logits (B,V) behind the prompts and the state there.
 std::pair<at::Tensor, models::ModelState> read_prompts(models::LanguageModel& model,
                                                        const Prompts& prompts) {
   const auto batch = static_cast<int64_t>(prompts.size());
-  size_t longest = 0;
-  for (const auto& prompt : prompts) longest = std::max(longest, prompt.size());
-  const auto length = static_cast<int64_t>(longest);
-  const at::Tensor ids = at::zeros({batch, length}, at::kLong);
-  const at::Tensor reset = at::zeros({batch, length}, at::kBool);
+  const at::Tensor lengths = at::empty({batch}, at::kLong);
+  for (int64_t row = 0; row < batch; ++row)
+    lengths.mutable_data_ptr<int64_t>()[row] =
+        static_cast<int64_t>(prompts[static_cast<size_t>(row)].size());
+  const int64_t length = lengths.max().item<int64_t>();
+  at::Tensor ids = at::zeros({batch, length}, at::kLong),
+             reset = at::zeros({batch, length}, at::kBool);
   for (int64_t row = 0; row < batch; ++row) {
     const auto& prompt = prompts[static_cast<size_t>(row)];
-    const int64_t padding = length - static_cast<int64_t>(prompt.size());
-    std::copy(prompt.begin(), prompt.end(), ids[row].mutable_data_ptr<int64_t>() + padding);
-    if (padding > 0) reset[row][padding].fill_(true);
+    std::copy(prompt.begin(), prompt.end(), ids[row].mutable_data_ptr<int64_t>());
+  }
+  if (lengths.min().item<int64_t>() < length) {
+    const models::PaddedBatch padded(lengths, batch, length, /*has_state=*/false, at::kCPU);
+    ids = padded.ends_aligned(ids);
+    reset = padded.reset({});
   }
   const at::Device device = model.head_weight().device();
   const int64_t piece = std::max<int64_t>(kPromptPiece / batch, 1);

@@ -51,8 +51,8 @@ class Dataset final : public SampleSource {
 };
 
 /// A held-out file in order, once: window w is tokens [w*T, w*T+T], the last one shorter (windows are padded with
-/// target -100; none is longer than all the text), so that every token but the first of each document is scored exactly once; with fill_last_window each
-/// document is cut so.
+/// target -100; none is longer than all the text), so that every token but the first of each document is scored exactly
+/// once; with fill_last_window each document is cut so.
 class EvalSet final : public HeldOutSet {
  public:
   EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& options);

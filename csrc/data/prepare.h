@@ -26,7 +26,8 @@ struct PrepareReport {
 };
 
 /// Turns text into a token file with its sidecar, written under temporary names and renamed at the end. Progress on
-/// standard error. Throws Error(kConfig): an output without name, or that is an input; Error(kData): no such input, empty corpus, bad document (strict), id beyond the file's dtype.
+/// standard error. Throws Error(kConfig): an output without name, or that is an input; Error(kData): no such input, empty
+/// corpus, bad document (strict), id beyond the file's dtype.
 PrepareReport prepare(const PrepareOptions& options);
 
 /// Train and held-out token files for a text, prepared into a cache keyed by content and settings; reused when present.
