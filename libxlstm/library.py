@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from .operators import describe
+
 _PACKAGE = Path(__file__).resolve().parent
 # Installed: the operators in lib/, the module beside this file. In the source tree: where CMake puts what it builds,
 # all of it or (preset ops) the operators alone.
@@ -46,6 +48,9 @@ def load_operators():
     library = _find("libxlstm_ops.so")
     _check_torch(library)
     torch.ops.load_library(str(library))
+    texts = library.parent / "libxlstm_operators.json"
+    if texts.is_file():
+        describe(texts)
 
 
 def load_module():

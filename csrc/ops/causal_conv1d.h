@@ -6,7 +6,7 @@
 
 namespace xlstm::ops {
 
-/// Depthwise causal convolution: y_t = act(bias + sum_j weight[:, j] x_{t-W+1+j}), act = SiLU or identity.
+/// Depthwise causal convolution: y_t = act(bias + sum_j weight[:, j] x_{t-W+1+j}), act = SiLU where silu, else identity.
 /// x (B,T,C) weight (C,W) 2 <= W <= 8, bias (C), state0 (B,W-1,C): the inputs before the first token, oldest first (zero
 /// where absent). reset (B,T) bool: the window is empty before that token. cu_seqlens (N+1) int32: B must be 1, states
 /// are (N,W-1,C). Returns y (B,T,C) and the state: the last W-1 inputs (zeros before a reset), in x's dtype. On CUDA the
@@ -18,7 +18,7 @@ std::tuple<at::Tensor, at::Tensor> causal_conv1d(const at::Tensor& x, const at::
                                                  const std::optional<at::Tensor>& cu_seqlens = {},
                                                  bool silu = false);
 
-/// One token: x (B,C); shifts state (B,W-1,C) in place; returns y (B,C). No gradient.
+/// One token: x (B,C); shifts state (B,W-1,C) in place; returns y (B,C). weight, bias, silu as above. No gradient.
 at::Tensor causal_conv1d_step(const at::Tensor& x, const at::Tensor& weight,
                               const std::optional<at::Tensor>& bias, at::Tensor& state,
                               bool silu = false);

@@ -11,11 +11,11 @@ struct MlstmOptions {
   std::optional<at::Tensor> reset;       ///< (B,T) bool: the state is empty before that token
   std::optional<at::Tensor> cu_seqlens;  ///< (N+1) int32; B must be 1; states are then (N,...)
   std::string_view input_gate = "exp";   ///< "exp" | "sigmoid"
-  bool normalize = true;
-  std::optional<double> scale;  ///< applied to q; default DQK^-1/2
-  double eps = 1e-6;
-  int64_t chunk_size =
-      0;  ///< 0: automatic, above 1024: 1024; never changes the result beyond rounding
+  bool normalize = true;                 ///< false: h is not divided
+  std::optional<double> scale;           ///< applied to q; default DQK^-1/2
+  double eps = 1e-6;                     ///< added to the divisor of h
+  /// 0: automatic, above 1024: 1024; never changes the result beyond rounding
+  int64_t chunk_size = 0;
 };
 
 /// mLSTM over a sequence (arXiv 2405.04517, eq. 19-27), chunkwise-parallel, linear memory in T.
@@ -28,10 +28,10 @@ struct MlstmOptions {
 /// meant for the sigmoid gate (with "exp" it is h relative to e^m).
 /// Gradients are exact with m detached: m carries no gradient and dm0 = 0; the path eps -> m is left out, which
 /// is nothing at eps = 0 and at most 1e-3 of the gate gradients in extreme gates at 1e-6.
-/// A forget gate whose logarithm is below -1e8 forgets everything, whatever the input gate. Numbers that are not finite in v
-/// may reach earlier tokens of their chunk. Throws c10::Error naming the argument, what was expected and what came. On CUDA the values of cu_seqlens are not
-/// checked: that would wait for the device; and numbers that are not finite may reach other documents of their row past a
-/// reset, though never past a border of cu_seqlens.
+/// A forget gate whose logarithm is below -1e8 forgets everything, whatever the input gate. Numbers that are not finite in
+/// v may reach earlier tokens of their chunk. Throws c10::Error (Python: RuntimeError) naming the argument, what was
+/// expected and what came. On CUDA the values of cu_seqlens are not checked: that would wait for the device; and numbers
+/// that are not finite may reach other documents of their row past a reset, though never past a border of cu_seqlens.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlstm_chunkwise(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& igate,
     const at::Tensor& fgate, const std::optional<at::Tensor>& c0 = {},
@@ -47,12 +47,12 @@ at::Tensor mlstm_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 /// Up to R - 1 tokens of every head that its state does not hold yet: c, n and m are of the time before them. All on the
 /// device of c; what lies beyond count is unspecified.
 struct MlstmRing {
-  static constexpr int64_t kTokens =
-      16;  ///< R as the decoder has it, and the most that the CUDA kernels take
-  at::Tensor keys,
-      values;  ///< (B,NH,R,DQK) (B,NH,R,DV), R >= 1, in q's dtype (under autocast: in its dtype)
-  at::Tensor gates;  ///< (B,NH,R,2): logarithms of forget and input gate, in the dtype of c
-  at::Tensor count;  ///< (B,NH) int32, 0 to R - 1
+  /// R as the decoder has it, and the most that the CUDA kernels take
+  static constexpr int64_t kTokens = 16;
+  at::Tensor keys;    ///< (B,NH,R,DQK), R >= 1, in q's dtype (under autocast: in its dtype)
+  at::Tensor values;  ///< (B,NH,R,DV), as keys
+  at::Tensor gates;   ///< (B,NH,R,2): logarithms of forget and input gate, in the dtype of c
+  at::Tensor count;   ///< (B,NH) int32, 0 to R - 1
 };
 
 /// An empty ring for k (B,NH,DQK) and v (B,NH,DV).
@@ -66,8 +66,8 @@ MlstmRing empty_mlstm_ring(const at::Tensor& k, const at::Tensor& v,
 ///   h = (w C^T q + sum_j w_j (q . k_j) v_j) / (max(|w n . q + sum_j w_j (q . k_j)|, exp(-m)) + eps)   q as scaled
 ///   fold: C <- w C + sum_j w_j k_j v_j^T   n <- w n + sum_j w_j k_j   m_0 <- m
 /// which is the chunkwise form of a chunk that began at the last fold: h and, after mlstm_fold, the states are those of
-/// mlstm_step up to rounding. Arguments, errors and options as of mlstm_step. Writes to c, n, m and the ring; reads no
-/// value back from a GPU, where count is not checked.
+/// mlstm_step up to rounding. q, k, v, igate, fgate, c, n, m, options and errors as of mlstm_step. Writes to c, n, m and
+/// the ring; reads no value back from a GPU, where count is not checked.
 at::Tensor mlstm_step_lazy(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                            const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
                            at::Tensor& n, at::Tensor& m, MlstmRing& ring,

@@ -23,7 +23,7 @@ at::Tensor headwise_norm(const at::Tensor& x, const std::optional<at::Tensor>& w
 
 /// The next addition to a residual stream and the norm that reads it, one pass over memory:
 ///   sum = x + branch, y = norm(sum) * weight + bias
-/// x, branch (...,D) of one shape; the norm over D as above. sum and y in the type that x and branch promote to; y is the
+/// x, branch (...,D) of one shape; weight, bias (D); the norm over D, kind and eps as of headwise_norm. sum and y in the type that x and branch promote to; y is the
 /// norm of the sum as it is rounded. Backward adds the gradient of sum in the norm's pass.
 std::tuple<at::Tensor, at::Tensor> residual_norm(const at::Tensor& x, const at::Tensor& branch,
                                                  const std::optional<at::Tensor>& weight = {},

@@ -1,5 +1,7 @@
 """`import libxlstm`: what it registers, what it refuses, and what it does not load."""
 
+import inspect
+import pydoc
 import re
 import shutil
 import subprocess
@@ -26,6 +28,24 @@ def run(code, path=None):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_registered(name):
     assert callable(getattr(torch.ops.xlstm, name))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_are_documented(name):
+    """help() has the operator's text with every argument in it, inspect.signature() what the schema takes, in its order."""
+    operator = getattr(torch.ops.xlstm, name)
+    arguments = operator.default._schema.arguments
+    signature = inspect.signature(operator)
+    assert list(signature.parameters) == [argument.name for argument in arguments]
+    for argument in arguments:
+        assert re.search(rf"\b{argument.name}\b", operator.__doc__.split("\n", 1)[1]), argument.name
+    assert operator.__doc__.strip() in inspect.cleandoc(pydoc.render_doc(operator, renderer=pydoc.plaintext)).replace("\n    ", "\n")
+
+
+def test_signature_of_an_operator():
+    assert str(inspect.signature(torch.ops.xlstm.mlstm_step)) == (
+        "(q, k, v, igate, fgate, c, n, m, *, input_gate='exp', normalize=True, scale=None, eps=1e-06)"
+    )
 
 
 def test_import_loads_the_operators_and_not_the_models():
