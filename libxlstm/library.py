@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ _PACKAGE = Path(__file__).resolve().parent
 _FOLDERS = (_PACKAGE / "lib", _PACKAGE, _PACKAGE.parent / "build" / "lib", _PACKAGE.parent / "build-ops" / "lib")
 
 
-def _find(*names):
+def find(*names):
     """The first file of one of these names, in the order of _FOLDERS."""
     for folder in _FOLDERS:
         for name in names:
@@ -32,10 +33,15 @@ def _minor(version):
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
+def build_info(library):
+    """What the build wrote beside a library: version, torch, compiler, cuda (None without kernels for it)."""
+    info = library.parent / "libxlstm_build.json"
+    return json.loads(info.read_text()) if info.is_file() else {}
+
+
 def _check_torch(library):
     """Refuses another torch: the C++ interface changes with every minor version, and a wrong one fails obscurely."""
-    info = library.parent / "libxlstm_torch_version"
-    built_with = info.read_text().strip() if info.is_file() else None
+    built_with = build_info(library).get("torch")
     if built_with is not None and _minor(built_with) != _minor(torch.__version__):
         raise ImportError(
             f"libxlstm was built with torch {built_with}, but torch {torch.__version__} is installed; build it "
@@ -45,7 +51,7 @@ def _check_torch(library):
 
 
 def load_operators():
-    library = _find("libxlstm_ops.so")
+    library = find("libxlstm_ops.so")
     _check_torch(library)
     torch.ops.load_library(str(library))
     texts = library.parent / "libxlstm_operators.json"
@@ -58,7 +64,7 @@ def load_module():
     name = f"{__package__}._C"
     if name in sys.modules:
         return sys.modules[name]
-    path = _find(*(f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES))
+    path = find(*(f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES))
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

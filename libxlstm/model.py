@@ -176,8 +176,21 @@ class Model(CoreModule):
         "none": (B,T), 0 where a target does not count. A model of numbers (model.input_features with vocab_size 1) takes ids
         (B,T,F) and targets (B,T), both float, and gives squared errors; targets of NaN do not count.
         """
+        return self.loss_and_state(ids, targets, None, reset, reduction)[0]
+
+    def loss_and_state(self, ids, targets, state=None, reset=None, reduction="mean"):
+        """loss() of sequences that go on from a state, and the state behind them: truncated backpropagation through time.
+
+            state = None
+            for ids, targets in pieces:                  # each goes on where the one before ended
+                loss, state = model.loss_and_state(ids, targets, state)
+                loss.backward()
+                state = [[tensor.detach() for tensor in block] for block in state]
+
+        Without detach() the gradient goes back through all pieces, and backward() comes once, behind the last.
+        """
         self._check_parameters()
-        return self._core.loss(ids, targets, reset, reduction)
+        return self._core.loss_and_state(ids, targets, state, reset, reduction)
 
     def generate(self, prompt, max_new_tokens=256, temperature=0.8, top_k=0, top_p=1.0, seed=42, stop_token=None,
                  vocab_size=None, on_token=None):

@@ -134,7 +134,7 @@ esac
 configure() {
   cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE="$(command -v "$python")" \
     -DXLSTM_CUDA=ON -DXLSTM_CUDA_ARCHITECTURES="$3" -DXLSTM_CPU_VARIANTS=native \
-    -DXLSTM_BUILD_TRAIN=OFF -DXLSTM_BUILD_PYTHON=OFF -DXLSTM_BUILD_TESTS=OFF "${@:4}" &&
+    -DXLSTM_BUILD_TRAIN=OFF -DXLSTM_BUILD_PYTHON=OFF -DXLSTM_BUILD_TESTS=OFF -DXLSTM_WERROR=OFF "${@:4}" &&
   ninja -C "$1" && cmake --install "$1" --prefix "$2" && cp libxlstm/*.py "$2/libxlstm/"
 }
 export -f configure
@@ -171,13 +171,19 @@ kernels_ran() {
   done
   return "$status"
 }
-# racecheck reports kernels of cuBLAS, too: a report counts where it names a kernel of ours.
-races() {
+# sanitized TOOL: the small cases under a tool of compute-sanitizer, judged by what the two say: with which status Python ends
+# is not the kernels' doing.
+sanitized() {
   said=$(mktemp) && trap 'rm -f "$said"' EXIT
-  compute-sanitizer --tool racecheck --print-limit 1000 "$python" scripts/gpu_ops.py --small 2>&1 | tee "$said"
-  grep -qF "cases, 0 failed" "$said" && ! grep -q "at .*xlstm::" "$said"
+  compute-sanitizer --tool "$1" --print-limit 1000 "$python" scripts/gpu_ops.py --small 2>&1 | tee "$said"
+  grep -qF "cases, 0 failed" "$said" || return 1
+  case $1 in
+    # It reports kernels of cuBLAS, too: a report counts where it names a kernel of ours.
+    racecheck) grep -qF "RACECHECK SUMMARY" "$said" && ! grep -q "at .*xlstm::" "$said" ;;
+    *) grep -qF "ERROR SUMMARY: 0 errors" "$said" ;;
+  esac
 }
-export -f kernels_ran races
+export -f kernels_ran sanitized
 check_ops() { check "$1" "$2" "$3" bash -c 'kernels_ran "$@"' - "${@:4}"; }
 
 # check_memory PART: the small cases under compute-sanitizer. initcheck is not among its tools: it does not see what the copy
@@ -188,9 +194,9 @@ check_memory() {
   # Without torch's cache every tensor is an allocation of its own, so that a byte beyond it is seen.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck synccheck; do
-    check "$1" "$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" scripts/gpu_ops.py --small &
+    check "$1" "$tool" 150 bash -c 'sanitized "$1"' - "$tool" &
   done
-  PYTHONPATH=$build/racecheck:$PYTHONPATH check "$1" racecheck 200 bash -c races &
+  PYTHONPATH=$build/racecheck:$PYTHONPATH check "$1" racecheck 200 bash -c 'sanitized racecheck' &
 }
 
 check_conformance() {

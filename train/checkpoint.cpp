@@ -234,15 +234,17 @@ TokenizerFiles read_tokenizer(const std::string& spec) {
 
 std::string save_checkpoint(const std::string& run_dir, const config::Config& config,
                             const models::LanguageModel& model, const NamedTensors& optimizer,
-                            const TrainerState& state, const TokenizerFiles& tokenizer) {
+                            const TrainerState& state, const TokenizerFiles& tokenizer,
+                            const NamedTensors& carried) {
   char name[32];
   std::snprintf(name, sizeof name, "step-%08lld", static_cast<long long>(state.step));
   const fs::path parent = fs::path(run_dir) / "ckpt";
   const NamedTensors weights = named_model_tensors(model);
-  check_free_space(parent.string(), needed_bytes(tokenizer, {&weights, &optimizer}));
+  check_free_space(parent.string(), needed_bytes(tokenizer, {&weights, &optimizer, &carried}));
   Writer writer(parent / name, state.step);
   writer.add(kModelName, weights);
   writer.add(kOptimizerName, optimizer);
+  if (!carried.empty()) writer.add(kCarriedName, carried);
   writer.add(kTrainerName, format_state(state));
   add_common_files(writer, config, tokenizer);
   writer.commit();

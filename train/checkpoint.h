@@ -1,6 +1,7 @@
 #pragma once
 // Checkpoints: a folder <run>/ckpt/step-00001000 with
 //   model.safetensors  optim-rank00000.safetensors  trainer.json  config.yaml  [tokenizer files]  MANIFEST.json
+// and, of a run with train.carry_state, carried.safetensors: the state of each sequence of a batch.
 // The manifest (name, bytes, sha256 of every other file) is written last, by one rename: a folder without a manifest is
 // not a checkpoint. A model-only folder (converted or exported) holds model.safetensors, config.yaml and MANIFEST.json.
 #include <functional>
@@ -41,10 +42,11 @@ TokenizerFiles read_tokenizer(const std::string& spec);
 
 /// Writes a committed checkpoint into <run_dir>/ckpt, which must be there, and returns its folder. On any file-system
 /// error everything of it is removed and std::system_error is thrown; earlier checkpoints are untouched. `tokenizer` goes
-/// in so that the folder stands alone.
+/// in so that the folder stands alone. `carried`: CarriedState::tensors().
 std::string save_checkpoint(const std::string& run_dir, const config::Config& config,
                             const models::LanguageModel& model, const NamedTensors& optimizer,
-                            const TrainerState& state, const TokenizerFiles& tokenizer = {});
+                            const TrainerState& state, const TokenizerFiles& tokenizer = {},
+                            const NamedTensors& carried = {});
 /// The same of a model alone, at exactly `folder`, with the tokenizer that the settings name.
 void save_model_folder(const std::string& folder, const config::Config& config,
                        const NamedTensors& model_tensors);
@@ -78,6 +80,7 @@ std::string checkpoint_tokenizer(const CheckpointFolder& checkpoint, const confi
 std::optional<TrainerState> checkpoint_state(const CheckpointFolder& checkpoint);
 /// Copies, by name; none for a model-only folder.
 NamedTensors checkpoint_optimizer(const CheckpointFolder& checkpoint);
+NamedTensors checkpoint_carried(const CheckpointFolder& checkpoint);
 
 /// Settings of the checkpoint's model that make it another one than `options` describes: "model.num_heads=4 (here 8),
 /// ..."; "" where there is none.

@@ -124,6 +124,15 @@ void warn_on_standard_error(const std::string& what) {
   std::cerr << "warning: " << what << std::endl;
 }
 
+/// Of the tensors of a file; none where there is no such file.
+NamedTensors copies_of(const CheckpointFolder& checkpoint, const char* name) {
+  NamedTensors tensors;
+  if (checkpoint.holds(name))
+    for (const auto& [key, tensor] : load_safetensors(checkpoint.file(name)).tensors)
+      tensors.emplace_back(key, tensor.clone());
+  return tensors;
+}
+
 /// Building a model draws its initial weights; a caller's random stream must not notice.
 class KeepRandomState {
  public:
@@ -193,11 +202,11 @@ std::optional<TrainerState> checkpoint_state(const CheckpointFolder& checkpoint)
 }
 
 NamedTensors checkpoint_optimizer(const CheckpointFolder& checkpoint) {
-  NamedTensors tensors;
-  if (checkpoint.holds(kOptimizerName))
-    for (const auto& [name, tensor] : load_safetensors(checkpoint.file(kOptimizerName)).tensors)
-      tensors.emplace_back(name, tensor.clone());
-  return tensors;
+  return copies_of(checkpoint, kOptimizerName);
+}
+
+NamedTensors checkpoint_carried(const CheckpointFolder& checkpoint) {
+  return copies_of(checkpoint, kCarriedName);
 }
 
 std::string other_model_settings(const CheckpointFolder& checkpoint,

@@ -10,6 +10,7 @@ namespace xlstm::train {
 inline constexpr const char* kManifestName = "MANIFEST.json";
 inline constexpr const char* kModelName = "model.safetensors";
 inline constexpr const char* kOptimizerName = "optim-rank00000.safetensors";
+inline constexpr const char* kCarriedName = "carried.safetensors";  ///< with train.carry_state
 inline constexpr const char* kTrainerName = "trainer.json";
 inline constexpr const char* kConfigName = "config.yaml";
 inline constexpr int64_t kCheckpointFormatVersion = 1;

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "train/activation_memory.h"
+#include "train/carried_state.h"
 #include "train/device.h"
 #include "train/distributed.h"
 #include "train/first_weights.h"
@@ -61,7 +62,8 @@ void print_memory(const MemoryEstimate& memory, int64_t available, bool shard) {
   print_line("  weights " + format_gib(memory.weights) + ", gradients " +
              format_gib(memory.gradients) + ", optimizer " + format_gib(memory.optimizer) +
              (shard ? " (divided among the processes)" : "") + ", activations " +
-             (memory.activations ? format_gib(*memory.activations) : "unknown"));
+             (memory.activations ? format_gib(*memory.activations) : "unknown") +
+             (memory.carried > 0 ? ", carried states " + format_gib(memory.carried) : ""));
 }
 
 void print_schedule(const config::Config& config) {
@@ -156,7 +158,9 @@ ParameterCount count_parameters_by_part(const models::ModelOptions& options) {
 
 MemoryEstimate estimate_memory(const config::Config& config) {
   const int64_t weights = 4 * count_parameters_by_part(config.model).total();
-  return {weights, weights, 2 * weights, activation_bytes(config, on_gpu(config))};
+  const int64_t sequences = config.train.global_batch_size / place_from_environment().size;
+  return {weights, weights, 2 * weights, activation_bytes(config, on_gpu(config)),
+          config.train.carry_state ? state_bytes(config.model, sequences) : 0};
 }
 
 std::string describe_run(const config::Config& config) {

@@ -20,7 +20,10 @@ ParameterCount count_parameters_by_part(const models::ModelOptions& options);
 struct MemoryEstimate {
   int64_t weights = 0, gradients = 0, optimizer = 0;
   std::optional<int64_t> activations;
-  int64_t known() const { return weights + gradients + optimizer + activations.value_or(0); }
+  int64_t carried = 0;  ///< states, with train.carry_state
+  int64_t known() const {
+    return weights + gradients + optimizer + activations.value_or(0) + carried;
+  }
 };
 MemoryEstimate estimate_memory(const config::Config& config);
 

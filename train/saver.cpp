@@ -26,22 +26,24 @@ std::string format_mib(int64_t bytes) {
 }  // namespace
 
 Saver::Saver(const config::Config& config, std::string run_dir, const models::LanguageModel& model,
-             const AdamW& optimizer, at::Device device, ProcessGroup& group, Recorder& recorder)
+             const AdamW& optimizer, const CarriedState* carried, at::Device device,
+             ProcessGroup& group, Recorder& recorder)
     : config_(config),
       run_dir_(std::move(run_dir)),
       tokenizer_(run_dir_.empty() ? TokenizerFiles() : read_tokenizer(config.data.tokenizer)),
       model_(model),
       optimizer_(optimizer),
+      carried_(carried),
       device_(device),
       group_(group),
       recorder_(recorder) {}
 
-/// Weights and the two moments of the optimizer.
+/// Weights, the two moments of the optimizer and what all processes carry.
 int64_t Saver::checkpoint_bytes() const {
   int64_t bytes = 0;
   for (const auto& [name, parameter] : named_parameters(model_))
     bytes += static_cast<int64_t>(parameter.nbytes());
-  return 3 * bytes;
+  return 3 * bytes + (carried_ != nullptr ? group_.place().size * carried_->bytes() : 0);
 }
 
 void Saver::check_free_disk() const {
@@ -56,10 +58,11 @@ void Saver::save(const TrainerState& counters, bool last) {
   if (!group_.any(saved_step_ != counters.step)) return;
   check_weights(counters.step);
   const NamedTensors optimizer = optimizer_.state();  // of all processes
+  const NamedTensors carried = carried_ != nullptr ? carried_->tensors() : NamedTensors();
   if (!group_.place().leads()) {
     saved_step_ = counters.step;
   } else if (saved_step_ != counters.step) {
-    write(counters, optimizer, last);
+    write(counters, optimizer, carried, last);
   }
 }
 
@@ -87,13 +90,14 @@ void Saver::check_weights(int64_t step) {
                     "they are of different kinds; run the same command again");
 }
 
-void Saver::write(TrainerState state, const NamedTensors& optimizer, bool last) {
+void Saver::write(TrainerState state, const NamedTensors& optimizer, const NamedTensors& carried,
+                  bool last) {
   const double start = monotonic_seconds();
   double seconds = 0;
   store_random_streams(device_, state);
   try {
     const std::string folder =
-        save_checkpoint(run_dir_, config_, model_, optimizer, state, tokenizer_);
+        save_checkpoint(run_dir_, config_, model_, optimizer, state, tokenizer_, carried);
     saved_step_ = state.step;
     failed_saves_in_a_row_ = 0;
     seconds = monotonic_seconds() - start;

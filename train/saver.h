@@ -6,6 +6,7 @@
 
 #include "csrc/config/config.h"
 #include "csrc/models/language_model.h"
+#include "train/carried_state.h"
 #include "train/checkpoint.h"
 #include "train/distributed.h"
 #include "train/optimizer.h"
@@ -20,10 +21,11 @@ namespace xlstm::train {
 /// of the run's last step must succeed. What it refers to must outlive it.
 class Saver {
  public:
-  /// run_dir: of the process that leads, which alone writes; "" in the others. The tokenizer's files are read here: what
+  /// carried: null without train.carry_state. run_dir: of the process that leads, which alone writes; "" in the others. The tokenizer's files are read here: what
   /// becomes of them later does not reach the checkpoints.
   Saver(const config::Config& config, std::string run_dir, const models::LanguageModel& model,
-        const AdamW& optimizer, at::Device device, ProcessGroup& group, Recorder& recorder);
+        const AdamW& optimizer, const CarriedState* carried, at::Device device, ProcessGroup& group,
+        Recorder& recorder);
 
   /// A warning where the disk has no room for a single checkpoint, of the process that leads.
   void check_free_disk() const;
@@ -39,7 +41,8 @@ class Saver {
 
  private:
   void check_weights(int64_t step);
-  void write(TrainerState state, const NamedTensors& optimizer, bool last);
+  void write(TrainerState state, const NamedTensors& optimizer, const NamedTensors& carried,
+             bool last);
   void survive(int64_t step, const std::string& problem, bool last);
   int64_t checkpoint_bytes() const;
 
@@ -48,6 +51,7 @@ class Saver {
   TokenizerFiles tokenizer_;
   const models::LanguageModel& model_;
   const AdamW& optimizer_;
+  const CarriedState* carried_;
   at::Device device_;
   ProcessGroup& group_;
   Recorder& recorder_;

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <utility>
 
 #include "train/autocast.h"
@@ -95,7 +96,9 @@ TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const confi
       device_(model.head_weight().device()),
       halted_(at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device_))),
       may_record_(may_be_recorded(config) && group_ == nullptr && !device_.is_cpu() &&
-                  StepGraph::available()) {}
+                  StepGraph::available()) {
+  if (config.train.carry_state) carried_.emplace(model, config, group_);
+}
 
 /// On a CPU the batch's own memory is read. On a GPU it is copied to where the recorded step looks for it.
 void TrainStep::set_inputs(const TrainBatch& batch, double learning_rate) {
@@ -111,8 +114,8 @@ void TrainStep::set_inputs(const TrainBatch& batch, double learning_rate) {
     return;
   }
   // Whether a document starts inside differs from batch to batch; the recorded work must not.
-  if (config_.data.reset_state_at_document && !next.reset.defined())
-    next.reset = at::zeros(next.targets.sizes(), at::kBool);
+  const bool resets = config_.data.reset_state_at_document || config_.train.carry_state;
+  if (resets && !next.reset.defined()) next.reset = at::zeros(next.targets.sizes(), at::kBool);
   const bool same = inputs_.ids.defined() && inputs_.ids.sizes() == next.ids.sizes() &&
                     inputs_.reset.defined() == next.reset.defined();
   const auto set = [&](at::Tensor& to, const at::Tensor& from) {
@@ -141,12 +144,16 @@ at::Tensor TrainStep::accumulate(const Inputs& inputs) {
     const int64_t rows = std::min(micro, batch_size - first);
     const auto part = [&](const at::Tensor& tensor) { return tensor.narrow(0, first, rows); };
     at::Tensor loss;
+    models::ModelState carried;
     {
       const AutocastGuard autocast(device_.type(), config_.train.dtype == "bfloat16");
       const auto reset = inputs.reset.defined() ? std::optional(part(inputs.reset)) : std::nullopt;
-      loss = model_.loss(part(inputs.ids), part(inputs.targets), reset, "sum");
+      if (carried_) carried = carried_->rows(first, rows);
+      std::tie(loss, carried) =
+          model_.loss_and_state(part(inputs.ids), part(inputs.targets), carried, reset, "sum");
     }
     loss.backward(inputs.scalars.select(0, 0).to(loss.scalar_type()));
+    if (carried_) carried_->store(first, carried, loss);
     const at::Tensor value = loss.detach().to(at::kDouble);
     sum = sum.defined() ? sum + value : value;
   }

@@ -8,6 +8,7 @@
 
 #include "csrc/config/config.h"
 #include "csrc/models/language_model.h"
+#include "train/carried_state.h"
 #include "train/distributed.h"
 #include "train/optimizer.h"
 #include "train/prefetch.h"
@@ -43,6 +44,8 @@ class TrainStep {
   std::optional<StepResult> run(const TrainBatch& batch, int64_t step, int64_t first_sample = 0);
   /// The result that run() still owes; waits for the device.
   std::optional<StepResult> finish();
+  /// What the sequences hand on; null without train.carry_state.
+  CarriedState* carried() { return carried_ ? &*carried_ : nullptr; }
   /// Phase 2 alone, for tests: leaves the gradients of the mean loss and returns that loss.
   double accumulate_gradients(const TrainBatch& batch);
 
@@ -79,6 +82,7 @@ class TrainStep {
   at::Tensor halted_;   ///< 1 from the first step on that was not finite, with train.nonfinite=stop
   std::deque<Pending> pending_;
   StepGraph graph_;
+  std::optional<CarriedState> carried_;
   bool may_record_;
   int64_t runs_ = 0;
 };

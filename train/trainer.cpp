@@ -51,10 +51,14 @@ class Trainer::Impl {
   void open_data();
   void open_own_data();
   void resume_or_start();
-  NamedTensors load(const CheckpointFolder& checkpoint);
+  /// What a checkpoint holds beside weights and counters.
+  struct Resumed {
+    NamedTensors optimizer, carried;
+  };
+  Resumed load(const CheckpointFolder& checkpoint);
   void start_files(const std::string& checkpoint, const std::string& first_weights);
   bool is_complete() const;
-  void share_state(const NamedTensors& optimizer_state);
+  void share_state(const Resumed& resumed);
   void announce() const;
   void train();
   void one_step(Prefetcher& prefetcher);
@@ -136,8 +140,9 @@ void Trainer::Impl::open() {
   optimizer_.emplace(named_parameters(*model_), config_.optim, &*group_);
   recorder_.emplace(config_, total_steps_, device_,
                     options_.quiet || !leads() ? "off" : config_.log.console);
-  saver_.emplace(config_, leads() ? folder_->path() : "", *model_, *optimizer_, device_, *group_,
-                 *recorder_);
+  train_step_.emplace(*model_, *optimizer_, config_, &*group_);
+  saver_.emplace(config_, leads() ? folder_->path() : "", *model_, *optimizer_,
+                 train_step_->carried(), device_, *group_, *recorder_);
   saver_->check_free_disk();
   if (leads() && options_.fresh) start_over();
 }
@@ -194,13 +199,13 @@ void Trainer::Impl::open_own_data() {
 
 void Trainer::Impl::resume_or_start() {
   state_.data_fingerprint = data_.train->fingerprint();
-  NamedTensors optimizer_state;
+  Resumed resumed;
   if (leads()) {
     const std::optional<CheckpointFolder> checkpoint =
         choose_checkpoint(config_, folder_->held_run());
     std::string first_weights;
     if (checkpoint.has_value()) {
-      optimizer_state = load(*checkpoint);
+      resumed = load(*checkpoint);
       set_aside_later_checkpoints(*folder_, state_.step);
       first_weights = recorded_first_weights(*folder_);
       if (!config_.train.init_from.empty())
@@ -213,7 +218,7 @@ void Trainer::Impl::resume_or_start() {
     start_files(checkpoint.has_value() ? checkpoint->path : "", first_weights);
   }
   if (data_.held_out) state_.held_out_fingerprint = data_.held_out->fingerprint();
-  share_state(optimizer_state);
+  share_state(resumed);
 }
 
 /// Files of the run's course, cut to where it goes on. checkpoint: "" at a start.
@@ -246,9 +251,9 @@ bool Trainer::Impl::is_complete() const {
                      [](const auto& line) { return line.value("event", "") == "end"; });
 }
 
-/// Weights, optimizer and counters of process 0, which alone reads the run's files, for all. optimizer_state: of a checkpoint,
-/// in process 0.
-void Trainer::Impl::share_state(const NamedTensors& optimizer_state) {
+/// Weights, optimizer, carried states and counters of process 0, which alone reads the run's files, for all. resumed: in
+/// process 0.
+void Trainer::Impl::share_state(const Resumed& resumed) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> tensors;
   for (const auto& [name, tensor] : named_model_tensors(*model_)) tensors.push_back(tensor);
@@ -263,11 +268,13 @@ void Trainer::Impl::share_state(const NamedTensors& optimizer_state) {
   evaluated_step_ = numbers[4];
   state_.data_fingerprint = group_->broadcast(state_.data_fingerprint);
   data_.train->take_order_of(state_.data_fingerprint);
-  if (state_.step > 0) optimizer_->load_state(optimizer_state);
+  if (state_.step == 0) return;
+  optimizer_->load_state(resumed.optimizer);
+  if (CarriedState* carried = train_step_->carried()) carried->load(resumed.carried);
 }
 
-/// Returns the optimizer's state, for share_state().
-NamedTensors Trainer::Impl::load(const CheckpointFolder& checkpoint) {
+/// Returns what share_state() takes.
+Trainer::Impl::Resumed Trainer::Impl::load(const CheckpointFolder& checkpoint) {
   // Settings first: their message says more than a shape that does not fit.
   check_same_run(config_, checkpoint_config(checkpoint), checkpoint.path);
   const std::optional<TrainerState> state = checkpoint_state(checkpoint);
@@ -285,8 +292,9 @@ NamedTensors Trainer::Impl::load(const CheckpointFolder& checkpoint) {
                                        "); put the data back, start over with --fresh, or choose "
                                        "another run.name");
   }
-  NamedTensors optimizer_state = checkpoint_optimizer(checkpoint);
-  optimizer_->check_state(optimizer_state);
+  Resumed resumed{checkpoint_optimizer(checkpoint), checkpoint_carried(checkpoint)};
+  optimizer_->check_state(resumed.optimizer);
+  if (const CarriedState* carried = train_step_->carried()) carried->check(resumed.carried);
   if (data_.train->fingerprint() != fingerprint)
     log_info("the samples keep the order of the earlier version that this run began with");
   load_weights(*model_, checkpoint);
@@ -294,7 +302,7 @@ NamedTensors Trainer::Impl::load(const CheckpointFolder& checkpoint) {
   saver_->set_saved_step(state_.step);
   restore_random_streams(device_, state_);
   log_info("resumed from " + checkpoint.path);
-  return optimizer_state;
+  return resumed;
 }
 
 void Trainer::Impl::announce() const {
@@ -325,7 +333,6 @@ void Trainer::Impl::train() {
   if (finished()) return;
   const ProcessPlace& place = group_->place();
   const int64_t global = config_.train.global_batch_size, share = global / place.size;
-  train_step_.emplace(*model_, *optimizer_, config_, &*group_);
   Prefetcher prefetcher(*data_.train, state_.samples_consumed + place.rank * share, share,
                         !device_.is_cpu(), global);
   while (!finished()) {
@@ -354,7 +361,7 @@ void Trainer::Impl::one_step(Prefetcher& prefetcher) {
 
 /// Takes the results that the GPU still owes: before anything that looks at the model or ends the run.
 void Trainer::Impl::settle() {
-  while (const auto result = train_step_ ? train_step_->finish() : std::nullopt) {
+  while (const auto result = train_step_->finish()) {
     if (!result->finite) handle_non_finite(*result);
     recorder_->log_step(*result, state_, timer_);
   }

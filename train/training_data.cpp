@@ -132,7 +132,8 @@ TrainingData open_training_data(config::Config& config, const std::function<void
       .shuffle = config.data.shuffle,
       .seed = seed,
       .reset_state_at_document = config.data.reset_state_at_document,
-      .mask_loss_across_documents = config.data.mask_loss_across_documents};
+      .mask_loss_across_documents = config.data.mask_loss_across_documents,
+      .streams = config.train.carry_state ? config.train.global_batch_size : 0};
   TrainingData result;
   std::vector<data::WeightedFile> files;
   for (const auto& source : sources) {

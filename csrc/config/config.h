@@ -56,7 +56,9 @@ struct TrainConfig {
   std::string dtype = "float32";   ///< "float32" | "bfloat16" (autocast; weights stay float32)
   std::string nonfinite = "stop";  ///< "stop" | "skip": what a non-finite loss or gradient does
   bool cuda_graph = true;          ///< on a GPU: record the step once, then replay it
-  std::string init_from;           ///< run or checkpoint whose weights a new run has; "": it draws
+  /// Each sequence of a batch goes on where that of the batch before ended, with its state.
+  bool carry_state = false;
+  std::string init_from;  ///< run or checkpoint whose weights a new run has; "": it draws
 };
 
 struct OptimConfig {

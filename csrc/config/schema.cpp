@@ -35,6 +35,11 @@ std::vector<Field> training_fields() {
                   "what a loss or gradient that is not finite does"),
       XLSTM_FIELD(train.cuda_graph, any(),
                   "on a GPU: record the training step once as a CUDA graph, then replay it"),
+      identity(XLSTM_FIELD(
+          train.carry_state, any(),
+          "each sequence of a batch goes on in the text where that of the batch before ended, with "
+          "the state it left (truncated backpropagation through time); false: sequences from "
+          "anywhere, each from an empty state")),
       XLSTM_FIELD(
           train.init_from, any(),
           "folder of a run or checkpoint whose weights a new run starts with; empty: drawn"),

@@ -181,6 +181,17 @@ void validate_recorded_task(const Config& config) {
                 config.data.task.name + " are read from files; remove it");
 }
 
+/// A state that has one size, and text that goes on.
+void validate_carried_state(const Config& config) {
+  if (!config.train.carry_state) return;
+  require(!xlstm::data::is_given(config.data.task), config, "train.carry_state",
+          "expected false with data.task.name " + config.data.task.name +
+              ": samples of a task do not go on in one another");
+  require(!models::kind_named(config.model.kind).state_grows, config, "train.carry_state",
+          "expected false with model.kind " + config.model.kind +
+              ", whose state grows with every token");
+}
+
 void validate_data(const Config& config) {
   const auto& data = config.data;
   const bool text = !data.text.empty(), prepared = !data.train.empty();
@@ -298,6 +309,7 @@ void validate_for_training(const Config& config) {
           "got " + in_quotes(name) + ", expected a folder name; put the path into run.out_dir");
   validate_length(config);
   validate_data(config);
+  validate_carried_state(config);
   validate_schedule(config);
 }
 

@@ -17,8 +17,9 @@ void check_seq_len(int64_t seq_len) {
 }
 
 /// Fills row `row` with tokens [first, first+count] of the file: `count` inputs, each with the next token as target.
+/// begins: the state is empty before it.
 void fill_row(const TokenFile& file, const DatasetOptions& options, int64_t first, int64_t count,
-              int64_t row, std::vector<int64_t>& tokens, std::vector<uint8_t>& starts,
+              bool begins, int64_t row, std::vector<int64_t>& tokens, std::vector<uint8_t>& starts,
               Batch& batch) {
   tokens.resize(static_cast<size_t>(count) + 1);
   starts.resize(static_cast<size_t>(count) + 1);
@@ -30,8 +31,8 @@ void fill_row(const TokenFile& file, const DatasetOptions& options, int64_t firs
     batch.input[offset + t] = tokens[t];
     batch.target[offset + t] = masked ? kIgnored : tokens[t + 1];
     batch.num_targets += masked ? 0 : 1;
-    // The state is empty before a window, so that its first token is a reset in any case.
-    batch.reset[offset + t] = t == 0 || (options.reset_state_at_document && starts[t] != 0) ? 1 : 0;
+    const bool document = options.reset_state_at_document && starts[t] != 0;
+    batch.reset[offset + t] = (t == 0 && begins) || document ? 1 : 0;
   }
 }
 
@@ -41,6 +42,7 @@ struct Dataset::Source {
   std::shared_ptr<const TokenFile> file;
   double weight = 1;
   int64_t windows = 0;  ///< per epoch
+  int64_t parts = 0;    ///< of an epoch, one for each of its streams; 0: there are none
   int64_t slack = 0;    ///< tokens that the windows leave over
   uint64_t seed = 0;
 };
@@ -71,6 +73,30 @@ Dataset::Dataset(std::vector<WeightedFile> files, const DatasetOptions& options)
     sources_.push_back(std::move(source));
   }
   schedule_ = std::make_shared<const Schedule>(Schedule{Mixture(weights)});
+  if (options.streams > 0) share_streams();
+}
+
+/// Streams go to the files as samples would.
+void Dataset::share_streams() {
+  for (int64_t stream = 0; stream < options_.streams; ++stream)
+    ++sources_[static_cast<size_t>(schedule_->mixture.pick(stream).source)]->parts;
+  for (const auto& source : sources_) {
+    const std::string& prefix = source->file->prefix();
+    if (source->parts == 0)
+      throw Error(ExitCode::kConfig, prefix + ": none of the " + std::to_string(options_.streams) +
+                                         " sequences of a batch falls to it by its weight; raise "
+                                         "train.global_batch_size or its weight");
+    const int64_t length = source->windows / source->parts;
+    if (length == 0)
+      throw Error(ExitCode::kData,
+                  prefix + ".bin: " + std::to_string(source->windows) +
+                      " sequences of data.seq_len=" + std::to_string(options_.seq_len) +
+                      ", but the " + std::to_string(source->parts) +
+                      " sequences of a batch that it gives need one each; set a smaller "
+                      "train.global_batch_size or data.seq_len, or give more text");
+    source->windows = length * source->parts;
+    source->slack = source->file->num_tokens() - 1 - source->windows * options_.seq_len;
+  }
 }
 
 int64_t Dataset::samples_per_epoch() const {
@@ -86,21 +112,44 @@ Batch Dataset::batch(int64_t first_sample, int64_t count) const {
   std::vector<int64_t> tokens;
   std::vector<uint8_t> starts;
   for (int64_t row = 0; row < count; ++row) {
-    const Mixture::Pick pick = schedule_->mixture.pick(first_sample + row);
-    const Source& source = *sources_[static_cast<size_t>(pick.source)];
-    const int64_t epoch = pick.rank / source.windows;
-    int64_t window = pick.rank % source.windows, offset = 0;
-    if (options_.shuffle) {
-      window = static_cast<int64_t>(permute(static_cast<uint64_t>(window),
-                                            static_cast<uint64_t>(source.windows), source.seed,
-                                            static_cast<uint64_t>(epoch), order_));
-      offset = static_cast<int64_t>(mix64(mix64(source.seed) ^ static_cast<uint64_t>(epoch)) %
-                                    static_cast<uint64_t>(source.slack + 1));
-    }
-    fill_row(*source.file, options_, offset + window * options_.seq_len, options_.seq_len, row,
+    const Place place =
+        options_.streams > 0 ? place_in_stream(first_sample + row) : place_of(first_sample + row);
+    fill_row(*place.source->file, options_, place.first, options_.seq_len, place.begins, row,
              tokens, starts, batch);
   }
   return batch;
+}
+
+/// The `index`th of `count` things of an epoch, in its order.
+int64_t Dataset::in_order(const Source& source, int64_t index, int64_t count, int64_t epoch) const {
+  if (!options_.shuffle) return index;
+  return static_cast<int64_t>(permute(static_cast<uint64_t>(index), static_cast<uint64_t>(count),
+                                      source.seed, static_cast<uint64_t>(epoch), order_));
+}
+
+/// Tokens before the first window of an epoch.
+int64_t Dataset::tokens_before(const Source& source, int64_t epoch) const {
+  if (!options_.shuffle) return 0;
+  return static_cast<int64_t>(mix64(mix64(source.seed) ^ static_cast<uint64_t>(epoch)) %
+                              static_cast<uint64_t>(source.slack + 1));
+}
+
+Dataset::Place Dataset::place_of(int64_t sample) const {
+  const Mixture::Pick pick = schedule_->mixture.pick(sample);
+  const Source& source = *sources_[static_cast<size_t>(pick.source)];
+  const int64_t epoch = pick.rank / source.windows;
+  const int64_t window = in_order(source, pick.rank % source.windows, source.windows, epoch);
+  return {&source, tokens_before(source, epoch) + window * options_.seq_len, true};
+}
+
+Dataset::Place Dataset::place_in_stream(int64_t sample) const {
+  const Mixture::Pick stream = schedule_->mixture.pick(sample % options_.streams);
+  const Source& source = *sources_[static_cast<size_t>(stream.source)];
+  const int64_t length = source.windows / source.parts;  // of a part
+  const int64_t rank = sample / options_.streams, epoch = rank / length;
+  const int64_t part = in_order(source, stream.rank, source.parts, epoch);
+  const int64_t window = part * length + rank % length;
+  return {&source, tokens_before(source, epoch) + window * options_.seq_len, rank % length == 0};
 }
 
 std::string Dataset::fingerprint_in(int order) const {
@@ -110,6 +159,7 @@ std::string Dataset::fingerprint_in(int order) const {
           " seed=" + std::to_string(options_.seed) +
           " reset=" + std::to_string(options_.reset_state_at_document) +
           " mask=" + std::to_string(options_.mask_loss_across_documents);
+  if (options_.streams > 0) text += " streams=" + std::to_string(options_.streams);
   const auto& shares = schedule_->mixture.shares();
   for (size_t s = 0; s < sources_.size(); ++s)
     text += " " + std::to_string(shares[s]) + "*" + sources_[s]->file->fingerprint();
@@ -166,7 +216,7 @@ Batch EvalSet::batch(int64_t first_window, int64_t count) const {
   std::vector<uint8_t> starts;
   for (int64_t row = 0; row < count; ++row) {
     const Window cut = window(first_window + row);
-    fill_row(*file_, options_, cut.first, cut.count, row, tokens, starts, batch);
+    fill_row(*file_, options_, cut.first, cut.count, true, row, tokens, starts, batch);
     const auto targets = batch.target.begin() + row * options_.seq_len;
     batch.num_targets -= cut.before;
     std::fill(targets, targets + cut.before, kIgnored);

@@ -16,6 +16,8 @@ struct DatasetOptions {
   uint64_t seed = 1234;
   bool reset_state_at_document = true;
   bool mask_loss_across_documents = true;
+  /// Samples i, i + streams, i + 2 streams, ... go on in one another; 0: each is from anywhere. See Dataset.
+  int64_t streams = 0;
   /// Of held-out sets: each document is judged alone, whatever stands above. Its windows begin with it, and the last of a
   /// longer one begins earlier, so that it is full; what was scored before does not count again.
   bool fill_last_window = false;
@@ -33,6 +35,11 @@ struct WeightedFile {
 /// counted for itself. The (N-1) % seq_len tokens that are left over lie before and behind the windows: their number
 /// before is drawn anew each epoch when shuffling (so that no token is always left out), else all lie behind. In a
 /// mixture each file gets its share of samples evenly (csrc/data/sampling.h).
+///
+/// With streams S, samples i, i + S, i + 2S, ... are stream i mod S. Each file has its share of the streams, at least
+/// one; an epoch cuts it into that many parts of n / streams windows, whose windows a stream reads in order, another part
+/// in each epoch when shuffling. A stream's first window of an epoch begins with a reset, the others only where a
+/// document starts.
 class Dataset final : public SampleSource {
  public:
   Dataset(std::vector<WeightedFile> files, const DatasetOptions& options);
@@ -45,7 +52,18 @@ class Dataset final : public SampleSource {
   std::string fingerprint_in(int order) const override;
   struct Source;
   struct Schedule;
-  std::vector<std::shared_ptr<const Source>> sources_;
+  void share_streams();
+  /// Where a sample stands.
+  struct Place {
+    const Source* source;
+    int64_t first;  ///< its first token
+    bool begins;    ///< it goes on from nothing
+  };
+  Place place_of(int64_t sample) const;
+  Place place_in_stream(int64_t sample) const;
+  int64_t in_order(const Source& source, int64_t index, int64_t count, int64_t epoch) const;
+  int64_t tokens_before(const Source& source, int64_t epoch) const;
+  std::vector<std::shared_ptr<Source>> sources_;
   std::shared_ptr<const Schedule> schedule_;
   DatasetOptions options_;
 };

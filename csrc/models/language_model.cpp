@@ -65,12 +65,19 @@ at::Tensor LanguageModel::logits(const at::Tensor& h) const {
 
 at::Tensor LanguageModel::loss(const at::Tensor& ids, const at::Tensor& targets,
                                const std::optional<at::Tensor>& reset, const char* reduction) {
+  return loss_and_state(ids, targets, {}, reset, reduction).first;
+}
+
+std::pair<at::Tensor, ModelState> LanguageModel::loss_and_state(
+    const at::Tensor& ids, const at::Tensor& targets, const ModelState& state,
+    const std::optional<at::Tensor>& reset, const char* reduction) {
+  auto [h, next] = hidden(ids, state, reset);
   if (predicts_numbers(options()))
-    return squared_error(forward(ids, {}, reset).first.squeeze(-1), targets, reduction);
-  if (!options().fused) return stepwise_loss(forward(ids, {}, reset).first, targets, reduction);
-  const at::Tensor h = hidden(ids, {}, reset).first;
-  return ops::linear_cross_entropy(h, head_weight(), targets, kIgnored,
-                                   options().output_logit_soft_cap, reduction);
+    return {squared_error(logits(h).squeeze(-1), targets, reduction), std::move(next)};
+  if (!options().fused) return {stepwise_loss(logits(h), targets, reduction), std::move(next)};
+  return {ops::linear_cross_entropy(h, head_weight(), targets, kIgnored,
+                                    options().output_logit_soft_cap, reduction),
+          std::move(next)};
 }
 
 int64_t count_parameters(const ModelOptions& options) {

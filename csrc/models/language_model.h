@@ -32,6 +32,11 @@ class LanguageModel : public torch::nn::Module {
   /// (reduction "sum") or their mean. Of predicted numbers: targets (B,T) float, NaN where none counts.
   at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets,
                   const std::optional<at::Tensor>& reset = {}, const char* reduction = "mean");
+  /// The same of sequences that go on from a state, and the state behind them.
+  std::pair<at::Tensor, ModelState> loss_and_state(const at::Tensor& ids, const at::Tensor& targets,
+                                                   const ModelState& state,
+                                                   const std::optional<at::Tensor>& reset = {},
+                                                   const char* reduction = "mean");
   /// (V,D) weight of the output head (the embedding's where tied).
   virtual at::Tensor head_weight() const = 0;
   virtual const ModelOptions& options() const = 0;

@@ -25,6 +25,8 @@ struct ModelKind {
   bool has_rms_norms = false;      ///< the norm behind the last block is RMSNorm, else LayerNorm
   bool out_norm_has_bias = false;  ///< that norm
 
+  bool state_grows = false;  ///< with every token, as that of attention does
+
   // memory
   int dropped_branches = 2;    ///< of a block: each has a mask of dropout
   bool may_use_cudnn = false;  ///< on a GPU, which keeps for the backward pass what it decides
@@ -45,12 +47,17 @@ inline constexpr ModelKind kModelKinds[] = {
     {.name = "lstm", .dropped_branches = 1, .may_use_cudnn = true},
     {.name = "lstm_residual", .dropped_branches = 1, .may_use_cudnn = true},
     {.name = "lstm_block", .has_feed_forward = true, .may_use_cudnn = true},
-    {.name = "llama", .has_feed_forward = true, .even_heads = kRotary, .has_rms_norms = true},
+    {.name = "llama",
+     .has_feed_forward = true,
+     .even_heads = kRotary,
+     .has_rms_norms = true,
+     .state_grows = true},
     {.name = "gpt",
      .own_settings = {"model.max_positions"},
      .has_feed_forward = true,
      .learns_positions = true,
-     .out_norm_has_bias = true},
+     .out_norm_has_bias = true,
+     .state_grows = true},
     {.name = "mamba", .has_rms_norms = true, .dropped_branches = 1},
     {.name = "rwkv4", .norms_embedding = true, .out_norm_has_bias = true},
     {.name = "rwkv5", .norms_embedding = true, .out_norm_has_bias = true},
@@ -70,7 +77,8 @@ inline constexpr ModelKind kModelKinds[] = {
     {.name = "hyena",
      .own_settings = {"model.filter_length"},
      .has_feed_forward = true,
-     .has_rms_norms = true},
+     .has_rms_norms = true,
+     .state_grows = true},
 };
 
 /// Null for a name that no kind has.

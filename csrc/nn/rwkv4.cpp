@@ -10,7 +10,7 @@ at::Tensor previous_token(const at::Tensor& x, const at::Tensor& last,
                           const std::optional<at::Tensor>& reset) {
   const int64_t length = x.size(1);
   const at::Tensor before =
-      last.defined() ? last.to(x.scalar_type()) : at::zeros_like(x.narrow(1, 0, 1));
+      last.defined() ? last.to(x.scalar_type()) : at::zeros({x.size(0), 1, x.size(2)}, x.options());
   at::Tensor shifted = length > 1 ? at::cat({before, x.narrow(1, 0, length - 1)}, 1) : before;
   return reset ? shifted.masked_fill(reset->unsqueeze(-1), 0) : shifted;
 }

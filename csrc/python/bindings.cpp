@@ -42,9 +42,12 @@ class PyModel {
                                             const std::optional<at::Tensor>& lengths) {
     return model_->forward(ids, state.value_or(ModelState{}), reset, lengths);
   }
-  at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets,
-                  const std::optional<at::Tensor>& reset, const std::string& reduction) {
-    return model_->loss(ids, targets, reset, reduction.c_str());
+  std::pair<at::Tensor, ModelState> loss_and_state(const at::Tensor& ids, const at::Tensor& targets,
+                                                   const std::optional<ModelState>& state,
+                                                   const std::optional<at::Tensor>& reset,
+                                                   const std::string& reduction) {
+    return model_->loss_and_state(ids, targets, state.value_or(ModelState{}), reset,
+                                  reduction.c_str());
   }
   /// on_token(i, id). Holds the interpreter lock only while it looks for Ctrl-C and tells a token.
   std::vector<std::vector<int64_t>> generate(const std::vector<std::vector<int64_t>>& prompts,
@@ -184,8 +187,8 @@ PYBIND11_MODULE(_C, m) {
   register_errors(m);
   using no_lock = py::call_guard<py::gil_scoped_release>;
   define<PyModel>(m, "Model", "What a libxlstm.Model stands for, and is documented there.")
-      .def("loss", &PyModel::loss, py::arg("ids"), py::arg("targets"), py::arg("reset"),
-           py::arg("reduction"), no_lock())
+      .def("loss_and_state", &PyModel::loss_and_state, py::arg("ids"), py::arg("targets"),
+           py::arg("state"), py::arg("reset"), py::arg("reduction"), no_lock())
       .def(
           "generate",
           [](PyModel& self, const std::vector<std::vector<int64_t>>& prompts,

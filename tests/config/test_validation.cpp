@@ -209,6 +209,13 @@ TEST_CASE("what a training run needs") {
        "f.yaml:3: run.name: got 'a/b', expected a folder name; put the path into run.out_dir"},
       {data + "train: {max_steps: 500}\nrun: {name: ..}",
        "f.yaml:3: run.name: got '..', expected a folder name; put the path into run.out_dir"},
+      {data + "train: {max_steps: 500, carry_state: true}", ""},
+      {data + "train: {max_steps: 500, carry_state: true}\nmodel: {kind: llama}",
+       "f.yaml:2: train.carry_state: expected false with model.kind llama, whose state grows with "
+       "every token"},
+      {"data: {task: {name: parity}}\ntrain: {max_steps: 500, carry_state: true}",
+       "f.yaml:2: train.carry_state: expected false with data.task.name parity: samples of a task "
+       "do not go on in one another"},
   };
   for (const Case& each : cases) {
     INFO(each.yaml);

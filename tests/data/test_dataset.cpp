@@ -1,6 +1,7 @@
 // Windows, shuffling, mixtures, masks.
 #include "csrc/data/dataset.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <numeric>
@@ -234,6 +235,68 @@ TEST_CASE("mixed files keep their own epochs") {
   }
 }
 
+TEST_CASE("streams go on in one another and cover every part of an epoch") {
+  TemporaryFolder folder;
+  const auto file = open_tokens(write_counting(folder, "t", 100));
+  for (const bool shuffle : {false, true}) {
+    DatasetOptions options = options_of(4, shuffle);
+    options.streams = 3;
+    const Dataset dataset({{file, 1.0}}, options);  // 24 windows: 3 parts of 8
+    CHECK(dataset.samples_per_epoch() == 24);
+    std::set<std::vector<int64_t>> orders;
+    for (int64_t epoch = 0; epoch < 8; ++epoch) {
+      std::vector<int64_t> firsts;
+      int64_t before = 0;
+      for (int64_t stream = 0; stream < 3; ++stream) {
+        for (int64_t i = 0; i < 8; ++i) {
+          const Batch batch = dataset.batch((epoch * 8 + i) * 3 + stream, 1);
+          CHECK(batch.reset == std::vector<uint8_t>{i == 0, 0, 0, 0});
+          if (i == 0) firsts.push_back(batch.input[0]);
+          for (int64_t t = 0; t < 4; ++t)
+            CHECK(batch.input[static_cast<size_t>(t)] ==
+                  firsts[static_cast<size_t>(stream)] + 4 * i + t);
+        }
+      }
+      before = *std::min_element(firsts.begin(), firsts.end());
+      CHECK((before >= 0 && before <= 3));  // 99 - 96 tokens are left over
+      orders.insert(firsts);
+      std::sort(firsts.begin(), firsts.end());
+      CHECK(firsts == std::vector<int64_t>{before, before + 32, before + 64});
+    }
+    CHECK((orders.size() > 1) == shuffle);
+  }
+}
+
+TEST_CASE("streams are shared by files as their weights say, and reset where documents start") {
+  TemporaryFolder folder;
+  std::vector<int64_t> even, odd;  // tokens tell the file
+  for (int64_t i = 0; i < 61; ++i) even.push_back(2 * i);
+  for (int64_t i = 0; i < 10; ++i) odd.push_back(2 * i + 1);
+  const auto a = open_tokens(write_tokens(folder / "a", 256, {even}));
+  const auto b = open_tokens(write_tokens(folder / "b", 256, {odd, odd}));
+  DatasetOptions options = options_of(5, false);
+  options.streams = 4;
+  const Dataset dataset({{a, 3.0}, {b, 1.0}}, options);
+  const Batch batch = dataset.batch(0, 16);
+  std::vector<size_t> of_b;
+  for (size_t row = 0; row < 16; ++row)
+    if (batch.input[row * 5] % 2 == 1) of_b.push_back(row);
+  REQUIRE(of_b.size() == 4);
+  for (size_t i = 0; i < 4; ++i) {
+    CHECK(of_b[i] == of_b[0] + 4 * i);  // one stream
+    for (size_t t = 0; t < 5; ++t)      // 10 tokens a document, 3 windows an epoch
+      CHECK(batch.reset[of_b[i] * 5 + t] == (t == 0 && i != 1));
+  }
+  const auto message_of = [&](int64_t streams, ExitCode code) {
+    options.streams = streams;
+    return error_of([&] { Dataset({{a, 3.0}, {b, 1.0}}, options); }, code);
+  };
+  CHECK(contains(message_of(1, ExitCode::kConfig),
+                 "b: none of the 1 sequences of a batch falls to it by its weight; raise"));
+  CHECK(contains(message_of(16, ExitCode::kData),
+                 "b.bin: 3 sequences of data.seq_len=5, but the 4 sequences of a batch that it"));
+}
+
 TEST_CASE("resets at document starts and no target across documents") {
   TemporaryFolder folder;
   const auto file =
@@ -278,12 +341,15 @@ TEST_CASE("the fingerprint covers data, order and settings") {
   seed.seed = 7;
   reset.reset_state_at_document = false;
   mask.mask_loss_across_documents = false;
+  DatasetOptions streams = options_of(8);
+  streams.streams = 2;
   const std::vector<Dataset> datasets{{{{a, 1.0}}, options_of(8)},
                                       {{{b, 1.0}}, options_of(8)},
                                       {{{a, 1.0}}, options_of(9)},
                                       {{{a, 1.0}}, seed},
                                       {{{a, 1.0}}, reset},
                                       {{{a, 1.0}}, mask},
+                                      {{{a, 1.0}}, streams},
                                       {{{a, 1.0}}, options_of(8, false)},
                                       {{{a, 1.0}, {b, 1.0}}, options_of(8)},
                                       {{{b, 1.0}, {a, 1.0}}, options_of(8)},

@@ -134,6 +134,9 @@ TEST_CASE("two halves and single tokens give the logits of one pass") {
     const auto [nothing, same] = model->forward(ids.narrow(1, 0, 0), state);
     CHECK(nothing.sizes() == at::IntArrayRef({3, 0, kVocabulary}));
     CHECK(difference(same, state) == 0);
+    const auto [none, empty] = model->forward(ids.narrow(1, 0, 0));
+    CHECK(none.sizes() == nothing.sizes());
+    CHECK(difference(model->forward(ids, empty).first, whole) < kTolerance);
   }
 }
 

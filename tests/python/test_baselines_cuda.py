@@ -44,6 +44,22 @@ def test_scans_equal_float64(name, time, dtype, tolerance):
         assert (mine.cpu().double() - other).norm() <= tolerance * other.norm().clamp_min(1e-30)
 
 
+@pytest.mark.parametrize("time", [1, 64, 300])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_gated_scan_equals_that_of_the_cpu(time, dtype, tolerance):
+    """In passes here, token by token there; what stands before a reset does not pass it."""
+    x, a = (torch.randn(2, time, 40, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (1, 2))
+    a, reset, weights = a.sigmoid(), resets(2, time), torch.randn(2, time, 40, generator=torch.Generator().manual_seed(3))
+    results = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        leaves = [t.to(device, kind).requires_grad_() for t in (x, a)]
+        h = ops.gated_scan(*leaves, reset=reset.to(device))[0]
+        h.backward(weights.to(device, kind))
+        results.append([h.detach(), *(leaf.grad for leaf in leaves)])
+    for wanted, got in zip(*results):
+        assert (got.cpu().double() - wanted).norm() <= tolerance * wanted.norm()
+
+
 def test_memory_is_that_of_the_inputs():
     batch, time, dim, n = 2, 2048, 512, 16
     make = lambda *s: with_gradients([t if t is None else t.float().cuda() for t in scan_arguments(*s, False)])  # noqa: E731

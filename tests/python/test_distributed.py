@@ -82,6 +82,23 @@ def test_two_processes_are_one_with_two_micro_batches(setup):  # noqa: F811
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-12) and len(held_out[0]) == 3
 
 
+def test_carried_states_are_those_of_one_process_whoever_goes_on(setup):  # noqa: F811
+    config, run = setup
+    carry, stop = ["train.carry_state=true"], "trainer.raise_sigterm:5"
+    by_one, by_two = [*carry, TWO_MICRO_BATCHES], carry
+    assert train(config, *by_one, "run.name=alone").returncode == 0
+    assert [status for _, _, status in together(config, *by_two, failpoint=stop)] == [75, 75]
+    assert train(config, *by_one).returncode == 0
+    assert train(config, *by_one, "run.name=spread", failpoint=stop).returncode == 75
+    assert [status for _, _, status in together(config, *by_two, "run.name=spread")] == [0, 0]
+    alone = run.parent / "alone"
+    for other in (run, run.parent / "spread"):
+        assert losses(other) == losses(alone) and len(losses(other)) == 12
+        assert fingerprint(other, 12) == fingerprint(alone, 12)
+        carried = ((folder / "ckpt" / "step-00000012" / "carried.safetensors").read_bytes() for folder in (other, alone))
+        assert len(set(carried)) == 1
+
+
 def test_four_processes_differ_by_rounding_alone(setup):  # noqa: F811
     config, run = setup
     assert train(config, "run.name=alone").returncode == 0

@@ -383,6 +383,15 @@ def test_other_streams_and_devices():
         assert all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(ours, expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(64, 64), (256, 512)], ids=str)
+def test_a_query_of_zeros_reads_zeros(sizes, dtype):
+    """The divisor is then exp(-m) alone, which is no number of float32 here, and there is no eps."""
+    (q, k, v, igate, fgate), _ = make(1, 130, 2, *sizes, dtype)
+    h = chunkwise(q.zero_(), k, v, igate + 200, fgate, eps=0.0)[0]
+    assert (h == 0).all()
+
+
 def test_errors_name_the_argument():
     inputs, states = make(2, 7, 2, 16, 16, torch.float32, states=2)
     with pytest.raises(RuntimeError, match="mlstm_chunkwise: k: expected device cuda:0, got cpu"):

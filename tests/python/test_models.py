@@ -220,6 +220,39 @@ def test_loss_as_documented():
         assert model.loss(ids, torch.full_like(targets, -100)) == 0
 
 
+def test_loss_goes_on_from_a_state():
+    model = make_model()
+    tokens = random_ids(2, 13)
+    whole = model.loss(tokens[:, :-1], tokens[:, 1:], reduction="sum")
+    model.zero_grad()
+    whole.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+
+    def pieces(cut):
+        model.zero_grad()
+        losses, state = [], None
+        for first in (0, 5):
+            ids, targets = (tokens[:, first + s:first + s + (5, 7)[first > 0]] for s in (0, 1))
+            loss, state = model.loss_and_state(ids, targets, state, reduction="sum")
+            losses.append(loss)
+            if cut:
+                loss.backward()
+                state = [[tensor.detach() for tensor in block] for block in state]
+        if not cut:
+            sum(losses).backward()
+        torch.testing.assert_close(sum(losses), whole, rtol=1e-5, atol=1e-4)
+        return [p.grad for p in model.parameters()]
+
+    for found, wanted in zip(pieces(cut=False), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert max((found - wanted).abs().max() for found, wanted in zip(pieces(cut=True), expected)) > 0.01
+    reset = torch.zeros(2, 12, dtype=torch.bool)
+    reset[:, 0] = True
+    _, state = model.loss_and_state(tokens[:, :12], tokens[:, 1:])
+    anew, _ = model.loss_and_state(tokens[:, :-1], tokens[:, 1:], state, reset, reduction="sum")
+    torch.testing.assert_close(anew, whole, rtol=1e-5, atol=1e-4)
+
+
 def test_mode():
     model = make_model()
     assert model.training

@@ -1,6 +1,7 @@
 """`import libxlstm`: what it registers, what it refuses, and what it does not load."""
 
 import inspect
+import json
 import pydoc
 import re
 import shutil
@@ -79,13 +80,13 @@ def copied_package(tmp_path):
 
 
 def test_another_torch_is_refused_before_loading(copied_package):
-    version = copied_package / "libxlstm" / "lib" / "libxlstm_torch_version"
-    version.write_text("2.1.0\n")
+    info = copied_package / "libxlstm" / "lib" / "libxlstm_build.json"
+    info.write_text('{"torch": "2.1.0"}')
     done = run("import libxlstm", copied_package)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: libxlstm was built with torch 2.1.0, but torch ") and "2.1.*" in last
-    version.write_text(torch.__version__)
+    info.write_text(json.dumps({"torch": torch.__version__}))
     assert run("import libxlstm", copied_package).returncode == 0
 
 
@@ -96,5 +97,6 @@ def test_a_package_without_its_library_says_how_to_build(copied_package):
 
 
 def test_library_was_built_with_this_torch():
-    built_with = (BUILD / "libxlstm_torch_version").read_text().strip()
-    assert torch.__version__.split("+")[0] == built_with
+    built = json.loads((BUILD / "libxlstm_build.json").read_text())
+    assert torch.__version__.split("+")[0] == built["torch"] and built["version"] == libxlstm.__version__
+    assert built["cuda"] is None or re.fullmatch(r"\d+\.\d+\.\d+ for \S+", built["cuda"])

@@ -196,6 +196,37 @@ TEST_CASE("a run stopped by a signal and resumed has the bits of one that was no
   }
 }
 
+TEST_CASE("a run that carries states is resumed with them") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.run.name = "fresh_states";
+  REQUIRE(train_once(config) == ExitCode::kOk);
+  config.train.carry_state = true;
+  config.train.micro_batch_size = 2;
+  config.run.name = "whole";
+  REQUIRE(train_once(config) == ExitCode::kOk);
+  config.run.name = "halved";
+  install_signal_handlers();
+  clear_stop_request();
+  ::setenv("XLSTM_FAILPOINT", "trainer.raise_sigterm:13", 1);
+  CHECK(Trainer(config, {}).run() == ExitCode::kPreempted);
+  ::unsetenv("XLSTM_FAILPOINT");
+  REQUIRE(train_once(config) == ExitCode::kOk);
+
+  const std::string whole = (folder / "runs/whole").string();
+  const std::string halved = (folder / "runs/halved").string();
+  const std::string last = "/ckpt/step-00000020";
+  CHECK(losses(whole).size() == 20);
+  CHECK(losses(whole) == losses(halved));
+  CHECK(losses(whole) != losses((folder / "runs/fresh_states").string()));
+  CHECK(hash_of(whole + last) == hash_of(halved + last));
+  CHECK(sha256_file(whole + last + "/carried.safetensors") ==
+        sha256_file(halved + last + "/carried.safetensors"));
+  CHECK_FALSE(fs::exists(folder / "runs/fresh_states" / last.substr(1) / "carried.safetensors"));
+  config.train.carry_state = false;
+  CHECK_THROWS_AS(train_once(config), Error);  // not the same run
+}
+
 TEST_CASE("a task is learnt, judged by its accuracy, and resumed to the bit") {
   const testing::TemporaryFolder folder;
   config::Config config = tiny_config(folder);
