@@ -12,6 +12,7 @@ and BlockStack() blocks for networks of your own:
     y, state = stack(x)                                  # x (B,T,128) -> y (B,T,128)
 """
 
+import importlib
 import json
 from pathlib import Path
 
@@ -24,11 +25,12 @@ __all__ = ["BlockStack", "Error", "Model", "load", "make_model", "__version__"]
 __version__ = "0.1.0"
 
 
-def load(checkpoint_dir, verify=True, device="cpu", dtype=None):
+def load(checkpoint_dir, verify=True, device="cpu", dtype=None, settings=None):
     """The Model of a checkpoint folder, or of a run folder (its newest good checkpoint), in eval mode.
 
     verify: check every file against its sha256. device, dtype: of the parameters; None: float32. torch.bfloat16 takes half the
-    memory, also while it loads.
+    memory, also while it loads. settings: in place of the checkpoint's, such as {"model": {"dropout": 0.1,
+    "activation_checkpointing": True}}; its tensors must fit still.
 
     Raises libxlstm.Error (a RuntimeError) naming the file and what is wrong with it.
     """
@@ -37,7 +39,7 @@ def load(checkpoint_dir, verify=True, device="cpu", dtype=None):
     if dtype is not None and dtype not in dtypes:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, dtypes))}, got {dtype!r}")
     try:
-        core = module.load(str(checkpoint_dir), verify, dtype or torch.float32)
+        core = module.load(str(checkpoint_dir), verify, dtype or torch.float32, list(_overrides(settings or {})))
     except module.Error as error:
         if not (Path(checkpoint_dir) / "config.json").is_file():  # here it is config.yaml
             raise
@@ -45,6 +47,15 @@ def load(checkpoint_dir, verify=True, device="cpu", dtype=None):
         hint.code = error.code
         raise hint from None
     return Model(core).to(device=device)
+
+
+def _overrides(settings, section=""):
+    """{"model": {"dropout": 0.1}} as the programs take it, model.dropout=0.1."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _overrides(value, f"{section}{name}.")
+        else:
+            yield f"{section}{name}={json.dumps(value)}"
 
 
 def make_model(settings):
@@ -62,6 +73,8 @@ def __getattr__(name):
     if name in ("Error", "_C"):
         module = load_module()
         return module if name == "_C" else module.Error
+    if name == "scoring":
+        return importlib.import_module(".scoring", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

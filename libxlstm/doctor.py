@@ -55,8 +55,8 @@ def describe_build(report):
 
 
 def describe_machine(report):
-    model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine()) if Path("/proc/cpuinfo").exists() else platform.machine()
+    known = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in known if line.startswith("model name")), platform.machine())
     report.line("system", platform.platform())
     report.line("cpu", f"{model}, {torch.get_num_threads()} threads of {len(os.sched_getaffinity(0))} processors, "
                        f"{torch.backends.cpu.get_cpu_capability()}")

@@ -11,57 +11,115 @@ from .library import load_module
 
 
 class _Part(torch.nn.Module):
-    """Holds parameters of a C++ module."""
+    """Holds parameters of a C++ module. Nothing can be put in their place or beside them: the C++ module would not see it."""
 
-    def _apply(self, fn, recurse=True):
-        """What to(), half() and the like do: each tensor stays the same one and changes what it holds."""
-        for part in self.children() if recurse else ():
-            part._apply(fn)
-        with torch.no_grad():
-            for parameter in self._parameters.values():
-                if parameter is None:
-                    continue
-                parameter.data = fn(parameter)
-                if parameter.grad is not None:
-                    parameter.grad.data = fn(parameter.grad)
-            for key, buffer in self._buffers.items():
-                self._buffers[key] = None if buffer is None else fn(buffer)
-        return self
+    _closed = False  # all it has is there
+
+    def __setattr__(self, name, value):
+        if self._closed and name != "training" and not name.startswith("_"):
+            _refuse(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        _refuse(name)
+
+    def __getitem__(self, index):
+        """blocks[0], as of a torch.nn.ModuleList."""
+        return self._modules[str(range(len(self._modules))[index])]
 
 
-class CoreModule(_Part):
+def _refuse(name):
+    raise AttributeError(
+        f"{name}: a part of this module holds parameters and computes nothing by itself, so that nothing can be put in its "
+        "place, added to it or hooked. Change parameters in place (torch.no_grad(); parameter.copy_(values)), and build on "
+        "Model.hidden() or on a BlockStack"
+    )
+
+
+def _only_while_built(name):
+    def method(self, *arguments, **options):
+        if self._closed:
+            _refuse(name)
+        return getattr(super(_Part, self), name)(*arguments, **options)
+
+    return method
+
+
+for _name in ("add_module", "register_module", "register_parameter", "register_buffer", "register_forward_hook",
+              "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"):
+    setattr(_Part, _name, _only_while_built(_name))
+
+
+class CoreModule(torch.nn.Module):
     """A C++ module as a torch.nn.Module: what Model and BlockStack share.
 
     Parameters are the C++ module's own tensors, under the names that its checkpoints have for them, so that optimizers,
     state_dict() and load_state_dict(), to(), requires_grad_(), hooks on the module and copy.deepcopy() work as with any
-    torch.nn.Module. Its parts (.blocks ...) hold parameters and compute nothing by themselves; torch.compile leaves a call
-    as it is.
+    torch.nn.Module. Its parts (.blocks ...) hold parameters and compute nothing by themselves; replacing or hooking one is an
+    error. torch.compile leaves a call as it is.
     """
 
     _KEPT = "state_dict()"
+    _of_core = ()  # names of what the C++ module has
 
     def __init__(self, core):
         """core: what this stands for, of libxlstm._C."""
         super().__init__()
         self._core = core
-        self._own = []  # (dictionary, key, tensor) of every parameter
+        self._parts = []  # (module that holds it, its name there, part)
+        self._own = []  # (name, part, name in the part, tensor) of every parameter
         for name, tensor in core.named_parameters():
             *path, key = name.split(".")
             part = self
             for step in path:
                 if step not in part._modules:
                     part.add_module(step, _Part())
+                    self._parts.append((part, step, part._modules[step]))
                 part = part._modules[step]
             tensor._is_param = True  # isinstance(tensor, torch.nn.Parameter), whose constructor takes copies alone
             part.register_parameter(key, tensor)
-            self._own.append((part._parameters, key, tensor))
+            self._own.append((name, part, key, tensor))
+        for _, _, part in self._parts:
+            part._closed = True
+        self._of_core = {name.split(".")[0] for name, *_ in self._own}
         super().train(core.training)
 
-    def _compute(self, inputs, state, reset, lengths):
+    def __setattr__(self, name, value):
+        if name in self._of_core:
+            _refuse(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        if name in self._of_core:
+            _refuse(name)
+        super().__delattr__(name)
+
+    def _apply(self, fn, recurse=True):
+        """What to(), half() and the like do: each tensor stays the same one and changes what it holds."""
+        _change_in_place(self, fn)
+        if recurse:
+            for _, _, part in self._parts:
+                _change_in_place(part, fn)
+            for name, module in self._modules.items():  # what a subclass has besides
+                if name not in self._of_core:
+                    module._apply(fn)
+        return self
+
+    def _call(self, function, inputs, state, reset, lengths, *more):
+        """function of the core, of arguments as they may come."""
         self._check_parameters()
+        if not isinstance(inputs, torch.Tensor):
+            inputs = torch.as_tensor(inputs, device=self._own[0][3].device)
+        if not inputs.is_floating_point():
+            inputs = inputs.long()
+        if reset is not None:
+            reset = torch.as_tensor(reset, device=inputs.device)
+            reset = reset if reset.is_floating_point() else reset.bool()
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device="cpu")
-        return self._core(inputs, state, reset, lengths)
+        if state is not None and not _is_state(state):
+            raise TypeError("state: expected None or what a call returned, a list of tensors for each block")
+        return function(inputs, state, reset, lengths, *more)
 
     def train(self, mode=True):
         """Dropout on or off, in the whole model."""
@@ -73,6 +131,15 @@ class CoreModule(_Part):
         """How many numbers all parameters have."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def param_groups(self, weight_decay=0.1, of_embedding=False):
+        """For torch.optim.AdamW(model.param_groups()): the matrices decay, norms, biases and recurrent weights do not, and the
+        embedding where it is wanted; what xlstm-train does. What a subclass has besides does not."""
+        decay = load_module().decays
+        decaying = {id(tensor) for name, _, _, tensor in self._own if decay(name, tensor, of_embedding)}
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [[p for p in trained if (id(p) in decaying) is wanted] for wanted in (True, False)]
+        return [{"params": params, "weight_decay": rate} for params, rate in zip(groups, (weight_decay, 0.0)) if params]
+
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As torch.nn.Module has it; values are copied into the model's own tensors, so assign=True is an error."""
         if assign:
@@ -81,35 +148,41 @@ class CoreModule(_Part):
 
     def _check_parameters(self):
         """The C++ model would go on with its own tensors and say nothing."""
-        for parameters, key, tensor in self._own:
-            if parameters.get(key) is not tensor:
+        for owner, name, part in self._parts:
+            if owner._modules.get(name) is not part:
+                raise RuntimeError(f"{name}: a part was replaced, but the C++ model computes with its own; build on "
+                                   "Model.hidden() or on a BlockStack")
+        for name, part, key, tensor in self._own:
+            if part._parameters.get(key) is not tensor:
                 raise RuntimeError(
-                    f"{key}: a parameter was replaced (by an assignment, torch.func.functional_call, torch.export or a "
+                    f"{name}: a parameter was replaced (by an assignment, torch.func.functional_call, torch.export or a "
                     "parametrization), but the C++ model computes with its own tensor; change that in place: "
                     "parameter.copy_(values) in torch.no_grad()"
                 )
 
     def __deepcopy__(self, memo):
-        if any(id(tensor) in memo for _, _, tensor in self._own):
+        if any(id(tensor) in memo for *_, tensor in self._own):
             raise RuntimeError("copy.deepcopy: what refers to this module's parameters (an optimizer?) was copied before it, "
                                "to tensors that the copied C++ module does not have; name the module first")
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         with torch.random.fork_rng(devices=[]):  # it draws weights, which are then overwritten
             CoreModule.__init__(twin, self._core.fresh())
-        for (_, _, theirs), (_, _, ours) in zip(twin._own, self._own, strict=True):
+        for (*_, theirs), (*_, ours) in zip(twin._own, self._own, strict=True):
             theirs.data = ours.detach().clone()
             theirs.requires_grad_(ours.requires_grad)
             memo[id(ours)] = theirs
-        parts = dict(self.named_modules())
-        memo.update({id(parts[name]): part for name, part in twin.named_modules()})
+        for (_, _, theirs), (_, _, ours) in zip(twin._parts, self._parts, strict=True):
+            theirs.training = ours.training
+            memo[id(ours)] = theirs
         for key, value in self.__dict__.items():  # hooks, and what a subclass has besides
             if key in ("_parameters", "_modules"):
                 twin.__dict__[key].update({name: copy.deepcopy(part, memo) for name, part in value.items()
                                            if name not in twin.__dict__[key]})
-            elif key not in ("_core", "_own"):
+            elif key not in ("_core", "_parts", "_own"):
                 twin.__dict__[key] = copy.deepcopy(value, memo)
-        return twin.train(self.training)
+        twin._core.train(self._core.training)
+        return twin
 
     def __reduce_ex__(self, protocol):
         raise TypeError(f"it cannot be pickled: it is copied by copy.deepcopy, and kept by {self._KEPT}")
@@ -119,6 +192,25 @@ class CoreModule(_Part):
 
     def __repr__(self):
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _change_in_place(module, fn):
+    with torch.no_grad():
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
+            parameter.data = fn(parameter)
+            if parameter.grad is not None:
+                parameter.grad.data = fn(parameter.grad)
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else fn(buffer)
+
+
+def _is_state(state):
+    try:
+        return all(isinstance(tensor, torch.Tensor) for block in state for tensor in block)
+    except TypeError:
+        return False
 
 
 class BlockStack(CoreModule):
@@ -153,19 +245,34 @@ class BlockStack(CoreModule):
         Gradients go back through the state, too; to cut them, as truncated backpropagation through time does, pass on
         [[tensor.detach() for tensor in block] for block in state].
         """
-        return self._compute(x, state, reset, lengths)
+        own = self._own[0][3].dtype
+        other = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != own
+        if other and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x: expected {own}, as the parameters are, got {x.dtype}; convert x, or the stack by .to({x.dtype})")
+        return self._call(self._core, x, state, reset, lengths)
 
 
 class Model(CoreModule):
     """A language model of the library; load() and make_model() give one."""
 
     _KEPT = "model.state_dict() or model.save(folder)"
+    _tokenizer = None
 
-    def forward(self, ids, state=None, reset=None, lengths=None):
+    def forward(self, ids, state=None, reset=None, lengths=None, targets=None, reduction="mean"):
         """ids (B,T) int64, T >= 0 -> logits (B,T,V) float32 and the state after the last token, one list of tensors per
         block. state None: before the first token. reset (B,T) bool: the state is empty before that token. lengths (B): see
-        BlockStack.forward. A model of numbers (model.input_features) takes (B,T,F)."""
-        return self._compute(ids, state, reset, lengths)
+        BlockStack.forward. A model of numbers (model.input_features) takes (B,T,F).
+
+        With targets (B,T) the loss stands in place of the logits, which are then never held all at once: see loss(). That is
+        how a model in DistributedDataParallel is trained, and how truncated backpropagation through time goes:
+
+            state = None
+            for ids, targets in pieces:                  # each goes on where the one before ended
+                loss, state = model(ids, state, targets=targets)
+                loss.backward()
+                state = [[tensor.detach() for tensor in block] for block in state]
+        """
+        return self._call(self._core, ids, state, reset, lengths, targets, reduction)
 
     def loss(self, ids, targets, reset=None, reduction="mean"):
         """Cross entropy in nats of the model's predictions; never holds all logits. Differentiable.
@@ -175,22 +282,30 @@ class Model(CoreModule):
         before that token. reduction "mean": over the targets that count, a scalar (0 where none does); "sum": their sum;
         "none": (B,T), 0 where a target does not count. A model of numbers (model.input_features with vocab_size 1) takes ids
         (B,T,F) and targets (B,T), both float, and gives squared errors; targets of NaN do not count.
+
+        Hooks and DistributedDataParallel do not see this call; they see model(ids, targets=targets)[0], which is the same and
+        holds the states meanwhile.
         """
-        return self.loss_and_state(ids, targets, None, reset, reduction)[0]
+        return self._call(lambda ids, _, reset, __: self._core.loss(ids, targets, reset, reduction), ids, None, reset, None)
 
-    def loss_and_state(self, ids, targets, state=None, reset=None, reduction="mean"):
-        """loss() of sequences that go on from a state, and the state behind them: truncated backpropagation through time.
+    def hidden(self, ids=None, state=None, reset=None, lengths=None, embeddings=None):
+        """The vectors (B,T,D) behind the last norm, which the head reads, and the state: for heads, probes and losses of your
+        own; logits(y) goes on from there. Of ids (B,T), or of embeddings (B,T,D) in place of embed(ids): prompts that are
+        learned, or vectors from elsewhere. The rest as in forward()."""
+        if (ids is None) == (embeddings is None):
+            raise TypeError("hidden: expected either ids or embeddings")
+        inputs, embedded = (ids, False) if embeddings is None else (embeddings, True)
+        return self._call(lambda *given: self._core.hidden(embedded, *given), inputs, state, reset, lengths)
 
-            state = None
-            for ids, targets in pieces:                  # each goes on where the one before ended
-                loss, state = model.loss_and_state(ids, targets, state)
-                loss.backward()
-                state = [[tensor.detach() for tensor in block] for block in state]
-
-        Without detach() the gradient goes back through all pieces, and backward() comes once, behind the last.
-        """
+    def embed(self, ids):
+        """ids (B,T) -> (B,T,D): what hidden() takes as embeddings."""
         self._check_parameters()
-        return self._core.loss_and_state(ids, targets, state, reset, reduction)
+        return self._core.embed(ids)
+
+    def logits(self, hidden):
+        """hidden (...,D) -> (...,V), float32 or float64."""
+        self._check_parameters()
+        return self._core.logits(hidden)
 
     def generate(self, prompt, max_new_tokens=256, temperature=0.8, top_k=0, top_p=1.0, seed=42, stop_token=None,
                  vocab_size=None, on_token=None):
@@ -200,11 +315,12 @@ class Model(CoreModule):
 
         temperature 0: greedy. top_k: from so many of the likeliest, 0: all; top_p: from the likeliest that hold this
         probability. seed: prompt i has seed + i. stop_token: the end, which is the last id then; -1: none. vocab_size: only ids
-        below it, where the model's vocabulary is padded. on_token(id), of several prompts on_token(i, id), is called with each
+        below it, where the model's vocabulary is padded. Where they are not given they are those of self.tokenizer, if there is
+        one. on_token(id), of several prompts on_token(i, id), is called with each
         id at once. Raises libxlstm.Error.
         """
         self._check_parameters()
-        prompts = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        prompts = prompt.tolist() if isinstance(prompt, torch.Tensor) else [prompt] if isinstance(prompt, str) else list(prompt)
         several = any(not isinstance(ids, numbers.Integral) for ids in prompts)
         prompts = [_ids(ids) for ids in (prompts if several else [prompts])]
         if not several and on_token is not None:
@@ -214,6 +330,9 @@ class Model(CoreModule):
             absent = value is None and name in ("vocab_size", "stop_token")
             if not absent and not (isinstance(value, numbers.Integral) and value >= low):
                 raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
+        if None in (stop_token, vocab_size) and self.tokenizer is not None:
+            stop_token = self.tokenizer.eos_id if stop_token is None else stop_token
+            vocab_size = self.tokenizer.vocab_size if vocab_size is None else vocab_size
         stop_token, vocab_size = -1 if stop_token is None else stop_token, vocab_size or 0
         with self._own_stream():
             found = self._core.generate(prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, vocab_size,
@@ -224,6 +343,16 @@ class Model(CoreModule):
         """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32."""
         self._check_parameters()
         self._core.save(str(folder))
+
+    @property
+    def tokenizer(self):
+        """libxlstm.scoring.Tokenizer of the text that the model was trained with, for encode() and decode(); None for a fresh
+        model that was not given one, and for models of tasks."""
+        if self._tokenizer is None and self._core.tokenizer:
+            from .scoring import Tokenizer
+
+            self._tokenizer = Tokenizer(self._core.tokenizer)
+        return self._tokenizer
 
     @property
     def config(self):
@@ -247,6 +376,8 @@ class Model(CoreModule):
 
 def _ids(sequence):
     """One sequence as a list of integers."""
+    if isinstance(sequence, str):
+        raise ValueError("prompt: expected ids, got text; model.tokenizer.encode(text) gives them")
     ids = torch.as_tensor(sequence, device="cpu")
     if ids.dim() != 1 or ids.numel() > 0 and (ids.is_floating_point() or ids.dtype == torch.bool):
         raise ValueError(f"prompt: expected ids (T), or several such, got {ids.dtype} of shape {tuple(ids.shape)}")

@@ -39,7 +39,7 @@ class ScoringError(ValueError):
 
 class Tokenizer:
     """Text <-> token ids as the C++ programs see them. spec: "bytes", a tokenizer.json, or a folder with one, with
-    vocab.json and merges.txt, or with encoder.json and vocab.bpe."""
+    vocab.json and merges.txt, or with encoder.json and vocab.bpe. Of a run: libxlstm.load(RUN).tokenizer."""
 
     def __init__(self, spec):
         self.spec = str(spec)

@@ -232,12 +232,13 @@ void load_weights(models::LanguageModel& model, const CheckpointFolder& checkpoi
   copy_weights(model, read_weights(model, checkpoint));
 }
 
-LoadedModel load_model(const std::string& folder_or_run, bool verify, at::ScalarType dtype) {
+LoadedModel load_model(const std::string& folder_or_run, bool verify, at::ScalarType dtype,
+                       const std::vector<std::string>& overrides) {
   const CheckpointFolder checkpoint =
       find_checkpoint(folder_or_run, verify, warn_on_standard_error);
   LoadedModel loaded;
   loaded.folder = checkpoint.path;
-  loaded.config = checkpoint_config(checkpoint);
+  loaded.config = config::load_config(checkpoint.file(kConfigName), overrides);
   loaded.tokenizer = checkpoint_tokenizer(checkpoint, loaded.config);
   const KeepRandomState keep_random_state;
   const nn::SkipDrawing skip_drawing;

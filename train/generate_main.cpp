@@ -173,7 +173,8 @@ int body(int argc, char** argv) {
 }  // namespace xlstm::train
 
 int main(int argc, char** argv) {
-  return xlstm::train::run_main("xlstm-generate",
-                                "give a shorter prompt, or --dtype bfloat16_weights",
-                                [&] { return xlstm::train::body(argc, argv); });
+  return xlstm::train::run_main(
+      "xlstm-generate",
+      "give a shorter prompt, fewer of --num-samples, or --dtype bfloat16_weights",
+      [&] { return xlstm::train::body(argc, argv); });
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <tuple>
 #include <utility>
@@ -54,7 +55,7 @@ std::pair<at::Tensor, models::ModelState> read_prompts(models::LanguageModel& mo
   if (lengths.min().item<int64_t>() < length) {
     const models::PaddedBatch padded(lengths, batch, length, /*has_state=*/false, at::kCPU);
     ids = padded.ends_aligned(ids);
-    reset = padded.reset({});
+    reset = *padded.reset({});
   }
   const at::Device device = model.head_weight().device();
   const int64_t piece = std::max<int64_t>(kPromptPiece / batch, 1);
@@ -68,6 +69,18 @@ std::pair<at::Tensor, models::ModelState> read_prompts(models::LanguageModel& mo
     std::tie(h, state) = model.hidden(ids.narrow(1, first, count).to(device), state, begins_here);
   }
   return {model.logits(h.select(1, -1)), std::move(state)};  // the last token alone needs them
+}
+
+/// The same in each of `batch` rows, for samples of one prompt.
+void repeat(int64_t batch, at::Tensor& logits, models::ModelState& state) {
+  const auto rows = [batch](const at::Tensor& one) {
+    std::vector<int64_t> sizes = one.sizes().vec();
+    sizes.front() = batch;
+    return one.expand(sizes).contiguous();
+  };
+  logits = rows(logits);
+  for (auto& block : state)
+    for (at::Tensor& tensor : block) tensor = rows(tensor);
 }
 
 int64_t argmax(at::ArrayRef<double> logits, size_t count) {
@@ -170,7 +183,10 @@ std::vector<std::vector<int64_t>> generate_batch(
   const nn::NoDropout no_dropout;
 
   const auto batch = static_cast<int64_t>(prompts.size());
-  auto [logits, state] = read_prompts(model, prompts);
+  const bool one_prompt =
+      std::adjacent_find(prompts.begin(), prompts.end(), std::not_equal_to<>()) == prompts.end();
+  auto [logits, state] = read_prompts(model, one_prompt ? Prompts{prompts.front()} : prompts);
+  if (one_prompt && batch > 1) repeat(batch, logits, state);
   Decoder decoder(model, std::move(state), {}, batch);
   const at::Tensor tokens = at::zeros({batch, 1}, at::kLong);
   std::vector<bool> ended(prompts.size());  // these go on, unheard

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "csrc/core/error.h"
+#include "csrc/models/language_model.h"
 
 namespace xlstm::train {
 namespace {
@@ -37,13 +38,6 @@ std::optional<at::Tensor> given(const at::Tensor& tensor) {
 
 }  // namespace
 
-bool AdamW::decays(const std::string& name, const at::Tensor& parameter,
-                   const config::OptimConfig& options) {
-  const auto holds = [&name](const char* part) { return name.find(part) != std::string::npos; };
-  if (parameter.dim() < 2 || !holds("weight") || holds("norm") || holds("recurrent")) return false;
-  return !holds("embed") || options.weight_decay_on_embedding;
-}
-
 AdamW::AdamW(const NamedTensors& parameters, const config::OptimConfig& options,
              ProcessGroup* group)
     : options_(options),
@@ -55,10 +49,13 @@ AdamW::AdamW(const NamedTensors& parameters, const config::OptimConfig& options,
   for (const auto& [name, tensor] : parameters) {
     TORCH_CHECK(tensor.is_contiguous(), "AdamW: ", name, ": expected a contiguous tensor");
     parameters_.push_back(
-        {name, tensor, decays(name, tensor, options) ? options.weight_decay : 0, {}});
+        {name,
+         tensor,
+         models::decays(name, tensor, options.weight_decay_on_embedding) ? options.weight_decay : 0,
+         {}});
   }
   std::stable_partition(parameters_.begin(), parameters_.end(), [&](const Parameter& parameter) {
-    return decays(parameter.name, parameter.tensor, options_);
+    return models::decays(parameter.name, parameter.tensor, options_.weight_decay_on_embedding);
   });
   divide();
 }

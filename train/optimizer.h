@@ -20,7 +20,7 @@ namespace xlstm::train {
 /// parameters and sends it to the others (ZeRO stage 1, arXiv 1910.02054). The results are the same, bit for bit.
 class AdamW {
  public:
-  /// `parameters`: name and tensor (contiguous). Those that decays() names have options.weight_decay, all others none.
+  /// `parameters`: name and tensor (contiguous). Those that models::decays() names have options.weight_decay, all others none.
   /// The tensors are updated in place. group: the processes that train together, which then make all calls
   /// together where nothing else is said; null for one.
   AdamW(const NamedTensors& parameters, const config::OptimConfig& options,
@@ -47,12 +47,6 @@ class AdamW {
   void load_state(const NamedTensors& state);
   /// By one process alone. Throws Error(kCheckpoint) naming a missing, extra or misshapen tensor.
   void check_state(const NamedTensors& state) const;
-
-  /// Whether a parameter decays: a matrix weight (its name holds "weight" and not "norm"; biases,
-  /// skips and recurrent kernels are neither); the token embedding only with
-  /// weight_decay_on_embedding.
-  static bool decays(const std::string& name, const at::Tensor& parameter,
-                     const config::OptimConfig& options);
 
  private:
   /// A run of elements of a parameter that one process updates.

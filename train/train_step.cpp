@@ -148,9 +148,13 @@ at::Tensor TrainStep::accumulate(const Inputs& inputs) {
     {
       const AutocastGuard autocast(device_.type(), config_.train.dtype == "bfloat16");
       const auto reset = inputs.reset.defined() ? std::optional(part(inputs.reset)) : std::nullopt;
-      if (carried_) carried = carried_->rows(first, rows);
-      std::tie(loss, carried) =
-          model_.loss_and_state(part(inputs.ids), part(inputs.targets), carried, reset, "sum");
+      const at::Tensor ids = part(inputs.ids), targets = part(inputs.targets);
+      if (carried_) {
+        std::tie(loss, carried) =
+            model_.loss_and_state(ids, targets, carried_->rows(first, rows), reset, "sum");
+      } else {
+        loss = model_.loss(ids, targets, reset, "sum");
+      }
     }
     loss.backward(inputs.scalars.select(0, 0).to(loss.scalar_type()));
     if (carried_) carried_->store(first, carried, loss);

@@ -20,11 +20,12 @@ struct Batch {
         target(static_cast<size_t>(count * length), kIgnored),
         reset(static_cast<size_t>(count * length), 0) {}
   int64_t batch_size = 0, seq_len = 0;
-  std::vector<int64_t> input;   ///< (B,T) token ids
-  std::vector<int64_t> target;  ///< (B,T) what is to be predicted there; kIgnored where nothing is
-  std::vector<uint8_t> reset;   ///< (B,T) 1 where a document starts
-  int64_t num_targets = 0;      ///< targets that count
-  int64_t num_features = 0;     ///< F
+  std::vector<int64_t> input;    ///< (B,T) token ids
+  std::vector<int64_t> target;   ///< (B,T) what is to be predicted there; kIgnored where nothing is
+  std::vector<uint8_t> reset;    ///< (B,T) 1 where a document starts
+  int64_t num_targets = 0;       ///< targets that count
+  int64_t num_text_targets = 0;  ///< of them, those of a held-out file that do not end a document
+  int64_t num_features = 0;      ///< F
   /// (B,T,F) real vectors instead of `input`, where F > 0
   std::vector<float> features;
   /// (B,T) numbers instead of `target`, NaN where nothing is to be predicted; empty where tokens are

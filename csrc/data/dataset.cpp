@@ -175,8 +175,8 @@ EvalSet::EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& op
   if (const auto& sidecar = file_->sidecar()) {
     int64_t last = 0;
     file_->read(file_->num_tokens() - 1, 1, &last);
-    if (last == sidecar->eos_id) eos_id_ = last;  // all documents end so, or none does
-    const int64_t ends = eos_id_ >= 0 ? file_->num_documents() : 0;
+    has_ends_ = last == sidecar->eos_id;  // all documents end so, or none does
+    const int64_t ends = has_ends_ ? file_->num_documents() : 0;
     bytes_per_text_token_ = static_cast<double>(sidecar->num_bytes) /
                             static_cast<double>(std::max<int64_t>(1, file_->num_tokens() - ends));
   }
@@ -219,15 +219,31 @@ Batch EvalSet::batch(int64_t first_window, int64_t count) const {
     fill_row(*file_, options_, cut.first, cut.count, true, row, tokens, starts, batch);
     const auto targets = batch.target.begin() + row * options_.seq_len;
     batch.num_targets -= cut.before;
+    batch.num_text_targets += text_targets(cut);
     std::fill(targets, targets + cut.before, kIgnored);
   }
   return batch;
 }
 
+/// Targets of a window that count and are text. Their place tells ends of documents, not the token, which may stand in a
+/// text, too.
+int64_t EvalSet::text_targets(const Window& cut) const {
+  const int64_t first = cut.first + cut.before + 1, count = cut.count - cut.before;
+  std::vector<uint8_t> starts(static_cast<size_t>(count) + 1,
+                              1);  // behind the file as a document would
+  file_->read_document_starts(first, std::min(count + 1, file_->num_tokens() - first),
+                              starts.data());
+  int64_t targets = 0;
+  for (size_t t = 0; t < static_cast<size_t>(count); ++t) {
+    const bool masked = options_.mask_loss_across_documents && starts[t] != 0;
+    const bool end = has_ends_ && starts[t + 1] != 0;
+    targets += masked || end ? 0 : 1;
+  }
+  return targets;
+}
+
 double EvalSet::text_bytes(const Batch& batch) const {
-  const auto is_text = [&](int64_t target) { return target != kIgnored && target != eos_id_; };
-  return bytes_per_text_token_ *
-         static_cast<double>(std::count_if(batch.target.begin(), batch.target.end(), is_text));
+  return bytes_per_text_token_ * static_cast<double>(batch.num_text_targets);
 }
 
 }  // namespace xlstm::data

@@ -76,8 +76,8 @@ class EvalSet final : public HeldOutSet {
   EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& options);
   int64_t num_windows() const override;
   Batch batch(int64_t first_window, int64_t count) const override;
-  /// Targets but ends of documents, each at the mean size of the file's tokens of text: exact for bytes. 0 without
-  /// sidecar.
+  /// Targets but the tokens that end a document, each at the mean size of the file's tokens of text: exact for bytes. 0
+  /// without sidecar.
   double text_bytes(const Batch& batch) const override;
   std::string name() const override { return file_->prefix(); }
   std::string fingerprint() const override { return file_->fingerprint(); }
@@ -88,11 +88,12 @@ class EvalSet final : public HeldOutSet {
     int64_t before = 0;            ///< of them, whose targets do not count
   };
   Window window(int64_t index) const;
+  int64_t text_targets(const Window& cut) const;
 
   std::shared_ptr<const TokenFile> file_;
   DatasetOptions options_;
   std::vector<Window> windows_;  ///< with fill_last_window alone
-  int64_t eos_id_ = -1;          ///< what the file's documents end in; -1: nothing
+  bool has_ends_ = false;        ///< each document ends in a token of its own
   double bytes_per_text_token_ = 0;
 };
 

@@ -12,7 +12,9 @@ namespace xlstm::data {
 namespace {
 
 /// Changes whenever a generator gives other samples, so that a run is not resumed on other data.
-constexpr const char* kTaskVersion = "task-2";
+std::string version_of(const std::string& task) {
+  return task == "stack_manipulation" || task == "set" ? "task-2" : "task-1";
+}
 
 void check_lengths(const Task& task, const TaskLengths& lengths, const std::string& min_name,
                    const std::string& max_name) {
@@ -104,7 +106,7 @@ Batch TaskSource::batch(int64_t first_sample, int64_t count) const {
 }
 
 std::string TaskSource::fingerprint_in(int order) const {
-  std::string text = kTaskVersion;
+  std::string text = version_of(options_.name);
   if (is_permuted() && order > 1) text += " order-" + std::to_string(order);
   text += " " + options_.name + " vocab=" + std::to_string(task_->vocab_size()) +
           " pairs=" + std::to_string(options_.key_values) +

@@ -44,16 +44,29 @@ at::Tensor squared_error(const at::Tensor& predictions, const at::Tensor& target
 
 }  // namespace
 
+std::pair<at::Tensor, ModelState> LanguageModel::hidden(const at::Tensor& inputs,
+                                                        const ModelState& state,
+                                                        const std::optional<at::Tensor>& reset,
+                                                        const std::optional<at::Tensor>& lengths,
+                                                        bool embedded) {
+  if (lengths && inputs.dim() >= 2) {
+    const PaddedBatch batch(*lengths, inputs.size(0), inputs.size(1), !state.empty(),
+                            inputs.device());
+    auto [h, next] = hidden(batch.ends_aligned(inputs), {}, batch.reset(reset), {}, embedded);
+    return {batch.starts_aligned(h), std::move(next)};
+  }
+  TORCH_CHECK(!embedded || (inputs.dim() == 3 && inputs.size(2) == options().embedding_dim &&
+                            inputs.is_floating_point()),
+              "embeddings: expected (B,T,", options().embedding_dim, ") floating, got ",
+              inputs.sizes(), " ", inputs.scalar_type());
+  return run(embedded ? inputs : embed(inputs), state, reset);
+}
+
 std::pair<at::Tensor, ModelState> LanguageModel::forward(const at::Tensor& ids,
                                                          const ModelState& state,
                                                          const std::optional<at::Tensor>& reset,
                                                          const std::optional<at::Tensor>& lengths) {
-  if (lengths && ids.dim() >= 2) {
-    const PaddedBatch batch(*lengths, ids.size(0), ids.size(1), !state.empty(), ids.device());
-    auto [h, next] = hidden(batch.ends_aligned(ids), {}, batch.reset(reset));
-    return {logits(batch.starts_aligned(h)), std::move(next)};
-  }
-  auto [h, next] = hidden(ids, state, reset);
+  auto [h, next] = hidden(ids, state, reset, lengths);
   return {logits(h), std::move(next)};
 }
 
@@ -63,21 +76,32 @@ at::Tensor LanguageModel::logits(const at::Tensor& h) const {
   return nn::soft_cap(logits, options().output_logit_soft_cap);
 }
 
+at::Tensor LanguageModel::loss_behind(const at::Tensor& h, const at::Tensor& targets,
+                                      const char* reduction) const {
+  if (predicts_numbers(options())) return squared_error(logits(h).squeeze(-1), targets, reduction);
+  if (!options().fused) return stepwise_loss(logits(h), targets, reduction);
+  return ops::linear_cross_entropy(h, head_weight(), targets, kIgnored,
+                                   options().output_logit_soft_cap, reduction);
+}
+
 at::Tensor LanguageModel::loss(const at::Tensor& ids, const at::Tensor& targets,
                                const std::optional<at::Tensor>& reset, const char* reduction) {
-  return loss_and_state(ids, targets, {}, reset, reduction).first;
+  const at::Tensor h = hidden(ids, {}, reset).first;  // the state is given back before the head
+  return loss_behind(h, targets, reduction);
 }
 
 std::pair<at::Tensor, ModelState> LanguageModel::loss_and_state(
     const at::Tensor& ids, const at::Tensor& targets, const ModelState& state,
-    const std::optional<at::Tensor>& reset, const char* reduction) {
-  auto [h, next] = hidden(ids, state, reset);
-  if (predicts_numbers(options()))
-    return {squared_error(logits(h).squeeze(-1), targets, reduction), std::move(next)};
-  if (!options().fused) return {stepwise_loss(logits(h), targets, reduction), std::move(next)};
-  return {ops::linear_cross_entropy(h, head_weight(), targets, kIgnored,
-                                    options().output_logit_soft_cap, reduction),
-          std::move(next)};
+    const std::optional<at::Tensor>& reset, const char* reduction,
+    const std::optional<at::Tensor>& lengths) {
+  auto [h, next] = hidden(ids, state, reset, lengths);
+  return {loss_behind(h, targets, reduction), std::move(next)};
+}
+
+bool decays(const std::string& name, const at::Tensor& parameter, bool of_embedding) {
+  const auto holds = [&name](const char* part) { return name.find(part) != std::string::npos; };
+  if (parameter.dim() < 2 || !holds("weight") || holds("norm") || holds("recurrent")) return false;
+  return !holds("embed") || of_embedding;
 }
 
 int64_t count_parameters(const ModelOptions& options) {

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 
 #include "csrc/models/block_stack.h"
@@ -17,15 +18,20 @@ class LanguageModel : public torch::nn::Module {
  public:
   ~LanguageModel() override = default;
 
-  /// ids (B,T) int64, T >= 0 -> final hidden vectors (B,T,D) after the out norm, and the state after the last token.
-  /// reset (B,T) bool: the state is empty before that token. New tensors always; the given state is not modified.
-  virtual std::pair<at::Tensor, ModelState> hidden(const at::Tensor& ids, const ModelState& state,
-                                                   const std::optional<at::Tensor>& reset) = 0;
-  /// Logits (B,T,V), float32 or float64, soft-capped where the options say so, and the state. lengths (B) int64: of
-  /// sequences with padding behind them, see PaddedBatch; without a state.
+  /// ids (B,T) int64, T >= 0, or with `embedded` what embed() made of them (B,T,D) -> final hidden vectors (B,T,D) after the
+  /// out norm, and the state after the last token. reset (B,T) bool: the state is empty before that token. lengths (B) int64:
+  /// of sequences with padding behind them, see PaddedBatch; without a state. New tensors always; the given state is not
+  /// modified.
+  std::pair<at::Tensor, ModelState> hidden(const at::Tensor& inputs, const ModelState& state = {},
+                                           const std::optional<at::Tensor>& reset = {},
+                                           const std::optional<at::Tensor>& lengths = {},
+                                           bool embedded = false);
+  /// Logits (B,T,V), float32 or float64, soft-capped where the options say so, and the state.
   std::pair<at::Tensor, ModelState> forward(const at::Tensor& ids, const ModelState& state = {},
                                             const std::optional<at::Tensor>& reset = {},
                                             const std::optional<at::Tensor>& lengths = {});
+  /// Embeddings (B,T,D) of ids (B,T), without what a kind adds to them (positions, a norm).
+  virtual at::Tensor embed(const at::Tensor& ids) const = 0;
   /// Logits (...,V) of final hidden vectors (...,D).
   at::Tensor logits(const at::Tensor& h) const;
   /// Cross entropy in nats, without ever holding all logits unless the option `fused` is off: sum over targets != -100
@@ -36,10 +42,17 @@ class LanguageModel : public torch::nn::Module {
   std::pair<at::Tensor, ModelState> loss_and_state(const at::Tensor& ids, const at::Tensor& targets,
                                                    const ModelState& state,
                                                    const std::optional<at::Tensor>& reset = {},
-                                                   const char* reduction = "mean");
+                                                   const char* reduction = "mean",
+                                                   const std::optional<at::Tensor>& lengths = {});
   /// (V,D) weight of the output head (the embedding's where tied).
   virtual at::Tensor head_weight() const = 0;
   virtual const ModelOptions& options() const = 0;
+
+ private:
+  at::Tensor loss_behind(const at::Tensor& h, const at::Tensor& targets,
+                         const char* reduction) const;
+  virtual std::pair<at::Tensor, ModelState> run(const at::Tensor& embedded, const ModelState& state,
+                                                const std::optional<at::Tensor>& reset) = 0;
 };
 
 /// Builds and initialises a model. Initialisation draws from torch's default CPU generator: seed it first
@@ -49,5 +62,9 @@ std::shared_ptr<LanguageModel> make_language_model(const ModelOptions& options,
                                                    at::Device device = at::kCPU);
 
 int64_t count_parameters(const ModelOptions& options);
+
+/// Whether weight decay is usual for a parameter: a matrix weight (its name holds "weight" and not "norm"; biases, skips and
+/// recurrent kernels are neither); the token embedding only with `of_embedding`.
+bool decays(const std::string& name, const at::Tensor& parameter, bool of_embedding);
 
 }  // namespace xlstm::models

@@ -65,16 +65,9 @@ class BlockModel : public LanguageModel {
     }
   }
 
-  std::pair<at::Tensor, ModelState> hidden(const at::Tensor& inputs, const ModelState& state,
-                                           const std::optional<at::Tensor>& reset) override {
+  at::Tensor embed(const at::Tensor& inputs) const override {
     check_inputs(inputs);
-    stack_->check(inputs.size(0), inputs.size(1), state, reset);
-    const at::Tensor ids = input_ ? inputs.select(2, 0) : inputs;
-    at::Tensor x = input_ ? input_->forward(inputs) : at::embedding(embedding_->weight, ids);
-    if (positions_) x = x + positions(ids, state, reset);
-    if (in_norm_) x = in_norm_->forward(x);
-    if (options_.add_embedding_dropout) x = nn::apply_dropout(x, options_.dropout, is_training());
-    return stack_->forward(x, state, reset);
+    return input_ ? input_->forward(inputs) : at::embedding(embedding_->weight, inputs);
   }
 
   at::Tensor head_weight() const override {
@@ -83,15 +76,24 @@ class BlockModel : public LanguageModel {
   const ModelOptions& options() const override { return options_; }
 
  private:
-  /// Learned embeddings of the tokens' positions within their documents (B,T,D).
-  at::Tensor positions(const at::Tensor& ids, const ModelState& state,
+  std::pair<at::Tensor, ModelState> run(const at::Tensor& embedded, const ModelState& state,
+                                        const std::optional<at::Tensor>& reset) override {
+    stack_->check(embedded.size(0), embedded.size(1), state, reset);
+    at::Tensor x = embedded;
+    if (positions_) x = x + positions(x, state, reset);
+    if (in_norm_) x = in_norm_->forward(x);
+    if (options_.add_embedding_dropout) x = nn::apply_dropout(x, options_.dropout, is_training());
+    return stack_->forward(x, state, reset);
+  }
+  /// Learned embeddings of the positions that tokens x (B,T,D) have within their documents (B,T,D).
+  at::Tensor positions(const at::Tensor& x, const ModelState& state,
                        const std::optional<at::Tensor>& reset) const {
     const BlockState& attention = state.empty() ? BlockState{} : state[0];
-    const int64_t past = attention.empty() ? 0 : attention[0].size(2), length = ids.size(1);
+    const int64_t past = attention.empty() ? 0 : attention[0].size(2), length = x.size(1);
     TORCH_CHECK_VALUE(past + length <= options_.max_positions,
                       "model.max_positions: ", past + length,
                       " tokens, but the model has learned positions for ", options_.max_positions);
-    const at::Tensor starts = nn::document_starts(attention, length, ids, reset);
+    const at::Tensor starts = nn::document_starts(attention, length, x, reset);
     return at::embedding(positions_->weight,
                          at::arange(past, past + length, starts.options()) - starts);
   }

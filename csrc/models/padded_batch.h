@@ -19,13 +19,15 @@ class PaddedBatch {
   at::Tensor ends_aligned(const at::Tensor& x) const;
   /// What ends_aligned did, undone: y (B,T,...) with zeros in place of the padding.
   at::Tensor starts_aligned(const at::Tensor& y) const;
-  /// (B,T) bool, true at the first token of each sequence once their ends are aligned, and where `reset` (B,T) is.
-  at::Tensor reset(const std::optional<at::Tensor>& reset) const;
+  /// (B,T) bool, true at the first token of each sequence once their ends are aligned, and where `reset` (B,T) bool is;
+  /// `reset` itself where there is no padding. Throws c10::ValueError for another one.
+  std::optional<at::Tensor> reset(const std::optional<at::Tensor>& reset) const;
 
  private:
   at::Tensor shifted(const at::Tensor& x, const at::Tensor& from) const;
 
   at::Tensor positions_, padding_;  ///< (T) 0 to T - 1; (B,1) how much padding there is
+  bool full_ = true;                ///< there is none
 };
 
 }  // namespace xlstm::models

@@ -73,8 +73,9 @@ void check_numbers(std::string_view op, double eps, const std::optional<double>&
               *scale);
 }
 
-/// What is written must not be what is read.
+/// What is written must not be what is read, or written twice.
 void check_apart(const MlstmStepArguments& a) {
+  at::assert_no_overlap(a.c, a.n), at::assert_no_overlap(a.c, a.m), at::assert_no_overlap(a.n, a.m);
   for (const at::Tensor& state : {a.c, a.n, a.m})
     for (const at::Tensor& input : {a.q, a.k, a.v, a.igate, a.fgate})
       at::assert_no_overlap(state, input);

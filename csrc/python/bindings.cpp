@@ -25,6 +25,8 @@ std::vector<std::pair<std::string, at::Tensor>> named_parameters(const torch::nn
   return result;
 }
 
+const ModelState kNoState;
+
 /// A model with the configuration it was built from.
 class PyModel {
  public:
@@ -36,18 +38,26 @@ class PyModel {
         folder_(std::move(folder)),
         tokenizer_(std::move(tokenizer)) {}
 
+  /// With targets the loss in place of the logits.
   std::pair<at::Tensor, ModelState> forward(const at::Tensor& ids,
                                             const std::optional<ModelState>& state,
                                             const std::optional<at::Tensor>& reset,
-                                            const std::optional<at::Tensor>& lengths) {
-    return model_->forward(ids, state.value_or(ModelState{}), reset, lengths);
+                                            const std::optional<at::Tensor>& lengths,
+                                            const std::optional<at::Tensor>& targets,
+                                            const std::string& reduction) {
+    const ModelState& given = state ? *state : kNoState;
+    if (!targets) return model_->forward(ids, given, reset, lengths);
+    return model_->loss_and_state(ids, *targets, given, reset, reduction.c_str(), lengths);
   }
-  std::pair<at::Tensor, ModelState> loss_and_state(const at::Tensor& ids, const at::Tensor& targets,
-                                                   const std::optional<ModelState>& state,
-                                                   const std::optional<at::Tensor>& reset,
-                                                   const std::string& reduction) {
-    return model_->loss_and_state(ids, targets, state.value_or(ModelState{}), reset,
-                                  reduction.c_str());
+  at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets,
+                  const std::optional<at::Tensor>& reset, const std::string& reduction) {
+    return model_->loss(ids, targets, reset, reduction.c_str());
+  }
+  std::pair<at::Tensor, ModelState> hidden(bool embedded, const at::Tensor& inputs,
+                                           const std::optional<ModelState>& state,
+                                           const std::optional<at::Tensor>& reset,
+                                           const std::optional<at::Tensor>& lengths) {
+    return model_->hidden(inputs, state ? *state : kNoState, reset, lengths, embedded);
   }
   /// on_token(i, id). Holds the interpreter lock only while it looks for Ctrl-C and tells a token.
   std::vector<std::vector<int64_t>> generate(const std::vector<std::vector<int64_t>>& prompts,
@@ -76,6 +86,11 @@ class PyModel {
   LanguageModel& module() const { return *model_; }
   std::string config() const { return xlstm::config::print_config(config_); }
   const std::string& folder() const { return folder_; }
+  /// Where the tokenizer is; "" where there is none: the model is of a task, or of ids of the caller's own.
+  std::string tokenizer() const {
+    const bool own_ids = folder_.empty() && tokenizer_ == "bytes";
+    return own_ids || xlstm::data::is_given(config_.data.task) ? "" : tokenizer_;
+  }
 
  private:
   std::shared_ptr<LanguageModel> model_;
@@ -93,7 +108,7 @@ class PyStack {
                                             const std::optional<ModelState>& state,
                                             const std::optional<at::Tensor>& reset,
                                             const std::optional<at::Tensor>& lengths) {
-    return stack_->forward(x, state.value_or(ModelState{}), reset, lengths);
+    return stack_->forward(x, state ? *state : kNoState, reset, lengths);
   }
   PyStack fresh() const { return PyStack(stack_->options()); }
   BlockStack& module() const { return *stack_; }
@@ -107,8 +122,7 @@ template <class Py>
 py::class_<Py> define(py::module_& m, const char* name, const char* doc) {
   using no_lock = py::call_guard<py::gil_scoped_release>;
   return py::class_<Py>(m, name, doc)
-      .def("__call__", &Py::forward, py::arg("input"), py::arg("state"), py::arg("reset"),
-           py::arg("lengths"), no_lock())
+      .def("__call__", &Py::forward, no_lock())
       .def("named_parameters", [](const Py& self) { return named_parameters(self.module()); })
       .def("fresh", &Py::fresh, no_lock())
       .def(
@@ -121,8 +135,9 @@ py::class_<Py> define(py::module_& m, const char* name, const char* doc) {
       });
 }
 
-PyModel load(const std::string& checkpoint_dir, bool verify, at::ScalarType dtype) {
-  auto loaded = xlstm::train::load_model(checkpoint_dir, verify, dtype);
+PyModel load(const std::string& checkpoint_dir, bool verify, at::ScalarType dtype,
+             const std::vector<std::string>& overrides) {
+  auto loaded = xlstm::train::load_model(checkpoint_dir, verify, dtype, overrides);
   return PyModel(std::move(loaded.model), std::move(loaded.config), std::move(loaded.folder),
                  std::move(loaded.tokenizer));
 }
@@ -187,8 +202,13 @@ PYBIND11_MODULE(_C, m) {
   register_errors(m);
   using no_lock = py::call_guard<py::gil_scoped_release>;
   define<PyModel>(m, "Model", "What a libxlstm.Model stands for, and is documented there.")
-      .def("loss_and_state", &PyModel::loss_and_state, py::arg("ids"), py::arg("targets"),
-           py::arg("state"), py::arg("reset"), py::arg("reduction"), no_lock())
+      .def("loss", &PyModel::loss, no_lock())
+      .def("hidden", &PyModel::hidden, no_lock())
+      .def("embed",
+           [](const PyModel& self, const at::Tensor& ids) { return self.module().embed(ids); })
+      .def("logits",
+           [](const PyModel& self, const at::Tensor& h) { return self.module().logits(h); })
+      .def_property_readonly("tokenizer", &PyModel::tokenizer)
       .def(
           "generate",
           [](PyModel& self, const std::vector<std::vector<int64_t>>& prompts,
@@ -212,13 +232,16 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("folder", &PyModel::folder);
   define<PyStack>(m, "BlockStack",
                   "What a libxlstm.BlockStack stands for, and is documented there.");
-  m.def("load", &load, py::arg("checkpoint_dir"), py::arg("verify"), py::arg("dtype"), no_lock(),
+  m.def("load", &load, py::arg("checkpoint_dir"), py::arg("verify"), py::arg("dtype"),
+        py::arg("overrides"), no_lock(),
         "The model of a checkpoint folder, or of a run folder (its newest good checkpoint), in "
         "eval mode.");
   m.def("make_model", &make_model, py::arg("yaml"), no_lock(),
         "A freshly initialised model from a YAML text.");
   m.def("make_stack", &make_stack, py::arg("yaml"), no_lock(),
         "Freshly initialised blocks from the settings `model` of a YAML text.");
+  m.def("decays", &xlstm::models::decays, py::arg("name"), py::arg("parameter"),
+        py::arg("of_embedding"), "Whether weight decay is usual for a parameter.");
   m.def("save_model_folder", &save_model_folder, py::arg("folder"), py::arg("yaml"),
         py::arg("tensors"), "Writes a model-only checkpoint folder.");
   m.def("save_safetensors", &save_safetensors, py::arg("path"), py::arg("tensors"),

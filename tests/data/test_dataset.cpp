@@ -391,6 +391,24 @@ TEST_CASE("windows of documents alone: the last one begins earlier and scores no
       0);
 }
 
+TEST_CASE("a token that ends documents counts as text within one") {
+  TemporaryFolder folder;
+  // 0 ends each document, and stands within the first: 8 tokens of text of 2 bytes.
+  const auto file =
+      open_tokens(write_tokens(folder / "t", 256, {{1, 0, 2, 0, 3, 0}, {4, 5, 0}, {6, 0}}, 16));
+  for (const int64_t seq_len : {1, 3, 4, 50}) {
+    for (const auto& [mask, fill] :
+         {std::pair(true, false), std::pair(false, false), std::pair(true, true)}) {
+      DatasetOptions options = options_of(seq_len);
+      options.mask_loss_across_documents = mask;
+      options.fill_last_window = fill;
+      const EvalSet set(file, options);
+      // The first token of each document is no target, or that of the first one alone.
+      CHECK(set.text_bytes(set.batch(0, set.num_windows())) == Approx(mask ? 10 : 14));
+    }
+  }
+}
+
 TEST_CASE("held-out tokens are scored exactly once") {
   TemporaryFolder folder;
   const std::vector<std::vector<int64_t>> documents{

@@ -403,6 +403,18 @@ TEST_CASE("tasks: a finite training set comes whole and in a new order each epoc
   CHECK(first == second);
 }
 
+TEST_CASE("tasks: only those whose samples have changed are other data now", "[tasks]") {
+  TaskOptions options;
+  for (const auto& [name, version] : {std::pair("parity", "task-1"), std::pair("set", "task-2")}) {
+    options.name = name;
+    const TaskData data = make_task_data(options, 20, 7, true, 256, 0);
+    const std::string text = std::string(version) + " " + name +
+                             " vocab=" + std::to_string(make_task(options)->vocab_size()) +
+                             " pairs=4 lengths=3-20 samples=0 shuffle=1 seed=7";
+    CHECK(data.train->fingerprint() == xlstm::sha256_hex(text));
+  }
+}
+
 TEST_CASE("tasks: settings that do not fit are named", "[tasks]") {
   const auto error = [](const TaskOptions& options, int64_t seq_len, int64_t vocab) {
     return error_of([&] { make_task_data(options, seq_len, 1, true, vocab); },

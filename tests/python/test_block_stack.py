@@ -162,6 +162,20 @@ def test_what_a_subclass_has_is_copied_and_converted():
     assert stack.norm.running_mean.dtype == torch.float32
 
 
+def test_modes_of_parts_are_copied():
+    stack = make_stack()
+    stack.blocks.eval()
+    twin = copy.deepcopy(stack)
+    assert twin.training and not twin.blocks.training and not twin.blocks[0].training and twin.out_norm.training
+
+
+def test_a_batch_without_padding_is_an_ordinary_one():
+    stack, x = make_stack(), torch.randn(2, 6, 32)
+    y, state = stack(x)
+    same, end = stack(x, lengths=[6, 6])
+    assert torch.equal(same, y) and all(map(torch.equal, sum(end, []), sum(state, [])))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_behind_sequences_changes_nothing(kind):
     stack = make_stack(**of_kind(kind)).double()
@@ -236,6 +250,9 @@ def test_wrong_arguments_are_named():
                              ([0, 6], "1 to 6.*got 0 for sequence 0"), ([6, 7], "1 to 6.*got 7 for sequence 1")):
         with pytest.raises(ValueError, match=message):
             stack(x, lengths=lengths)
+    for reset in (torch.zeros(2, 5, dtype=torch.bool), torch.zeros(2, 6)):
+        with pytest.raises(ValueError, match=r"reset: expected \(2,6\) bool, got "):
+            libxlstm.make_model({"model": SETTINGS})(torch.ones(2, 6, dtype=torch.long), reset=reset, lengths=[6, 2])
     with pytest.raises(ValueError, match="expected no state"):
         stack(x, stack(x)[1], lengths=[6, 6])
     with pytest.raises(libxlstm.Error, match="num_block.*num_blocks"):

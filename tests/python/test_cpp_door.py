@@ -142,6 +142,16 @@ def test_installed_inference_reads_checkpoints(prefix, tmp_path):
     assert "nowhere" in run(project / "build" / "mine")
 
 
+def test_a_component_that_is_optional_may_be_missing(prefix, tmp_path):
+    cmake = readme_with_find_package(" OPTIONAL_COMPONENTS nothing")
+    cmake += "\nmessage(STATUS \"nothing: ${libxlstm_nothing_FOUND}\")\n"
+    project = write_project(tmp_path, cmake, block_of_readme("cpp"))
+    said = find_package(project, prefix)
+    assert said.returncode == 0 and "nothing: FALSE" in said.stdout, said.stderr
+    needed = write_project(tmp_path / "needed", readme_with_find_package(" COMPONENTS nothing"), "")
+    assert "has no component nothing" in reason_of_refusal(find_package(needed, prefix))
+
+
 def reason_of_refusal(attempted):
     assert attempted.returncode != 0
     return " ".join(attempted.stderr.partition("Reason given by package:")[2].split("Call Stack")[0].split())

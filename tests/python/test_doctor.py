@@ -44,7 +44,8 @@ def test_a_wrong_gradient_is_found(run, monkeypatch):
 
 def test_programs_that_do_not_run(run, monkeypatch):
     real = doctor.first_line_of
-    monkeypatch.setattr(doctor, "first_line_of", lambda program, *rest: None if "xlstm-eval" in str(program) else real(program, *rest))
+    monkeypatch.setattr(doctor, "first_line_of",
+                        lambda program, *rest: None if "xlstm-eval" in str(program) else real(program, *rest))
     status, out = run()
     if "programs    none" in out:
         pytest.skip("no programs are built")

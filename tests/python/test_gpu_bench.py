@@ -191,8 +191,8 @@ def prepare_gpu_check(folder, failing="nothing", generic="", hanging="nothing", 
     for path, text in programs.items():
         path.write_text(text)
         path.chmod(0o755)
-    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"), "OUT": str(out), "SANITIZER": "",
-            **environment}
+    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"), "OUT": str(out),
+            "SANITIZER": "", **environment}
 
 
 def run_gpu_check(folder, **options):

@@ -63,6 +63,25 @@ def test_generate_gives_what_the_program_gives(tmp_path):
     assert done.stdout.decode() == bytes(ids).decode(errors="replace") + "\n"
 
 
+def test_where_a_model_has_a_tokenizer_generation_ends_as_its_documents_do(tmp_path):
+    settings = {"model": {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "vocab_size": 300}}
+    fresh = libxlstm.make_model(settings)
+    assert fresh.tokenizer is None
+    with torch.no_grad():
+        fresh.lm_head.weight.zero_()  # all ids are equally likely
+    assert len(fresh.generate([1], 2000, seed=1)) == 2000 and max(fresh.generate([1], 2000, seed=1)) > 255
+    fresh.save(tmp_path / "model")
+    loaded = libxlstm.load(tmp_path / "model")
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("größe")) == "größe" and loaded.tokenizer is loaded.tokenizer
+    drawn = loaded.generate([1], 2000, seed=1)
+    assert drawn[-1] == 0 and 0 not in drawn[:-1] and max(drawn) < 256
+    drawn = loaded.generate([1], 2000, seed=1, stop_token=-1, vocab_size=300)
+    assert len(drawn) == 2000 and max(drawn) > 255
+    task = libxlstm.make_model(settings | {"data": {"task": {"name": "parity"}}})
+    task.save(tmp_path / "task")
+    assert libxlstm.load(tmp_path / "task").tokenizer is None
+
+
 def test_generation_beside_training():
     """Generation drops nothing, and a model that trains goes on dropping, whatever another thread does meanwhile."""
     torch.manual_seed(1)

@@ -137,6 +137,13 @@ def test_states_that_are_written_in_place():
         ops.mlstm_step(step[0], n, *step[2:5], c, n, m)  # k is read after n was written
     with pytest.raises(RuntimeError, match="memory"):
         ops.mlstm_step(*step[:5], c[:1].expand_as(c), n, m)
+
+    def within(whole, part):
+        return whole.flatten()[: part.numel()].view_as(part)
+
+    for states in ((c, within(c, n), m), (c, n, within(c, m)), (c, n, within(n, m))):  # written to twice
+        with pytest.raises(RuntimeError, match="memory"):
+            ops.mlstm_step(*step[:5], *states)
     with torch.inference_mode():
         made = [torch.zeros_like(x) for x in (c, n, m)]
         ops.mlstm_step(*step[:5], *made)

@@ -216,6 +216,13 @@ TEST_CASE("prompts of any lengths are continued side by side as each is alone") 
     SamplingOptions options;
     options.max_new_tokens = 24;
     options.seed = 3;
+    const std::vector<std::vector<int64_t>> of_one(3, prompts[2]);
+    const auto samples = generate_batch(*model, of_one, options);
+    for (size_t i = 0; i < of_one.size(); ++i) {
+      SamplingOptions own = options;
+      own.seed += i;
+      CHECK(samples[i] == generate(*model, of_one[i], own));
+    }
     for (const int64_t stop : {int64_t{-1}, generate(*model, prompts[0], options)[5]}) {
       INFO(kind << ", stop token " << stop);
       options.stop_token = stop;

@@ -180,6 +180,7 @@ TEST_CASE("a run goes on with its own model and data alone, and everything else 
       // first weights
       "model.embedding_init_std", "model.slstm.bias_init", "model.slstm.recurrent_weight_init"};
   const std::set<std::string> others = {"train.global_batch_size",
+                                        "train.carry_state",
                                         "data.seq_len",
                                         "data.shuffle",
                                         "data.shuffle_seed",
