@@ -51,7 +51,8 @@ class LanguageModel : public torch::nn::Module {
  private:
   at::Tensor loss_behind(const at::Tensor& h, const at::Tensor& targets,
                          const char* reduction) const;
-  virtual std::pair<at::Tensor, ModelState> run(const at::Tensor& embedded, const ModelState& state,
+  /// By value: what is added to the embeddings need not be held beside them.
+  virtual std::pair<at::Tensor, ModelState> run(at::Tensor embedded, const ModelState& state,
                                                 const std::optional<at::Tensor>& reset) = 0;
 };
 

@@ -76,10 +76,9 @@ class BlockModel : public LanguageModel {
   const ModelOptions& options() const override { return options_; }
 
  private:
-  std::pair<at::Tensor, ModelState> run(const at::Tensor& embedded, const ModelState& state,
+  std::pair<at::Tensor, ModelState> run(at::Tensor x, const ModelState& state,
                                         const std::optional<at::Tensor>& reset) override {
-    stack_->check(embedded.size(0), embedded.size(1), state, reset);
-    at::Tensor x = embedded;
+    stack_->check(x.size(0), x.size(1), state, reset);
     if (positions_) x = x + positions(x, state, reset);
     if (in_norm_) x = in_norm_->forward(x);
     if (options_.add_embedding_dropout) x = nn::apply_dropout(x, options_.dropout, is_training());
