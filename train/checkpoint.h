@@ -87,7 +87,7 @@ NamedTensors checkpoint_carried(const CheckpointFolder& checkpoint);
 std::string other_model_settings(const CheckpointFolder& checkpoint,
                                  const models::ModelOptions& options);
 /// Throws Error(kCheckpoint) unless the checkpoint has exactly the tensors of `model`, which may be on device "meta":
-/// every name, shape and dtype that differs is named. float32 takes half precision too.
+/// how many names, shapes and dtypes differ, and the first of them. float32 takes half precision too.
 void check_weights_fit(const models::LanguageModel& model, const CheckpointFolder& checkpoint);
 /// Loads weights; where they do not fit, throws as check_weights_fit does, and `model` keeps what it has.
 void load_weights(models::LanguageModel& model, const CheckpointFolder& checkpoint);

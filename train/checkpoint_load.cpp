@@ -55,11 +55,15 @@ TrainerState parse_state(const std::string& path) {
 
 /// What of a checkpoint's tensors is not as the model has it.
 struct Mismatch {
-  int64_t missing = 0, unexpected = 0, shape = 0, dtype = 0;
-  std::string all;
+  static constexpr int64_t kTold = 3;
+  int64_t missing = 0, unexpected = 0, shape = 0, dtype = 0, noted = 0;
+  std::string first;  ///< the first few, in words
   void note(int64_t& counter, const std::string& what) {
-    all += (all.empty() ? "" : ", ") + what;
     ++counter;
+    if (++noted <= kTold) first += (first.empty() ? "" : ", ") + what;
+  }
+  std::string text() const {
+    return first + (noted > kTold ? " and " + std::to_string(noted - kTold) + " more" : "");
   }
 };
 
@@ -104,13 +108,13 @@ SafetensorsFile read_weights(const models::LanguageModel& model,
   const std::string path = checkpoint.file(kModelName);
   SafetensorsFile weights = load_safetensors(path);
   const Mismatch bad = compare(named_model_tensors(model), weights.tensors);
-  if (bad.all.empty()) return weights;
+  if (bad.noted == 0) return weights;
   const std::string others = other_model_settings(checkpoint, model.options());
   throw Error(ExitCode::kCheckpoint,
               path + ": does not fit the model (" + std::to_string(bad.missing) + " missing, " +
                   std::to_string(bad.unexpected) + " unexpected, " + std::to_string(bad.shape) +
                   " of another shape, " + std::to_string(bad.dtype) +
-                  " of another dtype): " + bad.all + "; use the model settings of its " +
+                  " of another dtype): " + bad.text() + "; use the model settings of its " +
                   kConfigName + (others.empty() ? "" : ": " + others));
 }
 
@@ -118,6 +122,21 @@ void copy_weights(models::LanguageModel& model, const SafetensorsFile& weights) 
   const at::NoGradGuard no_grad;
   for (const auto& [name, tensor] : named_model_tensors(model))
     tensor.copy_(weights.tensors.at(name));
+}
+
+/// Says what a folder is that is neither a checkpoint nor holds any, where that can be told.
+void refuse_as_run(const fs::path& folder) {
+  if (fs::exists(folder / "run.log"))
+    throw Error(ExitCode::kCheckpoint, folder.string() +
+                                           ": a run that never came to a checkpoint; its run.log "
+                                           "tells how far it came");
+  std::string runs;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (fs::is_directory(entry.path() / "ckpt"))
+      runs += (runs.empty() ? "" : ", ") + entry.path().filename().string();
+  if (!runs.empty())
+    throw Error(ExitCode::kCheckpoint,
+                folder.string() + ": a folder of runs; name one of them: " + runs);
 }
 
 void warn_on_standard_error(const std::string& what) {
@@ -166,7 +185,10 @@ CheckpointFolder find_checkpoint(const std::string& folder_or_run, bool verify,
                 folder_or_run + (fs::exists(given)
                                      ? ": a file, expected the folder of a run or a checkpoint"
                                      : ": no such folder"));
-  if (!fs::is_directory(given / "ckpt")) return open_checkpoint(folder_or_run, verify);
+  if (!fs::is_directory(given / "ckpt")) {
+    if (!fs::exists(given / kManifestName)) refuse_as_run(given);
+    return open_checkpoint(folder_or_run, verify);
+  }
   const auto folders = list_checkpoints(folder_or_run);
   if (folders.empty())
     throw Error(ExitCode::kCheckpoint,

@@ -197,6 +197,11 @@ def test_programs_on_checkpoints_refuse_bad_arguments(name, run, tmp_path):
     refused(program(name, tmp_path / "absent"), 4, tmp_path / "absent")
     refused(program(name, tmp_path), 4, tmp_path)
     refused(program(name, run.config), 4, run.config, "a file, expected the folder of a run")
+    (tmp_path / "runs" / "mine" / "ckpt").mkdir(parents=True)
+    refused(program(name, tmp_path / "runs"), 4, tmp_path / "runs", "a folder of runs; name one of them: mine")
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "run.log").touch()
+    refused(program(name, tmp_path / "stopped"), 4, "a run that never came to a checkpoint")
     refused(program(name, tmp_path, "--sed", "1"), 2, "--sed")
     refused(program(name, tmp_path, "--threads", "two"), 2, "--threads", "two")
 
