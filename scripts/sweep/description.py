@@ -1,7 +1,7 @@
 """Experiments: scripts/reproduce/<id>/experiment.yaml (full size) and mini.yaml (what differs in the miniature).
 
 Keys of a description:
-  title, source, about   texts of the report
+  title, source, about   texts of the report; without a source the tables have no columns for a paper's values
   needs, files, gpu      what it takes, a text. Where one of `files` (paths) is missing or, with `gpu: true`, no GPU is seen
                          (CUDA_VISIBLE_DEVICES, nvidia-smi), nothing is run and the rows tell `needs`; "": neither counts
   base                   settings of xlstm-train that all runs share
@@ -172,10 +172,10 @@ class Experiment:
 
     def _read(self, content):
         self.trains = content.get("trains", True)
-        for key in ("title", "source", "base", "models", "learning_rates" if self.trains else "evaluations", "measure"):
+        for key in ("title", "base", "models", "learning_rates" if self.trains else "evaluations", "measure"):
             if not content.get(key):
                 raise DescriptionError(f"{self.source_file}: {key} is missing")
-        self.title, self.source = content["title"], content["source"]
+        self.title, self.source = content["title"], content.get("source") or ""
         self.about, self.needs = content.get("about", ""), content.get("needs") or ""
         self.files, self.gpu = content.get("files"), content.get("gpu", False)
         if (self.files or self.gpu) and content.get("needs") is None:

@@ -7,7 +7,7 @@ import shutil
 from .description import DescriptionError, Experiment, experiment_ids, load
 from .execution import write_atomically
 from .progress import duration
-from .report import CLAIM_HEAD, claim_row, model_row, notes, table_head, title, write
+from .report import CLAIM_HEAD, claim_row, introduction, model_row, notes, table_head, title, write
 from .results import Results
 
 STYLE = """
@@ -66,7 +66,7 @@ def named(experiment, case, content):
 def section(results, figures):
     experiment = results.experiment
     parts = [f'<h2 id="{experiment.name}">{html.escape(title(experiment))}</h2>',
-             f"<p>{html.escape(experiment.source)}. {html.escape(experiment.about)}</p>"]
+             f"<p>{html.escape(introduction(experiment))}</p>"]
     if experiment.needs:
         parts.append(f"<p class=note>Needs {html.escape(experiment.needs)}.</p>")
     parts.append(f"<p class=note>{html.escape(' '.join(notes(results)))}</p>")

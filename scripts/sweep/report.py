@@ -13,8 +13,8 @@ def number(value):
 
 
 def table_head(experiment):
-    return ["model", "parameters", "learning rate", f"paper: {experiment.measure}", "ours", "difference", *experiment.columns,
-            "steps", "cost"]
+    measures = [f"paper: {experiment.measure}", "ours", "difference"] if experiment.source else [experiment.measure]
+    return ["model", "parameters", "learning rate", *measures, *experiment.columns, "steps", "cost"]
 
 
 def model_row(results, case, model):
@@ -23,16 +23,24 @@ def model_row(results, case, model):
     paper = experiment.paper.get(case, {}).get(model)
     label = experiment.label(model)
     extra = [""] * len(experiment.columns)
+
+    def beside_paper(ours, difference=""):
+        return [number(paper), ours, difference] if experiment.source else [ours]
+
     if not rows:
-        return [label, "", "", number(paper), results.missing_reason(case, model), "", *extra, "", ""]
+        return [label, "", "", *beside_paper(results.missing_reason(case, model)), *extra, "", ""]
     ours = results.mean(rows, experiment.measure)
     values = [row.measures[experiment.measure] for row in rows]
     spread = f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
     cost = sum(row.seconds for row in results.of(case, model) if row.finished)
     rate, steps = (f"{rows[0].job.learning_rate:g}", f"{rows[0].steps:,}") if experiment.trains else ("", "")
-    return [label, f"{rows[0].parameters:,}", rate, number(paper), number(ours) + spread,
-            f"{ours - paper:+.4g}" if paper is not None else "",
+    difference = f"{ours - paper:+.4g}" if paper is not None else ""
+    return [label, f"{rows[0].parameters:,}", rate, *beside_paper(number(ours) + spread, difference),
             *(number(results.mean(rows, column)) for column in experiment.columns), steps, duration(cost)]
+
+
+def introduction(experiment):
+    return f"{experiment.source}. {experiment.about}" if experiment.source else experiment.about
 
 
 CLAIM_HEAD = ["claim", "paper", "checked", "measured", "holds", "asserted"]
@@ -90,7 +98,7 @@ def markdown_row(cells):
 
 def table_text(results, figures=()):
     experiment = results.experiment
-    lines = [f"# {title(experiment)}", "", f"{experiment.source}. {experiment.about}", "", " ".join(notes(results))]
+    lines = [f"# {title(experiment)}", "", introduction(experiment), "", " ".join(notes(results))]
     for case in experiment.cases:
         head = table_head(experiment)
         if case_title := experiment.case_title(case):

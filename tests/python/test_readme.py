@@ -73,6 +73,18 @@ def test_its_options_exist(offered):
     assert alone <= set.union(*offered.values())
 
 
+def test_its_sweep_is_one(tmp_path):
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    folder = tmp_path / "experiments" / "heads"
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text(block)
+    (tmp_path / "my.txt").write_text("some text of one's own\n" * 100)
+    done = subprocess.run([*PROGRAMS["python scripts/reproduce.py"], "heads", "--experiments", "experiments", "--dry-run"],
+                          cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "four" in done.stdout and "eight" in done.stdout
+
+
 def test_the_table_names_all_operators():
     rows = re.search(r"\n\| operator \|.*?\n\n", TEXT, re.DOTALL).group(0).splitlines()
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")}

@@ -268,3 +268,13 @@ figures: {}
     assert killed == whole
     curves = [(tmp_path / out / "tiny" / "curves.csv").read_text() for out in ("killed", "whole")]
     assert curves[0] == curves[1] and len(curves[0].splitlines()) == 1 + 6 * 4
+
+
+def test_what_is_of_no_paper_has_no_columns_for_it(toy):  # noqa: F811
+    edit(toy, "source: nowhere\n", "")
+    edit(toy, "paper: {all: {good: 0.8}}\n", "")
+    done = reproduce(toy, "toy")
+    assert done.returncode == 0, done.stderr
+    table = (toy / "out" / "toy" / "table.md").read_text()
+    assert "| model | parameters | learning rate | accuracy | steps_to_half | steps | cost |" in table
+    assert "paper" not in table.split("claim")[0] and "nowhere" not in table
