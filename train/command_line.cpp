@@ -63,7 +63,8 @@ int read_option(int index, int argc, char** argv, const std::vector<OptionSpec>&
   const std::string argument = argv[index];
   const size_t equals = argument.find('=');
   const bool has_value = equals != std::string::npos;
-  const OptionSpec& option = find_option(argument.substr(0, equals), options);
+  const OptionSpec& option =
+      find_option(argument == "-h" ? "--help" : argument.substr(0, equals), options);
   if (option.value.empty()) {
     if (has_value) fail(option.name + " takes no value, got " + in_quotes(argument));
     line.options[option.name] = "";

@@ -50,3 +50,8 @@ def test_a_reader_that_has_left(calls, name):
     with os.fdopen(writing, "w") as pipe:
         done = call(calls[name], pipe)
     assert done.returncode == 141 and "error" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", ["xlstm-train", "xlstm-generate", "xlstm-eval", "xlstm-data", "xlstm-bench"])
+def test_h_is_help(name):
+    assert program(name, "-h", check=0).stdout == program(name, "--help", check=0).stdout != ""
