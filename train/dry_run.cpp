@@ -80,22 +80,20 @@ void print_schedule(const config::Config& config) {
                                    : "length not given"));
 }
 
-/// Where the run would begin. Throws what a start would: a folder of something else, settings that must not change, a
-/// checkpoint that is bad or not there.
-void print_start(const config::Config& config, bool fresh) {
+/// Where the run would begin. Throws what a start would: settings or data that must not change, a checkpoint that is bad or
+/// not there.
+void print_start(const config::Config& config, bool fresh, bool held_run, TrainingData& data) {
   const std::string folder = run_path(config.run);
   if (fresh) {
     print_line("start       at step 0; what " + folder + " holds is moved aside");
     return;
   }
-  const std::optional<CheckpointFolder> checkpoint = choose_checkpoint(config, holds_run(folder));
+  const std::optional<CheckpointFolder> checkpoint = choose_checkpoint(config, held_run);
   if (!checkpoint) {
     print_line("start       at step 0, in " + folder);
     return;
   }
-  check_same_run(config, checkpoint_config(*checkpoint), checkpoint->path);
-  const std::optional<TrainerState> state = checkpoint_state(*checkpoint);
-  const int64_t step = state ? state->step : 0;
+  const int64_t step = state_to_go_on(*checkpoint, config, data).step;
   print_line("start       from " + checkpoint->path +
              (step < total_steps(config) ? "" : ": this run is finished"));
 }
@@ -195,7 +193,7 @@ void dry_run(const config::Config& given, bool fresh) {
   const int64_t available = available_memory_bytes(device);
   print_memory(memory, available, config.optim.shard);
   print_schedule(config);
-  if (has_data(config)) print_start(config, fresh);
+  const bool held_run = has_data(config) && finds_run(config.run, fresh);
   const std::optional<CheckpointFolder> weights = print_first_weights(config, fresh);
   if (!has_data(config)) {
     print_line(
@@ -204,13 +202,15 @@ void dry_run(const config::Config& given, bool fresh) {
     return;
   }
   if (const std::string missing = missing_data(config); !missing.empty()) {
-    print_line("data        " + missing + ": not checked, and no step was run");
+    print_line("data        " + missing +
+               ": not checked, nor where the run would begin; no step was run");
     return;
   }
-  const TrainingData data = open_training_data(config);
+  TrainingData data = open_training_data(config);
   print_data(config, data);
   const SampleWriter checks_prompts(config, "");
   if (weights) check_first_tokenizer(*weights, config);
+  print_start(config, fresh, held_run, data);
   if (available >= 0 && memory.known() > available) {
     print_line("one step    not run: it would need more memory than there is");
     return;

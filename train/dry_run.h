@@ -8,8 +8,8 @@
 namespace xlstm::train {
 
 struct ParameterCount {
-  int64_t embedding = 0, blocks = 0,
-          head = 0;  ///< a tied head counts as embedding; blocks: with the norm behind them
+  /// A tied head counts as embedding; blocks: with the norm behind them.
+  int64_t embedding = 0, blocks = 0, head = 0;
   int64_t total() const { return embedding + blocks + head; }
 };
 /// Counts without allocating: any size.
@@ -27,8 +27,8 @@ struct MemoryEstimate {
 };
 MemoryEstimate estimate_memory(const config::Config& config);
 
-/// The same without data and without a step, as a line of JSON: parameters, floating point operations (train/flops.h), memory, tokens
-/// and steps; null for what is not known or not given. Any size.
+/// The same without data and without a step, as a line of JSON: parameters, floating point
+/// operations (train/flops.h), memory, tokens and steps; null for what is not known or not given. Any size.
 std::string describe_run(const config::Config& config);
 
 /// Prints what a run would do, checks its data and the weights it starts with, and makes one real

@@ -72,15 +72,13 @@ std::string describe(const CheckpointFolder& weights) {
   return weights.path + (state ? " (step " + std::to_string(state->step) + ")" : "");
 }
 
-std::string load_first_weights(models::LanguageModel& model, const config::Config& config) {
-  if (config.train.init_from.empty()) return "";
-  const CheckpointFolder weights = find_first_weights(config, config.ckpt.verify_on_load);
+std::optional<CheckpointFolder> load_first_weights(models::LanguageModel& model,
+                                                   const config::Config& config) {
+  if (config.train.init_from.empty()) return std::nullopt;
+  CheckpointFolder weights = find_first_weights(config, config.ckpt.verify_on_load);
   check_first_tokenizer(weights, config);
   load_weights(model, weights);
-  warn_of_other_settings(weights, config);
-  std::string description = describe(weights);
-  log_info("starting with the weights of " + description);
-  return description;
+  return weights;
 }
 
 }  // namespace xlstm::train

@@ -1,6 +1,7 @@
 #pragma once
 // train.init_from: the weights of another run or of an imported model that a new run starts with. Everything else is
 // as in any new run: step 0, the first sample, an empty optimizer.
+#include <optional>
 #include <string>
 
 #include "csrc/config/config.h"
@@ -29,7 +30,8 @@ void warn_of_other_settings(const CheckpointFolder& weights, const config::Confi
 /// "runs/a/ckpt/step-00001000 (step 1000)"; of a model alone its folder.
 std::string describe(const CheckpointFolder& weights);
 
-/// Loads what train.init_from names into `model`, checked as above, and returns its description; "" where it is empty.
-std::string load_first_weights(models::LanguageModel& model, const config::Config& config);
+/// Loads what train.init_from names into `model`, checked as above, and returns it; nothing where it is empty.
+std::optional<CheckpointFolder> load_first_weights(models::LanguageModel& model,
+                                                   const config::Config& config);
 
 }  // namespace xlstm::train

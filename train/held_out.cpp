@@ -32,7 +32,9 @@ Metrics held_out_metrics(const EvaluationResult& result) {
   return metrics;
 }
 
-std::optional<EvaluationResult> recorded_held_out(const std::string& path, int64_t step) {
+std::optional<EvaluationResult> recorded_held_out(const std::string& path, int64_t step,
+                                                  const std::string& fingerprint,
+                                                  const std::string& unnamed) {
   std::optional<EvaluationResult> result;
   for (const nlohmann::json& line : lines_of_step(path, step)) {
     const auto number = [&](const char* key) {
@@ -41,7 +43,8 @@ std::optional<EvaluationResult> recorded_held_out(const std::string& path, int64
                                                        : std::nullopt;
     };
     const std::optional<double> loss = number("val/loss");
-    if (!loss) continue;
+    const std::string judged_by = line.value(kHeldOutSet, unnamed);
+    if (!loss || (!judged_by.empty() && judged_by != fingerprint)) continue;
     result.emplace();
     result->loss = *loss;
     result->perplexity = number("val/ppl").value_or(0);

@@ -74,7 +74,8 @@ void JsonlWriter::write_line(std::string json) {
   failed_ = true;
 }
 
-void JsonlWriter::write_metrics(int64_t step, const Metrics& metrics) {
+void JsonlWriter::write_metrics(int64_t step, const Metrics& metrics,
+                                const std::string& held_out_set) {
   std::string line = "{" + stamp(step);
   for (const auto& [key, value] : metrics) {
     line += ",\"" + key + "\":" + json_number(value);
@@ -84,6 +85,8 @@ void JsonlWriter::write_metrics(int64_t step, const Metrics& metrics) {
       line += std::string(",\"train/loss_hex\":\"") + text + "\"";
     }
   }
+  if (!held_out_set.empty())
+    line += "," + json_string(kHeldOutSet) + ":" + json_string(held_out_set);
   write_line(line + "}");
 }
 

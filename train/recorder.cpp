@@ -75,8 +75,9 @@ void Recorder::write_event(const std::string& name, int64_t step,
   if (jsonl_) jsonl_->write_event(name, step, fields);
 }
 
-void Recorder::write_metrics(int64_t step, const Metrics& metrics) {
-  if (jsonl_) jsonl_->write_metrics(step, metrics);
+void Recorder::write_metrics(int64_t step, const Metrics& metrics,
+                             const std::string& held_out_set) {
+  if (jsonl_) jsonl_->write_metrics(step, metrics, held_out_set);
   if (tensorboard_) tensorboard_->write_metrics(step, metrics);
 }
 

@@ -36,7 +36,8 @@ class Recorder {
   void log_step(const StepResult& result, const TrainerState& now, StepTimer& timer);
   void write_event(const std::string& name, int64_t step,
                    const std::vector<std::pair<std::string, std::string>>& fields = {});
-  void write_metrics(int64_t step, const Metrics& metrics);
+  /// held_out_set: as JsonlWriter takes it.
+  void write_metrics(int64_t step, const Metrics& metrics, const std::string& held_out_set = "");
 
   Console& console() { return console_; }
 

@@ -1,8 +1,6 @@
 // Which checkpoint a run goes on from, and whether its settings allow that.
-#include <algorithm>
 #include <filesystem>
-#include <iterator>
-#include <string_view>
+#include <system_error>
 
 #include "csrc/config/schema.h"
 #include "csrc/core/error.h"
@@ -10,6 +8,7 @@
 #include "train/checkpoint.h"
 #include "train/log.h"
 #include "train/run_folder.h"
+#include "train/training_data.h"
 
 namespace xlstm::train {
 namespace {
@@ -39,18 +38,14 @@ CheckpointFolder choose_named(const std::string& folder,
                                          "; there is " + (known.empty() ? "none" : known));
 }
 
-/// Settings that processes of one run may have differently: the data that they read is compared as such.
-constexpr std::string_view kOfEachMachine[] = {
-    "run.out_dir", "run.num_threads", "data.text",      "data.val_text",  "data.train",
-    "data.val",    "data.tokenizer",  "data.cache_dir", "data.task.path", "train.init_from"};
-
 struct Difference {
   std::string name, a, b;
 };
 
+/// Of the settings that `counts` picks. Copies, because a field refers to what could be written.
 template <class Counts>
-std::optional<Difference> first_difference(config::Config a, config::Config b,  // a field refers to
-                                           const Counts& counts) {  // what could be written
+std::optional<Difference> first_difference(config::Config a, config::Config b,
+                                           const Counts& counts) {
   for (const config::Field& field : config::schema()) {
     if (!counts(field)) continue;
     Difference found{field.name, config::format_value(field.ref(a)),
@@ -58,6 +53,19 @@ std::optional<Difference> first_difference(config::Config a, config::Config b,  
     if (found.a != found.b) return found;
   }
   return std::nullopt;
+}
+
+void warn_of_other_held_out(const config::Config& now, const config::Config& saved,
+                            const std::string& saved_fingerprint, const TrainingData& data,
+                            const std::string& checkpoint) {
+  const std::string fingerprint = data.held_out ? data.held_out->fingerprint() : "";
+  if (fingerprint.empty() || saved_fingerprint.empty() || fingerprint == saved_fingerprint) return;
+  const auto changed = first_difference(
+      now, saved, [](const config::Field& field) { return field.name.starts_with("data.val"); });
+  log_warning("the held-out set is another one than " + checkpoint + " was judged by (" +
+              (changed ? changed->name + ": " + changed->a + " now, " + changed->b + " then"
+                       : "its text has changed") +
+              "): what it is judged by from here on does not compare with the evaluations before");
 }
 
 /// Whether the last start had all the settings of this one, which it wrote down.
@@ -98,20 +106,26 @@ std::optional<CheckpointFolder> choose_checkpoint(const config::Config& config, 
 }
 
 void set_aside_later_checkpoints(const RunFolder& folder, int64_t step) {
-  std::string target;
-  const std::string root = folder.file("ckpt");
-  if (!fs::is_directory(root)) return;
-  std::vector<fs::path> later;
-  for (const auto& entry : fs::directory_iterator(root)) {
-    if (checkpoint_step(entry.path()) > step) later.push_back(entry.path());
-  }
-  for (const fs::path& checkpoint : later) {
+  const fs::path root = folder.file("ckpt");
+  try {
+    std::vector<fs::path> later;
+    for (const auto& entry : fs::directory_iterator(root))
+      if (checkpoint_step(entry.path()) > step) later.push_back(entry.path());
+    if (later.empty()) return;
+    fs::path target;
     for (int number = 1; target.empty(); ++number) {
-      const std::string name = folder.file("ckpt-old-" + std::to_string(number));
-      if (fs::create_directory(name)) target = name;
+      const fs::path name = root / ("old-" + std::to_string(number));
+      if (!fs::exists(name) && fs::create_directory(name)) target = name;
     }
-    fs::rename(checkpoint, fs::path(target) / checkpoint.filename());
-    log_info("set aside " + checkpoint.string() + " in " + target);
+    for (const fs::path& checkpoint : later) {
+      fs::rename(checkpoint, target / checkpoint.filename());
+      log_info("set aside " + checkpoint.string() + " in " + target.string());
+    }
+  } catch (const std::system_error& error) {
+    throw Error(ExitCode::kCheckpoint,
+                "run folder " + folder.path() + ": the checkpoints behind step " +
+                    std::to_string(step) + " cannot be set aside within " + root.string() + ": " +
+                    error.code().message() + "; make it writable, or move them away yourself");
   }
 }
 
@@ -124,11 +138,31 @@ void check_same_run(const config::Config& now, const config::Config& saved,
                                        "; put it back, or start over with --fresh");
 }
 
+TrainerState state_to_go_on(const CheckpointFolder& checkpoint, const config::Config& config,
+                            TrainingData& data) {
+  // Settings first: their message says more than a shape that does not fit.
+  const config::Config saved = checkpoint_config(checkpoint);
+  check_same_run(config, saved, checkpoint.path);
+  const std::optional<TrainerState> state = checkpoint_state(checkpoint);
+  if (!state || !checkpoint.holds(kOptimizerName))
+    throw Error(ExitCode::kCheckpoint,
+                checkpoint.path +
+                    ": holds a model without optimizer state, which cannot go on; "
+                    "name it as train.init_from of a run with another run.name");
+  const std::string fingerprint = data.train->fingerprint();
+  if (!data.train->take_order_of(state->data_fingerprint))
+    throw Error(ExitCode::kConfig,
+                "data: the training data is not that of " + checkpoint.path + " (fingerprint " +
+                    state->data_fingerprint + ", now " + fingerprint +
+                    "); put the data back, start over with --fresh, or choose another run.name");
+  if (data.train->fingerprint() != fingerprint)
+    log_info("the samples keep the order of the earlier version that this run began with");
+  warn_of_other_held_out(config, saved, state->held_out_fingerprint, data, checkpoint.path);
+  return *state;
+}
+
 std::string differing_setting(const config::Config& own, const config::Config& leader) {
-  const auto counts = [](const config::Field& field) {
-    return std::find(std::begin(kOfEachMachine), std::end(kOfEachMachine), field.name) ==
-           std::end(kOfEachMachine);
-  };
+  const auto counts = [](const config::Field& field) { return !field.per_machine; };
   const auto found = first_difference(own, leader, counts);
   return found ? found->name + ": " + found->a + " here, " + found->b + " in process 0" : "";
 }

@@ -51,11 +51,16 @@ std::string run_path(const config::RunConfig& run) {
   return (fs::path(run.out_dir) / run.name).lexically_normal().string();
 }
 
-bool holds_run(const std::string& path) {
-  if (!fs::is_directory(path)) {
-    if (fs::exists(path)) refuse(path, "is a file");
-    return false;
-  }
+bool finds_run(const config::RunConfig& run, bool fresh) {
+  if (fresh && checkpoint_step(run.resume) >= 0)
+    throw Error(ExitCode::kConfig, "run.resume: goes on from " + run.resume +
+                                       ", but --fresh starts over; give one of them");
+  const std::string path = run_path(run);
+  if (fs::exists(path) && !fs::is_directory(path)) refuse(path, "is a file");
+  if (fresh || !fs::exists(path)) return false;
+  const fs::path ckpt = fs::path(path) / "ckpt";
+  if (fs::exists(fs::symlink_status(ckpt)) && !fs::is_directory(ckpt))
+    refuse(path, "its ckpt is a file, or a link to a folder that is not there");
   for (const char* name : {"run.json", "run.log", "metrics.jsonl", "ckpt"}) {
     if (fs::exists(fs::path(path) / name)) return true;
   }
@@ -66,11 +71,9 @@ bool holds_run(const std::string& path) {
 
 RunFolder::RunFolder(const config::RunConfig& run, bool fresh) : path_(run_path(run)) {
   try {
+    finds_run(run, fresh);  // before anything is created
     create_and_lock();
-    if (const fs::path ckpt = file("ckpt");
-        !fresh && fs::exists(fs::symlink_status(ckpt)) && !fs::is_directory(ckpt))
-      refuse(path_, "its ckpt is a file, or a link to a folder that is not there");
-    held_run_ = !fresh && holds_run(path_);
+    held_run_ = finds_run(run, fresh);  // no other process changes it any more
     probe();
   } catch (const std::system_error& error) {  // fs::filesystem_error included
     refuse(path_, "cannot be written: " + error.code().message());
@@ -95,7 +98,6 @@ void RunFolder::Lock::release() {
 }
 
 void RunFolder::create_and_lock() {
-  if (fs::exists(path_) && !fs::is_directory(path_)) refuse(path_, "is a file");
   fs::create_directories(path_);
   const std::string lock = file(kLock);
   lock_.fd = ::open(lock.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);

@@ -9,8 +9,15 @@
 
 namespace xlstm::train {
 
+struct TrainingData;
+
 /// out_dir/name.
 std::string run_path(const config::RunConfig& run);
+
+/// Whether a start finds a run in the folder that it has to go on with; creates nothing. fresh: it does not look for one.
+/// Throws Error: kConfig where `fresh` and a named checkpoint exclude each other; kCheckpoint where the folder is a file,
+/// its ckpt is none, or it holds files of something else.
+bool finds_run(const config::RunConfig& run, bool fresh);
 
 /// The folder of a run, run_path, owned by this process for as long as the object lives:
 ///   run.json  config.yaml  run.log  metrics.jsonl  samples.jsonl
@@ -18,8 +25,8 @@ std::string run_path(const config::RunConfig& run);
 class RunFolder {
  public:
   /// Creates the folder, proves that it can be written, and locks it. fresh: start_over() follows, once everything else
-  /// that can fail has not. Throws Error(kCheckpoint) when it cannot be written, when another process trains there (with
-  /// its pid), when its ckpt is no folder, or when it holds files of something else than a run and is not to be moved.
+  /// that can fail has not. Throws what finds_run() does, and Error(kCheckpoint) when it cannot be written, or when another
+  /// process trains there (with its pid).
   RunFolder(const config::RunConfig& run, bool fresh);
   /// Moves what the folder holds, if anything, aside to <name>.old-N, which is returned, and owns an empty one.
   std::string start_over();
@@ -59,9 +66,6 @@ std::string recorded_first_weights(const RunFolder& folder);
 /// is not known or not there any more.
 std::string recorded_start_folder(const std::string& checkpoint);
 
-/// Whether a folder holds a run. Throws Error(kCheckpoint) where it is no folder, or one of something else.
-bool holds_run(const std::string& path);
-
 /// The checkpoint to go on from by config.run.resume, its hashes verified where ckpt.verify_on_load;
 /// nothing: start at step 0. held_run: what the run's folder held before this start. "auto" falls back past bad
 /// checkpoints with a warning that names the bad file, and so does "step-N" where the last start had these very settings:
@@ -72,7 +76,8 @@ std::optional<CheckpointFolder> choose_checkpoint(const config::Config& config, 
 /// Step of a checkpoint folder named "step-00001000"; -1 for other names.
 int64_t checkpoint_step(const std::string& folder);
 
-/// Moves checkpoints beyond `step` to <run>/ckpt-old-N: the run is about to write those steps anew.
+/// Moves checkpoints beyond `step` to <run>/ckpt/old-N: the run is about to write those steps anew. Within ckpt/, which may
+/// be a link to another disk. Throws Error(kCheckpoint) where that fails.
 void set_aside_later_checkpoints(const RunFolder& folder, int64_t step);
 
 /// Throws Error(kConfig) naming the first setting that must not change when a run goes on, which the
@@ -80,8 +85,14 @@ void set_aside_later_checkpoints(const RunFolder& folder, int64_t step);
 void check_same_run(const config::Config& now, const config::Config& saved,
                     const std::string& saved_in);
 
-/// What the processes of a run must agree on and this one does not: "" or the first setting with its two values. Where
-/// files are and how many threads compute is each machine's own. leader: the settings of process 0.
+/// The counters of a checkpoint to go on from, where settings and training data are those of its run; data.train takes over
+/// the order of its samples. Says on the log where the held-out set is another one. Throws Error: kConfig naming what
+/// differs, kCheckpoint where it is a model alone.
+TrainerState state_to_go_on(const CheckpointFolder& checkpoint, const config::Config& config,
+                            TrainingData& data);
+
+/// What the processes of a run must agree on and this one does not: "" or the first setting with its two values. What
+/// config::Field::per_machine says is each process's own. leader: the settings of process 0.
 std::string differing_setting(const config::Config& own, const config::Config& leader);
 
 }  // namespace xlstm::train

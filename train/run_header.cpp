@@ -64,10 +64,15 @@ std::string recorded_first_weights(const RunFolder& folder) {
 }
 
 std::string recorded_start_folder(const std::string& checkpoint) {
-  const fs::path run = fs::weakly_canonical(checkpoint).parent_path().parent_path();
-  const std::string folder = recorded(run / "run.json", "folder");
-  std::error_code ignored;
-  return fs::is_directory(folder, ignored) ? folder : "";
+  // As named first: the run's ckpt may be a link to another disk. Then what a link to a checkpoint leads to.
+  for (const fs::path& path :
+       {fs::absolute(checkpoint).lexically_normal(), fs::weakly_canonical(checkpoint)}) {
+    const fs::path run = (path / "").parent_path().parent_path().parent_path();
+    const std::string folder = recorded(run / "run.json", "folder");
+    std::error_code ignored;
+    if (fs::is_directory(folder, ignored)) return folder;
+  }
+  return "";
 }
 
 }  // namespace xlstm::train

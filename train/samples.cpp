@@ -65,12 +65,16 @@ std::vector<size_t> SampleWriter::missing(int64_t step) const {
   return missing;
 }
 
-void SampleWriter::write(models::LanguageModel& model, int64_t step) {
+void SampleWriter::write(models::LanguageModel& model, int64_t step,
+                         const std::function<void()>& poll) {
   try {
-    for (const size_t index : missing(step)) write_one(model, step, index);
+    for (const size_t index : missing(step)) write_one(model, step, index, poll);
     failed_ = false;
-  } catch (const Stopped&) {  // which the trainer sees next
+  } catch (const Stopped&) {
+    throw;
   } catch (const std::exception& error) {
+    const auto* own = dynamic_cast<const Error*>(&error);
+    if (own != nullptr && own->code == ExitCode::kPeer) throw;
     if (!failed_)
       log_warning("samples of step " + std::to_string(step) +
                   " are not written: " + std::string(error.what()) + "; training goes on");
@@ -90,10 +94,10 @@ SamplingOptions SampleWriter::sampling_options(size_t index) const {
   return options;
 }
 
-void SampleWriter::write_one(models::LanguageModel& model, int64_t step, size_t index) {
+void SampleWriter::write_one(models::LanguageModel& model, int64_t step, size_t index,
+                             const std::function<void()>& poll) {
   const SamplingOptions options = sampling_options(index);
-  std::vector<int64_t> ids =
-      generate(model, prompts_[index], options, [](int64_t) { throw_if_stop_requested(); });
+  std::vector<int64_t> ids = generate(model, prompts_[index], options, [&](int64_t) { poll(); });
   if (!ids.empty() && ids.back() == options.stop_token) ids.pop_back();
   const std::string text = valid_utf8(tokenizer_->decode(ids));
   const std::string& prompt = config_.sample.prompts[index];

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,13 +23,14 @@ class SampleWriter {
 
   /// Whether the file lacks samples of this step.
   bool lacks(int64_t step) const { return !missing(step).empty(); }
-  /// Writes those. A sample that fails costs a warning, never the run; where a signal asks to stop, what is left stays
-  /// missing.
-  void write(models::LanguageModel& model, int64_t step);
+  /// Writes those. A sample that fails costs a warning, never the run. poll: called for every token; when it throws
+  /// Stopped or Error(kPeer), what is left stays missing.
+  void write(models::LanguageModel& model, int64_t step, const std::function<void()>& poll);
 
  private:
   std::vector<size_t> missing(int64_t step) const;
-  void write_one(models::LanguageModel& model, int64_t step, size_t index);
+  void write_one(models::LanguageModel& model, int64_t step, size_t index,
+                 const std::function<void()>& poll);
   SamplingOptions sampling_options(size_t index) const;
 
   const config::Config& config_;

@@ -1,6 +1,7 @@
 // xlstm-train: trains a language model from a YAML file.
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -63,20 +64,22 @@ std::string shell_command(const std::vector<std::string>& arguments) {
   return command;
 }
 
-/// The command line without what would throw away, or refuse, the run that it is to go on with.
+/// The command line without what would throw away, or refuse, the run that it is to go on with. Behind "--" nothing is an
+/// option or a setting.
 std::vector<std::string> arguments_to_go_on(const std::vector<std::string>& arguments,
                                             const std::string& resume) {
   std::vector<std::string> kept;
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    const std::string& argument = arguments[i];
-    if (argument == "--resume") {
-      ++i;  // its value
-    } else if (argument != "--fresh" && !argument.starts_with("--resume=") &&
-               !argument.starts_with("run.resume=")) {
-      kept.push_back(argument);
+  const auto positional = std::find(arguments.begin(), arguments.end(), "--");
+  for (auto argument = arguments.begin(); argument != positional; ++argument) {
+    if (*argument == "--resume") {
+      ++argument;  // its value
+    } else if (*argument != "--fresh" && !argument->starts_with("--resume=") &&
+               !argument->starts_with("run.resume=")) {
+      kept.push_back(*argument);
     }
   }
   if (resume != "auto") kept.push_back("--resume=auto");  // the file may say otherwise
+  kept.insert(kept.end(), positional, arguments.end());
   return kept;
 }
 

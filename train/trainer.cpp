@@ -36,6 +36,12 @@
 namespace xlstm::train {
 
 namespace fs = std::filesystem;
+namespace {
+
+/// Seconds between two questions of process 0, which works alone, to those that wait.
+constexpr double kBetweenQuestions = 0.1;
+
+}  // namespace
 
 class Trainer::Impl {
  public:
@@ -49,8 +55,10 @@ class Trainer::Impl {
   void open_run_folder();
   void start_over();
   void open_data();
-  void open_own_data();
+  template <class Work>
+  void work_alone(const Work& work);
   void resume_or_start();
+  std::string start();
   /// What a checkpoint holds beside weights and counters.
   struct Resumed {
     NamedTensors optimizer, carried;
@@ -144,7 +152,6 @@ void Trainer::Impl::open() {
   saver_.emplace(config_, leads() ? folder_->path() : "", *model_, *optimizer_,
                  train_step_->carried(), device_, *group_, *recorder_);
   saver_->check_free_disk();
-  if (leads() && options_.fresh) start_over();
 }
 
 /// Other settings would end in a wait for ever, or in weights that come apart.
@@ -160,16 +167,12 @@ void Trainer::Impl::agree_on_settings() {
 }
 
 void Trainer::Impl::open_run_folder() {
-  if (options_.fresh && checkpoint_step(config_.run.resume) >= 0)
-    throw Error(ExitCode::kConfig, "run.resume: goes on from " + config_.run.resume +
-                                       ", but --fresh starts over; give one of them");
   // Weights that cannot be had stop a run before data is prepared.
   if (takes_first_weights(config_, options_.fresh)) check_first_weights(config_, /*verify=*/false);
   folder_.emplace(config_.run, options_.fresh);
   if (!options_.fresh) open_log_file(folder_->file("run.log"));
 }
 
-/// An earlier run is moved aside when nothing can stop this one any more.
 void Trainer::Impl::start_over() {
   const std::string moved_to = folder_->start_over();
   open_log_file(folder_->file("run.log"));
@@ -178,23 +181,41 @@ void Trainer::Impl::start_over() {
 
 /// Process 0 prepares data.text; the others then find it in the cache.
 void Trainer::Impl::open_data() {
-  if (leads()) open_own_data();
+  work_alone([&](const auto& poll) { data_ = open_training_data(config_, poll); });
+  if (!leads()) {
+    try {
+      data_ = open_training_data(config_, throw_if_stop_requested);
+    } catch (const Stopped&) {  // all processes stop together, here
+    }
+  }
   stop_if_asked();
-  if (!leads()) open_own_data();
-  stop_if_asked();
-  const std::string own = data_.train->fingerprint();
-  if (group_->any(own != group_->broadcast(own)))
-    throw Error(ExitCode::kData,
-                "the processes of this run do not read the same training data (this one has " +
-                    data_.train->fingerprint() +
-                    "); give all of them the same files and data settings");
+  const std::pair<const char*, std::string> sets[] = {
+      {"training data", data_.train->fingerprint()},
+      {"held-out data", data_.held_out ? data_.held_out->fingerprint() : "none"}};
+  for (const auto& [what, own] : sets)
+    if (group_->any(own != group_->broadcast(own)))
+      throw Error(ExitCode::kData, std::string("the processes of this run do not read the same ") +
+                                       what + " (this one has " + own +
+                                       "); give all of them the same files and data settings");
 }
 
-void Trainer::Impl::open_own_data() {
-  try {
-    data_ = open_training_data(config_, throw_if_stop_requested);
-  } catch (const Stopped&) {  // all processes stop together: stop_if_asked() is next
+/// `work` of process 0, for which the others wait. The poll that it is given, to be called all the time, asks them every
+/// now and then whether a signal has come, to whichever: then all throw Stopped at the same place.
+template <class Work>
+void Trainer::Impl::work_alone(const Work& work) {
+  if (leads()) {
+    double asked = monotonic_seconds();
+    work([&] {
+      if (monotonic_seconds() - asked < kBetweenQuestions) return;
+      group_->any(true);  // it goes on
+      stop_if_asked();
+      asked = monotonic_seconds();
+    });
+    group_->any(false);
+  } else {
+    while (group_->any(false)) stop_if_asked();
   }
+  stop_if_asked();
 }
 
 void Trainer::Impl::resume_or_start() {
@@ -202,23 +223,32 @@ void Trainer::Impl::resume_or_start() {
   Resumed resumed;
   if (leads()) {
     const std::optional<CheckpointFolder> checkpoint =
-        choose_checkpoint(config_, folder_->held_run());
-    std::string first_weights;
-    if (checkpoint.has_value()) {
+        options_.fresh ? std::nullopt : choose_checkpoint(config_, folder_->held_run());
+    if (checkpoint) {
       resumed = load(*checkpoint);
       set_aside_later_checkpoints(*folder_, state_.step);
-      first_weights = recorded_first_weights(*folder_);
       if (!config_.train.init_from.empty())
         log_info("train.init_from is not read: this run goes on from its own checkpoint");
+      start_files(checkpoint->path, recorded_first_weights(*folder_));
     } else {
-      if (folder_->held_run())
-        log_info("no checkpoint in " + folder_->path() + " yet: starting at step 0");
-      first_weights = load_first_weights(*model_, config_);
+      start_files("", start());
     }
-    start_files(checkpoint.has_value() ? checkpoint->path : "", first_weights);
   }
   if (data_.held_out) state_.held_out_fingerprint = data_.held_out->fingerprint();
   share_state(resumed);
+}
+
+/// At step 0; returns which weights the model starts with. An earlier run is moved aside when nothing can stop this one any
+/// more.
+std::string Trainer::Impl::start() {
+  const std::optional<CheckpointFolder> given = load_first_weights(*model_, config_);
+  if (options_.fresh) start_over();
+  if (folder_->held_run())
+    log_info("no checkpoint in " + folder_->path() + " yet: starting at step 0");
+  if (!given) return "";
+  warn_of_other_settings(*given, config_);
+  log_info("starting with the weights of " + describe(*given));
+  return describe(*given);
 }
 
 /// Files of the run's course, cut to where it goes on. checkpoint: "" at a start.
@@ -228,9 +258,11 @@ void Trainer::Impl::start_files(const std::string& checkpoint, const std::string
     fs::create_directory(folder_->file("ckpt"));
     truncate_jsonl(metrics, state_.step);
     truncate_jsonl(folder_->file("samples.jsonl"), state_.step);
-    if (const auto recorded = recorded_held_out(metrics, state_.step); recorded && data_.held_out) {
-      evaluation_ = *recorded;
-      evaluated_step_ = state_.step;
+    if (data_.held_out) {
+      const auto recorded =
+          recorded_held_out(metrics, state_.step, data_.held_out->fingerprint(),
+                            /*unnamed=*/state_.held_out_fingerprint);  // the checkpoint's, still
+      if (recorded) evaluation_ = *recorded, evaluated_step_ = state_.step;
     }
     if (is_complete()) return;
     write_run_header(*folder_, config_, options_.command, models::count_parameters(config_.model),
@@ -251,8 +283,8 @@ bool Trainer::Impl::is_complete() const {
                      [](const auto& line) { return line.value("event", "") == "end"; });
 }
 
-/// Weights, optimizer, carried states and counters of process 0, which alone reads the run's files, for all. resumed: in
-/// process 0.
+/// Weights, optimizer, carried states and counters of process 0, which alone reads the run's files,
+/// for all. resumed: in process 0.
 void Trainer::Impl::share_state(const Resumed& resumed) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> tensors;
@@ -275,30 +307,12 @@ void Trainer::Impl::share_state(const Resumed& resumed) {
 
 /// Returns what share_state() takes.
 Trainer::Impl::Resumed Trainer::Impl::load(const CheckpointFolder& checkpoint) {
-  // Settings first: their message says more than a shape that does not fit.
-  check_same_run(config_, checkpoint_config(checkpoint), checkpoint.path);
-  const std::optional<TrainerState> state = checkpoint_state(checkpoint);
-  if (!state.has_value() || !checkpoint.holds(kOptimizerName)) {
-    throw Error(ExitCode::kCheckpoint,
-                checkpoint.path +
-                    ": holds a model without optimizer state, which cannot go on; "
-                    "name it as train.init_from of a run with another run.name");
-  }
-  const std::string fingerprint = data_.train->fingerprint();
-  if (!data_.train->take_order_of(state->data_fingerprint)) {
-    throw Error(ExitCode::kConfig, "data: the training data is not that of " + checkpoint.path +
-                                       " (fingerprint " + state->data_fingerprint + ", now " +
-                                       fingerprint +
-                                       "); put the data back, start over with --fresh, or choose "
-                                       "another run.name");
-  }
+  const TrainerState state = state_to_go_on(checkpoint, config_, data_);
   Resumed resumed{checkpoint_optimizer(checkpoint), checkpoint_carried(checkpoint)};
   optimizer_->check_state(resumed.optimizer);
   if (const CarriedState* carried = train_step_->carried()) carried->check(resumed.carried);
-  if (data_.train->fingerprint() != fingerprint)
-    log_info("the samples keep the order of the earlier version that this run began with");
   load_weights(*model_, checkpoint);
-  state_ = *state;
+  state_ = state;
   saver_->set_saved_step(state_.step);
   restore_random_streams(device_, state_);
   log_info("resumed from " + checkpoint.path);
@@ -404,13 +418,13 @@ void Trainer::Impl::evaluate_now() {
                progress, nullptr, &*group_, [this] { stop_if_asked(); });
   evaluated_step_ = state_.step;
   log_info("step " + std::to_string(state_.step) + " | " + held_out_line(evaluation_));
-  recorder_->write_metrics(state_.step, held_out_metrics(evaluation_));
+  recorder_->write_metrics(state_.step, held_out_metrics(evaluation_),
+                           data_.held_out->fingerprint());
 }
 
 void Trainer::Impl::write_samples() {
   settle();
-  if (samples_) samples_->write(*model_, state_.step);
-  stop_if_asked();
+  work_alone([&](const auto& poll) { samples_->write(*model_, state_.step, poll); });
 }
 
 /// last: nothing comes after this step.

@@ -5,9 +5,11 @@
 //   3 finite check of loss and gradient norm, before anything is changed
 //   4 clip       5 learning rate      6 optimizer      7 log      8 save
 //   9 signals: asked to stop -> save, exit status 75
-//   10 evaluate  11 sample: between their batches and tokens signals are looked for, too
-// Evaluations and samples that a stop or a crash has cut off are made up for when the run goes on, and
-// a finished run that has them all is left as it is. A step is a pure function of (weights, optimizer state, random stream, step number), all of which
+//   10 evaluate  11 sample: between their batches and tokens signals are looked for, too, those to
+//      any process of the run
+// Evaluations and samples that a stop or a crash has cut off are made up for when the run goes on,
+// and a finished run that has them all is left as it is.
+// A step is a pure function of (weights, optimizer state, random stream, step number), all of which
 // a checkpoint holds: a resumed run has the bits of one that was never stopped, for the same number
 // of threads.
 #include <cstdint>
@@ -34,9 +36,9 @@ class Trainer {
   Trainer& operator=(const Trainer&) = delete;
 
   /// Starts or resumes the run and trains to its end: kOk, or kPreempted when a signal stopped it
-  /// with everything saved or nothing done yet. The last line on standard output is "held-out bits per byte: N.NN"
-  /// ("held-out perplexity: N.NN" where the data does not know its bytes, "final training loss:
-  /// N.NNNN" without held-out data). Throws Error with its exit status.
+  /// with everything saved or nothing done yet. The last line on standard output is "held-out bits
+  /// per byte: N.NN" ("held-out perplexity: N.NN" where the data does not know its bytes, "final
+  /// training loss: N.NNNN" without held-out data). Throws Error with its exit status.
   ExitCode run();
 
  private:

@@ -105,17 +105,25 @@ std::string describe_data(const config::Config& config, const TrainingData& data
                         : "nothing held out");
 }
 
+data::DatasetOptions dataset_options(const config::Config& config) {
+  return {.seq_len = config.data.seq_len,
+          .shuffle = config.data.shuffle,
+          .seed = static_cast<uint64_t>(config.data.shuffle_seed),
+          .reset_state_at_document = config.data.reset_state_at_document,
+          .mask_loss_across_documents = config.data.mask_loss_across_documents,
+          .streams = config.train.carry_state ? config.train.global_batch_size : 0};
+}
+
 TrainingData open_training_data(config::Config& config, const std::function<void()>& poll) {
   if (!has_data(config)) {
     throw Error(ExitCode::kConfig,
                 "no training data: set data.text=FILE, FOLDER or GLOB, data.train=[{path: "
                 "PREFIX}] (xlstm-data prepare), or data.task.name=TASK");
   }
-  const auto seed = static_cast<uint64_t>(config.data.shuffle_seed);
   if (data::is_given(config.data.task)) {
-    data::TaskData task =
-        data::make_task_data(config.data.task, config.data.seq_len, seed, config.data.shuffle,
-                             config.model.vocab_size, config.model.input_features);
+    data::TaskData task = data::make_task_data(
+        config.data.task, config.data.seq_len, static_cast<uint64_t>(config.data.shuffle_seed),
+        config.data.shuffle, config.model.vocab_size, config.model.input_features);
     return {std::move(task.train), std::move(task.held_out)};
   }
   std::vector<config::DataSource> sources = config.data.train;
@@ -127,13 +135,7 @@ TrainingData open_training_data(config::Config& config, const std::function<void
     sources = {{cached.train_prefix, 1.0}};
     held_out = cached.val_prefix;
   }
-  const data::DatasetOptions options{
-      .seq_len = config.data.seq_len,
-      .shuffle = config.data.shuffle,
-      .seed = seed,
-      .reset_state_at_document = config.data.reset_state_at_document,
-      .mask_loss_across_documents = config.data.mask_loss_across_documents,
-      .streams = config.train.carry_state ? config.train.global_batch_size : 0};
+  const data::DatasetOptions options = dataset_options(config);
   TrainingData result;
   std::vector<data::WeightedFile> files;
   for (const auto& source : sources) {

@@ -8,13 +8,13 @@ namespace {
 std::vector<Field> run_fields() {
   return {
       XLSTM_FIELD(run.name, text(), "name of the run's folder, which is out_dir/name"),
-      XLSTM_FIELD(run.out_dir, text(), "folder of all runs"),
+      per_machine(XLSTM_FIELD(run.out_dir, text(), "folder of all runs")),
       XLSTM_FIELD(run.seed, integers(0), "seed of initialisation, dropout and sampling"),
       XLSTM_FIELD(run.resume, one_of({"auto", "never", "step-N"}),
                   "auto: go on from the newest good checkpoint of the run's folder"),
       XLSTM_FIELD(run.device, one_of({"auto", "cpu", "cuda"}),
                   "where to compute; auto: a GPU where there is one"),
-      XLSTM_FIELD(run.num_threads, integers(0, 4096), "CPU threads; 0: all cores"),
+      per_machine(XLSTM_FIELD(run.num_threads, integers(0, 4096), "CPU threads; 0: all cores")),
   };
 }
 
@@ -40,9 +40,9 @@ std::vector<Field> training_fields() {
           "each sequence of a batch goes on in the text where that of the batch before ended, with "
           "the state it left (truncated backpropagation through time); false: sequences from "
           "anywhere, each from an empty state")),
-      XLSTM_FIELD(
+      per_machine(XLSTM_FIELD(
           train.init_from, any(),
-          "folder of a run or checkpoint whose weights a new run starts with; empty: drawn"),
+          "folder of a run or checkpoint whose weights a new run starts with; empty: drawn")),
       XLSTM_FIELD(optim.learning_rate, above(0), "peak learning rate of AdamW"),
       XLSTM_FIELD(optim.min_lr, at_least(0), "learning rate at the end of the schedule"),
       XLSTM_FIELD(optim.schedule, one_of({"cosine", "linear", "constant", "wsd"}),

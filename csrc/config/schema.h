@@ -33,6 +33,8 @@ struct Field {
   std::string doc;  ///< one line
   /// A run that goes on must have the value that it began with.
   bool identity = false;
+  /// Processes of one run may have different values: where a machine has its files, how many threads it has.
+  bool per_machine = false;
 };
 
 struct Section {

@@ -14,21 +14,24 @@ std::vector<std::string> task_choices() {
 
 std::vector<Field> data_fields() {
   return {
-      XLSTM_FIELD(data.text, any(),
-                  "text to train on, prepared on the fly: file, folder, glob, or python-stdlib "
-                  "(the sources of Python's "
-                  "standard library); empty: data.train is used"),
-      XLSTM_FIELD(data.val_text, any(), "held-out text; empty: a part of data.text"),
+      per_machine(
+          XLSTM_FIELD(data.text, any(),
+                      "text to train on, prepared on the fly: file, folder, glob, or python-stdlib "
+                      "(the sources of Python's "
+                      "standard library); empty: data.train is used")),
+      per_machine(XLSTM_FIELD(data.val_text, any(), "held-out text; empty: a part of data.text")),
       XLSTM_FIELD(data.val_fraction, between(0, 1),
                   "held-out share of data.text when val_text is empty"),
       XLSTM_FIELD(data.val_split, one_of({"tail", "file"}),
                   "tail: the end of each file; file: whole files"),
-      XLSTM_FIELD(data.cache_dir, any(),
-                  "prepared text; empty: $XDG_CACHE_HOME/libxlstm or ~/.cache/libxlstm"),
-      XLSTM_FIELD(data.train, above(0),
-                  "prepared token files (prefixes of .bin/.idx), mixed by weight"),
-      XLSTM_FIELD(data.val, any(), "prepared held-out token file (prefix of .bin/.idx)"),
-      XLSTM_FIELD(data.tokenizer, text(), data::kTokenizerSpecs),
+      per_machine(
+          XLSTM_FIELD(data.cache_dir, any(),
+                      "prepared text; empty: $XDG_CACHE_HOME/libxlstm or ~/.cache/libxlstm")),
+      per_machine(XLSTM_FIELD(data.train, above(0),
+                              "prepared token files (prefixes of .bin/.idx), mixed by weight")),
+      per_machine(
+          XLSTM_FIELD(data.val, any(), "prepared held-out token file (prefix of .bin/.idx)")),
+      per_machine(XLSTM_FIELD(data.tokenizer, text(), data::kTokenizerSpecs)),
       identity(XLSTM_FIELD(data.seq_len, integers(1, kMaxSize), "tokens per training sequence")),
       identity(XLSTM_FIELD(data.shuffle, any(),
                            "visit the sequences in random order, new in each epoch")),
@@ -57,8 +60,9 @@ std::vector<Field> data_fields() {
                   "listops: nodes from the root down to the deepest one"),
       XLSTM_FIELD(data.task.max_args, integers(2, 1000),
                   "listops: most arguments of an operator; the fewest are 2"),
-      XLSTM_FIELD(data.task.path, any(),
-                  "image, rgb_image, retrieval, pathfinder: folder of the data set's files"),
+      per_machine(
+          XLSTM_FIELD(data.task.path, any(),
+                      "image, rgb_image, retrieval, pathfinder: folder of the data set's files")),
       XLSTM_FIELD(data.task.train_samples, integers(0, kMaxSize),
                   "samples of an epoch; 0: fresh ones for ever, or all of the files"),
       XLSTM_FIELD(data.task.held_out, one_of({"test", "validation"}),

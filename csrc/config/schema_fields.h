@@ -78,6 +78,11 @@ inline Field identity(Field field) {
   field.identity = true;
   return field;
 }
+/// Each process of a run may have its own value.
+inline Field per_machine(Field field) {
+  field.per_machine = true;
+  return field;
+}
 
 // The name is the member's own path, so that the two cannot differ.
 #define XLSTM_FIELD(member, limits, doc)                                                           \

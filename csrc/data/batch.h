@@ -48,11 +48,11 @@ class SampleSource {
   /// their marks tell: the hash in a token file's sidecar (TokenFile::fingerprint; without one their sizes), for tasks
   /// the hash of parts of large files (recorded_task.cpp).
   std::string fingerprint() const { return fingerprint_in(order_); }
-  /// Goes on in the order of the version in which this data has that fingerprint, so that a run keeps the one it began
-  /// with. False, and nothing changes, where there is no such version: it is the fingerprint of something else.
-  bool take_order_of(const std::string& fingerprint) {
+  /// Goes on in the order of the version in which this data has the fingerprint `recorded`, so that a run keeps the one it
+  /// began with. False, and nothing changes, where there is no such version: it is the fingerprint of something else.
+  bool take_order_of(const std::string& recorded) {
     for (int order = kOrderVersion; order >= 1; --order) {
-      if (fingerprint_in(order) != fingerprint) continue;
+      if (fingerprint_in(order) != recorded) continue;
       order_ = order;
       return true;
     }

@@ -1,5 +1,6 @@
 """xlstm-train by several processes: the same run as one process, stopped and killed together."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -201,6 +202,40 @@ def test_a_signal_to_one_stops_all_and_one_alone_goes_on(setup, rank):  # noqa: 
     assert fingerprint(run, 400) == fingerprint(run.parent / "alone", 400)
 
 
+def stopped_by_the_second(processes):
+    """The output of the first, where a signal to the second soon stops both."""
+    start_time = time.monotonic()
+    processes[1].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [status for _, _, status in ended] == [75, 75], ended
+    assert time.monotonic() - start_time < 20
+    return ended[0][0]
+
+
+def test_a_signal_to_another_process_does_not_wait_for_samples(setup):  # noqa: F811
+    config, run = setup
+    often = ["sample.every=5", "sample.temperature=0", "eval.every=0"]
+    processes = start(config, *often, "sample.max_new_tokens=10000000")
+    wait_for_step(run, 5)
+    time.sleep(0.3)
+    assert "stopped by a signal to another process at step 5 of 12, everything is saved" in stopped_by_the_second(processes)
+    assert [status for _, _, status in together(config, *often)] == [0, 0]
+    assert [r["step"] for r in records(run, "samples.jsonl")] == [5, 10, 12]
+
+
+def test_a_signal_to_another_process_does_not_wait_for_the_text(setup, tmp_path):  # noqa: F811
+    config, run = setup
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    assert train(config, cache, "train.max_steps=1", "run.name=first").returncode == 0
+    (folder,) = (tmp_path / "cache").iterdir()
+    (folder / "train.meta.json").unlink()
+    with open(folder / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        processes = start(config, cache)
+        assert processes[0].stderr.readline().startswith("waiting for another process")
+        assert "before training began" in stopped_by_the_second(processes)
+
+
 def test_dropout_goes_on_as_if_never_stopped(setup):  # noqa: F811
     config, run = setup
     options = ["model.dropout=0.2", "model.add_embedding_dropout=true"]
@@ -233,6 +268,8 @@ def test_what_one_cannot_do_ends_all(setup, corpus, tmp_path):  # noqa: F811
     other.write_text((corpus / "text.txt").read_text()[:-50])
     ended = together(config, own={1: [f"data.text={other}"]})
     assert [status for _, _, status in ended] == [3, 3] and "the same training data" in ended[1][1]
+    ended = together(config, f"data.val_text={other}", own={1: [f"data.val_text={config}"]})
+    assert [status for _, _, status in ended] == [3, 3] and "the same held-out data" in ended[1][1]
     ended = together(config, "train.max_steps=5", failpoint="trainer.nan_grad:3")
     assert [status for _, _, status in ended] == [5, 5]
     ended = together(config, size=3)
@@ -267,5 +304,5 @@ def test_processes_with_other_settings_do_not_start(setup, setting, here, there)
     (_, err, status), (_, other_err, other_status) = together(config, own={1: [f"{setting}={here}"]})
     assert status == other_status == 2
     assert "another process of this run has other settings" in err
-    assert f"{setting}: {here} here" in other_err and (there is None or f"{there} in process 0" in other_err)
+    assert f"{setting}: {here} here" in other_err and f"{there} in process 0" in other_err
     assert not run.exists()

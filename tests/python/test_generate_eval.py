@@ -83,6 +83,10 @@ def test_eval_of_the_runs_own_held_out_set(run, tmp_path):
     program("xlstm-eval", run.path, "--batches", 2, "--batch-size", 4, "--json", limited, check=0)
     trained = [m for m in run.metrics() if "val/loss" in m][-1]  # eval.batches: 2 of 4 sequences, whatever the micro batch
     assert json.loads(limited.read_text())["loss"] == pytest.approx(trained["val/loss"], rel=1e-5)
+    counted = json.loads(limited.read_text())["tokens"]
+    for options, factor in (([], 1), (["--batch-size", 2], 0.5)):
+        program("xlstm-eval", run.path, "--batches", 2, *options, "--json", limited, check=0)
+        assert json.loads(limited.read_text())["tokens"] == pytest.approx(factor * counted, abs=8)  # but for ends of documents
 
 
 def test_the_runs_own_held_out_set_is_the_one_it_was_judged_by(run, tmp_path):
@@ -107,10 +111,40 @@ def test_the_runs_own_held_out_set_is_the_one_it_was_judged_by(run, tmp_path):
     work.rename(tmp_path / "moved")  # with its text: the folder where the run was started is not there any more
     assert call(tmp_path / "moved", "xlstm-eval", "runs/tiny", check=0).stdout == here
     refused = call(elsewhere, "xlstm-eval", tmp_path / "moved" / "runs" / "tiny", check=3).stderr
-    assert "was judged by another held-out set" in refused
+    assert "was judged by another held-out set than data.text=text.txt leads to now" in refused
+    assert f"relative paths begin in {elsewhere}, as the folder where the run was started is not there any more" in refused
     (tmp_path / "moved" / "text.txt").write_text("The cell keeps memory slowly.\n" * 49 + "The last line has changed.\n")
     assert "the text has changed" in call(tmp_path / "moved", "xlstm-eval", "runs/tiny", check=3).stderr
     call(tmp_path / "moved", "xlstm-eval", "runs/tiny", "--text", "text.txt", check=0)
+
+
+def test_what_is_not_there_is_told_with_the_folder_where_the_run_was_started(run, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "text.txt").write_text("The cell keeps memory slowly.\n" * 50)
+    (work / "held.txt").write_text("The gate forgets.\n" * 9)
+    config = work / "config.yaml"
+    config.write_text(run.config.read_text().replace(str(run.folder), "runs"))
+    settings = ["data.text=text.txt", "data.val_text=held.txt", "data.cache_dir=cache", "train.max_steps=2",
+                "optim.warmup_steps=1"]
+    (tmp_path / "disk").mkdir()
+    (work / "runs" / "tiny").mkdir(parents=True)
+    (work / "runs" / "tiny" / "ckpt").symlink_to(tmp_path / "disk")  # where no run.json lies beside it
+    done = subprocess.run([BIN / "xlstm-train", config, *settings], cwd=work, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tiny, counts, there = work / "runs" / "tiny", ["--frequency-buckets", 10], f"relative paths begin in {work}, where the run was"
+    program("xlstm-eval", tiny, *counts, check=0)
+
+    (work / "text.txt").write_text("The cell keeps nothing.\n" * 50)
+    program("xlstm-eval", tiny, check=0)  # the held-out text is what it was
+    refused = program("xlstm-eval", tiny, *counts, check=3).stderr
+    assert "was trained on another text than data.text=text.txt leads to now" in refused and there in refused
+    (work / "held.txt").write_text("The gate writes.\n" * 9)
+    refused = program("xlstm-eval", tiny, check=3).stderr
+    assert "was judged by another held-out set than data.val_text=held.txt leads to now" in refused and there in refused
+    (work / "held.txt").unlink()
+    refused = program("xlstm-eval", tiny, check=3).stderr
+    assert "held.txt" in refused and there in refused
 
 
 def test_numbers_names_and_files_that_cannot_be_used(run, tmp_path):

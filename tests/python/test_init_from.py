@@ -130,12 +130,30 @@ def test_a_run_is_not_its_own_source(setup):  # noqa: F811
     assert (run / "ckpt").exists() and not (run.parent / "demo.old-1").exists()
 
 
-def test_another_tokenizer_is_refused(setup, tmp_path):  # noqa: F811
-    config, _ = setup
+@pytest.fixture
+def of_words(tmp_path):
+    """A model of the same shapes that was trained with another tokenizer."""
     (tmp_path / "words.json").write_text("{}")  # never read, only compared
     other = tmp_path / "other"
     libxlstm.make_model({"model": {"vocab_size": 256, "embedding_dim": 16, "num_blocks": 2, "num_heads": 2, "slstm_at": [1]},
                          "data": {"tokenizer": str(tmp_path / "words.json")}}).save(other)
+    return other
+
+
+@pytest.fixture
+def damaged(given, tmp_path):
+    """A copy of the run in which a bit of the newest weights is flipped, as the file of these."""
+    source = tmp_path / "source"
+    shutil.copytree(given, source)
+    weights = newest(source) / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return weights
+
+
+def test_another_tokenizer_is_refused(setup, of_words):  # noqa: F811
+    config, _ = setup
+    other = of_words
     for dry in ([], ["--dry-run"]):
         message = one_line_error(train(config, *dry, f"train.init_from={other}"), 2)
         assert "other words" in message and f"data.tokenizer={other}" in message
@@ -149,17 +167,24 @@ def test_settings_that_fit_but_differ_are_a_warning(setup, given):  # noqa: F811
         assert "model.dropout=0.0 (here 0.5)" in done.stderr
 
 
-def test_a_damaged_checkpoint(setup, given, tmp_path):  # noqa: F811
+def test_a_damaged_checkpoint(setup, damaged):  # noqa: F811
     config, _ = setup
-    source = tmp_path / "source"
-    shutil.copytree(given, source)
-    damaged = newest(source) / "model.safetensors"
-    content = damaged.read_bytes()
-    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert f"{damaged}: damaged" in one_line_error(train(config, f"train.init_from={newest(source)}"), 4)
-    done = train(config, f"train.init_from={source}", *ONE_STEP)
+    assert f"{damaged}: damaged" in one_line_error(train(config, f"train.init_from={damaged.parent}"), 4)
+    done = train(config, f"train.init_from={damaged.parents[2]}", *ONE_STEP)
     assert done.returncode == 0 and f"{damaged}: damaged" in done.stderr
     assert "step-00000008 (step 8)" in done.stdout
+
+
+def test_a_fresh_start_that_fails_leaves_the_old_run(setup, given, of_words, damaged):  # noqa: F811
+    config, run = setup
+    assert train(config, "train.max_steps=4").returncode == 0
+    for source, code, expected in ((of_words, 2, "other words"), (damaged.parent, 4, f"{damaged}: damaged")):
+        assert expected in one_line_error(train(config, "--fresh", f"train.init_from={source}"), code)
+        assert [path.name for path in run.parent.iterdir()] == ["demo"]
+    assert (run / "ckpt" / "step-00000004" / "MANIFEST.json").exists()
+    assert train(config, "--fresh", f"train.init_from={given}", "model.dropout=0.5", *ONE_STEP).returncode == 0
+    log = (run / "run.log").read_text()
+    assert "moved the earlier run" in log and "starting with the weights of" in log and "model.dropout=0.0 (here 0.5)" in log
 
 
 def test_killed_and_resumed(setup, given, tmp_path):  # noqa: F811

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -182,6 +183,45 @@ def test_the_command_to_go_on_with(setup):  # noqa: F811
     assert again == f"{PROGRAM} {config} --resume=auto"
     done = subprocess.run(again, shell=True, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "step-00000003" in done.stdout, done.stderr
+
+
+def test_the_command_to_go_on_with_keeps_what_is_no_option(setup):  # noqa: F811
+    config, run = setup
+    odd = config.rename(config.parent / "x=1.yaml").name
+    again = f"{PROGRAM} run.name=q2 --resume=auto -- {odd}"
+    first = train("run.name=q2", "--resume=never", "--", odd, failpoint="trainer.raise_sigterm:3", cwd=config.parent)
+    assert first.returncode == 75 and first.stdout.splitlines()[-1].endswith(f"run the same command again: {again}")
+    done = subprocess.run(again, shell=True, capture_output=True, text=True, timeout=60, cwd=config.parent)
+    assert done.returncode == 0 and "step-00000003" in done.stdout, done.stderr
+
+
+def test_dry_run_knows_the_tokenizer_of_prepared_text(setup, corpus, tmp_path):  # noqa: F811
+    """As the last start wrote it down, which this one repeats."""
+    config, run = setup
+    tokenizer, vocab = make_tokenizer(tmp_path / "words.json")
+    tokens = tmp_path / "tokens"
+    subprocess.run([PROGRAM.parent / "xlstm-data", "prepare", corpus / "text.txt", "--output", tokens, "--tokenizer",
+                    tokenizer.split("=")[1]], check=True, capture_output=True, env={**os.environ, "XLSTM_PYTHON": sys.executable})
+    prepared = ["data.text=", f"data.train=[{{path: {tokens}}}]", vocab]
+    assert train(config, *prepared).returncode == 0
+    named = [*prepared, "--resume", "step-8", "optim.learning_rate=2e-2", "ckpt.keep_last=9"]
+    assert train(config, *named, failpoint="trainer.raise_sigterm:10").returncode == 75
+    assert re.search(r"^start .*step-00000010$", train(config, *named, "--dry-run").stdout, re.M)
+    assert f"resumed from {run}/ckpt/step-00000010" in train(config, *named).stdout
+
+
+def test_checkpoints_on_another_disk(setup):  # noqa: F811
+    config, run = setup
+    if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(config).st_dev:
+        pytest.skip("no other disk here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        run.mkdir(parents=True)
+        (run / "ckpt").symlink_to(disk)
+        assert train(config, "ckpt.keep_last=9").returncode == 0
+        done = train(config, "--resume", "step-8", "train.max_steps=10", "ckpt.keep_last=9")
+        assert done.returncode == 0, done.stderr
+        assert sorted(p.name for p in Path(disk).iterdir()) == ["old-1", "step-00000004", "step-00000008", "step-00000010"]
+        assert (Path(disk) / "old-1" / "step-00000012" / "MANIFEST.json").exists()
 
 
 def test_a_start_from_a_named_checkpoint_may_be_repeated(setup):  # noqa: F811

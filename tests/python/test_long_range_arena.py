@@ -185,16 +185,19 @@ def test_colours_are_learnt_as_vectors(tmp_path):
 @needs_trainer
 def test_a_run_that_holds_out_a_part_to_choose_by_is_judged_by_the_test_too(tmp_path):
     write_cifar(tmp_path / "cifar")
-    settings = classifier("image", tmp_path / "cifar", 256, 1024, 2)
+    settings = classifier("image", "cifar", 256, 1024, 2)
     settings["data"]["task"]["held_out"] = "validation"
     done = train(tmp_path, settings, "--dry-run")
     assert "task image, 18 windows" in done.stdout and "held out 2 samples" in done.stdout, done.stderr + done.stdout
     done = train(tmp_path, settings)
     assert done.returncode == 0, done.stderr
 
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()  # data.task.path begins where the run was started
+
     def judged(*arguments):
-        return subprocess.run([TRAINER.parent / "xlstm-eval", "--json", "eval.json", *arguments, "runs/run"], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=300)
+        return subprocess.run([TRAINER.parent / "xlstm-eval", "--json", tmp_path / "eval.json", *arguments, tmp_path / "runs/run"],
+                              cwd=elsewhere, capture_output=True, text=True, timeout=300)
 
     for arguments, samples, data in (((), 2, "data.task image, validation"), (("--held-out", "test"), 4, "data.task image")):
         done = judged(*arguments)

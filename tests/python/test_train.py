@@ -227,6 +227,32 @@ def test_changed_settings_are_refused_on_resume(setup, corpus, tmp_path):
     assert train(config, "train.max_steps=6").returncode == 0
 
 
+def test_another_held_out_set_is_told_and_judged_anew(setup, tmp_path):
+    config, run = setup
+    texts = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for text, line in zip(texts, ("line 4 of a small text\n", "what the model has never seen\n"), strict=True):
+        text.write_text(line * 40)
+    by_a, by_b = (f"data.val_text={text}" for text in texts)
+
+    def result(*arguments, told=""):
+        done = train(config, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert told in done.stderr and ("the held-out set is another one" in done.stderr) == bool(told), done.stderr
+        return done.stdout.splitlines()[-1], [r["val/loss"] for r in records(run) if "val/loss" in r]
+
+    first, judged = result(by_a)
+    expected = train(config, by_b, "run.name=alone").stdout.splitlines()[-1]
+    told = f"data.val_text: {texts[1]} now, {texts[0]} then"
+    assert told in train(config, by_b, "--dry-run").stderr
+    other, judged_anew = result(by_b, told=told)
+    assert other == expected != first
+    assert judged_anew[:-1] == judged and judged_anew[-1] != judged[-1]
+    assert result(by_b, told=told) == (other, judged_anew)  # recorded by now
+    assert result(by_a) == (first, judged_anew)  # the first set's is, too
+    texts[0].write_text("what the model has never seen\n" * 40)
+    assert result(by_a, "train.max_steps=13", told="(its text has changed)")[0] != first
+
+
 def test_fresh_moves_nothing_before_the_new_run_can_start(setup):
     config, run = setup
     assert train(config, "train.max_steps=4").returncode == 0
@@ -236,7 +262,7 @@ def test_fresh_moves_nothing_before_the_new_run_can_start(setup):
     assert "resumed from" in train(config).stdout
 
 
-def test_dry_run_tells_where_the_run_would_begin(setup):
+def test_dry_run_tells_where_the_run_would_begin(setup, tmp_path):
     config, run = setup
     assert f"start       at step 0, in {run}" in train(config, "--dry-run").stdout
     assert train(config, "train.max_steps=4").returncode == 0
@@ -244,12 +270,20 @@ def test_dry_run_tells_where_the_run_would_begin(setup):
     assert re.search(r"^start .*step-00000004$", train(config, "--dry-run").stdout, re.M)
     assert re.search(r"^start .*step-00000004: this run is finished$", train(config, "--dry-run", "train.max_steps=4").stdout, re.M)
     assert "is moved aside" in train(config, "--dry-run", "--fresh").stdout
+    assert "--fresh starts over" in one_line_error(train(config, "--dry-run", "--fresh", "--resume", "step-4"), 2)
+    other = tmp_path / "other.txt"
+    other.write_text("another text\n" * 500)
+    assert "the training data is not that of" in one_line_error(train(config, "--dry-run", f"data.text={other}"), 2)
     assert "data.shuffle_seed: 5 now" in one_line_error(train(config, "--dry-run", "data.shuffle_seed=5"), 2)
     assert "holds a run" in one_line_error(train(config, "--dry-run", "--resume", "never"), 4)
     assert sorted(run.rglob("*")) == before
     (run.parent / "thesis").mkdir()
     (run.parent / "thesis" / "main.tex").write_text("x")
     assert "not a run" in one_line_error(train(config, "--dry-run", "run.name=thesis"), 4)
+    (run.parent / "filed").mkdir()
+    (run.parent / "filed" / "ckpt").write_text("")
+    for dry in (["--dry-run"], []):
+        assert "its ckpt is a file" in one_line_error(train(config, *dry, "run.name=filed"), 4)
 
 
 def test_non_finite_gradient_stops(setup):

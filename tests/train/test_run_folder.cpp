@@ -109,16 +109,6 @@ TEST_CASE("--fresh moves the old run aside and loses nothing") {
   CHECK(fs::exists(folder / "runs/demo.old-2/run.json"));
 }
 
-TEST_CASE("processes of a run must agree, but on where their files are") {
-  config::Config own, leader;
-  own.run.out_dir = "/scratch";
-  own.data.text = "elsewhere.txt";
-  own.run.num_threads = 3;
-  CHECK(differing_setting(own, leader).empty());
-  own.eval.every = 7;
-  CHECK(holds(differing_setting(own, leader), "eval.every: 7 here, "));
-}
-
 TEST_CASE("resume never does not touch a run") {
   const testing::TemporaryFolder folder;
   config::Config config;
@@ -154,8 +144,31 @@ TEST_CASE("checkpoints beyond the resumed step are set aside") {
   set_aside_later_checkpoints(run, 10);
   CHECK(fs::exists(run.file("ckpt/step-00000010")));
   CHECK(!fs::exists(run.file("ckpt/step-00000020")));
-  CHECK(fs::exists(run.file("ckpt-old-1/step-00000020")));
-  CHECK(fs::exists(run.file("ckpt-old-1/step-00000030")));
+  CHECK(fs::exists(run.file("ckpt/old-1/step-00000020")));
+  CHECK(fs::exists(run.file("ckpt/old-1/step-00000030")));
+  set_aside_later_checkpoints(run, 10);
+  CHECK(!fs::exists(run.file("ckpt/old-2")));
+  fs::create_directory(run.file("ckpt/step-00000020"));
+  fs::create_symlink(folder / "unmounted", run.file("ckpt/old-2"));
+  const auto [message, code] = error_of([&] { set_aside_later_checkpoints(run, 10); });
+  CHECK(code == ExitCode::kCheckpoint);
+  CHECK(holds(message, "step 10 cannot be set aside within " + run.file("ckpt") + ": "));
+}
+
+TEST_CASE("the folder where a run was started is found by every name of its checkpoints") {
+  const testing::TemporaryFolder folder;
+  const RunFolder run(run_in(folder), false);
+  fs::create_directories(folder / "disk/step-00000010");
+  fs::create_symlink(folder / "disk", run.file("ckpt"));
+  fs::create_directories(run.file("elsewhere/step-00000010"));
+  fs::create_symlink(run.file("elsewhere/step-00000010"), folder / "best");
+  const std::string started = (folder / "runs").string();
+  std::ofstream(run.file("run.json")) << "{\"folder\": \"" << started << "\"}";
+  for (const std::string& checkpoint :
+       {run.file("ckpt/step-00000010"), run.file("ckpt/step-00000010/"),
+        run.file("ckpt/../ckpt/step-00000010"), (folder / "best").string()})
+    CHECK(recorded_start_folder(checkpoint) == started);
+  CHECK(recorded_start_folder((folder / "disk/step-00000010").string()).empty());
 }
 
 namespace {
@@ -172,6 +185,27 @@ struct Changer {
 };
 
 }  // namespace
+
+TEST_CASE("processes of a run must agree, but on where their files are") {
+  const std::set<std::string> of_each = {
+      "run.out_dir", "run.num_threads", "data.text",      "data.val_text",  "data.train",
+      "data.val",    "data.tokenizer",  "data.cache_dir", "data.task.path", "train.init_from"};
+  size_t free = 0;
+  for (const config::Field& field : config::schema()) {
+    config::Config own, leader;
+    std::visit(Changer(), field.ref(own));
+    INFO(field.name);
+    const std::string found = differing_setting(own, leader);
+    if (found.empty()) {
+      ++free;
+      CHECK(of_each.count(field.name) == 1);
+    } else {
+      CHECK(found == field.name + ": " + config::format_value(field.ref(own)) + " here, " +
+                         config::format_value(field.ref(leader)) + " in process 0");
+    }
+  }
+  CHECK(free == of_each.size());
+}
 
 TEST_CASE("a run goes on with its own model and data alone, and everything else may change") {
   const std::set<std::string> may_change = {

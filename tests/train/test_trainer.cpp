@@ -174,7 +174,7 @@ TEST_CASE("a run stopped by a signal and resumed has the bits of one that was no
     file.close();
     CHECK(train_once(config) == ExitCode::kOk);
     CHECK(hash_of(whole + "/ckpt/step-00000020") == hash_of(halved + "/ckpt/step-00000020"));
-    CHECK(fs::exists(halved + "/ckpt-old-1/step-00000020"));
+    CHECK(fs::exists(halved + "/ckpt/old-1/step-00000020"));
     CHECK(losses(whole) == losses(halved));
   }
   SECTION("a named checkpoint, longer training") {
