@@ -36,7 +36,7 @@ const std::vector<OptionSpec> kOptions{
     {"--data", "PREFIX|FOLDER",
      "prepared token file, or a folder of such, one for each source, which are judged apart and "
      "together (default: the run's own held-out set, if it is still what it was)"},
-    {"--text", "FILE", "text file, folder or glob, tokenised on the spot"},
+    {"--text", "FILE", "text file, folder, glob, or - (standard input), tokenised on the spot"},
     {"--seq-len", "N", "context length; may exceed the trained one (data.seq_len)"},
     {"--min-len", "N", "of a data.task: tokens of its shortest sample (data.task.eval_min_len)"},
     {"--held-out", "NAME", "of a data.task: test or validation (data.task.held_out)"},
@@ -105,9 +105,7 @@ std::string held_out_prefix(const LoadedModel& loaded) {
   if (data.text.empty())
     throw Error(ExitCode::kData,
                 loaded.folder + ": its run has no held-out set (data.val); give --data or --text");
-  return data::prepare_cached(data.text, data.val_text, data.val_fraction, data.val_split,
-                              loaded.tokenizer, data.cache_dir)
-      .val_prefix;
+  return prepare_text(data, loaded.tokenizer).val_prefix;
 }
 
 /// Throws Error(kData) where the set is not the one that the model was judged by when it was saved.
@@ -184,9 +182,7 @@ std::vector<std::shared_ptr<const data::TokenFile>> training_files(const Command
   if (line.has("--counts")) return {open_data(loaded, line.get("--counts", ""))};
   const InStartFolder relative_paths(loaded);
   if (!data.text.empty())
-    return {open_data(loaded, data::prepare_cached(data.text, data.val_text, data.val_fraction,
-                                                   data.val_split, loaded.tokenizer, data.cache_dir)
-                                  .train_prefix)};
+    return {open_data(loaded, prepare_text(data, loaded.tokenizer).train_prefix)};
   std::vector<std::shared_ptr<const data::TokenFile>> files;
   for (const config::DataSource& source : data.train)
     files.push_back(open_data(loaded, source.path));
@@ -248,6 +244,7 @@ EvalData choose_data(const CommandLine& line, const LoadedModel& loaded, int64_t
     choice.name = line.get("--text", "");
     data::PrepareOptions text;
     text.inputs = {choice.name};
+    text.texts.text_key = config.data.text_key;
     text.output_prefix = (choice.folder->path() / "text").string();
     text.tokenizer = loaded.tokenizer;
     data::prepare(text);

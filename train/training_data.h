@@ -7,6 +7,7 @@
 
 #include "csrc/config/config.h"
 #include "csrc/data/batch.h"
+#include "csrc/data/prepare.h"
 #include "csrc/data/tokenizer.h"
 
 namespace xlstm::train {
@@ -28,6 +29,11 @@ std::optional<std::string> known_tokenizer(const config::Config& config, const s
 
 /// One line for logs and --dry-run: how much there is of what, and how many epochs `steps` are.
 std::string describe_data(const config::Config& config, const TrainingData& data, int64_t steps);
+
+/// The token files of data.text, as data::prepare_cached makes them with this tokenizer.
+data::CachedText prepare_text(
+    const config::DataConfig& data, const std::string& tokenizer,
+    const std::function<void()>& poll = [] {});
 
 /// Makes data.task, or prepares data.text into the cache, or opens data.train and data.val, and checks that every token
 /// fits the model. Takes data.tokenizer over from the files where they name another one than the
