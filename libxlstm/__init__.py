@@ -10,6 +10,8 @@ and BlockStack() blocks for networks of your own:
 
     stack = libxlstm.BlockStack(embedding_dim=128, num_blocks=4, slstm_at=[1])
     y, state = stack(x)                                  # x (B,T,128) -> y (B,T,128)
+
+TokenData() gives the sequences of prepared token files in the trainer's order.
 """
 
 import importlib
@@ -18,10 +20,11 @@ from pathlib import Path
 
 import torch
 
+from .data import TokenData
 from .library import load_module, load_operators
 from .model import BlockStack, Model
 
-__all__ = ["BlockStack", "Error", "Model", "load", "make_model", "__version__"]
+__all__ = ["BlockStack", "Error", "Model", "TokenData", "load", "make_model", "__version__"]
 __version__ = "0.1.0"
 
 

@@ -30,6 +30,7 @@ missing_packages() {
   have_header spdlog/spdlog.h || need+=(libspdlog-dev)
   have_header nlohmann/json.hpp || need+=(nlohmann-json3-dev)
   have_header zstd.h || need+=(libzstd-dev)
+  have_header zlib.h || need+=(zlib1g-dev)
   have_header openssl/evp.h || need+=(libssl-dev)
   if [ "${WITH_TESTS:-0}" = 1 ]; then
     have_header catch2/catch.hpp || have_header catch2/catch_all.hpp || need+=(catch2)

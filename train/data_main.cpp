@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -22,7 +23,15 @@ const std::vector<OptionSpec> kOptions = {
     {"--output", "PREFIX", "prepare: writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json"},
     {"--tokenizer", "SPEC", std::string("prepare: ") + data::kTokenizerSpecs + " (default: bytes)"},
     {"--glob", "PATTERN",
-     "prepare: which files of folders are read, by name, such as '*.py' (default: all)"},
+     "prepare, show: which files of folders are read, by name, such as '*.py' (default: all)"},
+    {"--format", "NAME",
+     "prepare, show: text, jsonl, or auto: JSONL is what is named so, and standard input that "
+     "begins with a brace (default: auto)"},
+    {"--text-key", "KEY", "prepare, show: key of the text in a line of JSONL (default: text)"},
+    {"--split-at", "REGEX",
+     "prepare, show: a new document begins at each line of a text that REGEX matches, as grep -E "
+     "takes it (default: a text is one document)"},
+    {"--limit-bytes", "N", "show: stop behind N bytes of text (default: show all)"},
     {"--no-eos", "", "prepare: documents do not end in the tokenizer's end-of-document token"},
     {"--strict", "",
      "prepare: stop at the first document that cannot be used (default: count and skip it)"},
@@ -32,17 +41,21 @@ const std::vector<OptionSpec> kOptions = {
 void print_usage(std::FILE* stream) {
   std::fprintf(
       stream,
-      "usage: xlstm-data prepare INPUT... --output PREFIX [--tokenizer SPEC] [--glob PATTERN] "
-      "[--no-eos] "
-      "[--strict]\n"
+      "usage: xlstm-data prepare INPUT... --output PREFIX [--tokenizer SPEC] [--no-eos] [--strict] "
+      "[OPTION]...\n"
+      "       xlstm-data show INPUT... [--limit-bytes N] [OPTION]...\n"
       "       xlstm-data verify PREFIX...\n"
       "       xlstm-data stats PREFIX...\n"
       "\n"
       "prepare  turns text into a token file (Megatron's .bin and .idx, and a .meta.json). INPUT "
       "is a text file\n"
-      "         (one document), .jsonl or .jsonl.zst (a document per line: {\"text\": ..., "
-      "\"meta\": ...}), a folder\n"
-      "         (everything below it but hidden files), or a pattern in quotes ('texts/*.txt').\n"
+      "         (one document), .jsonl (a document per line: {\"text\": ..., \"meta\": ...}), "
+      "either "
+      "also as .gz or\n"
+      "         .zst, a folder (everything below it but hidden files), a pattern in quotes "
+      "('texts/*.txt'),\n"
+      "         - (standard input), or python-stdlib (the sources of Python's standard library).\n"
+      "show     prints the documents that prepare would read, each as a JSON string on a line.\n"
       "verify   compares sizes and sha256 of token files with what prepare recorded.\n"
       "stats    prints tokens, documents, their lengths, sources, vocabulary and bytes per token.\n"
       "\n%s\n"
@@ -62,6 +75,15 @@ std::string join(int argc, char** argv) {
 
 long long number(int64_t value) { return static_cast<long long>(value); }
 
+data::TextOptions text_options(const CommandLine& line) {
+  data::TextOptions texts;
+  texts.glob = line.get("--glob", texts.glob);
+  texts.format = line.get("--format", texts.format);
+  texts.text_key = line.get("--text-key", texts.text_key);
+  texts.split_at = line.get("--split-at", texts.split_at);
+  return texts;
+}
+
 int run_prepare(const CommandLine& line, const std::vector<std::string>& inputs,
                 const std::string& command) {
   if (inputs.empty()) fail_usage("prepare: no INPUT given");
@@ -69,7 +91,8 @@ int run_prepare(const CommandLine& line, const std::vector<std::string>& inputs,
   options.inputs = inputs;
   options.output_prefix = line.get("--output", "");
   if (options.output_prefix.empty()) fail_usage("prepare: --output PREFIX is missing");
-  options.glob = line.get("--glob", options.glob);
+  if (line.has("--limit-bytes")) fail_usage("prepare: takes no --limit-bytes");
+  options.texts = text_options(line);
   options.tokenizer = line.get("--tokenizer", options.tokenizer);
   options.append_eos = !line.has("--no-eos");
   options.strict = line.has("--strict");
@@ -86,6 +109,15 @@ int run_prepare(const CommandLine& line, const std::vector<std::string>& inputs,
   if (report.empty_documents + report.bad_documents > 0)
     std::printf("left out: %lld empty and %lld bad documents\n", number(report.empty_documents),
                 number(report.bad_documents));
+  return 0;
+}
+
+int run_show(const CommandLine& line, const std::vector<std::string>& inputs) {
+  if (inputs.empty()) fail_usage("show: no INPUT given");
+  for (const char* option : {"--output", "--tokenizer", "--no-eos", "--strict"})
+    if (line.has(option)) fail_usage(std::string("show: takes no ") + option);
+  const int64_t limit = line.get_int("--limit-bytes", 0, 0, std::numeric_limits<int64_t>::max());
+  data::show_documents(inputs, text_options(line), limit, stdout);
   return 0;
 }
 
@@ -149,10 +181,11 @@ int run(int argc, char** argv) {
     print_usage(stdout);
     return 0;
   }
-  if (line.positional.empty()) fail_usage("which command? prepare, verify or stats");
+  if (line.positional.empty()) fail_usage("which command? prepare, show, verify or stats");
   const std::string command = line.positional.front();
   const std::vector<std::string> inputs(line.positional.begin() + 1, line.positional.end());
   if (command == "prepare") return run_prepare(line, inputs, join(argc, argv));
+  if (command == "show") return run_show(line, inputs);
   if (!line.options.empty()) fail_usage(command + ": takes no " + line.options.begin()->first);
   if (command == "verify") return run_verify(inputs);
   if (command == "stats") return run_stats(inputs);

@@ -99,12 +99,6 @@ std::shared_ptr<const data::TokenFile> open_file(const LoadedModel& loaded,
   return file;
 }
 
-data::CachedText cached_text(const LoadedModel& loaded) {
-  const config::DataConfig& data = loaded.config.data;
-  return data::prepare_cached(data.text, data.val_text, data.val_fraction, data.val_split,
-                              loaded.tokenizer, data.cache_dir);
-}
-
 /// The prefixes of a folder's prepared token files, by name.
 std::vector<std::string> prefixes_in(const std::string& folder) {
   std::vector<std::string> prefixes;
@@ -161,6 +155,7 @@ EvalData text_data(const LoadedModel& loaded, const std::string& text,
   data.folder = folder;
   data::PrepareOptions prepare;
   prepare.inputs = {text};
+  prepare.texts.text_key = loaded.config.data.text_key;
   prepare.output_prefix = (folder->path() / "text").string();
   prepare.tokenizer = loaded.tokenizer;
   data::prepare(prepare);
@@ -184,9 +179,10 @@ EvalData own_data(const LoadedModel& loaded, const data::DatasetOptions& options
   const config::DataConfig& settings = loaded.config.data;
   const auto state = recorded_state(loaded);
   return in_start_folder(loaded, [&] {
-    const std::string prefix = !settings.val.empty()    ? settings.val
-                               : !settings.text.empty() ? cached_text(loaded).val_prefix
-                                                        : "";
+    const std::string prefix = !settings.val.empty() ? settings.val
+                               : !settings.text.empty()
+                                   ? prepare_text(loaded.config.data, loaded.tokenizer).val_prefix
+                                   : "";
     if (prefix.empty())
       throw Error(ExitCode::kData, loaded.folder +
                                        ": its run has no held-out set (data.val); give --data or "
@@ -212,7 +208,8 @@ TokenFiles own_training_files(const LoadedModel& loaded) {
   const auto state = recorded_state(loaded);
   return in_start_folder(loaded, [&] {
     std::vector<config::DataSource> sources = settings.train;
-    if (!settings.text.empty()) sources = {{cached_text(loaded).train_prefix, 1.0}};
+    if (!settings.text.empty())
+      sources = {{prepare_text(loaded.config.data, loaded.tokenizer).train_prefix, 1.0}};
     if (sources.empty())
       throw Error(ExitCode::kData, loaded.folder +
                                        ": its run has no training text to count tokens in; give "

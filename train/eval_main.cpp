@@ -27,7 +27,7 @@ const std::vector<OptionSpec> kOptions{
     {"--data", "PREFIX|FOLDER",
      "prepared token file, or a folder of such, one for each source, which are judged apart and "
      "together (default: the run's own held-out set, if it is still what it was)"},
-    {"--text", "FILE", "text file, folder or glob, tokenised on the spot"},
+    {"--text", "FILE", "text file, folder, glob, or - (standard input), tokenised on the spot"},
     {"--seq-len", "N", "context length; may exceed the trained one (data.seq_len)"},
     {"--min-len", "N", "of a data.task: tokens of its shortest sample (data.task.eval_min_len)"},
     {"--held-out", "NAME", "of a data.task: test or validation (data.task.held_out)"},

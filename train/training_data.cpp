@@ -5,7 +5,6 @@
 
 #include "csrc/core/error.h"
 #include "csrc/data/dataset.h"
-#include "csrc/data/prepare.h"
 #include "csrc/data/task_source.h"
 #include "train/log.h"
 #include "train/metrics.h"
@@ -114,6 +113,18 @@ data::DatasetOptions dataset_options(const config::Config& config) {
           .streams = config.train.carry_state ? config.train.global_batch_size : 0};
 }
 
+data::CachedText prepare_text(const config::DataConfig& data, const std::string& tokenizer,
+                              const std::function<void()>& poll) {
+  return data::prepare_cached({.text = data.text,
+                               .val_text = data.val_text,
+                               .val_fraction = data.val_fraction,
+                               .val_split = data.val_split,
+                               .text_key = data.text_key,
+                               .tokenizer = tokenizer,
+                               .cache_dir = data.cache_dir},
+                              poll);
+}
+
 TrainingData open_training_data(config::Config& config, const std::function<void()>& poll) {
   if (!has_data(config)) {
     throw Error(ExitCode::kConfig,
@@ -129,9 +140,7 @@ TrainingData open_training_data(config::Config& config, const std::function<void
   std::vector<config::DataSource> sources = config.data.train;
   std::string held_out = config.data.val;
   if (!config.data.text.empty()) {
-    const data::CachedText cached = data::prepare_cached(
-        config.data.text, config.data.val_text, config.data.val_fraction, config.data.val_split,
-        config.data.tokenizer, config.data.cache_dir, poll);
+    const data::CachedText cached = prepare_text(config.data, config.data.tokenizer, poll);
     sources = {{cached.train_prefix, 1.0}};
     held_out = cached.val_prefix;
   }

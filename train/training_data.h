@@ -8,6 +8,7 @@
 #include "csrc/config/config.h"
 #include "csrc/data/batch.h"
 #include "csrc/data/dataset.h"
+#include "csrc/data/prepare.h"
 #include "csrc/data/tokenizer.h"
 
 namespace xlstm::train {
@@ -32,6 +33,11 @@ std::string describe_data(const config::Config& config, const TrainingData& data
 
 /// How token files are cut into the samples of a run.
 data::DatasetOptions dataset_options(const config::Config& config);
+
+/// The token files of data.text, as data::prepare_cached makes them with this tokenizer.
+data::CachedText prepare_text(
+    const config::DataConfig& data, const std::string& tokenizer,
+    const std::function<void()>& poll = [] {});
 
 /// Makes data.task, or prepares data.text into the cache, or opens data.train and data.val, and checks that every token
 /// fits the model. Takes data.tokenizer over from the files where they name another one than the

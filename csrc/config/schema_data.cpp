@@ -24,6 +24,7 @@ std::vector<Field> data_fields() {
                   "held-out share of data.text when val_text is empty"),
       XLSTM_FIELD(data.val_split, one_of({"tail", "file"}),
                   "tail: the end of each file; file: whole files"),
+      XLSTM_FIELD(data.text_key, text(), "key of the text in the lines of .jsonl files"),
       per_machine(
           XLSTM_FIELD(data.cache_dir, any(),
                       "prepared text; empty: $XDG_CACHE_HOME/libxlstm or ~/.cache/libxlstm")),

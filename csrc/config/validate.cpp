@@ -220,6 +220,8 @@ void validate_data(const Config& config) {
          "nothing to train on; set data.text to a file, folder or glob (or python-stdlib), "
          "data.train to token files, or data.task.name to a task");
   }
+  require(text || is_default(config, "data.text_key"), config, "data.text_key",
+          "works with data.text; xlstm-data prepare takes --text-key");
   require(text || data.val_text.empty(), config, "data.val_text",
           "works with data.text; with data.train set data.val to a prepared token file");
   require(prepared || data.val.empty(), config, "data.val",

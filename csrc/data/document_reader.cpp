@@ -1,4 +1,4 @@
-#include <zstd.h>
+#include <regex.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -6,6 +6,8 @@
 
 #include "csrc/core/error.h"
 #include "csrc/core/file.h"
+#include "csrc/data/byte_stream.h"
+#include "csrc/data/file_format.h"
 #include "csrc/data/jsonl.h"
 #include "csrc/data/text_source.h"
 #include "csrc/data/utf8.h"
@@ -22,28 +24,86 @@ std::string_view without_mark(std::string_view text) {
   return text.starts_with(kMark) ? text.substr(kMark.size()) : text;
 }
 
-void read_text(const TextFile& file, const DocumentSink& sink) {
-  const MappedFile map(file.path);
-  const std::string_view text(reinterpret_cast<const char*>(map.data()), map.size());
-  const size_t invalid = find_invalid_utf8(text);
-  if (invalid != text.size()) {
-    const auto line =
-        1 + std::count(text.begin(), text.begin() + static_cast<ptrdiff_t>(invalid), '\n');
-    sink.bad(line, "invalid UTF-8 at byte " + std::to_string(invalid + 1) + " of the file");
-  } else {
-    sink.document({without_mark(text), file.input, 1});
+int64_t count_lines(std::string_view text) { return std::count(text.begin(), text.end(), '\n'); }
+
+bool is_blank(std::string_view text) {
+  return text.find_first_not_of(" \t\r\n") == std::string_view::npos;
+}
+
+/// A POSIX extended regular expression that lines are searched for.
+class LinePattern {
+ public:
+  explicit LinePattern(const std::string& pattern) {
+    const int result = ::regcomp(&regex_, pattern.c_str(), REG_EXTENDED);
+    if (result == 0) return;
+    char why[256];
+    ::regerror(result, &regex_, why, sizeof why);
+    throw Error(ExitCode::kConfig, "--split-at: \"" + pattern + "\" is not a regular expression (" +
+                                       why + "); it is one as grep -E takes them");
   }
-  sink.progress(file.size_bytes);
+  ~LinePattern() { ::regfree(&regex_); }
+  LinePattern(const LinePattern&) = delete;
+  LinePattern& operator=(const LinePattern&) = delete;
+
+  bool matches(std::string_view line) const {
+    regmatch_t range{0, static_cast<regoff_t>(std::min(line.size(), kMaxLineBytes))};
+    return ::regexec(&regex_, line.data(), 1, &range, REG_STARTEND) == 0;
+  }
+
+ private:
+  regex_t regex_;
+};
+
+/// Documents of a text that each begin with a line that matches; what stands before the first of them is one, too, unless
+/// it is blank: then it goes with the first.
+void split_text(std::string_view text, const std::string& split_at, const TextFile& file,
+                const DocumentSink& sink) {
+  const LinePattern pattern(split_at);
+  int64_t line = 1;
+  const auto end_document = [&](size_t size) {
+    const std::string_view document = text.substr(0, size);
+    sink.document({document, file.input, line});
+    line += count_lines(document);
+    text.remove_prefix(size);
+  };
+  for (size_t first = 0; first < text.size();) {
+    const size_t end = std::min(text.find('\n', first), text.size());
+    if (pattern.matches(text.substr(first, end - first)) && !is_blank(text.substr(0, first))) {
+      end_document(first);
+      first = 0;
+    } else {
+      first = end + 1;
+    }
+  }
+  end_document(text.size());
+}
+
+void read_text(std::string_view text, const TextFile& file, const TextOptions& options,
+               const DocumentSink& sink) {
+  const std::string other = what_instead_of_text(text);
+  const size_t invalid = find_invalid_utf8(text);
+  if (!other.empty()) {
+    sink.bad(1, other);
+  } else if (invalid != text.size()) {
+    sink.bad(1 + count_lines(text.substr(0, invalid)),
+             "invalid UTF-8 at byte " + std::to_string(invalid + 1) +
+                 " of the file; convert it (iconv -f ENCODING -t UTF-8 FILE > NEW)");
+  } else if (options.split_at.empty()) {
+    sink.document({without_mark(text), file.input, 1});
+  } else {
+    split_text(without_mark(text), options.split_at, file, sink);
+  }
 }
 
 /// Turns lines into documents and problems.
 class LineReader {
  public:
-  LineReader(const TextFile& file, const DocumentSink& sink) : file_(file), sink_(sink) {}
+  LineReader(const TextFile& file, const std::string& text_key, const DocumentSink& sink)
+      : file_(file), sink_(sink), parser_(text_key) {}
 
   void line(std::string_view line) {
     if (++number_ == 1) line = without_mark(line);
-    if (line.find_first_not_of(" \t\r") == std::string_view::npos) return;
+    if (is_blank(line)) return;
     if (parser_.parse(line)) {
       const std::string_view source = parser_.set_name().empty() ? file_.input : parser_.set_name();
       sink_.document({parser_.text(), source, number_});
@@ -61,18 +121,6 @@ class LineReader {
   JsonlParser parser_;
   int64_t number_ = 0;
 };
-
-void read_jsonl(const TextFile& file, const DocumentSink& sink) {
-  const MappedFile map(file.path);
-  const std::string_view text(reinterpret_cast<const char*>(map.data()), map.size());
-  LineReader reader(file, sink);
-  for (size_t first = 0; first < text.size();) {
-    const size_t end = std::min(text.find('\n', first), text.size());
-    reader.line(text.substr(first, end - first));
-    first = end + 1;
-    sink.progress(static_cast<int64_t>(std::min(first, text.size())));
-  }
-}
 
 /// Splits a stream of pieces into lines; a line inside one piece is not copied.
 class LineSplitter {
@@ -113,46 +161,61 @@ class LineSplitter {
   bool too_long_ = false;
 };
 
-void read_jsonl_zst(const TextFile& file, const DocumentSink& sink) {
-  const MappedFile map(file.path);
-  const std::unique_ptr<ZSTD_DStream, size_t (*)(ZSTD_DStream*)> stream(ZSTD_createDStream(),
-                                                                        ZSTD_freeDStream);
-  ZSTD_DCtx_setParameter(stream.get(), ZSTD_d_windowLogMax, 31);  // files written with --long
-  std::string piece(ZSTD_DStreamOutSize(), '\0');
-  ZSTD_inBuffer input{map.data(), map.size(), 0};
-  LineReader reader(file, sink);
+/// piece: the first one of the stream.
+void read_jsonl(ByteStream& stream, std::string_view piece, const TextFile& file,
+                const TextOptions& options, const DocumentSink& sink) {
+  LineReader reader(file, options.text_key, sink);
   LineSplitter splitter(reader);
-  size_t result = 0;
-  bool more_output = false;
-  while (input.pos < input.size || more_output) {
-    ZSTD_outBuffer output{piece.data(), piece.size(), 0};
-    result = ZSTD_decompressStream(stream.get(), &output, &input);
-    if (ZSTD_isError(result) != 0) {
-      reader.problem(std::string("damaged zstd data (") + ZSTD_getErrorName(result) +
-                     "); the rest of the file is lost");
-      return;
-    }
-    splitter.feed(std::string_view(piece).substr(0, output.pos));
-    more_output = result != 0 && output.pos == output.size;  // the decoder may hold more
-    sink.progress(static_cast<int64_t>(input.pos));
+  const std::string other = what_instead_of_text(piece);
+  if (!other.empty()) return reader.problem(other);
+  for (; !piece.empty(); piece = stream.next()) {
+    splitter.feed(piece);
+    sink.progress(stream.position());
   }
-  if (result != 0) {
-    reader.problem("the zstd data ends early: the file is truncated; copy it again");
-    return;
+  if (stream.problem().empty()) {
+    splitter.finish();
+  } else {
+    reader.problem(stream.problem());
   }
-  splitter.finish();
+}
+
+bool begins_an_object(std::string_view text) {
+  text = without_mark(text);
+  const size_t first = text.find_first_not_of(" \t\r\n");
+  return first != std::string_view::npos && text[first] == '{';
+}
+
+/// piece: the first one of the stream.
+void read_streamed_text(ByteStream& stream, std::string_view piece, const TextFile& file,
+                        const TextOptions& options, const DocumentSink& sink) {
+  std::string text;
+  for (; !piece.empty(); piece = stream.next()) {
+    text += piece;
+    sink.progress(stream.position());
+  }
+  if (stream.problem().empty()) {
+    read_text(text, file, options, sink);
+  } else {
+    sink.bad(1, stream.problem());
+  }
 }
 
 }  // namespace
 
-void read_documents(const TextFile& file, const DocumentSink& sink) {
-  switch (file.kind) {
-    case TextFile::Kind::kText:
-      return read_text(file, sink);
-    case TextFile::Kind::kJsonl:
-      return read_jsonl(file, sink);
-    case TextFile::Kind::kJsonlZst:
-      return read_jsonl_zst(file, sink);
+void read_documents(const TextFile& file, const TextOptions& options, const DocumentSink& sink) {
+  using Kind = TextFile::Kind;
+  const bool is_plain = !file.is_standard_input && file.compression == TextFile::Compression::kNone;
+  if (file.kind == Kind::kText && is_plain) {  // not copied
+    const MappedFile map(file.path);
+    read_text({reinterpret_cast<const char*>(map.data()), map.size()}, file, options, sink);
+    return sink.progress(file.size_bytes);
+  }
+  const auto stream = open_bytes(file);
+  const std::string_view first = stream->next();
+  if (file.kind == Kind::kJsonl || (file.kind == Kind::kByContent && begins_an_object(first))) {
+    read_jsonl(*stream, first, file, options, sink);
+  } else {
+    read_streamed_text(*stream, first, file, options, sink);
   }
 }
 

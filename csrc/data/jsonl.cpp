@@ -9,6 +9,7 @@ namespace xlstm::data {
 namespace {
 
 constexpr int kMaxDepth = 64;
+constexpr size_t kMaxKeyBytes = 200;  ///< of the keys that are named in an error, about
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
@@ -53,6 +54,13 @@ bool JsonlParser::fail(const std::string& what) {
   return false;
 }
 
+bool JsonlParser::fail_without_text() {
+  error_ = "no \"" + text_key_ + "\", but " +
+           (found_keys_.empty() ? "an empty object" : found_keys_) +
+           "; say which key has the text (--text-key KEY of xlstm-data, or data.text_key)";
+  return false;
+}
+
 void JsonlParser::skip_space() {
   while (next_ != end_ && (*next_ == ' ' || *next_ == '\t' || *next_ == '\r' || *next_ == '\n'))
     ++next_;
@@ -64,6 +72,7 @@ bool JsonlParser::parse(std::string_view line) {
   text_.clear();
   set_name_.clear();
   error_.clear();
+  found_keys_.clear();
   has_text_ = false;
   const size_t invalid = find_invalid_utf8(line);
   if (invalid != line.size()) {
@@ -78,8 +87,7 @@ bool JsonlParser::parse(std::string_view line) {
   if (!parse_object(0, false)) return false;
   skip_space();
   if (next_ != end_) return fail("text behind the object");
-  if (!has_text_) error_ = "no \"text\"";
-  return has_text_;
+  return has_text_ || fail_without_text();
 }
 
 bool JsonlParser::parse_object(int depth, bool in_meta) {
@@ -90,7 +98,10 @@ bool JsonlParser::parse_object(int depth, bool in_meta) {
   while (true) {
     if (!at('"')) return fail("expected a name in quotes");
     key_.clear();
+    const char* const key = next_;
     if (!parse_string(&key_)) return false;
+    if (depth == 0 && found_keys_.size() + static_cast<size_t>(next_ - key) < kMaxKeyBytes)
+      found_keys_.append(found_keys_.empty() ? "" : ", ").append(key, next_);
     skip_space();
     if (!at(':')) return fail("expected ':'");
     ++next_;
@@ -105,13 +116,13 @@ bool JsonlParser::parse_object(int depth, bool in_meta) {
 }
 
 bool JsonlParser::parse_member(int depth, bool in_meta, std::string_view key) {
-  if (depth == 0 && key == "text") {
+  if (depth == 0 && key == text_key_) {
     if (next_ == end_) return fail("ends early");
     if (!at('"')) {
-      error_ = "\"text\" is not a string";
+      error_ = "\"" + text_key_ + "\" is not a string";
       return false;
     }
-    if (has_text_) return fail("a second \"text\"");
+    if (has_text_) return fail("a second \"" + text_key_ + "\"");
     has_text_ = true;
     return parse_string(&text_);
   }

@@ -2,12 +2,15 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <utility>
 
 namespace xlstm::data {
 
 /// Reads lines of the form {"text": str, "meta": {"redpajama_set_name": str, ...}, ...}, buffers reused.
 class JsonlParser {
  public:
+  /// text_key: what stands in place of "text".
+  explicit JsonlParser(std::string text_key = "text") : text_key_(std::move(text_key)) {}
   /// One line: strict JSON (RFC 8259) with well-formed UTF-8. False when it cannot be used; error() then says why.
   bool parse(std::string_view line);
   std::string_view text() const { return text_; }
@@ -29,9 +32,12 @@ class JsonlParser {
   void skip_space();
   bool at(char c) const { return next_ != end_ && *next_ == c; }
   bool fail(const std::string& what);
+  bool fail_without_text();
 
   const char *begin_ = nullptr, *next_ = nullptr, *end_ = nullptr;
+  const std::string text_key_;
   std::string text_, set_name_, key_, error_;
+  std::string found_keys_;  ///< of the object itself, as they stand there; not all of very many
   bool has_text_ = false;
 };
 

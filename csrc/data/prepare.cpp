@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <system_error>
 
 #include "csrc/core/error.h"
@@ -128,6 +129,7 @@ void report_bad(const PrepareJob& job, const TextFile& file, int64_t line, const
   if (job.strict)
     throw Error(ExitCode::kData,
                 message + "; repair it, or leave out --strict to skip such documents");
+  if (report.first_bad.empty()) report.first_bad = message;
   if (report.bad_documents++ < job.max_warnings)
     std::fprintf(stderr, "warning: %s (skipped)\n", message.c_str());
 }
@@ -135,11 +137,15 @@ void report_bad(const PrepareJob& job, const TextFile& file, int64_t line, const
 void read_all(const PrepareJob& job, DocumentWriter& writer, PrepareReport& report) {
   int64_t total = 0, done = 0;
   for (const auto& file : job.files) total += file.size_bytes;
-  const int64_t unit = total < kSmallTotal ? 1000 : 1'000'000;
+  if (std::any_of(job.files.begin(), job.files.end(),
+                  [](const TextFile& file) { return file.is_standard_input; }))
+    total = 0;  // is not known
+  const int64_t unit = 0 < total && total < kSmallTotal ? 1000 : 1'000'000;
   const auto units = [&](int64_t bytes) { return (bytes + unit - 1) / unit; };
   Progress progress(job.label, units(total), unit == 1000 ? "kB" : "MB");
   for (const auto& file : job.files) {
     DocumentSink sink;
+    int64_t read = file.size_bytes;
     sink.document = [&](const Document& document) {
       const std::string_view text = select(job, file, document);
       if (!text.empty()) {
@@ -153,13 +159,14 @@ void read_all(const PrepareJob& job, DocumentWriter& writer, PrepareReport& repo
     };
     sink.progress = [&](int64_t position) {
       job.poll();
+      if (file.is_standard_input) read = position;
       progress.update(units(done + position));
     };
-    read_documents(file, sink);
-    done += file.size_bytes;
+    read_documents(file, job.texts, sink);
+    done += read;
   }
   writer.flush();
-  progress.update(units(total));
+  progress.update(units(done));
   progress.finish();
   if (report.bad_documents > job.max_warnings)
     std::fprintf(stderr, "warning: %s: %lld bad documents skipped in all\n", job.what.c_str(),
@@ -187,10 +194,12 @@ void check_output(const PrepareJob& job) {
 
 void check_not_empty(const PrepareJob& job, const PrepareReport& report) {
   if (report.num_documents > 0) return;
-  throw Error(ExitCode::kData, job.what + ": no text in it (" + std::to_string(job.files.size()) +
-                                   " files, " + std::to_string(report.empty_documents) +
-                                   " empty and " + std::to_string(report.bad_documents) +
-                                   " bad documents); give other or more text");
+  throw Error(ExitCode::kData,
+              job.what + ": no text in it (" + std::to_string(job.files.size()) + " files, " +
+                  std::to_string(report.empty_documents) + " empty and " +
+                  std::to_string(report.bad_documents) + " bad documents); " +
+                  (report.first_bad.empty() ? "give other or more text"
+                                            : "the first bad one: " + report.first_bad));
 }
 
 }  // namespace
@@ -227,9 +236,36 @@ PrepareReport run_prepare(const PrepareJob& job, Tokenizer& tokenizer) try {
                   "; choose an output folder with enough space that can be written");
 }
 
+void show_documents(const std::vector<std::string>& inputs, const TextOptions& texts,
+                    int64_t limit_bytes, std::FILE* out) {
+  struct Done {};
+  PrepareJob job;
+  PrepareReport report;
+  int64_t left = limit_bytes;
+  const auto show = [&](const Document& document) {
+    std::string_view text = document.text;
+    if (limit_bytes > 0) text = text.substr(0, utf8_boundary(text, static_cast<size_t>(left)));
+    const std::string line = nlohmann::json(text).dump() + "\n";
+    if (std::fwrite(line.data(), 1, line.size(), out) != line.size()) throw Done();
+    left -= static_cast<int64_t>(document.text.size());
+    if (limit_bytes > 0 && left <= 0) throw Done();
+  };
+  try {
+    for (const auto& file : find_texts(inputs, texts))
+      read_documents(
+          file, texts,
+          {.document = show,
+           .bad = [&](int64_t line,
+                      const std::string& what) { report_bad(job, file, line, what, report); },
+           .progress = [](int64_t) {}});
+  } catch (const Done&) {
+  }
+}
+
 PrepareReport prepare(const PrepareOptions& options) {
   PrepareJob job;
-  job.files = find_texts(options.inputs, options.glob);
+  job.files = find_texts(options.inputs, options.texts);
+  job.texts = options.texts;
   for (const auto& input : options.inputs) job.what += (job.what.empty() ? "" : ", ") + input;
   job.output_prefix = token_file_prefix(options.output_prefix);
   check_output(job);

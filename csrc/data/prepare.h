@@ -1,17 +1,18 @@
 #pragma once
 #include <cstdint>
+#include <cstdio>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "csrc/data/text_source.h"
 #include "csrc/data/token_file.h"
 
 namespace xlstm::data {
 
 struct PrepareOptions {
-  std::vector<std::string>
-      inputs;  ///< files, folders (all text below them), globs; .jsonl and .jsonl.zst by name
-  std::string glob = "*";  ///< which files of a folder (matched on the name, e.g. "*.py")
+  std::vector<std::string> inputs;  ///< as find_texts takes them
+  TextOptions texts;
   std::string
       output_prefix;  ///< writes <prefix>.bin, .idx, .meta.json, also where it ends in .bin or .idx
   std::string tokenizer = "bytes";
@@ -23,6 +24,7 @@ struct PrepareOptions {
 struct PrepareReport {
   int64_t num_documents = 0, num_tokens = 0, num_bytes = 0;
   int64_t empty_documents = 0, bad_documents = 0;
+  std::string first_bad;  ///< what is wrong with the first of these, and where
 };
 
 /// Turns text into a token file with its sidecar, written under temporary names and renamed at the end. Progress on
@@ -30,17 +32,29 @@ struct PrepareReport {
 /// corpus, bad document (strict), id beyond the file's dtype.
 PrepareReport prepare(const PrepareOptions& options);
 
+/// Writes the documents of texts, each as a JSON string on a line of its own, until they have limit_bytes of UTF-8 (0: no
+/// limit), where the last one is cut. Bad documents are named on standard error. Throws Error as prepare does.
+void show_documents(const std::vector<std::string>& inputs, const TextOptions& texts,
+                    int64_t limit_bytes, std::FILE* out);
+
 /// Train and held-out token files for a text, prepared into a cache keyed by content and settings; reused when present.
 struct CachedText {
   std::string train_prefix, val_prefix;
 };
-/// text: file, folder or glob, or "python-stdlib" (the standard library's sources of the Python on this machine).
-/// val_split: "tail" (the last val_fraction of each file, cut at a character) | "file" (whole files chosen by a hash of
-/// their relative name). val_text non-empty: it is the held-out text. poll: called all the time while texts are
-/// prepared, or while another process does that; what it throws ends the work, and nothing half-written stays.
+struct CacheOptions {
+  std::string text = "";      ///< file, folder, glob, or kStandardLibrary
+  std::string val_text = "";  ///< non-empty: the held-out text
+  double val_fraction = 0.1;
+  /// "tail": the last val_fraction of each file, cut at a character | "file": whole files chosen by a hash of their
+  /// relative name
+  std::string val_split = "tail";
+  std::string text_key = "text";
+  std::string tokenizer = "bytes";
+  std::string cache_dir = "";  ///< "": $XDG_CACHE_HOME/libxlstm or ~/.cache/libxlstm
+};
+/// poll: called all the time while texts are prepared, or while another process does that; what it throws ends the work,
+/// and nothing half-written stays.
 CachedText prepare_cached(
-    const std::string& text, const std::string& val_text, double val_fraction,
-    const std::string& val_split, const std::string& tokenizer, const std::string& cache_dir,
-    const std::function<void()>& poll = [] {});
+    const CacheOptions& options, const std::function<void()>& poll = [] {});
 
 }  // namespace xlstm::data

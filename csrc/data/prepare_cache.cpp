@@ -1,5 +1,5 @@
 // Texts prepared on the fly into a cache: <cache>/<key>/{train,val}.{bin,idx,meta.json}. The key covers everything that
-// decides their content: names, sizes and times of the texts, the tokenizer's files, the split.
+// decides their content: names, sizes and times of the texts, how they are read, the tokenizer's files, the split.
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
@@ -9,7 +9,6 @@
 
 #include "csrc/core/error.h"
 #include "csrc/core/sha256.h"
-#include "csrc/data/child_process.h"
 #include "csrc/data/file_lock.h"
 #include "csrc/data/prepare_job.h"
 #include "csrc/data/token_file.h"
@@ -19,8 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int kCacheVersion = 2;  ///< changes whenever the same text gives other tokens
-constexpr const char* kStandardLibrary = "python-stdlib";
+constexpr int kCacheVersion = 3;  ///< changes whenever the same text gives other tokens
 
 std::string default_cache_folder() {
   const char* cache = std::getenv("XDG_CACHE_HOME");
@@ -32,33 +30,13 @@ std::string default_cache_folder() {
       "no place for prepared data: neither XDG_CACHE_HOME nor HOME is set; set data.cache_dir");
 }
 
-std::string standard_library_folder() {
-  const std::string python = python_interpreter();
-  ChildProcess child(
-      {python, "-I", "-c", "import sysconfig; print(sysconfig.get_paths()['stdlib'])"});
-  std::string folder = child.receive_all();
-  const std::string end = child.wait_for_end();
-  while (!folder.empty() && folder.back() == '\n') folder.pop_back();
-  if (!child.ended_well() || folder.empty())
-    throw Error(ExitCode::kData,
-                "python-stdlib: " + python + " does not tell its standard library (" + end +
-                    "); set XLSTM_PYTHON to a Python, or data.text to another text");
-  return folder;
-}
-
-/// The library's own sources: no installed packages.
-std::vector<TextFile> standard_library_files() {
-  const std::string folder = standard_library_folder();
-  std::vector<TextFile> files = find_texts({folder}, "*.py");
-  const auto is_installed = [](const TextFile& file) {
-    return file.name.rfind("site-packages/", 0) == 0 || file.name.rfind("dist-packages/", 0) == 0;
-  };
-  files.erase(std::remove_if(files.begin(), files.end(), is_installed), files.end());
-  return files;
-}
-
 std::vector<TextFile> find_named_texts(const std::string& text) {
-  return text == kStandardLibrary ? standard_library_files() : find_texts({text}, "*");
+  if (text == kStandardInput)
+    throw Error(
+        ExitCode::kConfig,
+        "data.text: standard input (-) can be read only once, but every run reads its text; "
+        "give a file, or prepare it (xlstm-data prepare - --output PREFIX) for data.train");
+  return find_texts({text}, {});
 }
 
 nlohmann::json describe(const std::vector<TextFile>& files) {
@@ -105,37 +83,41 @@ void check_apart(const Split& split) {
                                          "trained on; keep the two in folders of their own");
 }
 
-Split make_split(const std::string& text, const std::string& val_text, double val_fraction,
-                 const std::string& val_split, const std::string& tokenizer) {
+Split make_split(const CacheOptions& options) {
+  const std::string& text = options.text;
   Split split;
   split.train.files = find_named_texts(text);
+  split.train.texts.text_key = options.text_key;
   split.train.what = text;
   split.train.label = "prepare " + text;
-  split.train.tokenizer = tokenizer;
+  split.train.tokenizer = options.tokenizer;
   split.train.command = "data.text=" + text;
   split.train.max_warnings = text == kStandardLibrary ? 0 : 3;  // it tests odd encodings
-  split.train.val_fraction = val_fraction;
-  if (val_text.empty() && val_fraction <= 0) return split;
+  split.train.val_fraction = options.val_fraction;
+  if (options.val_text.empty() && options.val_fraction <= 0) return split;
   split.val = split.train;
   split.val->label += " (held out)";
-  if (!val_text.empty()) {
-    split.val->files = find_named_texts(val_text);
-    split.val->what = val_text;
-    split.val->command = "data.val_text=" + val_text;
+  if (!options.val_text.empty()) {
+    split.val->files = find_named_texts(options.val_text);
+    split.val->what = options.val_text;
+    split.val->command = "data.val_text=" + options.val_text;
     check_apart(split);
-  } else if (val_split == "file") {
-    split_by_file(text, val_fraction, split);
+  } else if (options.val_split == "file") {
+    split_by_file(text, options.val_fraction, split);
   } else {
     split.train.part = Part::kTrain;
     split.val->part = Part::kHeldOut;
-    split.val->what = "the held-out " + std::to_string(val_fraction) + " of " + text;
+    split.val->what = "the held-out " + std::to_string(options.val_fraction) + " of " + text;
   }
   return split;
 }
 
 std::string cache_key(const Split& split) {
-  nlohmann::json key = {kCacheVersion, tokenizer_sha256(split.train.tokenizer),
-                        split.train.val_fraction, static_cast<int>(split.train.part),
+  nlohmann::json key = {kCacheVersion,
+                        tokenizer_sha256(split.train.tokenizer),
+                        split.train.texts.text_key,
+                        split.train.val_fraction,
+                        static_cast<int>(split.train.part),
                         describe(split.train.files)};
   if (split.val) key.push_back(describe(split.val->files));
   return sha256_hex(key.dump()).substr(0, 24);
@@ -154,17 +136,15 @@ bool is_ready(const std::string& prefix) {
 
 }  // namespace
 
-CachedText prepare_cached(const std::string& text, const std::string& val_text, double val_fraction,
-                          const std::string& val_split, const std::string& tokenizer,
-                          const std::string& cache_dir, const std::function<void()>& poll) {
-  if (val_text.empty() && !(val_fraction >= 0 && val_fraction < 1))
+CachedText prepare_cached(const CacheOptions& options, const std::function<void()>& poll) {
+  if (options.val_text.empty() && !(options.val_fraction >= 0 && options.val_fraction < 1))
+    throw Error(ExitCode::kConfig, "data.val_fraction is " + std::to_string(options.val_fraction) +
+                                       ", expected 0 to below 1");
+  if (options.val_split != "tail" && options.val_split != "file")
     throw Error(ExitCode::kConfig,
-                "data.val_fraction is " + std::to_string(val_fraction) + ", expected 0 to below 1");
-  if (val_split != "tail" && val_split != "file")
-    throw Error(ExitCode::kConfig,
-                "data.val_split is \"" + val_split + "\", expected tail or file");
-  Split split = make_split(text, val_text, val_fraction, val_split, tokenizer);
-  const fs::path cache = cache_dir.empty() ? default_cache_folder() : cache_dir;
+                "data.val_split is \"" + options.val_split + "\", expected tail or file");
+  Split split = make_split(options);
+  const fs::path cache = options.cache_dir.empty() ? default_cache_folder() : options.cache_dir;
   const fs::path folder = cache / cache_key(split);
   const CachedText result{folder / "train", split.val ? (folder / "val").string() : ""};
   const auto ready = [&] { return is_ready(result.train_prefix) && is_ready(result.val_prefix); };
@@ -174,9 +154,9 @@ CachedText prepare_cached(const std::string& text, const std::string& val_text, 
   if (error)
     throw Error(ExitCode::kData, folder.string() + ": cannot create: " + error.message() +
                                      "; set data.cache_dir to a folder that can be written");
-  const FileLock lock(folder / "lock", text, poll);
+  const FileLock lock(folder / "lock", options.text, poll);
   if (ready()) return result;  // another process was faster
-  const auto encoder = make_tokenizer(tokenizer);
+  const auto encoder = make_tokenizer(options.tokenizer);
   split.train.output_prefix = result.train_prefix;
   split.train.poll = poll;
   run_prepare(split.train, *encoder);

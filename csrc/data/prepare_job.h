@@ -15,6 +15,7 @@ enum class Part { kAll, kTrain, kHeldOut };
 
 struct PrepareJob {
   std::vector<TextFile> files;
+  TextOptions texts;
   std::string what;  ///< names the texts in messages
   std::string label = "prepare";
   std::string output_prefix;

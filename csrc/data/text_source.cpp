@@ -11,21 +11,37 @@
 #include <set>
 
 #include "csrc/core/error.h"
+#include "csrc/data/child_process.h"
 
 namespace xlstm::data {
 namespace {
 
 namespace fs = std::filesystem;
 
-bool ends_with(const std::string& name, const std::string& suffix) {
-  return name.size() >= suffix.size() &&
-         name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
+/// Kind and compression by the name: a.jsonl.gz.
+void classify(const TextOptions& options, TextFile& file) {
+  std::string_view name = file.name;
+  for (const auto& [ending, compression] : {std::pair(".gz", TextFile::Compression::kGzip),
+                                            std::pair(".zst", TextFile::Compression::kZstd)}) {
+    if (!name.ends_with(ending)) continue;
+    file.compression = compression;
+    name.remove_suffix(std::string_view(ending).size());
+    break;
+  }
+  const bool lines = options.format == "auto"
+                         ? name.ends_with(".jsonl") || name.ends_with(".ndjson")
+                         : options.format == "jsonl";
+  file.kind = lines ? TextFile::Kind::kJsonl : TextFile::Kind::kText;
 }
 
-TextFile::Kind kind_of(const std::string& name) {
-  if (ends_with(name, ".jsonl")) return TextFile::Kind::kJsonl;
-  if (ends_with(name, ".jsonl.zst")) return TextFile::Kind::kJsonlZst;
-  return TextFile::Kind::kText;
+TextFile standard_input(const TextOptions& options) {
+  TextFile file;
+  file.path = file.name = file.input = "standard input";
+  file.is_standard_input = true;
+  file.kind = options.format == "auto"    ? TextFile::Kind::kByContent
+              : options.format == "jsonl" ? TextFile::Kind::kJsonl
+                                          : TextFile::Kind::kText;
+  return file;
 }
 
 bool is_hidden(const fs::path& path) { return path.filename().string().rfind('.', 0) == 0; }
@@ -68,21 +84,32 @@ void search(const fs::path& root, const fs::path& below, const std::string& glob
 /// Collects files, each once.
 class Collector {
  public:
+  explicit Collector(const TextOptions& options) : options_(options) {}
+
   void add(const fs::path& path, const std::string& name, const std::string& input) {
     const struct stat info = info_of(path);
     if (!S_ISREG(info.st_mode)) return;
-    ++matched;
-    const FileId id{info.st_dev, info.st_ino};
-    if (!seen_.insert(id).second) return;
-    files.push_back(
-        {path.string(), name, input, kind_of(name), static_cast<int64_t>(info.st_size),
-         static_cast<int64_t>(info.st_mtim.tv_sec) * 1'000'000'000 + info.st_mtim.tv_nsec, id});
+    TextFile file;
+    file.path = path.string();
+    file.name = name;
+    file.input = input;
+    file.size_bytes = static_cast<int64_t>(info.st_size);
+    file.modified_ns =
+        static_cast<int64_t>(info.st_mtim.tv_sec) * 1'000'000'000 + info.st_mtim.tv_nsec;
+    file.id = {info.st_dev, info.st_ino};
+    classify(options_, file);
+    add(std::move(file));
   }
 
-  void add_folder(const fs::path& folder, const std::string& glob, const std::string& input) {
+  void add(TextFile file) {
+    ++matched;
+    if (seen_.insert(file.id).second) files.push_back(std::move(file));
+  }
+
+  void add_folder(const fs::path& folder, const std::string& input) {
     std::set<FileId> searched;
     std::vector<std::string> names;
-    search(folder, "", glob, searched, names);
+    search(folder, "", options_.glob, searched, names);
     std::sort(names.begin(), names.end());
     for (const auto& name : names) add(folder / name, name, input);
   }
@@ -91,6 +118,7 @@ class Collector {
   int64_t matched = 0;  ///< with repetitions
 
  private:
+  const TextOptions& options_;
   std::set<FileId> seen_;
 };
 
@@ -104,29 +132,63 @@ std::vector<std::string> expand_glob(const std::string& pattern) {
   return paths;
 }
 
-void add_path(Collector& collector, const std::string& path, const std::string& glob,
-              const std::string& input) {
+void add_path(Collector& collector, const std::string& path, const std::string& input) {
   std::error_code error;
   if (fs::is_directory(path, error)) {
-    collector.add_folder(path, glob, input);
+    collector.add_folder(path, input);
   } else {
     collector.add(path, path, input);
   }
 }
 
+std::string standard_library_folder() {
+  const std::string python = python_interpreter();
+  ChildProcess child(
+      {python, "-I", "-c", "import sysconfig; print(sysconfig.get_paths()['stdlib'])"});
+  std::string folder = child.receive_all();
+  const std::string end = child.wait_for_end();
+  while (!folder.empty() && folder.back() == '\n') folder.pop_back();
+  if (!child.ended_well() || folder.empty())
+    throw Error(ExitCode::kData, "python-stdlib: " + python +
+                                     " does not tell its standard library (" + end +
+                                     "); set XLSTM_PYTHON to a Python, or give another text");
+  return folder;
+}
+
+/// The library's own sources: no installed packages.
+void add_standard_library(Collector& collector) {
+  const auto is_installed = [](const TextFile& file) {
+    return file.name.starts_with("site-packages/") || file.name.starts_with("dist-packages/");
+  };
+  for (TextFile& file : find_texts({standard_library_folder()}, {.glob = "*.py"}))
+    if (!is_installed(file)) collector.add(std::move(file));
+}
+
 }  // namespace
 
-std::vector<TextFile> find_texts(const std::vector<std::string>& inputs, const std::string& glob) {
-  Collector collector;
+std::vector<TextFile> find_texts(const std::vector<std::string>& inputs,
+                                 const TextOptions& options) {
+  if (options.format != "auto" && options.format != "text" && options.format != "jsonl")
+    throw Error(ExitCode::kConfig,
+                "the format of texts is \"" + options.format + "\", expected auto, text or jsonl");
+  Collector collector(options);
   for (const auto& input : inputs) {
+    if (input == kStandardLibrary) {
+      add_standard_library(collector);
+      continue;
+    }
+    if (input == kStandardInput) {
+      collector.add(standard_input(options));
+      continue;
+    }
     const int64_t before = collector.matched;
     std::error_code error;
     if (fs::exists(input, error)) {
-      add_path(collector, input, glob, input);
+      add_path(collector, input, input);
       if (collector.matched == before)
         throw Error(ExitCode::kData,
-                    input + ": not a text file, nor a folder with files that match \"" + glob +
-                        "\"; give another input or glob");
+                    input + ": not a text file, nor a folder with files that match \"" +
+                        options.glob + "\"; give another input or glob");
       continue;
     }
     const auto paths = expand_glob(input);
@@ -135,7 +197,7 @@ std::vector<TextFile> find_texts(const std::vector<std::string>& inputs, const s
                   input +
                       ": no such file or folder, and no file matches it as a pattern; "
                       "check the path (patterns like 'texts/*.txt' work, in quotes)");
-    for (const auto& path : paths) add_path(collector, path, glob, input);
+    for (const auto& path : paths) add_path(collector, path, input);
   }
   return std::move(collector.files);
 }

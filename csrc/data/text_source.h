@@ -11,28 +11,48 @@ namespace xlstm::data {
 
 using FileId = std::pair<uint64_t, uint64_t>;  ///< device and inode: the same by whatever name
 
+/// Which texts are read, and how.
+struct TextOptions {
+  std::string glob = "*";  ///< which files of a folder (matched on the name, e.g. "*.py")
+  /// "text": each file is a text | "jsonl": each line a document | "auto": .jsonl and .ndjson are JSONL, and standard
+  /// input where it begins with a brace
+  std::string format = "auto";
+  std::string text_key = "text";  ///< of a line of JSONL: its text stands there
+  /// POSIX extended regular expression: a new document begins at each line of a text that it matches; "": a text is one
+  std::string split_at = "";
+};
+
 struct TextFile {
-  enum class Kind { kText, kJsonl, kJsonlZst };
+  enum class Kind { kText, kJsonl, kByContent };
+  enum class Compression { kNone, kZstd, kGzip };
   std::string path;
   std::string
       name;  ///< below the folder it was found through, else the path: the same on every machine
   std::string input;  ///< the file, folder or glob that led to it
   Kind kind = Kind::kText;
+  Compression compression = Compression::kNone;
+  bool is_standard_input = false;
   int64_t size_bytes = 0;
   int64_t modified_ns = 0;
   FileId id;
 };
 
+/// An input that stands for the sources of Python's standard library.
+constexpr const char* kStandardLibrary = "python-stdlib";
+/// An input that stands for standard input.
+constexpr const char* kStandardInput = "-";
+
 /// Files of the inputs in a fixed order: inputs as given, below a folder sorted by name. Hidden files and folders are
 /// passed over, and a file that several inputs lead to counts once. Folders, linked ones included, are searched for names
 /// that match `glob` (*, ?, [set]); an input that does not exist is taken as a glob itself. Throws Error(kData) for an
-/// input that leads to nothing, and for what cannot be read.
-std::vector<TextFile> find_texts(const std::vector<std::string>& inputs, const std::string& glob);
+/// input that leads to nothing, and for what cannot be read; Error(kConfig) for an unknown format.
+std::vector<TextFile> find_texts(const std::vector<std::string>& inputs,
+                                 const TextOptions& options);
 
 struct Document {
   std::string_view text;    ///< valid during the call
   std::string_view source;  ///< meta.redpajama_set_name, else TextFile::input
-  int64_t line = 1;         ///< of a JSONL file
+  int64_t line = 1;         ///< where it begins
 };
 
 /// What a reader of documents is told. Positions are bytes of the file as stored, for progress.
@@ -43,9 +63,9 @@ struct DocumentSink {
   std::function<void(int64_t position)> progress;
 };
 
-/// Reads a file: a text is one document; each line of .jsonl (or .jsonl.zst, streamed) is one, blank lines aside.
-/// Texts are well-formed UTF-8, without a byte-order mark at a file's beginning. Throws Error(kData) when the file cannot
-/// be opened.
-void read_documents(const TextFile& file, const DocumentSink& sink);
+/// Reads a file: a text is one document, or several (TextOptions::split_at); each line of JSONL is one, blank lines
+/// aside. What is compressed is streamed, but a text is held whole. Texts are well-formed UTF-8, without a byte-order mark
+/// at a file's beginning. Throws Error(kData) when the file cannot be opened, Error(kConfig) for a bad split_at.
+void read_documents(const TextFile& file, const TextOptions& options, const DocumentSink& sink);
 
 }  // namespace xlstm::data

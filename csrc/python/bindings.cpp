@@ -1,13 +1,18 @@
 // libxlstm._C: models that the C++ programs trained, for Python, where libxlstm/model.py makes torch.nn.Modules of them.
 // The forward pass runs without the interpreter lock; autograd works through it, because parameters and results are the
 // same tensors on both sides.
+#include <ATen/ops/from_blob.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <optional>
 #include <system_error>
+#include <tuple>
 
 #include "csrc/config/config.h"
 #include "csrc/core/error.h"
+#include "csrc/data/dataset.h"
 #include "csrc/models/language_model.h"
 #include "train/checkpoint.h"
 #include "train/generation.h"
@@ -135,6 +140,47 @@ py::class_<Py> define(py::module_& m, const char* name, const char* doc) {
       });
 }
 
+/// Token files as the trainer reads them.
+class PyTokenData {
+ public:
+  PyTokenData(const std::vector<std::string>& prefixes, const std::vector<double>& weights,
+              const xlstm::data::DatasetOptions& options)
+      : files_(open(prefixes, weights)), dataset_(files_, options) {}
+
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> batch(int64_t first_sample, int64_t count) const {
+    xlstm::data::Batch batch = dataset_.batch(first_sample, count);
+    const std::vector<int64_t> shape{batch.batch_size, batch.seq_len};
+    return {at::from_blob(batch.input.data(), shape, at::kLong).clone(),
+            at::from_blob(batch.target.data(), shape, at::kLong).clone(),
+            at::from_blob(batch.reset.data(), shape, at::kByte).to(at::kBool)};
+  }
+  int64_t samples_per_epoch() const { return dataset_.samples_per_epoch(); }
+  int64_t num_tokens() const {
+    int64_t total = 0;
+    for (const auto& [file, weight] : files_) total += file->num_tokens();
+    return total;
+  }
+  std::optional<int64_t> vocab_size() const {
+    int64_t largest = 0;
+    for (const auto& [file, weight] : files_) {
+      if (!file->sidecar()) return std::nullopt;
+      largest = std::max(largest, file->sidecar()->vocab_size);
+    }
+    return largest;
+  }
+
+ private:
+  static std::vector<xlstm::data::WeightedFile> open(const std::vector<std::string>& prefixes,
+                                                     const std::vector<double>& weights) {
+    std::vector<xlstm::data::WeightedFile> files;
+    for (size_t i = 0; i < prefixes.size(); ++i)
+      files.push_back({std::make_shared<const xlstm::data::TokenFile>(prefixes[i]), weights.at(i)});
+    return files;
+  }
+  std::vector<xlstm::data::WeightedFile> files_;
+  xlstm::data::Dataset dataset_;
+};
+
 PyModel load(const std::string& checkpoint_dir, bool verify, at::ScalarType dtype,
              const std::vector<std::string>& overrides) {
   auto loaded = xlstm::train::load_model(checkpoint_dir, verify, dtype, overrides);
@@ -232,6 +278,26 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("folder", &PyModel::folder);
   define<PyStack>(m, "BlockStack",
                   "What a libxlstm.BlockStack stands for, and is documented there.");
+  py::class_<PyTokenData>(m, "TokenData",
+                          "What a libxlstm.TokenData stands for, and is documented there.")
+      .def(py::init([](const std::vector<std::string>& prefixes, const std::vector<double>& weights,
+                       int64_t seq_len, uint64_t seed, bool shuffle, int64_t streams,
+                       bool reset_state_at_document, bool mask_loss_across_documents) {
+             return PyTokenData(prefixes, weights,
+                                {.seq_len = seq_len,
+                                 .shuffle = shuffle,
+                                 .seed = seed,
+                                 .reset_state_at_document = reset_state_at_document,
+                                 .mask_loss_across_documents = mask_loss_across_documents,
+                                 .streams = streams});
+           }),
+           py::arg("prefixes"), py::arg("weights"), py::arg("seq_len"), py::arg("seed"),
+           py::arg("shuffle"), py::arg("streams"), py::arg("reset_state_at_document"),
+           py::arg("mask_loss_across_documents"), no_lock())
+      .def("batch", &PyTokenData::batch, py::arg("first_sample"), py::arg("count"), no_lock())
+      .def_property_readonly("samples_per_epoch", &PyTokenData::samples_per_epoch)
+      .def_property_readonly("num_tokens", &PyTokenData::num_tokens)
+      .def_property_readonly("vocab_size", &PyTokenData::vocab_size);
   m.def("load", &load, py::arg("checkpoint_dir"), py::arg("verify"), py::arg("dtype"),
         py::arg("overrides"), no_lock(),
         "The model of a checkpoint folder, or of a run folder (its newest good checkpoint), in "

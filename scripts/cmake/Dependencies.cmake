@@ -26,8 +26,9 @@ if(XLSTM_BUILD_TRAIN)
   find_path(ZSTD_INCLUDE_DIR zstd.h)
   find_library(ZSTD_LIBRARY zstd)
   find_package(OpenSSL QUIET COMPONENTS Crypto)
-  if(NOT ZSTD_LIBRARY OR NOT ZSTD_INCLUDE_DIR OR NOT OPENSSL_FOUND)
-    message(FATAL_ERROR "zstd and OpenSSL headers are needed: apt-get install libzstd-dev libssl-dev "
+  find_package(ZLIB QUIET)
+  if(NOT ZSTD_LIBRARY OR NOT ZSTD_INCLUDE_DIR OR NOT OPENSSL_FOUND OR NOT ZLIB_FOUND)
+    message(FATAL_ERROR "zstd, zlib and OpenSSL headers are needed: apt-get install libzstd-dev zlib1g-dev libssl-dev "
                         "(or -DXLSTM_BUILD_TRAIN=OFF for the operators alone)")
   endif()
   add_library(zstd_library INTERFACE IMPORTED GLOBAL)

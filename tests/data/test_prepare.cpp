@@ -118,7 +118,7 @@ TEST_CASE("prepare: strict stops at the first bad document") {
   write_bytes(folder / "c.jsonl", "{\"text\":\"x\"}\n{\"txt\":\"y\"}\n");
   PrepareOptions options = options_of(folder, {"c.jsonl"});
   options.strict = true;
-  CHECK(contains(error_of([&] { prepare(options); }), "c.jsonl:2: no \"text\"; repair it"));
+  CHECK(contains(error_of([&] { prepare(options); }), "c.jsonl:2: no \"text\", but \"txt\"; say"));
   CHECK_FALSE(std::filesystem::exists(folder / "out.bin"));
   CHECK_FALSE(std::filesystem::exists(folder / "out.bin.tmp"));
 }
@@ -171,7 +171,7 @@ TEST_CASE("long documents reach a tokenizer in pieces that end in lines") {
   }
   write_bytes(folder / "a.txt", text);
   PrepareJob job;
-  job.files = find_texts({(folder / "a.txt").string()}, "*");
+  job.files = find_texts({(folder / "a.txt").string()}, {});
   job.output_prefix = (folder / "out").string();
   job.tokenizer = "words";
   WordTokenizer tokenizer;
@@ -192,7 +192,7 @@ TEST_CASE("documents that a tokenizer makes nothing of count as empty") {
   TemporaryFolder folder;
   write_bytes(folder / "c.jsonl", "{\"text\":\"a b\"}\n{\"text\":\"  \"}\n{\"text\":\"c\"}\n");
   PrepareJob job;
-  job.files = find_texts({(folder / "c.jsonl").string()}, "*");
+  job.files = find_texts({(folder / "c.jsonl").string()}, {});
   job.output_prefix = (folder / "out").string();
   WordTokenizer tokenizer;
   const PrepareReport report = run_prepare(job, tokenizer);

@@ -21,7 +21,11 @@ namespace fs = std::filesystem;
 
 CachedText cached(const TemporaryFolder& folder, const std::string& text, double fraction = 0.1,
                   const std::string& split = "tail", const std::string& val_text = "") {
-  return prepare_cached(text, val_text, fraction, split, "bytes", (folder / "cache").string());
+  return prepare_cached({.text = text,
+                         .val_text = val_text,
+                         .val_fraction = fraction,
+                         .val_split = split,
+                         .cache_dir = (folder / "cache").string()});
 }
 
 std::string text_of(const std::string& prefix) {
@@ -134,6 +138,17 @@ TEST_CASE("the cache is reused until text or settings change") {
   CHECK(text_of(changed.train_prefix) == std::string("same size, other t") + '\0');
   CHECK(entries(folder / "cache") == 4);
 
+  SECTION("the key of the text counts") {
+    const std::string lines =
+        write_bytes(folder / "a.jsonl", "{\"text\":\"first\",\"content\":\"second\"}\n");
+    CacheOptions options{
+        .text = lines, .val_fraction = 0, .cache_dir = (folder / "cache").string()};
+    const CachedText texts = prepare_cached(options);
+    options.text_key = "content";
+    const CachedText contents = prepare_cached(options);
+    CHECK(text_of(texts.train_prefix) == std::string("first") + '\0');
+    CHECK(text_of(contents.train_prefix) == std::string("second") + '\0');
+  }
   SECTION("a damaged or half-written entry is prepared again") {
     write_bytes(changed.train_prefix + ".bin", "x");
     fs::remove(changed.val_prefix + ".meta.json");
@@ -183,7 +198,7 @@ TEST_CASE("preparation can be ended, and leaves nothing half-written") {
   const std::string text = write_bytes(folder / "t.txt", std::string(300000, 'a'));
   const std::string cache = (folder / "cache").string();
   int calls = 0;
-  CHECK_THROWS_AS(prepare_cached(text, "", 0.1, "tail", "bytes", cache,
+  CHECK_THROWS_AS(prepare_cached({.text = text, .cache_dir = cache},
                                  [&] {
                                    if (++calls == 5) throw Ended();  // inside the one document
                                  }),
@@ -193,14 +208,20 @@ TEST_CASE("preparation can be ended, and leaves nothing half-written") {
   {
     const FileLock held(entry / "lock", "text");
     calls = 0;
-    CHECK_THROWS_AS(prepare_cached(text, "", 0.1, "tail", "bytes", cache,
+    CHECK_THROWS_AS(prepare_cached({.text = text, .cache_dir = cache},
                                    [&] {
                                      if (++calls == 3) throw Ended();  // while it waits
                                    }),
                     Ended);
     CHECK(entries(entry) == 1);
   }
-  CHECK(text_of(prepare_cached(text, "", 0.1, "tail", "bytes", cache).val_prefix).size() == 30001);
+  CHECK(text_of(prepare_cached({.text = text, .cache_dir = cache}).val_prefix).size() == 30001);
+}
+
+TEST_CASE("a text that every run reads is not standard input") {
+  TemporaryFolder folder;
+  CHECK(contains(error_of([&] { cached(folder, "-"); }, ExitCode::kConfig),
+                 "standard input (-) can be read only once"));
 }
 
 TEST_CASE("wrong split settings and too small texts are errors") {
@@ -211,7 +232,9 @@ TEST_CASE("wrong split settings and too small texts are errors") {
   error_of([&] { cached(folder, text, 1.0); }, ExitCode::kConfig);
   error_of([&] { cached(folder, text, -0.1); }, ExitCode::kConfig);
   CHECK(contains(error_of([&] { cached(folder, text); }), "no text in it"));
-  CHECK(contains(error_of([&] { prepare_cached(text, "", 0, "tail", "bytes", text + "/cache"); }),
+  CHECK(contains(error_of([&] {
+                   prepare_cached({.text = text, .val_fraction = 0, .cache_dir = text + "/cache"});
+                 }),
                  "set data.cache_dir to a folder that can be written"));
 }
 

@@ -1,5 +1,6 @@
 // Finding texts and reading documents out of them.
 #include <unistd.h>
+#include <zlib.h>
 #include <zstd.h>
 
 #include <nlohmann/json.hpp>
@@ -22,8 +23,23 @@ std::string compress(const std::string& text) {
   return out;
 }
 
+std::string gzip(const std::string& text) {
+  z_stream stream{};
+  constexpr int kGzip = 16 + MAX_WBITS;
+  deflateInit2(&stream, 6, Z_DEFLATED, kGzip, 8, Z_DEFAULT_STRATEGY);
+  std::string out(deflateBound(&stream, text.size()), '\0');
+  stream.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(text.data()));
+  stream.avail_in = static_cast<uInt>(text.size());
+  stream.next_out = reinterpret_cast<Bytef*>(out.data());
+  stream.avail_out = static_cast<uInt>(out.size());
+  deflate(&stream, Z_FINISH);
+  out.resize(out.size() - stream.avail_out);
+  deflateEnd(&stream);
+  return out;
+}
+
 /// Documents as "source|line|text", problems as "line!what".
-std::vector<std::string> read_all(const std::string& path) {
+std::vector<std::string> read_all(const std::string& path, const TextOptions& options = {}) {
   std::vector<std::string> seen;
   int64_t last = 0;
   DocumentSink sink;
@@ -38,9 +54,9 @@ std::vector<std::string> read_all(const std::string& path) {
     CHECK(position >= last);
     last = position;
   };
-  TextFile file = find_texts({path}, "*").at(0);
+  TextFile file = find_texts({path}, options).at(0);
   file.input = "in";
-  read_documents(file, sink);
+  read_documents(file, options, sink);
   CHECK(last <= file.size_bytes);
   return seen;
 }
@@ -128,8 +144,8 @@ TEST_CASE("jsonl parser") {
   const std::vector<std::pair<std::string, std::string>> bad{
       {R"({"text":3})", "\"text\" is not a string"},
       {R"({"text":null})", "\"text\" is not a string"},
-      {R"({"txt":"a"})", "no \"text\""},
-      {R"({})", "no \"text\""},
+      {R"({"id":7,"c\n\"":{"inner":1}})", "no \"text\", but \"id\", \"c\\n\\\"\"; say which key"},
+      {R"({})", "no \"text\", but an empty object; say which key"},
       {R"(["text"])", "not a JSON object"},
       {R"("text")", "not a JSON object"},
       {R"({"text":"a"} x)", "not valid JSON at byte 14: text behind the object"},
@@ -153,6 +169,21 @@ TEST_CASE("jsonl parser") {
     CHECK_FALSE(parser.parse(line));
     CHECK(contains(parser.error(), message));
   }
+}
+
+TEST_CASE("jsonl parser of another key") {
+  JsonlParser parser("content");
+  REQUIRE(parser.parse(R"({"text":3,"\u0063ontent":"a","meta":{"content":"b"}})"));
+  CHECK(parser.text() == "a");
+  CHECK_FALSE(parser.parse(R"({"text":"a"})"));
+  CHECK(contains(parser.error(), "no \"content\", but \"text\"; say which key"));
+  CHECK(contains(parser.error(), "--text-key"));
+  CHECK_FALSE(parser.parse(R"({"content":[]})"));
+  CHECK(contains(parser.error(), "\"content\" is not a string"));
+  std::string many = "{";
+  for (int i = 0; i < 1000; ++i) many += "\"key" + std::to_string(i) + "\":0,";
+  CHECK_FALSE(parser.parse(many + "\"z\":0}"));
+  CHECK(parser.error().size() < 400);
 }
 
 TEST_CASE("jsonl parser agrees with another JSON library on damaged lines") {
@@ -189,18 +220,18 @@ TEST_CASE("texts are found in a fixed order") {
        {"b.txt", "a/z.py", "a/c.txt", "a.txt", ".hidden.txt", ".git/x.txt", "a/.deep/y.txt"})
     write_bytes(folder / "t" / name, name);
   const std::string root = (folder / "t").string();
-  CHECK(names(find_texts({root}, "*")) ==
+  CHECK(names(find_texts({root}, {})) ==
         std::vector<std::string>{"a.txt", "a/c.txt", "a/z.py", "b.txt"});
-  CHECK(names(find_texts({root}, "*.txt")) ==
+  CHECK(names(find_texts({root}, {.glob = "*.txt"})) ==
         std::vector<std::string>{"a.txt", "a/c.txt", "b.txt"});
-  CHECK(names(find_texts({root + "/*.txt"}, "*")) ==
+  CHECK(names(find_texts({root + "/*.txt"}, {})) ==
         std::vector<std::string>{root + "/a.txt", root + "/b.txt"});
-  CHECK(names(find_texts({root + "/a"}, "[yz].py")) == std::vector<std::string>{"z.py"});
+  CHECK(names(find_texts({root + "/a"}, {.glob = "[yz].py"})) == std::vector<std::string>{"z.py"});
   SECTION("a file counts once") {
-    CHECK(names(find_texts({root + "/b.txt", root, root}, "*.txt")) ==
+    CHECK(names(find_texts({root + "/b.txt", root, root}, {.glob = "*.txt"})) ==
           std::vector<std::string>{root + "/b.txt", "a.txt", "a/c.txt"});
     std::filesystem::create_symlink(root + "/b.txt", root + "/link.txt");
-    CHECK(find_texts({root}, "*.txt").size() == 3);
+    CHECK(find_texts({root}, {.glob = "*.txt"}).size() == 3);
   }
   SECTION("folders that are linked count, once and without end") {
     write_bytes(folder / "far" / "x" / "f.txt", "f");
@@ -208,32 +239,47 @@ TEST_CASE("texts are found in a fixed order") {
     std::filesystem::create_directory_symlink(root, root + "/a/up");
     std::filesystem::create_directory_symlink(root + "/a", root + "/b");
     std::filesystem::create_symlink(root + "/nowhere", root + "/dangling.txt");
-    CHECK(names(find_texts({root, root}, "*.txt")) ==
+    CHECK(names(find_texts({root, root}, {.glob = "*.txt"})) ==
           std::vector<std::string>{"a.txt", "a/c.txt", "b.txt", "link/x/f.txt"});
   }
   SECTION("a folder that cannot be read is an error") {
     if (::geteuid() == 0) return;  // reads everything
     std::filesystem::permissions(root + "/a", std::filesystem::perms::none);
-    CHECK(contains(error_of([&] { find_texts({root}, "*.txt"); }), "a: cannot read: Permission"));
+    CHECK(contains(error_of([&] { find_texts({root}, {.glob = "*.txt"}); }),
+                   "a: cannot read: Permission"));
     std::filesystem::permissions(root + "/a", std::filesystem::perms::owner_all);
   }
   SECTION("nothing found") {
-    CHECK(contains(error_of([&] { find_texts({root + "/nope"}, "*"); }),
+    CHECK(contains(error_of([&] { find_texts({root + "/nope"}, {}); }),
                    "nope: no such file or folder"));
-    CHECK(contains(error_of([&] { find_texts({root + "/*.rst"}, "*"); }),
+    CHECK(contains(error_of([&] { find_texts({root + "/*.rst"}, {}); }),
                    "no file matches it as a pattern"));
-    CHECK(contains(error_of([&] { find_texts({root}, "*.rst"); }),
+    CHECK(contains(error_of([&] { find_texts({root}, {.glob = "*.rst"}); }),
                    "nor a folder with files that match \"*.rst\""));
-    CHECK(contains(error_of([&] { find_texts({"/dev/null"}, "*"); }), "not a text file"));
+    CHECK(contains(error_of([&] { find_texts({"/dev/null"}, {}); }), "not a text file"));
   }
   SECTION("kinds go by name") {
     write_bytes(folder / "k" / "a.jsonl", "");
-    write_bytes(folder / "k" / "b.jsonl.zst", "");
-    write_bytes(folder / "k" / "c.json", "");
-    const auto files = find_texts({(folder / "k").string()}, "*");
-    CHECK(files.at(0).kind == TextFile::Kind::kJsonl);
-    CHECK(files.at(1).kind == TextFile::Kind::kJsonlZst);
-    CHECK(files.at(2).kind == TextFile::Kind::kText);
+    for (const char* name : {"b.jsonl.zst", "c.json", "d.ndjson.gz", "e.txt.gz", "f.zst"})
+      write_bytes(folder / "k" / name, "");
+    const auto files = find_texts({(folder / "k").string()}, {});
+    using Kind = TextFile::Kind;
+    using Compression = TextFile::Compression;
+    const std::pair<Kind, Compression> kinds[] = {
+        {Kind::kJsonl, Compression::kNone}, {Kind::kJsonl, Compression::kZstd},
+        {Kind::kText, Compression::kNone},  {Kind::kJsonl, Compression::kGzip},
+        {Kind::kText, Compression::kGzip},  {Kind::kText, Compression::kZstd}};
+    REQUIRE(files.size() == std::size(kinds));
+    for (size_t i = 0; i < files.size(); ++i) {
+      CHECK(files[i].kind == kinds[i].first);
+      CHECK(files[i].compression == kinds[i].second);
+    }
+    for (const auto& file : find_texts({(folder / "k").string()}, {.format = "jsonl"}))
+      CHECK(file.kind == Kind::kJsonl);
+    for (const auto& file : find_texts({(folder / "k").string()}, {.format = "text"}))
+      CHECK(file.kind == Kind::kText);
+    CHECK(contains(error_of([&] { find_texts({root}, {.format = "json"}); }, ExitCode::kConfig),
+                   "\"json\", expected auto, text or jsonl"));
   }
 }
 
@@ -246,7 +292,75 @@ TEST_CASE("documents of a text file") {
                              "\xef\xbb\xbf"
                              "a\xef\xbb\xbf")) == std::vector<std::string>{"in|1|a\xef\xbb\xbf"});
   const auto bad = read_all(write_bytes(folder / "b.txt", "ok\nok\n\xff"));
-  CHECK(bad == std::vector<std::string>{"3!invalid UTF-8 at byte 7 of the file"});
+  REQUIRE(bad.size() == 1);
+  CHECK(contains(bad[0], "3!invalid UTF-8 at byte 7 of the file; convert it (iconv"));
+}
+
+TEST_CASE("a compressed text is one document") {
+  TemporaryFolder folder;
+  std::string text = "\xef\xbb\xbf";
+  for (int i = 0; text.size() < 5'000'000; ++i) text += std::to_string(i) + "\xe2\x82\xac\n";
+  const std::vector<std::string> want{"in|1|" + text.substr(3)};
+  CHECK(read_all(write_bytes(folder / "t.txt.gz", gzip(text))) == want);
+  CHECK(read_all(write_bytes(folder / "t.zst", compress(text))) == want);
+  CHECK(read_all(write_bytes(folder / "e.gz", gzip(""))) == std::vector<std::string>{"in|1|"});
+  const std::string cut = gzip(text).substr(0, 100'000);
+  const auto seen = read_all(write_bytes(folder / "cut.txt.gz", cut));  // half a text is none
+  CHECK(seen == std::vector<std::string>{
+                    "1!the gzip data ends early: the file is truncated; copy it again"});
+}
+
+TEST_CASE("a text is split where a line matches") {
+  TemporaryFolder folder;
+  const std::string text =
+      " \n = One = \n\nfirst\n = = Part = = \nmore\n = Two = \n = Three = \nlast";
+  const std::string path = write_bytes(folder / "t.txt", text);
+  CHECK(read_all(path, {.split_at = "^ = [^=]"}) ==
+        std::vector<std::string>{"in|1| \n = One = \n\nfirst\n = = Part = = \nmore\n",
+                                 "in|7| = Two = \n", "in|8| = Three = \nlast"});
+  CHECK(read_all(path, {.split_at = "nowhere"}) == std::vector<std::string>{"in|1|" + text});
+  CHECK(read_all(path, {.split_at = "^last$"}).size() == 2);
+  CHECK(read_all(path, {.split_at = "^$"}).size() == 2);
+  CHECK(read_all(write_bytes(folder / "t.gz", gzip(text)), {.split_at = "^ = (Two|Three) = $"})
+            .size() == 3);
+  CHECK(read_all(write_bytes(folder / "e.txt", ""), {.split_at = "x"}) ==
+        std::vector<std::string>{"in|1|"});
+  CHECK(contains(error_of([&] { read_all(path, {.split_at = "("}); }, ExitCode::kConfig),
+                 "--split-at: \"(\" is not a regular expression"));
+}
+
+TEST_CASE("what is not text is told") {
+  using namespace std::string_literals;
+  TemporaryFolder folder;
+  const std::string tar = "name" + std::string(253, '\0') + "ustar" + std::string(250, '\0');
+  const std::pair<std::string, std::string> formats[] = {
+      {gzip("text"), "gzip data, not text; rename the file so that it ends in .gz"},
+      {compress("text"), "zstd data, not text; rename the file so that it ends in .zst"},
+      {"BZh91AY&SY\x8b\xff\xff\xff\xff"s, "bzip2 data, not text; pipe it: bzcat FILE |"},
+      {"\xfd"
+       "7zXZ\0\0"s,
+       "xz data, not text; pipe it: xzcat FILE |"},
+      {"PAR1\x15\0\x15"s, "a Parquet file, not text; pipe it as JSONL: python -c"},
+      {"ARROW1\0\0"s, "an Arrow file, not text; write it as JSONL"},
+      {"\xff\xff\xff\xff\x10\0"s, "an Arrow stream, not text"},
+      {"\x89HDF\r\n\x1a\n\0"s, "an HDF5 file, not text"},
+      {"PK\x03\x04\x14\0"s, "a zip archive, not text; unpack it"},
+      {tar, "a tar archive, not text; unpack it"},
+      {"%PDF-1.7\n%\xb5\xed\xae\xfb\n"s, "a PDF document, not text; extract its text"},
+      {"\xff\xfet\0"s, "text in UTF-16, not text; convert it: iconv"},
+  };
+  for (const auto& [bytes, message] : formats) {
+    for (const char* name : {"t.txt", "t.jsonl"}) {
+      const auto seen = read_all(write_bytes(folder / name, bytes));
+      REQUIRE(seen.size() == 1);
+      CHECK(contains(seen[0], "1!" + message));
+      CHECK(contains(read_all(write_bytes(folder / (name + ".gz"s), gzip(bytes))).at(0), message));
+    }
+  }
+  // Words that a text may begin with.
+  for (const std::string& text : {"PAR1 and \xc3\xa9"s, "%PDF-1.7 begins a document"s, "BZh91AY"s})
+    CHECK(read_all(write_bytes(folder / "w.txt", text)) ==
+          std::vector<std::string>{"in|1|" + text});
 }
 
 TEST_CASE("documents of jsonl, plain and compressed") {
@@ -271,21 +385,39 @@ TEST_CASE("documents of jsonl, plain and compressed") {
   CHECK(read_all(write_bytes(folder / "two.jsonl.zst", compress(text + "\n") + compress(""))) ==
         want);
   CHECK(read_all(write_bytes(folder / "empty.jsonl.zst", "")).empty());
+  const std::string zipped = gzip(text), padding(100, '\0');
+  CHECK(read_all(write_bytes(folder / "t.jsonl.gz", zipped)) == want);
+  CHECK(read_all(write_bytes(folder / "two.jsonl.gz", gzip(text.substr(0, 5000)) + gzip("") +
+                                                          gzip(text.substr(5000)) + padding)) ==
+        want);
+  CHECK(read_all(write_bytes(folder / "empty.jsonl.gz", "")).empty());
   const std::string marked = "\xef\xbb\xbf" + text;
   CHECK(read_all(write_bytes(folder / "marked.jsonl", marked)) == want);
   CHECK(read_all(write_bytes(folder / "marked.jsonl.zst", compress(marked))) == want);
 
   SECTION("a truncated file gives its whole documents and one problem") {
-    for (const size_t size : {packed.size() - 1, packed.size() / 2, size_t{5}}) {
-      const auto seen = read_all(write_bytes(folder / "cut.jsonl.zst", packed.substr(0, size)));
-      REQUIRE_FALSE(seen.empty());
-      CHECK(contains(seen.back(), "the zstd data ends early"));
-      CHECK(std::equal(seen.begin(), seen.end() - 1, want.begin()));
+    for (const auto& [bytes, format] : {std::pair(packed, "zst"), std::pair(zipped, "gz")}) {
+      for (const size_t size : {bytes.size() - 1, bytes.size() / 2, size_t{5}}) {
+        const auto seen = read_all(
+            write_bytes(folder / (std::string("cut.jsonl.") + format), bytes.substr(0, size)));
+        REQUIRE_FALSE(seen.empty());
+        CHECK(contains(seen.back(), "data ends early: the file is truncated"));
+        CHECK(std::equal(seen.begin(), seen.end() - 1, want.begin()));
+        if (bytes == zipped && size > 1000) CHECK(seen.size() > 1000);
+      }
     }
   }
   SECTION("a damaged file") {
     const auto seen = read_all(write_bytes(folder / "bad.jsonl.zst", "this is not zstd"));
     REQUIRE(seen.size() == 1);
     CHECK(contains(seen[0], "1!damaged zstd data"));
+    const auto not_gzip = read_all(write_bytes(folder / "bad.jsonl.gz", "this is not gzip"));
+    REQUIRE(not_gzip.size() == 1);
+    CHECK(contains(not_gzip[0], "1!damaged gzip data (incorrect header check)"));
+    std::string flipped = zipped;
+    flipped[flipped.size() / 2] ^= 0x55;
+    const auto some = read_all(write_bytes(folder / "flipped.jsonl.gz", flipped));
+    CHECK(some.size() < want.size() + 1);
+    CHECK(contains(some.back(), "!damaged gzip data"));
   }
 }

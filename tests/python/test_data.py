@@ -1,7 +1,10 @@
 """Token files as other programs see them, and the xlstm-data program from outside."""
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import signal
@@ -12,6 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+import libxlstm
 
 ROOT = Path(__file__).resolve().parents[2]
 XLSTM_DATA = ROOT / "build" / "bin" / "xlstm-data"
@@ -19,16 +25,16 @@ GPT2 = ROOT.parent / "shared" / "data" / "gpt2-bpe"
 MEGATRON_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
-def run(*args, check=0):
-    done = subprocess.run([XLSTM_DATA, *map(str, args)], capture_output=True, text=True, timeout=120,
+def run(*args, check=0, stdin=""):
+    done = subprocess.run([XLSTM_DATA, *map(str, args)], capture_output=True, text=True, timeout=120, input=stdin,
                           env={**os.environ, "XLSTM_PYTHON": sys.executable})
     assert done.returncode == check, done.stderr
     return done
 
 
-def error(*args, check=3):
+def error(*args, check=3, stdin=""):
     """The one line that a failing call prints."""
-    lines = run(*args, check=check).stderr.splitlines()
+    lines = run(*args, check=check, stdin=stdin).stderr.splitlines()
     errors = [line for line in lines if "error:" in line]
     assert len(errors) == 1 and errors[0].startswith("xlstm-data: error: ")
     return errors[0]
@@ -194,11 +200,107 @@ def test_wrong_input_exits_3(tmp_path):
 def test_wrong_usage_exits_2(tmp_path):
     for args, part in (((), "which command"), (("prepare",), "no INPUT"), (("prepare", "x"), "--output PREFIX is missing"),
                        (("frobnicate",), "unknown command"), (("verify",), "no PREFIX"), (("stats",), "no PREFIX"),
-                       (("stats", "--strict", "x"), "takes no --strict"), (("prepare", "--strikt"), "--strict")):
+                       (("stats", "--strict", "x"), "takes no --strict"), (("prepare", "--strikt"), "--strict"),
+                       (("show",), "no INPUT"), (("show", "x", "--no-eos"), "takes no --no-eos"),
+                       (("prepare", "x", "--output", "y", "--limit-bytes", "1"), "takes no --limit-bytes"),
+                       (("show", "x", "--limit-bytes", "-1"), "at least 0"),
+                       (("show", "x", "--format", "json"), "expected auto, text or jsonl")):
         assert part in error(*args, check=2)
     text = run("--help").stdout
-    for word in ("prepare", "verify", "stats", "--tokenizer", "--glob", "--no-eos", "--strict", "exit status"):
+    for word in ("prepare", "verify", "stats", "show", "--tokenizer", "--glob", "--no-eos", "--strict", "--format",
+                 "--text-key", "--split-at", "--limit-bytes", "exit status"):
         assert word in text
+
+
+def shown(*args, stdin=""):
+    return [json.loads(line) for line in run("show", *args, stdin=stdin).stdout.split("\n")[:-1]]
+
+
+def documents_of(prefix):
+    return [bytes(d.astype(np.uint8)).decode()[:-1] for d in read_megatron(prefix)[1]]
+
+
+def test_gzip_is_read_as_it_stands(tmp_path):
+    texts = ["one", "Grüße €😀\n"] + [f"{i}" * (i % 50) for i in range(5000)]
+    lines = write_jsonl(tmp_path / "plain", [text for text in texts if text]).read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]))  # two members
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("a text\n".encode()))
+    run("prepare", tmp_path / "a.jsonl.gz", tmp_path / "b.txt.gz", "--output", tmp_path / "out", "--strict")
+    assert documents_of(tmp_path / "out") == [text for text in texts if text] + ["a text\n"]
+
+
+def test_standard_input(tmp_path):
+    out = tmp_path / "out"
+    lines = write_jsonl(tmp_path / "t", ["one", "two"]).read_text()
+    for stdin, arguments, want in (
+            ("a text\nof lines", (), ["a text\nof lines"]), (lines, (), ["one", "two"]), ("\n " + lines, (), ["one", "two"]),
+            (lines, ("--format", "text"), [lines]), ('{"b": "three"}', ("--text-key", "b"), ["three"]),
+            (lines * 40000, (), ["one", "two"] * 40000), ("x" * 3_000_000, (), ["x" * 3_000_000])):
+        run("prepare", "-", "--output", out, "--strict", *arguments, stdin=stdin)
+        assert documents_of(out) == want
+        assert shown("-", *arguments, stdin=stdin) == want
+    (tmp_path / "file.txt").write_text("a file")
+    assert shown(tmp_path / "file.txt", "-", stdin="and a pipe") == ["a file", "and a pipe"]
+    assert json.loads((tmp_path / "out.meta.json").read_text())["source_documents"] == {"standard input": 1}
+    assert "-: no text in it (1 files, 1 empty" in error("prepare", "-", "--output", out)
+    assert "standard input:2: not a JSON object; repair it" in error(
+        "prepare", "-", "--output", out, "--strict", "--format", "jsonl", stdin='{"text": "a"}\nb\n')
+    with open(tmp_path / "file.txt", "rb") as stream:  # not a pipe
+        done = subprocess.run([XLSTM_DATA, "show", "-"], stdin=stream, capture_output=True, text=True)
+    assert done.stdout == '"a file"\n'
+
+
+def test_a_text_under_another_key(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"id": 1, "content": "one", "meta": {}}\n{"id": 2, "content": "two"}\n')
+    out = ("--output", tmp_path / "out")
+    message = error("prepare", tmp_path / "t.jsonl", *out)
+    assert 't.jsonl:1: no "text", but "id", "content", "meta"; say which key' in message and "--text-key" in message
+    run("prepare", tmp_path / "t.jsonl", *out, "--text-key", "content", "--strict")
+    assert documents_of(tmp_path / "out") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name, compressed, remedy", (
+    ("t.txt", gzip.compress, "gzip data, not text; rename the file"),
+    ("t.jsonl", gzip.compress, "gzip data, not text; rename the file"),
+    ("t.txt.bz2", bz2.compress, "bzip2 data, not text; pipe it: bzcat FILE | xlstm-data prepare -"),
+    ("t.jsonl.xz", lzma.compress, "xz data, not text; pipe it: xzcat FILE | xlstm-data prepare -"),
+    ("t.parquet", lambda text: b"PAR1\x15\x04\x15" + bytes(9), "a Parquet file, not text; pipe it as JSONL: python -c"),
+))
+def test_what_is_not_text_is_told(tmp_path, name, compressed, remedy):
+    (tmp_path / name).write_bytes(compressed(b'{"text": "words"}\n' * 100))
+    message = error("prepare", tmp_path / name, "--output", tmp_path / "out")
+    assert f"no text in it (1 files, 0 empty and 1 bad documents); the first bad one: {tmp_path / name}:1: {remedy}" in message
+
+
+def test_a_text_is_split_where_a_line_matches(tmp_path):
+    (tmp_path / "wiki").write_text(" \n = One = \n\n = = Part = = \n\nwords\n = Two = \nmore\n")
+    run("prepare", tmp_path / "wiki", "--output", tmp_path / "out", "--split-at", "^ = [^=]")
+    assert documents_of(tmp_path / "out") == [" \n = One = \n\n = = Part = = \n\nwords\n", " = Two = \nmore\n"]
+    assert "not a regular expression" in error("show", tmp_path / "wiki", "--split-at", "[", check=2)
+
+
+def test_documents_are_shown_as_they_are_prepared(tmp_path):
+    texts = ["plain", "Grüße €😀", "line\r\nend\x00nul", '"quoted" \\ \u2028']
+    (tmp_path / "t").mkdir()
+    write_jsonl(tmp_path / "t" / "a.jsonl", texts)
+    (tmp_path / "t" / "b.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    (tmp_path / "t" / "c.txt").write_bytes(b"\xff")
+    done = run("show", tmp_path / "t")
+    assert [json.loads(line) for line in done.stdout.split("\n")[:-1]] == [*texts, "marked"]
+    assert "c.txt:1: invalid UTF-8 at byte 1" in done.stderr
+    assert shown(tmp_path / "t", "--glob", "*.txt") == ["marked"]
+    assert shown(tmp_path / "t", "--limit-bytes", 5) == ["plain"]
+    assert shown(tmp_path / "t", "--limit-bytes", 8) == ["plain", "Gr"]  # no half of a character
+    assert shown(tmp_path / "t", "--limit-bytes", 9) == ["plain", "Grü"]
+    library = shown("python-stdlib", "--limit-bytes", 200_000)
+    assert sum(len(text.encode()) for text in library) == pytest.approx(200_000, abs=4)
+    assert any("import" in text for text in library)
+    (tmp_path / "endless.jsonl").write_text('{"text": "words"}\n' * 200_000)
+    command = [XLSTM_DATA, "show", tmp_path / "endless.jsonl"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as head:
+        head.stdout.readline()
+        head.stdout.close()
+        assert head.stderr.read() == b"" and head.wait(timeout=60) == 141
 
 
 def test_path_with_an_equals_sign(tmp_path):
@@ -245,6 +347,110 @@ def test_golden_permutations():
     for index, n, seed, epoch, order, value in (map(int, row) for row in rows):
         assert permute(index, n, seed, epoch, order) == value
     assert sorted(permute(i, 1000, 7, 3, 2) for i in range(1000)) == list(range(1000))
+
+
+def mixture(weights, samples):
+    """Which file each sample is of, and how many it gave before: each time the one that lags most."""
+    total, period = sum(weights), 65536
+    shares = [round(weight / total * period) for weight in weights]
+    assert sum(shares) == period
+    given, order = [0] * len(shares), []
+    for sample in range(samples):
+        lags = [(sample + 1) * share - period * before for share, before in zip(shares, given)]
+        source = lags.index(max(lags))
+        order.append((source, given[source]))
+        given[source] += 1
+    return order
+
+
+def samples_in_order(documents_of_files, weights, seq_len, seed, shuffle, count):
+    """(ids, targets, reset) of each sample, by the numbers above."""
+    for source, rank in mixture(weights, count):
+        documents = documents_of_files[source]
+        tokens = np.concatenate(documents).astype(np.int64)
+        starts = np.zeros(len(tokens), bool)
+        starts[np.cumsum([0] + [len(d) for d in documents[:-1]])] = True
+        windows, slack = divmod(len(tokens) - 1, seq_len)
+        epoch, index = divmod(rank, windows)
+        key, before = (mix64(seed) + source) & MASK, 0
+        if shuffle:
+            index = permute(index, windows, key, epoch, 2)
+            before = mix64(mix64(key) ^ epoch) % (slack + 1)
+        first = before + index * seq_len
+        ids, targets = tokens[first:first + seq_len], tokens[first + 1:first + seq_len + 1].copy()
+        targets[starts[first + 1:first + seq_len + 1]] = -100
+        reset = starts[first:first + seq_len].copy()
+        reset[0] = True
+        yield ids, targets, reset
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    for name, count in (("a", 300), ("b", 90)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i}" * (1 + i % 7) for i in range(count)])
+        run("prepare", tmp_path / f"{name}.jsonl", "--output", tmp_path / name)
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+@pytest.mark.parametrize("shuffle", (True, False))
+@pytest.mark.parametrize("weights", ((1,), (3, 1)))
+def test_token_data_has_the_order_of_samples(two_files, weights, shuffle):
+    files = [read_megatron(prefix)[1] for prefix in two_files[:len(weights)]]
+    data = libxlstm.TokenData(two_files[:len(weights)], 16, seed=77, shuffle=shuffle, weights=weights)
+    assert len(data) == sum((sum(map(len, documents)) - 1) // 16 for documents in files)
+    assert data.num_tokens == sum(len(d) for documents in files for d in documents) and data.vocab_size == 256
+    count = 2 * len(data)  # the smaller file comes round several times
+    ids, targets, reset = data.batch(0, count)
+    assert (ids.dtype, targets.dtype, reset.dtype) == (torch.int64, torch.int64, torch.bool)
+    assert ids.shape == targets.shape == reset.shape == (count, 16)
+    for i, wanted in enumerate(samples_in_order(files, weights, 16, 77, shuffle, count)):
+        for got, want in zip((ids[i], targets[i], reset[i]), wanted):
+            assert got.tolist() == want.tolist(), i
+    for step, batch in enumerate(data.batches(8, first=3, steps=4)):
+        for got, want in zip(batch, (ids, targets, reset)):
+            assert torch.equal(got, want[3 + 8 * step:11 + 8 * step])
+    assert step == 3
+    assert len(list(zip(range(9), data.batches(len(data))))) == 9  # goes on beyond an epoch
+
+
+def test_token_data_is_what_the_trainer_reads(two_files, tmp_path):
+    model = libxlstm.make_model("model: {embedding_dim: 32, num_blocks: 2, num_heads: 2, dropout: 0}")
+    model.save(tmp_path / "first")
+    sources = ", ".join(f"{{path: {prefix}, weight: {weight}}}" for prefix, weight in zip(two_files, (1, 2)))
+    (tmp_path / "c.yaml").write_text(
+        f"run: {{name: r, out_dir: {tmp_path}, device: cpu}}\nmodel: {{embedding_dim: 32, num_blocks: 2, num_heads: 2}}\n"
+        f"data: {{train: [{sources}], seq_len: 24, shuffle_seed: 5}}\n"
+        "train: {global_batch_size: 4, micro_batch_size: 2, max_steps: 6}\n"
+        "optim: {learning_rate: 1.0e-30, min_lr: 0, warmup_steps: 1}\nlog: {every: 1, tensorboard: false, plot: false}\n")
+    for carry in (False, True):
+        name = f"run.name=carry{carry}"
+        settings = [name, f"train.init_from={tmp_path}/first", f"train.carry_state={str(carry).lower()}"]
+        command = [XLSTM_DATA.parent / "xlstm-train", tmp_path / "c.yaml", *settings]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / f"carry{carry}" / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["train/loss"] for line in lines if "train/loss" in line]
+        data = libxlstm.TokenData(two_files, 24, seed=5, weights=[1, 2], streams=4 if carry else 0)
+        state, own = None, []
+        for ids, targets, reset in data.batches(4, steps=6):
+            loss, state = model.loss_and_state(ids, targets, state if carry else None, reset=reset)
+            own.append(loss.item())
+        assert losses == pytest.approx(own, abs=1e-5) and len(set(losses)) == 6
+
+
+def test_token_data_names_what_is_wrong(two_files):
+    with pytest.raises(libxlstm.Error, match="nope.idx: no such file"):
+        libxlstm.TokenData("nope", 16)
+    with pytest.raises(libxlstm.Error, match="a.bin: .* tokens, but a window"):
+        libxlstm.TokenData(two_files[0], 100_000)
+    with pytest.raises(libxlstm.Error, match="not positive"):
+        libxlstm.TokenData(two_files, 16, weights=[1, 0])
+    with pytest.raises(ValueError, match="one for each of the 2 token files, got 1"):
+        libxlstm.TokenData(two_files, 16, weights=[1])
+    with pytest.raises(libxlstm.Error, match="negative sample index"):
+        libxlstm.TokenData(two_files, 16).batch(-1, 2)
+    two_files[1].with_suffix(".meta.json").unlink()
+    assert libxlstm.TokenData(two_files, 16).vocab_size is None
 
 
 def worker(*args, stdin=b""):

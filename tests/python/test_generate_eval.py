@@ -1,5 +1,6 @@
 """xlstm-generate and xlstm-eval on a small trained run, with bytes and with a tokenizer.json."""
 
+import gzip
 import json
 import math
 import os
@@ -287,6 +288,40 @@ def test_a_tokenizer_is_learned_from_text(tmp_path):
     assert words.get_vocab_size() == 270 and words.token_to_id("<|endoftext|>") == 0
     ids = words.encode("the cell \u00e9 x").ids
     assert words.decode(ids) == "the cell \u00e9 x" and len(ids) < 12
+
+
+def test_a_tokenizer_learns_the_texts_that_a_run_reads(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def learn(*arguments, check=0):
+        done = subprocess.run([sys.executable, ROOT / "scripts" / "train_tokenizer.py", *map(str, arguments)],
+                              capture_output=True, text=True, env=environment())
+        assert done.returncode == check, done.stderr
+        return done
+
+    lines = "".join(json.dumps({"content": f"the cell keeps {i}\n", "url": "https://example.org/page"}) + "\n"
+                    for i in range(300))
+    (tmp_path / "text.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    words = tmp_path / "new" / "folder" / "words.json"
+    done = learn(tmp_path / "text.jsonl.gz", "--text-key", "content", "--vocab-size", 280, "--output", words)
+    assert "300 documents" in done.stderr and "280 tokens" in done.stdout
+    learned = tokenizers.Tokenizer.from_file(str(words))
+    assert len(learned.encode("the cell keeps").ids) == 3
+    assert len(learned.encode("example").ids) == 7  # of the lines, not of the texts
+    piped = subprocess.run([sys.executable, ROOT / "scripts" / "train_tokenizer.py", "-", "--output", tmp_path / "piped.json",
+                            "--text-key", "content", "--vocab-size", "280"], input=lines, text=True, env=environment(),
+                           capture_output=True)
+    assert piped.returncode == 0 and (tmp_path / "piped.json").read_bytes() == words.read_bytes()
+    learn(tmp_path / "text.jsonl.gz", "--output", tmp_path / "few.json", "--text-key", "content", "--limit-bytes", 40)
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "few.json")).get_vocab_size() < 300
+
+    out = ("--output", tmp_path / "none.json")
+    assert "expected at least 257" in learn("x", *out, "--vocab-size", 256, check=2).stderr
+    assert "absent: no such file or folder" in learn(tmp_path / "absent", *out, check=3).stderr
+    assert 'no "text", but "content", "url"' in learn(tmp_path / "text.jsonl.gz", *out, check=1).stderr
+    assert "cannot make its folder" in learn("x", "--output", words / "below" / "it.json", check=1).stderr
+    assert "is a folder" in learn("x", "--output", words.parent, check=1).stderr
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_a_checkpoint_with_a_tokenizer_stands_alone(run, tmp_path):

@@ -33,12 +33,17 @@ def commands():
 def test_its_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     libxlstm.make_model("model: {embedding_dim: 32, num_blocks: 2, num_heads: 2}").save("runs/quickstart")
+    (tmp_path / "corpus.txt").write_text("words of a corpus\n" * 100)
+    prepare = [BIN / "xlstm-data", "prepare", "corpus.txt", "--output", "data/corpus"]
+    assert subprocess.run(prepare, capture_output=True, env=environment()).returncode == 0
     names = {}
-    operators, model, stack = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    operators, model, data, stack = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
     exec(operators, names)
     assert names["h"].shape == (2, 100, 4, 128) and names["c"].shape == (2, 4, 64, 128)
     exec(model, names)
     assert names["ids"].shape == (1, 1) and names["logits"].shape == (1, 1, 256)
+    exec(data, names)
+    assert names["ids"].shape == names["targets"].shape == names["reset"].shape == (4, 64)
     exec(stack, names)
     assert names["y"].shape == (2, 100, 64) and not names["y"][1, 40:].any()
     before, after = libxlstm.load("runs/quickstart"), libxlstm.load("runs/finetuned")
