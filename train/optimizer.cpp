@@ -40,7 +40,7 @@ std::optional<at::Tensor> given(const at::Tensor& tensor) {
 bool AdamW::decays(const std::string& name, const at::Tensor& parameter,
                    const config::OptimConfig& options) {
   const auto holds = [&name](const char* part) { return name.find(part) != std::string::npos; };
-  if (parameter.dim() < 2 || !holds("weight") || holds("norm") || holds("recurrent")) return false;
+  if (parameter.dim() < 2 || !holds("weight") || holds("norm")) return false;
   return !holds("embed") || options.weight_decay_on_embedding;
 }
 
