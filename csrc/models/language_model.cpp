@@ -100,7 +100,7 @@ std::pair<at::Tensor, ModelState> LanguageModel::loss_and_state(
 
 bool decays(const std::string& name, const at::Tensor& parameter, bool of_embedding) {
   const auto holds = [&name](const char* part) { return name.find(part) != std::string::npos; };
-  if (parameter.dim() < 2 || !holds("weight") || holds("norm") || holds("recurrent")) return false;
+  if (parameter.dim() < 2 || !holds("weight") || holds("norm")) return false;
   return !holds("embed") || of_embedding;
 }
 

@@ -192,6 +192,7 @@ TEST_CASE("what a training run needs") {
        "optim.min_lr (default): is 1.0e-04, expected at most optim.learning_rate 1.0e-05"},
       {data + "train: {max_steps: 50}",
        "optim.warmup_steps (default): is 100, expected at most the 50 steps of the run"},
+      {data + "train: {max_steps: 100}", ""},
       {data + "train: {max_tokens: 8192}\noptim: {warmup_steps: 3}",
        "f.yaml:3: optim.warmup_steps: is 3, expected at most the 2 steps of the run"},
       {data + "train: {max_steps: 500}\noptim: {decay_steps: 5}",
@@ -199,6 +200,7 @@ TEST_CASE("what a training run needs") {
        "cosine; remove it"},
       {data + "train: {max_steps: 500}\noptim: {schedule: wsd, decay_steps: 401}",
        "f.yaml:3: optim.decay_steps: is 401, expected at most 400, the steps after the warm-up"},
+      {data + "train: {max_steps: 500}\noptim: {schedule: wsd, decay_steps: 400}", ""},
       {data + "train: {max_steps: 500}\noptim: {schedule: linear, restarts: 1}",
        "f.yaml:3: optim.restarts: applies to optim.schedule cosine only, but the schedule is "
        "linear; remove it"},

@@ -297,6 +297,17 @@ TEST_CASE("streams are shared by files as their weights say, and reset where doc
                  "b.bin: 3 sequences of data.seq_len=5, but the 4 sequences of a batch that it"));
 }
 
+TEST_CASE("mixed files have orders of their own") {
+  TemporaryFolder folder;
+  const auto file = open_tokens(write_counting(folder, "t", 101));
+  const Batch batch = Dataset({{file, 1.0}, {file, 1.0}}, options_of(5)).batch(0, 40);
+  std::vector<int64_t> firsts[2];  // of 20 windows each, in turn
+  for (size_t row = 0; row < 40; ++row) firsts[row % 2].push_back(batch.input[row * 5]);
+  CHECK(firsts[0] != firsts[1]);
+  for (auto& each : firsts) std::sort(each.begin(), each.end());
+  CHECK(firsts[0] == firsts[1]);
+}
+
 TEST_CASE("resets at document starts and no target across documents") {
   TemporaryFolder folder;
   const auto file =
@@ -335,8 +346,11 @@ TEST_CASE("too little text is an error with counts") {
 
 TEST_CASE("the fingerprint covers data, order and settings") {
   TemporaryFolder folder;
+  std::vector<std::vector<int64_t>> halves(2);  // a's tokens
+  for (int64_t token = 0; token < 100; ++token) halves[token < 50 ? 0 : 1].push_back(token);
   const auto a = open_tokens(write_counting(folder, "a", 100)),
-             b = open_tokens(write_counting(folder, "b", 101));
+             b = open_tokens(write_counting(folder, "b", 101)),
+             two = open_tokens(write_tokens(folder / "two", 1 << 20, halves, 100));
   DatasetOptions seed = options_of(8), reset = options_of(8), mask = options_of(8);
   seed.seed = 7;
   reset.reset_state_at_document = false;
@@ -345,6 +359,7 @@ TEST_CASE("the fingerprint covers data, order and settings") {
   streams.streams = 2;
   const std::vector<Dataset> datasets{{{{a, 1.0}}, options_of(8)},
                                       {{{b, 1.0}}, options_of(8)},
+                                      {{{two, 1.0}}, options_of(8)},
                                       {{{a, 1.0}}, options_of(9)},
                                       {{{a, 1.0}}, seed},
                                       {{{a, 1.0}}, reset},

@@ -163,8 +163,9 @@ TEST_CASE("prepare: an output that cannot be written is an error") {
 
 TEST_CASE("long documents reach a tokenizer in pieces that end in lines") {
   TemporaryFolder folder;
-  std::string text;
-  int64_t words = 0;
+  // So long a first line that 16 MiB end between a line's end and the white space that follows it.
+  std::string text = std::string(26, 'x') + "\n";
+  int64_t words = 1;
   while (text.size() < 40'000'000) {
     text += "some words of a line\n  \nmore\n";
     words += 6;
@@ -185,7 +186,8 @@ TEST_CASE("long documents reach a tokenizer in pieces that end in lines") {
     CHECK(piece.back() == '\n');
   }
   CHECK(joined == text);
-  CHECK(tokenizer.pieces[1][0] != ' ');
+  CHECK(text[(1 << 24) - 1] == ' ');
+  CHECK(tokenizer.pieces[1][0] == 's');
 }
 
 TEST_CASE("documents that a tokenizer makes nothing of count as empty") {

@@ -147,6 +147,7 @@ TEST_CASE("recorded tasks: an epoch has every sample once, and a part where that
   const auto data = make_task_data(options, 1024, 1, true, 256);
   Tokens one = classes(data, 0, 10), two = classes(data, 10, 10);
   CHECK(one != two);
+  CHECK(one != classes(make_task_data(options, 1024, 2, true, 256), 0, 10));
   std::sort(one.begin(), one.end()), std::sort(two.begin(), two.end());
   CHECK((one == two && one == Tokens{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}));
   options.train_samples = 4, options.eval_samples = 2;

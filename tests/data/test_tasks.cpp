@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <set>
 #include <string>
@@ -413,6 +414,30 @@ TEST_CASE("tasks: only those whose samples have changed are other data now", "[t
                              " pairs=4 lengths=3-20 samples=0 shuffle=1 seed=7";
     CHECK(data.train->fingerprint() == xlstm::sha256_hex(text));
   }
+}
+
+TEST_CASE("tasks: the fingerprint covers all that samples depend on", "[tasks]") {
+  std::set<std::string> fingerprints;
+  size_t count = 0;
+  const auto add = [&](const char* name, const std::function<void(TaskOptions&)>& change = {},
+                       int64_t seq_len = 64, uint64_t seed = 1, bool shuffle = true) {
+    TaskOptions options = named(name);
+    if (change) change(options);
+    fingerprints.insert(
+        make_task_data(options, seq_len, seed, shuffle, 10000).train->fingerprint());
+    ++count;
+  };
+  add("parity"), add("majority"), add("parity", {}, 65), add("parity", {}, 64, 2);
+  add("parity", [](TaskOptions& o) { o.min_len = 9; });
+  add("parity", [](TaskOptions& o) { o.train_samples = 50; });
+  add(
+      "parity", [](TaskOptions& o) { o.train_samples = 50; }, 64, 1, false);
+  add("cycle_nav"), add("cycle_nav", [](TaskOptions& o) { o.vocab_size = 12; });
+  add("mqar"), add("mqar", [](TaskOptions& o) { o.key_values = 5; });
+  add("mqar", [](TaskOptions& o) { o.random_non_queries = true; });
+  add("listops"), add("listops", [](TaskOptions& o) { o.max_depth = 9; });
+  add("listops", [](TaskOptions& o) { o.max_args = 9; });
+  CHECK(fingerprints.size() == count);
 }
 
 TEST_CASE("tasks: settings that do not fit are named", "[tasks]") {

@@ -69,6 +69,16 @@ TEST_CASE("checkpointing repeats dropout and leaves the random stream where it w
     return results;
   };
   check_equal(draw(true), draw(false));
+  const auto draw_between = [&](bool checkpointed) {
+    torch::manual_seed(9);
+    const at::Tensor leaf = x.clone().set_requires_grad(true);
+    const at::Tensor y =
+        (checkpointed ? checkpoint(block, leaf, {}, {}) : block->forward(leaf, {}, {})).first;
+    const at::Tensor between = at::rand({3});
+    y.sum().backward();
+    return std::vector<at::Tensor>{leaf.grad(), between, at::rand({4})};
+  };
+  check_equal(draw_between(true), draw_between(false));
   block->eval();
   check_equal(draw(true), draw(false));
 }

@@ -105,6 +105,16 @@ def test_folding_an_empty_ring_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(state, before))
 
 
+def test_folding_marks_what_it_writes():
+    inputs = make(dtype=torch.float32)
+    state, ring = [x.float() for x in make_states()], make_ring(inputs[1], inputs[2], 16)
+    lazy(*(x[:, 0] for x in inputs), *state, *ring)
+    written = (*state, ring[-1])
+    versions = [x._version for x in written]
+    fold(*state, *ring)
+    assert all(x._version > before for x, before in zip(written, versions))
+
+
 def test_a_nan_gate_spoils_its_head_alone():
     inputs = make(time=3, dtype=torch.float32)
     inputs[4][0, 1, 1] = float("nan")

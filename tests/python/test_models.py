@@ -326,6 +326,14 @@ def test_copies(tmp_path):
     assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("kind", ["xlstm", "rwkv4", "h3", "hyena"])
+def test_loading_leaves_the_generator_alone(kind, tmp_path):
+    libxlstm.make_model({"model": {"kind": kind, "embedding_dim": 16, "num_blocks": 1, "num_heads": 2}}).save(tmp_path / "model")
+    state = torch.get_rng_state()
+    libxlstm.load(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_replaced_parameter_is_an_error():
     """The C++ model would compute with the old one in silence."""
     model = make_model()

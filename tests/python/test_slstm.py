@@ -211,6 +211,17 @@ def test_cut_leaves_y0_without_gradient():
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_a_nan_gradient_stays_in_its_document(cell):
+    wx, r, b, _ = make(1, 6, 2, 3)
+    reset = torch.zeros(1, 6, dtype=torch.bool)
+    reset[0, 3] = True
+    dy = torch.ones(1, 6, 2, 3, dtype=torch.float64)
+    dy[0, 4] = torch.nan
+    (dwx,) = torch.autograd.grad(slstm(wx.requires_grad_(), r, b, reset=reset, cell=cell)[0], wx, dy)
+    assert dwx[0, :3].isfinite().all() and dwx[0, :3].any() and dwx[0, 3:5].isnan().any()
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_two_halves_equal_one_pass(cell):
     wx, r, b, state = make(3, 21, 2, 7, states=True)
     whole = slstm(wx, r, b, *state, cell=cell)

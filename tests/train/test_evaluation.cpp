@@ -115,6 +115,38 @@ TEST_CASE("sets that are combined count by their tokens and bytes") {
   CHECK((all.groups[1].nats == 41 && all.groups[1].tokens == 26));
   b.bits_per_byte = 0;  // unknown
   CHECK(combined({{"a", a}, {"b", b}}).bits_per_byte == 0);
+  CHECK(combined({{"b", b}, {"a", a}}).bits_per_byte == 0);
+}
+
+TEST_CASE("the last error is that of each sample's last number that counts") {
+  struct Numbers : data::HeldOutSet {
+    int64_t num_windows() const override { return 2; }
+    data::Batch batch(int64_t first, int64_t count) const override {
+      data::Batch batch(count, 3);
+      batch.num_features = 1;
+      for (int64_t window = first; window < first + count; ++window) {
+        batch.features.insert(batch.features.end(), {0.5f, -1.0f, 2.0f});
+        batch.values.insert(batch.values.end(), {3, window == 0 ? 5.0f : NAN, NAN});
+        batch.num_targets += window == 0 ? 2 : 1;
+      }
+      return batch;
+    }
+    std::string name() const override { return "numbers"; }
+  };
+  models::ModelOptions options;
+  options.vocab_size = options.input_features = 1;
+  options.embedding_dim = 8, options.num_blocks = 1, options.num_heads = 2;
+  const auto model = models::make_language_model(options);
+  const at::NoGradGuard no_grad;
+  const at::Tensor inputs = at::tensor({0.5f, -1.0f, 2.0f}).view({1, 3, 1});
+  const at::Tensor found = model->forward(inputs).first.flatten().to(at::kDouble);
+  const double first = std::pow(found[0].item<double>() - 3, 2),
+               second = std::pow(found[1].item<double>() - 5, 2);
+  const EvaluationResult result = evaluate(*model, Numbers(), 2);
+  CHECK(result.tokens == 3);
+  CHECK(result.loss == Approx((2 * first + second) / 3).epsilon(1e-5));
+  REQUIRE(result.last_error);
+  CHECK(*result.last_error == Approx((first + second) / 2).epsilon(1e-5));
 }
 
 TEST_CASE("tokens are judged by how often they occur in other text") {

@@ -139,12 +139,12 @@ TEST_CASE("checkpoint folders by name") {
 TEST_CASE("checkpoints beyond the resumed step are set aside") {
   const testing::TemporaryFolder folder;
   const RunFolder run(run_in(folder), false);
-  for (const char* step : {"step-00000010", "step-00000020", "step-00000030"})
+  for (const char* step : {"step-00000010", "step-00000011", "step-00000030"})
     fs::create_directories(run.file("ckpt") + "/" + step);
   set_aside_later_checkpoints(run, 10);
   CHECK(fs::exists(run.file("ckpt/step-00000010")));
-  CHECK(!fs::exists(run.file("ckpt/step-00000020")));
-  CHECK(fs::exists(run.file("ckpt/old-1/step-00000020")));
+  CHECK(!fs::exists(run.file("ckpt/step-00000011")));
+  CHECK(fs::exists(run.file("ckpt/old-1/step-00000011")));
   CHECK(fs::exists(run.file("ckpt/old-1/step-00000030")));
   set_aside_later_checkpoints(run, 10);
   CHECK(!fs::exists(run.file("ckpt/old-2")));

@@ -9,6 +9,7 @@
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "csrc/core/sha256.h"
 #include "csrc/data/prepare.h"
@@ -17,6 +18,9 @@
 #include "train/checkpoint.h"
 #include "train/log.h"
 #include "train/metrics.h"
+#include "train/random_streams.h"
+#include "train/recorder.h"
+#include "train/saver.h"
 #include "train/signals.h"
 #include "train/train_step.h"
 #include "train/trainer.h"
@@ -137,6 +141,19 @@ TEST_CASE("micro batches give the gradient of the whole batch, masked targets or
     CHECK((gradient - two.at(name)).abs().max().item<double>() < 1e-12);
     CHECK((gradient - odd.at(name)).abs().max().item<double>() < 1e-12);
   }
+}
+
+TEST_CASE("a batch without a target has the loss 0 and gradients of 0") {
+  const testing::TemporaryFolder folder;
+  const config::Config config = tiny_config(folder);
+  const auto model = models::make_language_model(config.model);
+  AdamW optimizer(named_parameters(*model), config.optim);
+  data::Batch host(2, 5);
+  host.input.assign(10, 7);
+  CHECK(TrainStep(*model, optimizer, config).accumulate_gradients(TrainBatch(std::move(host))) ==
+        0);
+  for (const auto& [name, parameter] : named_parameters(*model))
+    if (parameter.grad().defined()) CHECK(parameter.grad().abs().max().item<double>() == 0);
 }
 
 TEST_CASE("a run stopped by a signal and resumed has the bits of one that was not") {
@@ -343,8 +360,49 @@ TEST_CASE("a gradient that is not finite changes nothing") {
     const SafetensorsFile optimizer = load_safetensors(
         (folder / "runs/run/ckpt/step-00000006/optim-rank00000.safetensors").string());
     CHECK(optimizer.tensors.at("step").item<float>() == 5);  // six steps, one of them skipped
+    config.train.max_steps = 8;
+    CHECK(train_once(config) == ExitCode::kOk);  // goes on, and knows of the skipped one
+    const auto last = open_checkpoint((folder / "runs/run/ckpt/step-00000008").string(), true);
+    CHECK(checkpoint_state(last)->skipped_updates == 1);
   }
   ::unsetenv("XLSTM_FAILPOINT");
+}
+
+TEST_CASE("saves that fail are counted from the last one that did not") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.ckpt.max_failed_saves = 2;
+  const auto model = models::make_language_model(config.model);
+  const AdamW optimizer(named_parameters(*model), config.optim);
+  ProcessGroup alone({}, at::kCPU);
+  Recorder recorder(config, 20, at::kCPU, "off");
+  Saver saver(config, (folder / "").string(), *model, optimizer, at::kCPU, alone, recorder);
+  TrainerState state;
+  const auto save = [&](bool possible) {  // there must be a folder for checkpoints
+    possible ? fs::create_directories(folder / "ckpt") : fs::remove_all(folder / "ckpt") > 0;
+    ++state.step;
+    saver.save(state, /*last=*/false);
+  };
+  CHECK_NOTHROW(save(false));
+  CHECK_NOTHROW(save(true));
+  CHECK_NOTHROW(save(false));
+  CHECK_THROWS_AS(save(false), Error);
+}
+
+TEST_CASE("every process and step draws from a stream of its own, a single process from one") {
+  std::set<double> drawn;
+  for (const int64_t rank : {0, 1, 2}) {
+    for (const int64_t step : {1, 2, 3}) {
+      seed_step_of_process(at::kCPU, 42, step, {rank, 3});
+      drawn.insert(at::rand({}, at::kDouble).item<double>());
+    }
+  }
+  CHECK(drawn.size() == 9);
+  seed_random_streams(at::kCPU, 1);
+  const at::Tensor wanted = at::rand({4});
+  seed_random_streams(at::kCPU, 1);
+  seed_step_of_process(at::kCPU, 42, 5, {});
+  CHECK(at::equal(at::rand({4}), wanted));
 }
 
 /// A GPU runs ahead of the host: what follows a bad step must do nothing until the host has seen it.
