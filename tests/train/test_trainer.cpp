@@ -376,7 +376,8 @@ TEST_CASE("saves that fail are counted from the last one that did not") {
   const AdamW optimizer(named_parameters(*model), config.optim);
   ProcessGroup alone({}, at::kCPU);
   Recorder recorder(config, 20, at::kCPU, "off");
-  Saver saver(config, (folder / "").string(), *model, optimizer, at::kCPU, alone, recorder);
+  Saver saver(config, (folder / "").string(), *model, optimizer, nullptr, at::kCPU, alone,
+              recorder);
   TrainerState state;
   const auto save = [&](bool possible) {  // there must be a folder for checkpoints
     possible ? fs::create_directories(folder / "ckpt") : fs::remove_all(folder / "ckpt") > 0;
