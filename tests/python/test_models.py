@@ -328,7 +328,8 @@ def test_copies(tmp_path):
 
 @pytest.mark.parametrize("kind", ["xlstm", "rwkv4", "h3", "hyena"])
 def test_loading_leaves_the_generator_alone(kind, tmp_path):
-    libxlstm.make_model({"model": {"kind": kind, "embedding_dim": 16, "num_blocks": 1, "num_heads": 2}}).save(tmp_path / "model")
+    settings = {"kind": kind, "embedding_dim": 16, "num_blocks": 1, "num_heads": 2}
+    libxlstm.make_model({"model": settings}).save(tmp_path / "model")
     state = torch.get_rng_state()
     libxlstm.load(tmp_path / "model")
     assert torch.equal(torch.get_rng_state(), state)
