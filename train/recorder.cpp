@@ -12,11 +12,15 @@ Recorder::Recorder(const config::Config& config, int64_t total_steps, at::Device
     : config_(config), total_steps_(total_steps), device_(device), console_(console) {}
 
 void Recorder::open_files(const RunFolder& folder, int64_t step, const std::string& checkpoint,
-                          const std::string& first_weights, const std::string& command) {
+                          const std::string& first_weights, const std::string& changed,
+                          const std::string& command) {
   const bool resumed = !checkpoint.empty();
   jsonl_.emplace(folder.file("metrics.jsonl"));
   write_event(resumed ? "resume" : "start", step,
-              {{"checkpoint", checkpoint}, {"first_weights", first_weights}, {"command", command}});
+              {{"checkpoint", checkpoint},
+               {"first_weights", first_weights},
+               {"changed", changed},
+               {"command", command}});
   if (config_.log.tensorboard)
     tensorboard_.emplace(folder.file("tensorboard"), resumed ? step + 1 : 0);
 }

@@ -26,9 +26,10 @@ class Recorder {
            const std::string& console);
 
   /// Appends to the files of the run from now on, first that it starts, or resumes at `step` from `checkpoint`
-  /// ("": it starts). first_weights: as write_run_header takes it.
+  /// ("": it starts). first_weights: as write_run_header takes it. changed: changed_settings() since that checkpoint.
   void open_files(const RunFolder& folder, int64_t step, const std::string& checkpoint,
-                  const std::string& first_weights, const std::string& command);
+                  const std::string& first_weights, const std::string& changed,
+                  const std::string& command);
 
   /// Shows the step, and records it if it is the first of this process, the last of the run, or one that log.every
   /// selects. now: the run's counters, which may be steps ahead of the result. timer: its means begin anew with each

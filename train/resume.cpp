@@ -7,7 +7,9 @@
 #include "csrc/core/file.h"
 #include "train/checkpoint.h"
 #include "train/log.h"
+#include "train/metrics.h"
 #include "train/run_folder.h"
+#include "train/schedule.h"
 #include "train/training_data.h"
 
 namespace xlstm::train {
@@ -159,6 +161,24 @@ TrainerState state_to_go_on(const CheckpointFolder& checkpoint, const config::Co
     log_info("the samples keep the order of the earlier version that this run began with");
   warn_of_other_held_out(config, saved, state->held_out_fingerprint, data, checkpoint.path);
   return *state;
+}
+
+std::string changed_settings(const config::Config& now, const config::Config& saved, int64_t step) {
+  std::string changed;
+  const auto tell = [&changed](const std::string& name, const std::string& then,
+                               const std::string& here) {
+    if (then != here) changed += (changed.empty() ? "" : ", ") + name + " " + then + " -> " + here;
+  };
+  config::Config a = saved, b = now;  // a field refers to what could be written
+  for (const config::Field& field : config::schema())
+    if (!field.per_machine && !field.name.starts_with("run.") && !field.name.starts_with("log."))
+      tell(field.name, config::format_value(field.ref(a)), config::format_value(field.ref(b)));
+  const auto rate = [](const config::Config& config, int64_t at) {
+    return format_number("%.3g", learning_rate(config.optim, at, total_steps(config)));
+  };
+  if (!changed.empty() && step > 0 && step < total_steps(now))
+    tell("learning rate", rate(saved, std::min(step, total_steps(saved))), rate(now, step + 1));
+  return changed;
 }
 
 std::string differing_setting(const config::Config& own, const config::Config& leader) {

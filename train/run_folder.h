@@ -91,6 +91,10 @@ void check_same_run(const config::Config& now, const config::Config& saved,
 TrainerState state_to_go_on(const CheckpointFolder& checkpoint, const config::Config& config,
                             TrainingData& data);
 
+/// The settings that are not what they were when step `step` was saved, and the learning rates of that step and the next one,
+/// for people; "" where none is. Of a run's name, its machine and its logs nothing is said.
+std::string changed_settings(const config::Config& now, const config::Config& saved, int64_t step);
+
 /// What the processes of a run must agree on and this one does not: "" or the first setting with its two values. What
 /// config::Field::per_machine says is each process's own. leader: the settings of process 0.
 std::string differing_setting(const config::Config& own, const config::Config& leader);

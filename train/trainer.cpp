@@ -62,9 +62,11 @@ class Trainer::Impl {
   /// What a checkpoint holds beside weights and counters.
   struct Resumed {
     NamedTensors optimizer, carried;
+    std::string changed;  ///< settings that are others now, for people
   };
   Resumed load(const CheckpointFolder& checkpoint);
-  void start_files(const std::string& checkpoint, const std::string& first_weights);
+  void start_files(const std::string& checkpoint, const std::string& first_weights,
+                   const std::string& changed = "");
   bool is_complete() const;
   void share_state(const Resumed& resumed);
   void announce() const;
@@ -229,7 +231,7 @@ void Trainer::Impl::resume_or_start() {
       set_aside_later_checkpoints(*folder_, state_.step);
       if (!config_.train.init_from.empty())
         log_info("train.init_from is not read: this run goes on from its own checkpoint");
-      start_files(checkpoint->path, recorded_first_weights(*folder_));
+      start_files(checkpoint->path, recorded_first_weights(*folder_), resumed.changed);
     } else {
       start_files("", start());
     }
@@ -251,8 +253,9 @@ std::string Trainer::Impl::start() {
   return describe(*given);
 }
 
-/// Files of the run's course, cut to where it goes on. checkpoint: "" at a start.
-void Trainer::Impl::start_files(const std::string& checkpoint, const std::string& first_weights) {
+/// Files of the run's course, cut to where it goes on. checkpoint: "" at a start. changed: settings, where it goes on.
+void Trainer::Impl::start_files(const std::string& checkpoint, const std::string& first_weights,
+                                const std::string& changed) {
   const std::string metrics = folder_->file("metrics.jsonl");
   try {
     fs::create_directory(folder_->file("ckpt"));
@@ -271,7 +274,8 @@ void Trainer::Impl::start_files(const std::string& checkpoint, const std::string
     throw Error(ExitCode::kCheckpoint,
                 "run folder " + folder_->path() + ": cannot be written: " + error.what());
   }
-  recorder_->open_files(*folder_, state_.step, checkpoint, first_weights, options_.command);
+  recorder_->open_files(*folder_, state_.step, checkpoint, first_weights, changed,
+                        options_.command);
 }
 
 /// Whether the files of a finished run tell all that it has to tell: then they are left as they are.
@@ -308,7 +312,8 @@ void Trainer::Impl::share_state(const Resumed& resumed) {
 /// Returns what share_state() takes.
 Trainer::Impl::Resumed Trainer::Impl::load(const CheckpointFolder& checkpoint) {
   const TrainerState state = state_to_go_on(checkpoint, config_, data_);
-  Resumed resumed{checkpoint_optimizer(checkpoint), checkpoint_carried(checkpoint)};
+  Resumed resumed{checkpoint_optimizer(checkpoint), checkpoint_carried(checkpoint),
+                  changed_settings(config_, checkpoint_config(checkpoint), state.step)};
   optimizer_->check_state(resumed.optimizer);
   if (const CarriedState* carried = train_step_->carried()) carried->check(resumed.carried);
   load_weights(*model_, checkpoint);
@@ -316,6 +321,7 @@ Trainer::Impl::Resumed Trainer::Impl::load(const CheckpointFolder& checkpoint) {
   saver_->set_saved_step(state_.step);
   restore_random_streams(device_, state_);
   log_info("resumed from " + checkpoint.path);
+  if (!resumed.changed.empty()) log_info("changed since then: " + resumed.changed);
   return resumed;
 }
 

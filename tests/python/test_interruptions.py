@@ -231,8 +231,20 @@ def test_a_start_from_a_named_checkpoint_may_be_repeated(setup):  # noqa: F811
     assert train(config, *named, failpoint="trainer.raise_sigterm:10").returncode == 75
     done = train(config, *named)
     assert done.returncode == 0 and f"resumed from {run}/ckpt/step-00000010" in done.stdout, done.stderr
+    assert "changed since then" not in done.stdout
     other = train(config, "--resume", "step-8", "optim.learning_rate=1e-2")  # not the same command
     assert f"resumed from {run}/ckpt/step-00000008" in other.stdout, other.stderr
+
+
+def test_what_has_changed_is_told_and_kept(setup):  # noqa: F811
+    config, run = setup
+    assert train(config, "train.max_steps=6").returncode == 0
+    done = train(config, "optim.beta2=0.9", "log.every=2")
+    assert done.returncode == 0, done.stderr
+    (told,) = re.findall(r"changed since then: (.*)$", done.stdout, re.M)
+    assert told == "train.max_steps 6 -> 12, optim.beta2 0.95 -> 0.9, learning rate 0.001 -> 0.00628"
+    (event,) = [record for record in records(run) if record.get("event") == "resume"]
+    assert event["changed"] == told
 
 
 def test_a_folder_renamed_while_it_trains(setup):  # noqa: F811
