@@ -257,6 +257,14 @@ def test_a_text_under_another_key(tmp_path):
     assert 't.jsonl:1: no "text", but "id", "content", "meta"; say which key' in message and "--text-key" in message
     run("prepare", tmp_path / "t.jsonl", *out, "--text-key", "content", "--strict")
     assert documents_of(tmp_path / "out") == ["one", "two"]
+    (tmp_path / "held_out.txt").write_text("held out")
+    (tmp_path / "c.yaml").write_text(
+        f"data: {{text: {tmp_path}/t.jsonl, val_text: {tmp_path}/held_out.txt, text_key: content, cache_dir: {tmp_path}/cache,"
+        " seq_len: 4}\nmodel: {embedding_dim: 16, num_blocks: 1, num_heads: 1}\ntrain: {max_steps: 200}\nrun: {device: cpu}\n")
+    done = subprocess.run([XLSTM_DATA.parent / "xlstm-train", tmp_path / "c.yaml", "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (tokens,) = (tmp_path / "cache").glob("*/train.bin")
+    assert documents_of(tokens.with_suffix("")) == ["one", "two"]
 
 
 @pytest.mark.parametrize("name, compressed, remedy", (
