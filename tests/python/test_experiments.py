@@ -20,7 +20,7 @@ from sweep.description import DescriptionError, Experiment, Job  # noqa: E402
 from sweep.execution import Programs, SweepError, reported  # noqa: E402
 from sweep.progress import Progress  # noqa: E402
 from sweep.report import table_text  # noqa: E402
-from sweep.results import Results, Row  # noqa: E402
+from sweep.results import SETTINGS_LETTERS, Results, Row  # noqa: E402
 from sweep.sweeps import Sweep  # noqa: E402
 
 # Millions, from the paper's tables 1, 2, 7 and 8: {experiment: {case: {model: number}}}; whole numbers are all it tells.
@@ -127,9 +127,11 @@ def write(folder, **content):
     return folder
 
 
+TOY = {"base": {"train": {"max_steps": 10}}, "models": {"a": {}}, "learning_rates": [0.1], "measure": "ppl"}
+
+
 def toy(folder, **content):
-    return Experiment(write(folder / "toy", **{
-        "base": {"train": {"max_steps": 10}}, "models": {"a": {}}, "learning_rates": [0.1], "measure": "ppl", **content}))
+    return Experiment(write(folder / "toy", **{**TOY, **content}))
 
 
 def test_a_model_with_cases_takes_part_in_those_alone(tmp_path):
@@ -196,6 +198,52 @@ def test_metrics_are_read_at_the_step_that_the_description_tells(tmp_path):
     assert execution.measures_of(others[0], records) == {"ppl": 7.4}
     assert len({execution.fingerprint(each, job) for each in (experiment, *others)}) == 3
     assert "Held-out metrics are those of step 5." in table_text(Results(experiment, []))
+
+
+def test_a_goal_is_reached_where_the_metric_is_as_good_as_asked(tmp_path):
+    goal = {"soon": {"metric": "accuracy", "at_least": 0.5}}
+    experiment, plain = toy(tmp_path, reach=goal), Experiment(write(tmp_path / "plain", **TOY))
+    records = [{"step": step, "val/accuracy": value} for step, value in ((5, 0.4), (10, 0.5), (15, 0.3), (20, 0.7))]
+    assert execution.measures_of(experiment, records)["soon"] == 10
+    assert execution.measures_of(experiment, records[:1])["soon"] == float("inf")
+    job = experiment.jobs()[0]
+    assert execution.fingerprint(experiment, job) != execution.fingerprint(plain, job)
+
+
+def rows_of(experiment, measured):
+    """A Row per job: measured[learning rate][seed] is its ppl, or its status."""
+    rows = []
+    for job in experiment.jobs():
+        told = measured[job.learning_rate][job.seed]
+        rows.append(Row(job, told) if isinstance(told, str) else Row(job, "done", measures={"ppl": told}))
+    return rows
+
+
+@pytest.mark.parametrize("better, measured, best", [
+    ("lower", {0.1: [2, 3, 10], 0.2: [4, 4, 4]}, 0.2),  # by the mean, not by the median
+    ("higher", {0.1: [2, 3, 10], 0.2: [4, 4, 4]}, 0.1),
+    ("lower", {0.1: [1, 1, "diverged"], 0.2: [4, 4, 4]}, 0.2),
+    ("lower", {0.1: [1, 1, "unfinished"], 0.2: [4, "failed", 4]}, None)])
+def test_the_best_learning_rate(tmp_path, better, measured, best):
+    experiment = toy(tmp_path, learning_rates=[0.1, 0.2], seeds=[0, 1, 2], better=better)
+    found = Results(experiment, rows_of(experiment, measured)).best("all", "a")
+    assert {row.job.learning_rate for row in found} == ({best} if best else set()) and len(found) == (3 if best else 0)
+
+
+def test_claims_that_cannot_be_judged_are_wrong_but_for_models_left_out(tmp_path):
+    claims = [{"text": "good", "expect": "a.ppl < 5", "asserted": True}, {"text": "said", "expect": "a.ppl < 1"}]
+    experiment = toy(tmp_path, claims=claims)
+    measured = Row(experiment.jobs()[0], "done", measures={"ppl": 4.0})
+    assert Results(experiment, [measured]).wrong() == []
+    assert [verdict.claim["text"] for verdict in Results(experiment, []).wrong()] == ["good"]
+    assert Results(experiment, [], models=["b"]).wrong() == []
+
+
+def test_rows_of_other_settings_are_stale_if_they_diverged_too(tmp_path):
+    experiment = toy(tmp_path)
+    job, now = experiment.jobs()[0], execution.fingerprint(experiment, experiment.jobs()[0])[:SETTINGS_LETTERS]
+    for status, settings, stale in (("done", "x", 1), ("diverged", "x", 1), ("failed", "x", 0), ("diverged", now, 0)):
+        assert len(Results(experiment, [Row(job, status, settings=settings)]).stale()) == stale, status
 
 
 def committed(run, step):

@@ -282,6 +282,7 @@ def test_expressions():
     lookup = {("a", "x"): 2.0, ("a", "ctx8.ppl"): 3.0}
     value = lambda text: claims.evaluate(text, lambda *name: lookup[name])  # noqa: E731
     assert value("a.ctx8.ppl / a.x") == 1.5 and value("1 < a.x <= 2 and not a.x > 2") and value("min(a.x, 1) == 1")
+    assert not value("1 < a.x < 2") and not value("2 < a.x < 3")
     lookup |= {("a", "never"): float("inf"), ("a", "none"): 0.0}
     assert value("a.never > a.x") and not value("a.never >= 2 * a.never") and not value("a.never == a.never")
     assert value("a.x / a.none > 1") and not value("a.none / a.none < 1") and not value("a.none / a.none >= 1")
