@@ -145,6 +145,22 @@ def test_a_model_with_cases_takes_part_in_those_alone(tmp_path):
     assert experiment.models_of("small") == ["a", "c"] and experiment.needs_of("small", "c") == "time"
 
 
+def test_the_nearest_learning_rates_count_and_seeds_draw_samples_of_their_own(tmp_path):
+    experiment = toy(tmp_path, seeds=[0, 1], cases={"small": {"learning_rates": [0.2]}, "large": {}}, models={
+        "a": {}, "b": {"learning_rates": [0.3]}, "c": {"learning_rates": [0.3], "cases": {"small": {"learning_rates": [0.4]}}}})
+    rates = {(case, model): experiment.rates(case, model) for case in experiment.cases for model in experiment.models_of(case)}
+    assert rates == {("small", "a"): [0.2], ("small", "b"): [0.3], ("small", "c"): [0.4], ("large", "a"): [0.1],
+                     ("large", "b"): [0.3]}
+    settings = [experiment.settings(Job("small", "a", 0.2, seed)) for seed in (0, 1)]
+    assert len({each["data"]["shuffle_seed"] for each in settings}) == len({each["run"]["seed"] for each in settings}) == 2
+
+
+def test_tokens_that_fill_no_whole_step_take_one(tmp_path):
+    train = {"max_tokens": 101, "global_batch_size": 5}
+    experiment = toy(tmp_path, base={"train": train, "data": {"seq_len": 4}})
+    assert experiment.steps(experiment.jobs()[0]) == 6
+
+
 def test_what_an_experiment_needs(tmp_path, monkeypatch):
     """Files and a GPU: nothing is run without them, but counted elsewhere; a miniature that needs nothing has none."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

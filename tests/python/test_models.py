@@ -335,6 +335,14 @@ def test_loading_leaves_the_generator_alone(kind, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_copy_drops_what_the_model_does():
+    model = libxlstm.make_model({"model": {"embedding_dim": 16, "num_blocks": 1, "num_heads": 2, "dropout": 0.5}})
+    ids = random_ids(2, 9) % 256
+    for training in (True, False):
+        other = copy.deepcopy(model.train(training))
+        assert torch.equal(other(ids)[0], other(ids)[0]) is not training
+
+
 def test_a_replaced_parameter_is_an_error():
     """The C++ model would compute with the old one in silence."""
     model = make_model()

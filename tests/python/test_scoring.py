@@ -390,6 +390,7 @@ def test_draw_ranks_as_the_programs_do():
     logits[:, 5] = 1e-3
     assert set(draw(logits, 1.0, 2, 1.0).tolist()) == {0, 5}
     assert set(draw(logits, 1e-320, 0, 1.0).tolist()) == {5}
+    assert len(set(draw(torch.zeros(50, 2), 1.0, 0, 0.5).tolist())) == 1  # one of two equal ones holds a half
 
 
 def test_a_judge_drops_nothing():
@@ -398,3 +399,9 @@ def test_a_judge_drops_nothing():
     judge = Judge(model, Tokenizer("bytes"), device="cpu")
     pair = [(list(b"the"), list(b" cell"))]
     assert judge.score(pair) == judge.score(pair) and not model.training
+
+
+def test_a_group_is_greedy_where_all_its_parts_are():
+    judge, told = object.__new__(Judge), [(-1.0, False), (-2.0, True), (-4.0, True)]
+    judge._score_pairs = lambda pairs, on_result: [on_result(place, result) for place, result in enumerate(told)]
+    assert judge._score_groups([[("a", "b"), ("b", "c")], [("d", "e")]], None) == [(-3.0, False), (-4.0, True)]
