@@ -12,7 +12,8 @@ class TokenData:
     prefixes: one prefix of .bin/.idx or several, of which each gives samples in proportion to its weight (all alike), as
     data.train has them. seq_len, seed, shuffle, reset_state_at_document, mask_loss_across_documents: as data.seq_len,
     data.shuffle_seed and the others of these names. streams: samples i, i + streams, i + 2 streams, ... go on in one
-    another, as with train.carry_state, for batches of that size and model.loss_and_state; 0: each is from anywhere.
+    another, as with train.carry_state, for batches of that size and model(ids, state, targets=targets); 0: each is
+    from anywhere.
 
     A sample is a window of seq_len tokens with those that follow as targets. Windows overlap by the one token, every epoch
     visits each once, and sample i is the same whenever and in whatever batch it is read: step s of a run with

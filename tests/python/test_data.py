@@ -441,7 +441,7 @@ def test_token_data_is_what_the_trainer_reads(two_files, tmp_path):
         data = libxlstm.TokenData(two_files, 24, seed=5, weights=[1, 2], streams=4 if carry else 0)
         state, own = None, []
         for ids, targets, reset in data.batches(4, steps=6):
-            loss, state = model.loss_and_state(ids, targets, state if carry else None, reset=reset)
+            loss, state = model(ids, state if carry else None, reset, targets=targets)
             own.append(loss.item())
         assert losses == pytest.approx(own, abs=1e-5) and len(set(losses)) == 6
 
