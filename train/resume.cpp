@@ -112,7 +112,8 @@ void set_aside_later_checkpoints(const RunFolder& folder, int64_t step) {
   try {
     std::vector<fs::path> later;
     for (const auto& entry : fs::directory_iterator(root))
-      if (checkpoint_step(entry.path()) > step) later.push_back(entry.path());
+      if (checkpoint_step(entry.path()) > step && fs::exists(entry.path() / kManifestName))
+        later.push_back(entry.path());
     if (later.empty()) return;
     fs::path target;
     for (int number = 1; target.empty(); ++number) {

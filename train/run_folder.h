@@ -77,7 +77,7 @@ std::optional<CheckpointFolder> choose_checkpoint(const config::Config& config, 
 int64_t checkpoint_step(const std::string& folder);
 
 /// Moves checkpoints beyond `step` to <run>/ckpt/old-N: the run is about to write those steps anew. Within ckpt/, which may
-/// be a link to another disk. Throws Error(kCheckpoint) where that fails.
+/// be a link to another disk. What was never committed stays for prune_checkpoints. Throws Error(kCheckpoint) where that fails.
 void set_aside_later_checkpoints(const RunFolder& folder, int64_t step);
 
 /// Throws Error(kConfig) naming the first setting that must not change when a run goes on, which the

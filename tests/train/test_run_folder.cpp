@@ -139,16 +139,21 @@ TEST_CASE("checkpoint folders by name") {
 TEST_CASE("checkpoints beyond the resumed step are set aside") {
   const testing::TemporaryFolder folder;
   const RunFolder run(run_in(folder), false);
-  for (const char* step : {"step-00000010", "step-00000011", "step-00000030"})
-    fs::create_directories(run.file("ckpt") + "/" + step);
+  const auto make = [&](const std::string& step, bool committed = true) {
+    fs::create_directories(run.file("ckpt/" + step));
+    if (committed) std::ofstream(run.file("ckpt/" + step + "/MANIFEST.json")) << "{}";
+  };
+  for (const char* step : {"step-00000010", "step-00000011", "step-00000030"}) make(step);
+  make("step-00000040", /*committed=*/false);  // left by a crash
   set_aside_later_checkpoints(run, 10);
   CHECK(fs::exists(run.file("ckpt/step-00000010")));
   CHECK(!fs::exists(run.file("ckpt/step-00000011")));
   CHECK(fs::exists(run.file("ckpt/old-1/step-00000011")));
   CHECK(fs::exists(run.file("ckpt/old-1/step-00000030")));
+  CHECK(fs::exists(run.file("ckpt/step-00000040")));
   set_aside_later_checkpoints(run, 10);
   CHECK(!fs::exists(run.file("ckpt/old-2")));
-  fs::create_directory(run.file("ckpt/step-00000020"));
+  make("step-00000020");
   fs::create_symlink(folder / "unmounted", run.file("ckpt/old-2"));
   const auto [message, code] = error_of([&] { set_aside_later_checkpoints(run, 10); });
   CHECK(code == ExitCode::kCheckpoint);
