@@ -26,6 +26,13 @@ models::ModelState empty_state(models::LanguageModel& model, int64_t sequences) 
   return model.hidden(at::zeros({sequences, 0}, options), {}, {}).second;
 }
 
+int64_t bytes_of(const models::ModelState& state) {
+  int64_t bytes = 0;
+  for (const auto& block : state)
+    for (const at::Tensor& tensor : block) bytes += static_cast<int64_t>(tensor.nbytes());
+  return bytes;
+}
+
 std::string name_of(size_t block, size_t i) {
   return std::to_string(block) + "." + std::to_string(i);
 }
@@ -139,23 +146,14 @@ void CarriedState::check(const NamedTensors& tensors) const {
     throw Error(ExitCode::kCheckpoint, "carried states hold " + left.begin()->first + kOther);
 }
 
-int64_t CarriedState::bytes() const {
-  int64_t bytes = 0;
-  for_each([&](size_t, size_t, const at::Tensor& tensor) {
-    bytes += static_cast<int64_t>(tensor.nbytes());
-  });
-  return bytes;
-}
+int64_t CarriedState::bytes() const { return bytes_of(state_); }
 
 int64_t state_bytes(const models::ModelOptions& options, int64_t sequences) {
   const at::NoGradGuard no_grad;
   const auto blocks = models::make_block_stack(options, at::kMeta);
   blocks->eval();
   const auto none = at::zeros({1, 0, options.embedding_dim}, at::kMeta);
-  int64_t bytes = 0;
-  for (const auto& block : blocks->forward(none).second)
-    for (const at::Tensor& tensor : block) bytes += static_cast<int64_t>(tensor.nbytes());
-  return bytes * sequences;
+  return bytes_of(blocks->forward(none).second) * sequences;
 }
 
 }  // namespace xlstm::train

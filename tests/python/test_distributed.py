@@ -1,6 +1,5 @@
 """xlstm-train by several processes: the same run as one process, stopped and killed together."""
 
-import fcntl
 import os
 import signal
 import socket
@@ -9,7 +8,9 @@ import sys
 import time
 
 import pytest
-from test_train import PROGRAM, ROOT, corpus, fingerprint, losses, records, setup, train  # noqa: F401
+from test_train import (  # noqa: F401
+    PROGRAM, ROOT, another_prepares_the_text, corpus, fingerprint, losses, records, setup, train,
+)
 
 pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="build/bin/xlstm-train is not built")
 
@@ -224,13 +225,8 @@ def test_a_signal_to_another_process_does_not_wait_for_samples(setup):  # noqa: 
 
 
 def test_a_signal_to_another_process_does_not_wait_for_the_text(setup, tmp_path):  # noqa: F811
-    config, run = setup
-    cache = f"data.cache_dir={tmp_path / 'cache'}"
-    assert train(config, cache, "train.max_steps=1", "run.name=first").returncode == 0
-    (folder,) = (tmp_path / "cache").iterdir()
-    (folder / "train.meta.json").unlink()
-    with open(folder / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    config, _ = setup
+    with another_prepares_the_text(config, tmp_path / "cache") as cache:
         processes = start(config, cache)
         assert processes[0].stderr.readline().startswith("waiting for another process")
         assert "before training began" in stopped_by_the_second(processes)

@@ -1,6 +1,5 @@
 """xlstm-train that is stopped, killed or cannot save: what is kept, what it says, and how it goes on."""
 
-import fcntl
 import os
 import re
 import resource
@@ -12,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import PROGRAM, corpus, fingerprint, losses, one_line_error, records, setup, train  # noqa: F401
+from test_train import (  # noqa: F401
+    PROGRAM, another_prepares_the_text, corpus, fingerprint, losses, one_line_error, records, setup, train,
+)
 
 pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="build/bin/xlstm-train is not built")
 
@@ -123,13 +124,8 @@ def test_a_run_killed_after_its_last_save_writes_what_is_missing(setup):  # noqa
 
 
 def test_a_signal_while_another_process_prepares_the_text(setup, tmp_path):  # noqa: F811
-    config, run = setup
-    cache = f"data.cache_dir={tmp_path / 'cache'}"
-    assert train(config, cache, "train.max_steps=1", "run.name=first").returncode == 0
-    (folder,) = (tmp_path / "cache").iterdir()
-    (folder / "train.meta.json").unlink()
-    with open(folder / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    config, _ = setup
+    with another_prepares_the_text(config, tmp_path / "cache") as cache:
         process = start(config, cache)
         assert process.stderr.readline().startswith("waiting for another process")
         out = stopped(process)

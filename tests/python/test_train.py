@@ -1,5 +1,7 @@
 """xlstm-train as a program: whole runs, what they leave in the run folder, and what it refuses."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -51,6 +53,18 @@ def train(config, *arguments, failpoint=None, **options):
         environment["XLSTM_FAILPOINT"] = failpoint
     return subprocess.run([PROGRAM, config, *arguments], env=environment, capture_output=True, text=True,
                           timeout=120, **options)
+
+
+@contextlib.contextmanager
+def another_prepares_the_text(config, cache):
+    """The setting of a cache whose text another process is preparing, as it seems."""
+    setting = f"data.cache_dir={cache}"
+    assert train(config, setting, "train.max_steps=1", "run.name=first").returncode == 0
+    (folder,) = cache.iterdir()
+    (folder / "train.meta.json").unlink()
+    with open(folder / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield setting
 
 
 def records(run, name="metrics.jsonl"):
