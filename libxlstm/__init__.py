@@ -32,13 +32,13 @@ def load(checkpoint_dir, verify=True, device="cpu", dtype=None, settings=None):
     """The Model of a checkpoint folder, or of a run folder (its newest good checkpoint), in eval mode.
 
     verify: check every file against its sha256. device, dtype: of the parameters; None: float32. torch.bfloat16 takes half the
-    memory, also while it loads. settings: in place of the checkpoint's, such as {"model": {"dropout": 0.1,
+    memory, also while it loads, torch.int8 about a quarter: see Model.quantize(). settings: in place of the checkpoint's, such as {"model": {"dropout": 0.1,
     "activation_checkpointing": True}}; its tensors must fit still.
 
     Raises libxlstm.Error (a RuntimeError) naming the file and what is wrong with it.
     """
     module = load_module()
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
     if dtype is not None and dtype not in dtypes:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, dtypes))}, got {dtype!r}")
     try:

@@ -34,7 +34,7 @@ class XlstmLM(TemplateLM):
 
     pretrained    the folder
     tokenizer     another tokenizer than the checkpoint's: "bytes", tokenizer.json or a folder
-    dtype         float32; bfloat16: autocast, the weights stay float32; bfloat16_weights: they are rounded too
+    dtype         float32; bfloat16: autocast, the weights stay float32; bfloat16_weights, int8_weights: they are rounded, too
     device        cpu, cuda, cuda:1, ...; a GPU where there is one unless given, and the CPU where there is none
     batch_size    sequences side by side; "auto" is 16. The command's own default, --batch_size 1, is slow
     max_length    inputs of one sequence, 0: no limit; the context of the training unless given

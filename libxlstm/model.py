@@ -126,9 +126,19 @@ class CoreModule(torch.nn.Module):
         self._core.train(mode)
         return super().train(mode)
 
+    def quantize(self):
+        """Rounds the matrices of linear maps to 8 bits, row by row (torch.ops.xlstm.quantize_int8), and the rest to bfloat16, in
+        place: for generation in about half the memory and time that bfloat16 takes. Gates, small matrices, embedding and head
+        are of the rest, and .float() takes it back to float32. Gradients reach the inputs and what is not in 8 bits."""
+        self._check_parameters()
+        for parameter in self.parameters():
+            parameter.grad = None
+        self._core.quantize()
+        return self
+
     @property
     def num_parameters(self):
-        """How many numbers all parameters have."""
+        """How many numbers all parameters have; of matrices of 8 bits how many bytes."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def param_groups(self, weight_decay=0.1, of_embedding=False):
@@ -169,8 +179,8 @@ class CoreModule(torch.nn.Module):
         with torch.random.fork_rng(devices=[]):  # it draws weights, which are then overwritten
             CoreModule.__init__(twin, self._core.fresh())
         for (*_, theirs), (*_, ours) in zip(twin._own, self._own, strict=True):
+            theirs.requires_grad_(ours.requires_grad)  # first: integers require none
             theirs.data = ours.detach().clone()
-            theirs.requires_grad_(ours.requires_grad)
             memo[id(ours)] = theirs
         for (_, _, theirs), (_, _, ours) in zip(twin._parts, self._parts, strict=True):
             theirs.training = ours.training

@@ -25,7 +25,8 @@ __all__ = ["Judge", "ScoringError", "Tokenizer", "find_tokenizer", "has_tokenize
 
 EXIT_CONFIG, EXIT_DATA = 2, 3
 # dtype -> (dtype of the weights, bfloat16 autocast?)
-DTYPES = {"float32": (torch.float32, False), "bfloat16": (torch.float32, True), "bfloat16_weights": (torch.bfloat16, False)}
+DTYPES = {"float32": (torch.float32, False), "bfloat16": (torch.float32, True), "bfloat16_weights": (torch.bfloat16, False),
+          "int8_weights": (torch.int8, False)}
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
@@ -122,11 +123,12 @@ def cut_at(text, stops):
 
 
 class Judge:
-    """A model and its tokenizer. The model is put into eval mode, moved to the device and, for bfloat16_weights,
-    rounded in place.
+    """A model and its tokenizer. The model is put into eval mode, moved to the device and, for bfloat16_weights and
+    int8_weights, rounded in place.
 
     device      "cpu", "cuda", "cuda:1", ... or "auto": a GPU where torch sees one
-    dtype       float32; bfloat16: autocast, as train.dtype has it; bfloat16_weights: the weights are rounded too
+    dtype       float32; bfloat16: autocast, as train.dtype has it; bfloat16_weights: the weights are rounded too;
+                int8_weights: as model.quantize() does
     batch_size  sequences side by side
     max_length  inputs of one sequence, contexts lose their beginning beyond; 0: no limit. None: data.seq_len of the run. Of
                 gpt it is at most model.max_positions
@@ -165,7 +167,8 @@ class Judge:
         self.model, self.tokenizer, self.batch_size, self.max_logits = model, tokenizer, batch_size, max_logits
         self.device = torch.device(device)
         weights, self._autocast = DTYPES[dtype]
-        model.to(self.device, weights).eval()
+        model.to(self.device).eval()
+        model.quantize() if weights == torch.int8 else model.to(weights)
         self._batch_dims = self._find_batch_dims()
 
     @classmethod

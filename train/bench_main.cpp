@@ -45,7 +45,8 @@ const std::vector<OptionSpec> kOptions{
      "on, off, or auto: mLSTM states that are written every 16th token alone, where that moves "
      "fewer bytes on a GPU (auto)"},
     {"--dtype", "NAME",
-     "of the weights when it decodes and generates: float32 or bfloat16_weights (float32)"},
+     "of the weights when it decodes and generates: float32, bfloat16_weights or int8_weights "
+     "(float32)"},
     {"--json", "FILE", "also write the numbers there"},
     {"--help", "", "show this"}};
 
@@ -216,7 +217,7 @@ int body(int argc, char** argv) {
                  {"batch", config.train.global_batch_size},
                  {"seq_len", config.data.seq_len}};
   if (steps > 0) report["training"] = time_training(config, *model, steps);
-  model->to(weights_dtype);
+  nn::round_weights(*model, weights_dtype);
   if (line.has("--positions") || line.has("--batches")) {
     measure_generation(line, *model, report);
   } else if (tokens > 0) {

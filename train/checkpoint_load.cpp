@@ -12,6 +12,7 @@
 #include "csrc/core/error.h"
 #include "csrc/core/file.h"
 #include "csrc/nn/layers.h"
+#include "csrc/ops/linear_int8.h"
 #include "train/checkpoint.h"
 
 namespace xlstm::train {
@@ -87,6 +88,8 @@ Mismatch compare(const NamedTensors& expected, const std::map<std::string, at::T
     const auto it = found.find(name);
     if (it == found.end()) {
       bad.note(bad.missing, name + " is missing");
+    } else if (it->second.scalar_type() == at::kChar && tensor.is_floating_point()) {
+      bad.note(bad.dtype, name + " has 8 bits, which serve to run a model and not to train one");
     } else if (it->second.sizes() != tensor.sizes()) {
       bad.note(bad.shape, name + " has shape " + shape_text(it->second) + ", the model's is " +
                               shape_text(tensor));
@@ -102,13 +105,12 @@ Mismatch compare(const NamedTensors& expected, const std::map<std::string, at::T
   return bad;
 }
 
-/// The checkpoint's tensors, which are those of the model.
-SafetensorsFile read_weights(const models::LanguageModel& model,
-                             const CheckpointFolder& checkpoint) {
+/// Throws unless the tensors are those of the model.
+void check_fit(const models::LanguageModel& model, const SafetensorsFile& weights,
+               const CheckpointFolder& checkpoint) {
   const std::string path = checkpoint.file(kModelName);
-  SafetensorsFile weights = load_safetensors(path);
   const Mismatch bad = compare(named_model_tensors(model), weights.tensors);
-  if (bad.noted == 0) return weights;
+  if (bad.noted == 0) return;
   const std::string others = other_model_settings(checkpoint, model.options());
   throw Error(ExitCode::kCheckpoint,
               path + ": does not fit the model (" + std::to_string(bad.missing) + " missing, " +
@@ -118,10 +120,34 @@ SafetensorsFile read_weights(const models::LanguageModel& model,
                   kConfigName + (others.empty() ? "" : ": " + others));
 }
 
+/// The tensors of a model to train.
+SafetensorsFile read_weights(const models::LanguageModel& model,
+                             const CheckpointFolder& checkpoint) {
+  SafetensorsFile weights = load_safetensors(checkpoint.file(kModelName));
+  check_fit(model, weights, checkpoint);
+  return weights;
+}
+
+/// All but what has 8 bits.
 void copy_weights(models::LanguageModel& model, const SafetensorsFile& weights) {
   const at::NoGradGuard no_grad;
   for (const auto& [name, tensor] : named_model_tensors(model))
-    tensor.copy_(weights.tensors.at(name));
+    if (tensor.is_floating_point()) tensor.copy_(weights.tensors.at(name));
+}
+
+/// The matrices of linear maps that the file keeps in 8 bits, with `all` those that may be kept so, too.
+void take_int8(models::LanguageModel& model, const SafetensorsFile& weights, bool all) {
+  for (const auto& module : model.named_modules("", /*include_self=*/false)) {
+    auto* linear = module.value()->as<nn::Linear>();
+    const auto stored = weights.tensors.find(module.key() + ".weight");
+    if (linear == nullptr || stored == weights.tensors.end() || !linear->weight.is_floating_point())
+      continue;
+    if (linear->fits_int8(stored->second)) {
+      linear->take_int8(stored->second.clone());
+    } else if (all && linear->quantizable() && stored->second.is_floating_point()) {
+      linear->take_int8(ops::quantize_int8(stored->second));
+    }
+  }
 }
 
 /// Says what a folder is that is neither a checkpoint nor holds any, where that can be told.
@@ -265,8 +291,11 @@ LoadedModel load_model(const std::string& folder_or_run, bool verify, at::Scalar
   const KeepRandomState keep_random_state;
   const nn::SkipDrawing skip_drawing;
   loaded.model = models::make_language_model(loaded.config.model);
-  const SafetensorsFile weights = read_weights(*loaded.model, checkpoint);
-  loaded.model->to(dtype);  // moves nothing: no page of the tensors was touched yet
+  const SafetensorsFile weights = load_safetensors(checkpoint.file(kModelName));
+  take_int8(*loaded.model, weights, /*all=*/false);
+  check_fit(*loaded.model, weights, checkpoint);
+  take_int8(*loaded.model, weights, dtype == at::kChar);
+  nn::round_weights(*loaded.model, dtype);  // moves nothing: no page was touched yet
   copy_weights(*loaded.model, weights);
   loaded.model->eval();
   return loaded;

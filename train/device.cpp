@@ -52,10 +52,13 @@ at::Device choose_device(const std::string& name, const std::string& setting) {
   return {at::kCUDA, c10::impl::VirtualGuardImpl(at::kCUDA).getDevice().index()};
 }
 
-at::ScalarType choose_weights_dtype(const std::string& name, const std::string& setting) {
-  if (name != "float32" && name != "bfloat16_weights")
-    throw Error(ExitCode::kConfig, setting + ": expected float32 or bfloat16_weights, got " + name);
-  return name == "float32" ? at::kFloat : at::kBFloat16;
+at::ScalarType choose_weights_dtype(const std::string& name, const std::string& setting,
+                                    bool autocast) {
+  if (name == "float32" || (autocast && name == "bfloat16")) return at::kFloat;
+  if (name == "bfloat16_weights") return at::kBFloat16;
+  if (name == "int8_weights") return at::kChar;
+  throw Error(ExitCode::kConfig, setting + ": expected float32, " + (autocast ? "bfloat16, " : "") +
+                                     "bfloat16_weights or int8_weights, got " + name);
 }
 
 void use_own_stream(at::Device device) {

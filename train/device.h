@@ -11,8 +11,10 @@ namespace xlstm::train {
 /// what was asked for in the message.
 at::Device choose_device(const std::string& name, const std::string& setting);
 
-/// Of a model's weights, "float32" or "bfloat16_weights". Throws Error(kConfig) for another name.
-at::ScalarType choose_weights_dtype(const std::string& name, const std::string& setting);
+/// Of a model's weights, as nn::round_weights takes it: "float32", "bfloat16_weights" or "int8_weights", and where there is
+/// autocast "bfloat16", whose weights are float32. Throws Error(kConfig) for another name.
+at::ScalarType choose_weights_dtype(const std::string& name, const std::string& setting,
+                                    bool autocast = false);
 
 /// On a GPU: the calling thread works on a stream of its own from now on. The default stream cannot be captured in a
 /// graph, and one stream for everything keeps the order of training, evaluation and saving.

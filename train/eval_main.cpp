@@ -47,7 +47,7 @@ const std::vector<OptionSpec> kOptions{
     {"--device", "NAME", "cpu, cuda or auto: a GPU where there is one (auto)"},
     {"--dtype", "NAME",
      "float32; bfloat16: autocast, as in training; bfloat16_weights: the weights are rounded too, "
-     "which halves their memory (train.dtype)"},
+     "which halves their memory; int8_weights: large matrices to 8 bits (train.dtype)"},
     {"--threads", "N", "CPU threads; 0: all cores (0)"},
     {"--no-verify", "", "skip the checksums of the checkpoint"},
     {"--help", "", "show this"}};
@@ -113,11 +113,9 @@ int body(int argc, char** argv) {
   const at::Device device = choose_device(line.get("--device", "auto"), "--device");
   use_own_stream(device);
   const std::string given = line.get("--dtype", "");
-  if (!given.empty() && given != "float32" && given != "bfloat16" && given != "bfloat16_weights")
-    throw Error(ExitCode::kConfig,
-                "--dtype: expected float32, bfloat16 or bfloat16_weights, got " + given);
-  LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"),
-                                  given == "bfloat16_weights" ? at::kBFloat16 : at::kFloat);
+  LoadedModel loaded = load_model(
+      line.positional[0], !line.has("--no-verify"),
+      choose_weights_dtype(given.empty() ? "float32" : given, "--dtype", /*autocast=*/true));
   // Its data may be looked for in another folder.
   if (loaded.tokenizer != "bytes") loaded.tokenizer = std::filesystem::absolute(loaded.tokenizer);
   loaded.model->to(device);
@@ -145,6 +143,6 @@ int body(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   return xlstm::train::run_main("xlstm-eval",
-                                "lower --batch-size or --seq-len, or give --dtype bfloat16_weights",
+                                "lower --batch-size or --seq-len, or give --dtype int8_weights",
                                 [&] { return xlstm::train::body(argc, argv); });
 }

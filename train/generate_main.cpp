@@ -41,8 +41,8 @@ const std::vector<OptionSpec> kOptions{
     {"--num-samples", "N", "how many continuations, drawn side by side, 16 at a time (1)"},
     {"--device", "NAME", "cpu, cuda or auto: a GPU where there is one (auto)"},
     {"--dtype", "NAME",
-     "float32, or bfloat16_weights: the weights are rounded, which halves the memory and what a "
-     "token reads (float32)"},
+     "float32; bfloat16_weights: the weights are rounded, which halves the memory and what a token "
+     "reads; int8_weights: large matrices to 8 bits, the rest to bfloat16 (float32)"},
     {"--threads", "N", "CPU threads; 0: all cores (0)"},
     {"--no-echo", "", "print the continuation without the prompt"},
     {"--no-verify", "", "skip the checksums of the checkpoint"},
@@ -174,7 +174,6 @@ int body(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   return xlstm::train::run_main(
-      "xlstm-generate",
-      "give a shorter prompt, fewer of --num-samples, or --dtype bfloat16_weights",
+      "xlstm-generate", "give a shorter prompt, fewer of --num-samples, or --dtype int8_weights",
       [&] { return xlstm::train::body(argc, argv); });
 }

@@ -1,5 +1,6 @@
 #include "csrc/nn/layers.h"
 
+#include <ATen/core/grad_mode.h>
 #include <torch/nn/init.h>
 
 #include <cmath>
@@ -8,6 +9,7 @@
 #include "csrc/nn/no_dropout.h"
 #include "csrc/ops/block_linear.h"
 #include "csrc/ops/causal_conv1d.h"
+#include "csrc/ops/linear_int8.h"
 #include "csrc/ops/norm.h"
 
 namespace xlstm::nn {
@@ -88,13 +90,56 @@ Result Block::forward(const at::Tensor& x, const State& state,
   return {stream.sum(), std::move(next)};
 }
 
-Linear::Linear(int64_t in_features, int64_t out_features, bool with_bias, at::Device device) {
+Linear::Linear(int64_t in_features, int64_t out_features, bool with_bias, at::Device device)
+    : in_features_(in_features) {
   weight = register_parameter("weight", filled({out_features, in_features}, 0, device));
   if (with_bias) bias = register_parameter("bias", filled({out_features}, 0, device));
 }
 
 at::Tensor Linear::forward(const at::Tensor& x) const {
-  return at::linear(x, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+  const auto added = bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
+  return weight.scalar_type() == at::kChar ? ops::linear_int8(x, weight, added)
+                                           : at::linear(x, weight, added);
+}
+
+bool Linear::quantizable() const {
+  constexpr int64_t kLeast = 64;
+  return !is_gate && weight.is_floating_point() && weight.size(0) >= kLeast &&
+         in_features_ >= kLeast;
+}
+
+void Linear::take_int8(const at::Tensor& matrix) {
+  TORCH_CHECK(fits_int8(matrix), "Linear: no matrix of 8 bits from ", in_features_, " to ",
+              weight.size(0), " channels: ", matrix.scalar_type(), " ", matrix.sizes());
+  const at::NoGradGuard no_grad;
+  weight.set_requires_grad(false);  // integers have no gradient
+  weight.set_data(matrix);
+}
+
+bool Linear::fits_int8(const at::Tensor& matrix) const {
+  return matrix.scalar_type() == at::kChar &&
+         matrix.sizes() == at::IntArrayRef({weight.size(0), ops::int8_row_bytes(in_features_)});
+}
+
+at::Tensor Linear::weight_as(at::ScalarType dtype) const {
+  return weight.scalar_type() == at::kChar ? ops::dequantize_int8(weight, in_features_, dtype)
+                                           : weight.to(dtype);
+}
+
+void round_weights(torch::nn::Module& model, at::ScalarType dtype) {
+  const at::NoGradGuard no_grad;
+  if (dtype == at::kChar) {
+    for (const auto& module : model.modules(/*include_self=*/false))
+      if (auto* linear = module->as<Linear>(); linear != nullptr && linear->quantizable())
+        linear->take_int8(ops::quantize_int8(linear->weight_as(at::kFloat)));
+    dtype = at::kBFloat16;
+  }
+  const auto round = [&](std::vector<at::Tensor> tensors) {
+    for (auto& tensor : tensors)
+      if (tensor.is_floating_point()) tensor.set_data(tensor.to(dtype));
+  };
+  round(model.parameters());
+  round(model.buffers());
 }
 
 BlockLinear::BlockLinear(int64_t features, int64_t num_blocks, bool with_bias, at::Device device) {

@@ -87,8 +87,24 @@ class Linear : public torch::nn::Module {
  public:
   Linear(int64_t in_features, int64_t out_features, bool with_bias, at::Device device);
   at::Tensor forward(const at::Tensor& x) const;
+  /// Whether the weight, still floating, may be kept in 8 bits: not that of small maps, which cost little, nor of gates,
+  /// which are exponentiated.
+  bool quantizable() const;
+  /// A matrix of 8 bits (ops::quantize_int8) becomes the weight, which nothing trains from then on.
+  void take_int8(const at::Tensor& matrix);
+  bool fits_int8(const at::Tensor& matrix) const;
+  /// The weight (out,in) in a floating dtype, whatever it is kept in.
+  at::Tensor weight_as(at::ScalarType dtype) const;
   at::Tensor weight, bias;  ///< bias undefined when absent
+  bool is_gate = false;
+
+ private:
+  const int64_t in_features_;
 };
+
+/// Rounds the weights of a model or of parts in place, to a floating dtype or with kChar the matrices of its linear maps to 8
+/// bits, where they may be (Linear::quantizable), and the rest to bfloat16. What has 8 bits keeps them.
+void round_weights(torch::nn::Module& model, at::ScalarType dtype);
 
 /// Block-diagonal linear map; weight (num_blocks, out, in) of each block, square blocks: one block is a full matrix.
 /// Starts at zero.

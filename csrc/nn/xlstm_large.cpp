@@ -30,6 +30,8 @@ XlstmLargeLayer::XlstmLargeLayer(const XlstmLargeBlockOptions& options, at::Devi
   out_proj_ =
       register_module("out_proj", std::make_shared<Linear>(options.v_dim, dim, false, device));
 
+  igate_->is_gate = fgate_->is_gate = true;
+
   // The gates' weights stay zero: at the start i = -10 closes the input gate softly and o = 1/2.
   for (auto& proj : {q_, k_, v_}) small_init_(proj->weight, dim);
   wang_init_(out_proj_->weight, dim, options.num_blocks);

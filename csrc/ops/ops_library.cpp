@@ -104,6 +104,9 @@ TORCH_LIBRARY(xlstm, m) {
       "linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? "
       "dx, Tensor? dweight, "
       "*, int ignore_index, float soft_cap, str reduction) -> (Tensor dx, Tensor dweight)");
+  m.def("quantize_int8(Tensor weight) -> Tensor");
+  m.def("dequantize_int8(Tensor weight, SymInt in_features, *, ScalarType dtype=float) -> Tensor");
+  m.def("linear_int8(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   // Of the models that xLSTM is compared with.
   m.def(
       "wkv(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? a0=None, Tensor? b0=None, Tensor? "

@@ -14,6 +14,7 @@
 #include "csrc/core/error.h"
 #include "csrc/data/dataset.h"
 #include "csrc/models/language_model.h"
+#include "csrc/nn/layers.h"
 #include "train/checkpoint.h"
 #include "train/generation.h"
 
@@ -132,6 +133,9 @@ py::class_<Py> define(py::module_& m, const char* name, const char* doc) {
       .def("fresh", &Py::fresh, no_lock())
       .def(
           "train", [](const Py& self, bool mode) { self.module().train(mode); }, py::arg("mode"))
+      .def(
+          "quantize", [](const Py& self) { xlstm::nn::round_weights(self.module(), at::kChar); },
+          no_lock())
       .def_property_readonly("training", [](const Py& self) { return self.module().is_training(); })
       .def("describe", [](const Py& self) {
         const auto& o = self.module().options();

@@ -26,6 +26,7 @@ OPERATORS = {
     "headwise_norm": lambda: gated(1),
     "residual_norm": lambda: tensors((B, T, D), (B, T, D)),
     "block_linear": lambda: tensors((B, T, NH * D), (NH, 3, D)),
+    "linear_int8": lambda: [torch.randn(B, T, D), ops.quantize_int8(torch.randn(7, D)), torch.randn(7)],
     "linear_cross_entropy": lambda: [*tensors((B, T, D), (7, D)), torch.randint(7, (B, T))],
     "gated_linear_attention": lambda: [*gated(3), -torch.rand(B, T, NH, D)],
     "gated_scan": lambda: [torch.randn(B, T, D), torch.rand(B, T, D)],

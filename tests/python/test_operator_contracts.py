@@ -21,6 +21,8 @@ def real_call(operator):
         tensors["reset"] = None
     if operator == "slstm_forward":
         options = options | {"preactivations": False}
+    if operator in ("linear_int8", "dequantize_int8"):
+        tensors["weight"] = ops.quantize_int8(torch.zeros(tensors["weight"].size(0), 4))
     if operator == "slstm_backward":
         tensors["checkpoints"] = torch.zeros(1, 2, 1, 4, 4)
     return tensors, options
@@ -44,7 +46,8 @@ def test_sizes_are_checked(operator):
 # Dimensions that may have any size: no other tensor has them, or none is read beside this one.
 FREE = {("linear_cross_entropy", "weight"): {0}, ("linear_cross_entropy_backward", "weight"): {0},
         ("linear_cross_entropy_backward", "dx"): {0, 1, 2}, ("linear_cross_entropy_backward", "dweight"): {0, 1},
-        ("block_linear", "x"): {0, 1}, ("slstm_backward", "gates"): {0, 1, 2, 3, 4}}  # fmt: skip
+        ("block_linear", "x"): {0, 1}, ("linear_int8", "x"): {0, 1}, ("quantize_int8", "weight"): {0, 1},
+        ("dequantize_int8", "weight"): {0}, ("slstm_backward", "gates"): {0, 1, 2, 3, 4}}  # fmt: skip
 
 
 @pytest.mark.parametrize("operator", sorted(set(DIFFERENTIABLE) - {"mlstm_step", "causal_conv1d_step"}))
