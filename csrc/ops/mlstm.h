@@ -77,8 +77,8 @@ at::Tensor mlstm_step_lazy(const at::Tensor& q, const at::Tensor& k, const at::T
 void mlstm_fold(at::Tensor& c, at::Tensor& n, at::Tensor& m, MlstmRing& ring,
                 const MlstmOptions& options = {});
 
-/// Whether mlstm_step_lazy on tokens as k (B,NH,DQK) and v (B,NH,DV) is to be preferred to mlstm_step: on CUDA, where the
-/// kernels take them and mlstm_lazy_moves_less.
+/// Whether mlstm_step_lazy on tokens as k (B,NH,DQK) and v (B,NH,DV) is to be preferred to mlstm_step: where
+/// mlstm_lazy_moves_less, on CUDA if the kernels take them, on the CPU if C is too large for its caches.
 bool mlstm_step_lazy_pays(const at::Tensor& k, const at::Tensor& v);
 /// Whether reading C, writing and reading it once more every kTokens, and reading a ring of keys and values of so many
 /// bytes each moves less memory than reading and writing C at every token.

@@ -121,37 +121,54 @@ MlstmGradients mlstm_chunkwise_backward_cpu(const MlstmBackwardArguments& a) {
   return {dq, dk, dv, digate, dfgate, dc0, dn0};
 }
 
+/// One token's arguments in the dtype of the states, and the states, contiguous; what was copied for that is written back.
+class StepTensors {
+ public:
+  StepTensors(const MlstmStepArguments& a, const MlstmSizes& sizes, std::string_view op,
+              cpu::MlstmStepParams& params)
+      : a_(a), c_(a.c.contiguous()), n_(a.n.contiguous()), m_(a.m.contiguous()) {
+    const at::ScalarType type = accumulate_type(a.q.scalar_type());
+    const auto plain = [&](const at::Tensor& x) {
+      return inputs_.emplace_back(x.to(type).contiguous()).const_data_ptr();
+    };
+    h_ = at::empty(a.v.sizes(), a.v.options().dtype(type));
+    params.items = sizes.batch * sizes.num_heads;
+    params.dqk = sizes.dqk;
+    params.dv = sizes.dv;
+    params.sigmoid_input_gate = is_sigmoid_input_gate(op, a.input_gate);
+    params.normalize = a.normalize;
+    params.float64 = type == at::kDouble;
+    params.scale = mlstm_scale(a.scale, sizes.dqk);
+    params.eps = a.eps;
+    params.q = plain(a.q);
+    params.k = plain(a.k);
+    params.v = plain(a.v);
+    params.igate = plain(a.igate);
+    params.fgate = plain(a.fgate);
+    params.c = c_.data_ptr();
+    params.n = n_.data_ptr();
+    params.m = m_.data_ptr();
+    params.h = h_.mutable_data_ptr();
+  }
+  /// h in v's dtype.
+  at::Tensor finish() const {
+    if (!c_.is_same(a_.c)) a_.c.copy_(c_);
+    if (!n_.is_same(a_.n)) a_.n.copy_(n_);
+    if (!m_.is_same(a_.m)) a_.m.copy_(m_);
+    return h_.to(a_.v.scalar_type());
+  }
+
+ private:
+  const MlstmStepArguments& a_;
+  std::vector<at::Tensor> inputs_;
+  at::Tensor c_, n_, m_, h_;
+};
+
 at::Tensor mlstm_step_cpu(const MlstmStepArguments& a) {
-  const MlstmSizes sizes = check_mlstm_step_arguments(a);
-  const at::ScalarType type = accumulate_type(a.q.scalar_type());
-  const auto plain = [type](const at::Tensor& x) { return x.to(type).contiguous(); };
-  const at::Tensor qs = plain(a.q), ks = plain(a.k), vs = plain(a.v), is = plain(a.igate),
-                   fs = plain(a.fgate);
-  const at::Tensor cs = a.c.contiguous(), ns = a.n.contiguous(), ms = a.m.contiguous();
-  const at::Tensor h = at::empty(a.v.sizes(), a.v.options().dtype(type));
   cpu::MlstmStepParams params;
-  params.items = sizes.batch * sizes.num_heads;
-  params.dqk = sizes.dqk;
-  params.dv = sizes.dv;
-  params.sigmoid_input_gate = is_sigmoid_input_gate("mlstm_step", a.input_gate);
-  params.normalize = a.normalize;
-  params.float64 = type == at::kDouble;
-  params.scale = mlstm_scale(a.scale, sizes.dqk);
-  params.eps = a.eps;
-  params.q = qs.const_data_ptr();
-  params.k = ks.const_data_ptr();
-  params.v = vs.const_data_ptr();
-  params.igate = is.const_data_ptr();
-  params.fgate = fs.const_data_ptr();
-  params.c = cs.data_ptr();
-  params.n = ns.data_ptr();
-  params.m = ms.data_ptr();
-  params.h = h.mutable_data_ptr();
+  const StepTensors tensors(a, check_mlstm_step_arguments(a), a.kName, params);
   cpu::mlstm_step(params);
-  if (!cs.is_same(a.c)) a.c.copy_(cs);
-  if (!ns.is_same(a.n)) a.n.copy_(ns);
-  if (!ms.is_same(a.m)) a.m.copy_(ms);
-  return h.to(a.v.scalar_type());
+  return tensors.finish();
 }
 
 void check_count(std::string_view op, const MlstmRing& ring) {
@@ -164,9 +181,21 @@ void check_count(std::string_view op, const MlstmRing& ring) {
 }
 
 at::Tensor mlstm_step_lazy_cpu(const MlstmLazyArguments& a) {
-  check_mlstm_lazy_arguments(a);
+  const MlstmSizes sizes = check_mlstm_lazy_arguments(a);
   check_count(a.kName, a.ring);
-  return mlstm_generic_step_lazy(a);
+  const MlstmRing& ring = a.ring;
+  for (const at::Tensor* each : {&ring.keys, &ring.values, &ring.gates, &ring.count})
+    if (!each->is_contiguous()) return mlstm_generic_step_lazy(a);
+  cpu::MlstmLazyParams params;
+  const StepTensors tensors(a, sizes, a.kName, params);
+  params.tokens = ring.keys.size(2);
+  params.ring_dtype = dtype_code(ring.keys, "mlstm_step_lazy: keys");
+  params.keys = ring.keys.data_ptr();
+  params.values = ring.values.data_ptr();
+  params.gates = ring.gates.data_ptr();
+  params.count = ring.count.data_ptr<int32_t>();
+  cpu::mlstm_step_lazy(params);
+  return tensors.finish();
 }
 
 void mlstm_fold_cpu(const MlstmFoldArguments& a) {

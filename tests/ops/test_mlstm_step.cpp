@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "csrc/ops/mlstm.h"
+#include "csrc/ops/mlstm_generic.h"
 #include "tests/support/catch.h"
 
 namespace {
@@ -96,15 +97,19 @@ TEST_CASE("mlstm_step_lazy and mlstm_fold equal mlstm_step") {
   for (const auto type : {at::kDouble, at::kFloat}) {
     for (const int64_t tokens : {1, 5, 16}) {
       for (const bool sigmoid : {false, true}) {
-        for (const int64_t batch : {0, 2}) {
-          const Inputs in(batch, 40, 3, 5, 9, type);
+        for (const auto& [batch, dv] : {std::pair(0, 9), {2, 9}, {1, 300}}) {
+          const Inputs in(batch, 40, 3, 5, dv, type);
           MlstmOptions options;
           options.input_gate = sigmoid ? "sigmoid" : "exp";
           options.normalize = tokens != 5;
           const auto state = [&](at::IntArrayRef sizes) { return at::zeros(sizes, type); };
-          Tensor c = state({batch, 3, 5, 9}), n = state({batch, 3, 5}), m = state({batch, 3});
+          Tensor c = state({batch, 3, 5, dv}), n = state({batch, 3, 5}), m = state({batch, 3});
           Tensor c1 = c.clone(), n1 = n.clone(), m1 = m.clone();
-          auto ring = xlstm::ops::empty_mlstm_ring(in.k.select(1, 0), in.v.select(1, 0), tokens);
+          Tensor c2 = c.clone(), n2 = n.clone(), m2 = m.clone();
+          const auto empty = [&] {
+            return xlstm::ops::empty_mlstm_ring(in.k.select(1, 0), in.v.select(1, 0), tokens);
+          };
+          auto ring = empty(), generic_ring = empty();
           const double tolerance = type == at::kDouble ? 1e-12 : 1e-5;
           for (int64_t t = 0; t < 40; ++t) {
             const auto token = [t](const Tensor& x) { return x.select(1, t); };
@@ -114,6 +119,23 @@ TEST_CASE("mlstm_step_lazy and mlstm_fold equal mlstm_step") {
             const Tensor h1 = mlstm_step(token(in.q), token(in.k), token(in.v), token(in.i),
                                          token(in.f), c1, n1, m1, options);
             CHECK(difference(h, h1) <= tolerance * (1 + h1.abs().sum().item<double>()));
+            const Tensor q = token(in.q), k = token(in.k), v = token(in.v), i = token(in.i),
+                         f = token(in.f);
+            const Tensor h2 = xlstm::ops::mlstm_generic_step_lazy({{q,
+                                                                    k,
+                                                                    v,
+                                                                    i,
+                                                                    f,
+                                                                    c2,
+                                                                    n2,
+                                                                    m2,
+                                                                    options.input_gate,
+                                                                    options.normalize,
+                                                                    {},
+                                                                    options.eps},
+                                                                   generic_ring});
+            CHECK(difference(h2, h1) <= tolerance * (1 + h1.abs().sum().item<double>()));
+            CHECK(at::equal(ring.count, generic_ring.count));
           }
           xlstm::ops::mlstm_fold(c, n, m, ring, options);
           CHECK(ring.count.sum().item<int64_t>() == 0);
@@ -126,14 +148,15 @@ TEST_CASE("mlstm_step_lazy and mlstm_fold equal mlstm_step") {
   }
 }
 
-TEST_CASE("the lazy step is for states that outweigh the ring, on CUDA") {
+TEST_CASE("the lazy step is for states that outweigh the ring, on the CPU the caches, too") {
   CHECK(xlstm::ops::mlstm_lazy_moves_less(64, 64, 2));
   CHECK(xlstm::ops::mlstm_lazy_moves_less(256, 512, 4));
   CHECK_FALSE(xlstm::ops::mlstm_lazy_moves_less(16, 16, 2));
   // Break-even in bfloat16: 3.5 dqk dv = 32 (dqk + dv).
   CHECK_FALSE(xlstm::ops::mlstm_lazy_moves_less(18, 18, 2));
   CHECK(xlstm::ops::mlstm_lazy_moves_less(19, 19, 2));
-  CHECK_FALSE(xlstm::ops::mlstm_step_lazy_pays(at::zeros({1, 2, 256}), at::zeros({1, 2, 512})));
+  CHECK(xlstm::ops::mlstm_step_lazy_pays(at::zeros({1, 2, 256}), at::zeros({1, 2, 256})));
+  CHECK_FALSE(xlstm::ops::mlstm_step_lazy_pays(at::zeros({1, 2, 256}), at::zeros({1, 2, 255})));
 }
 
 TEST_CASE("cu_seqlens equals separate sequences, empty ones included") {

@@ -65,8 +65,18 @@ struct MlstmStepParams {
   void *c = nullptr, *n = nullptr, *m = nullptr, *h = nullptr;
 };
 
+/// The same with a state that lags behind a ring of tokens (ops::MlstmRing), its arrays contiguous, too.
+struct MlstmLazyParams : MlstmStepParams {
+  int64_t tokens = 0;  // R
+  Dtype ring_dtype = Dtype::kFloat;
+  void *keys = nullptr, *values = nullptr;  // (items,R,DQK), (items,R,DV) in ring_dtype
+  void* gates = nullptr;                    // (items,R,2)
+  int32_t* count = nullptr;                 // (items)
+};
+
 }  // namespace xlstm::cpu
 
 XLSTM_CPU_KERNEL(mlstm_chunkwise_forward, MlstmChunkwiseParams)
 XLSTM_CPU_KERNEL(mlstm_chunkwise_backward, MlstmChunkwiseParams)
 XLSTM_CPU_KERNEL(mlstm_step, MlstmStepParams)
+XLSTM_CPU_KERNEL(mlstm_step_lazy, MlstmLazyParams)
