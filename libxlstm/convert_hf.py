@@ -318,12 +318,17 @@ def export(source, folder, shard_bytes=5 * 10**9):
     import yaml
 
     import libxlstm
+    import torch
     from libxlstm.scoring import find_tokenizer
 
     if os.path.isdir(folder) and os.listdir(folder):
         raise ConvertError(EXIT_WEIGHTS, f"{folder}: exists and is not empty; choose another name")
     model = libxlstm.load(source)
     config = yaml.safe_load(model.config)
+    if config["model"]["lora"]["rank"]:
+        model = model.merge_lora()
+    if any(tensor.dtype == torch.int8 for tensor in model.parameters()):
+        raise ConvertError(EXIT_WEIGHTS, f"{source}: weights of 8 bits; export the folder that they were rounded from")
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
     config_json = export_config(config["model"])
     names = [(ours, theirs) for ours, theirs, _ in _layout(config["model"], 0, 0)]

@@ -349,6 +349,14 @@ class Model(CoreModule):
                                         on_token)
         return found if several else found[0]
 
+    def merge_lora(self):
+        """A new Model without adapters that computes the same: they are part of its weights. All its parameters are trained."""
+        self._check_parameters()
+        if not any(name.endswith("lora_a") for name, *_ in self._own):
+            raise ValueError("merge_lora: the model has no adapters (model.lora.rank is 0)")
+        merged = type(self)(self._core.merge_lora())
+        return merged.train(self.training)
+
     def save(self, folder):
         """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32."""
         self._check_parameters()

@@ -85,7 +85,7 @@ double matmul_rate(at::Device device, const std::string& dtype) {
 Json time_training(const config::Config& config, models::LanguageModel& model, int64_t steps) {
   constexpr int64_t kWarmUp = 5;
   const at::Device device = model.head_weight().device();
-  AdamW optimizer(named_parameters(model), config.optim);
+  AdamW optimizer(trained_parameters(model), config.optim);
   TrainStep train_step(model, optimizer, config);
   std::mt19937_64 random(static_cast<uint64_t>(config.run.seed));
   std::vector<double> seconds;
@@ -101,7 +101,7 @@ Json time_training(const config::Config& config, models::LanguageModel& model, i
   const double step = median(seconds);
   const double tokens =
       static_cast<double>(config.train.global_batch_size * config.data.seq_len) / step;
-  const double flops = 3 * forward_flops_per_token(config.model, config.data.seq_len);
+  const double flops = training_flops_per_token(config.model, config.data.seq_len);
   const double peak = matmul_rate(device, config.train.dtype);
   return {{"step_ms", 1e3 * step},          {"tokens_per_s", tokens},
           {"model_flops_per_token", flops}, {"matmul_tflops", peak / 1e12},

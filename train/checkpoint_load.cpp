@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -80,14 +81,17 @@ bool widens(at::ScalarType from, at::ScalarType to) {
   return to == at::kFloat && (from == at::kBFloat16 || from == at::kHalf);
 }
 
+/// Weights without adapters are taken by a model with fresh ones: it computes the same.
 Mismatch compare(const NamedTensors& expected, const std::map<std::string, at::Tensor>& found) {
   Mismatch bad;
   std::set<std::string> known;
+  const bool adapted = std::any_of(found.begin(), found.end(),
+                                   [](const auto& entry) { return nn::is_adapter(entry.first); });
   for (const auto& [name, tensor] : expected) {
     known.insert(name);
     const auto it = found.find(name);
     if (it == found.end()) {
-      bad.note(bad.missing, name + " is missing");
+      if (adapted || !nn::is_adapter(name)) bad.note(bad.missing, name + " is missing");
     } else if (it->second.scalar_type() == at::kChar && tensor.is_floating_point()) {
       bad.note(bad.dtype, name + " has 8 bits, which serve to run a model and not to train one");
     } else if (it->second.sizes() != tensor.sizes()) {
@@ -101,7 +105,11 @@ Mismatch compare(const NamedTensors& expected, const std::map<std::string, at::T
   }
   for (const auto& entry : found)
     if (known.count(entry.first) == 0)
-      bad.note(bad.unexpected, entry.first + " is not in the model");
+      bad.note(bad.unexpected,
+               entry.first + " is not in the model" +
+                   (nn::is_adapter(entry.first)
+                        ? " (Model.merge_lora() in Python makes it part of the weight)"
+                        : ""));
   return bad;
 }
 
@@ -128,11 +136,13 @@ SafetensorsFile read_weights(const models::LanguageModel& model,
   return weights;
 }
 
-/// All but what has 8 bits.
+/// All but what has 8 bits, and adapters that the file does not have.
 void copy_weights(models::LanguageModel& model, const SafetensorsFile& weights) {
   const at::NoGradGuard no_grad;
-  for (const auto& [name, tensor] : named_model_tensors(model))
-    if (tensor.is_floating_point()) tensor.copy_(weights.tensors.at(name));
+  for (const auto& [name, tensor] : named_model_tensors(model)) {
+    const auto stored = weights.tensors.find(name);
+    if (tensor.is_floating_point() && stored != weights.tensors.end()) tensor.copy_(stored->second);
+  }
 }
 
 /// The matrices of linear maps that the file keeps in 8 bits, with `all` those that may be kept so, too.
@@ -144,7 +154,7 @@ void take_int8(models::LanguageModel& model, const SafetensorsFile& weights, boo
       continue;
     if (linear->fits_int8(stored->second)) {
       linear->take_int8(stored->second.clone());
-    } else if (all && linear->quantizable() && stored->second.is_floating_point()) {
+    } else if (all && linear->is_large() && stored->second.is_floating_point()) {
       linear->take_int8(ops::quantize_int8(stored->second));
     }
   }
@@ -264,6 +274,8 @@ std::string other_model_settings(const CheckpointFolder& checkpoint,
   std::string others;
   for (const config::Field& field : config::schema()) {
     if (!field.identity || !field.name.starts_with("model.")) continue;
+    const bool fresh_adapters = theirs.model.lora.rank == 0 && ours.model.lora.rank > 0;
+    if (fresh_adapters && field.name.starts_with("model.lora.")) continue;
     const std::string there = config::format_value(field.ref(theirs)),
                       here = config::format_value(field.ref(ours));
     if (there != here)

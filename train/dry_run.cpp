@@ -53,6 +53,7 @@ void print_model(const config::Config& config) {
   print_line("  blocks    " + format_parameters(count.blocks));
   print_line("  head      " +
              (config.model.tie_weights ? "tied to the embedding" : format_parameters(count.head)));
+  if (count.trained < count.total()) print_line("  trained   " + format_parameters(count.trained));
 }
 
 void print_memory(const MemoryEstimate& memory, int64_t available, bool shard) {
@@ -125,7 +126,7 @@ void run_one_step(const config::Config& config, const TrainingData& data, at::De
   const auto model = models::make_language_model(config.model, device);
   if (weights) load_weights(*model, *weights);
   model->train();
-  AdamW optimizer(named_parameters(*model), config.optim);
+  AdamW optimizer(trained_parameters(*model), config.optim);
   TrainStep train_step(*model, optimizer, config);
   const TrainBatch batch(data.train->batch(0, config.train.global_batch_size));
   const double start = monotonic_seconds();
@@ -150,14 +151,16 @@ ParameterCount count_parameters_by_part(const models::ModelOptions& options) {
                     : parameter.is_same(head)               ? count.head
                                                             : count.blocks;
     part += parameter.numel();
+    if (parameter.requires_grad()) count.trained += parameter.numel();
   }
   return count;
 }
 
 MemoryEstimate estimate_memory(const config::Config& config) {
-  const int64_t weights = 4 * count_parameters_by_part(config.model).total();
+  const ParameterCount count = count_parameters_by_part(config.model);
+  const int64_t weights = 4 * count.total(), trained = 4 * count.trained;
   const int64_t sequences = config.train.global_batch_size / place_from_environment().size;
-  return {weights, weights, 2 * weights, activation_bytes(config, on_gpu(config)),
+  return {weights, trained, 2 * trained, activation_bytes(config, on_gpu(config)),
           config.train.carry_state ? state_bytes(config.model, sequences) : 0};
 }
 
@@ -166,7 +169,8 @@ std::string describe_run(const config::Config& config) {
   const MemoryEstimate memory = estimate_memory(config);
   const int64_t steps = total_steps(config);
   const int64_t per_step = tokens_per_step(config);
-  const double forward = forward_flops_per_token(config.model, config.data.seq_len);
+  const double forward = forward_flops_per_token(config.model, config.data.seq_len),
+               training = training_flops_per_token(config.model, config.data.seq_len);
   using Json = nlohmann::ordered_json;
   const auto given = [](bool known, const auto& number) { return known ? Json(number) : Json(); };
   const bool length = has_length(config);
@@ -174,8 +178,9 @@ std::string describe_run(const config::Config& config) {
       {"parameters", count.total()},
       {"parameters_embedding", count.embedding},
       {"parameters_head", count.head},
+      {"parameters_trained", count.trained},
       {"forward_flops_per_token", forward},
-      {"training_flops", given(length, 3 * forward * static_cast<double>(steps * per_step))},
+      {"training_flops", given(length, training * static_cast<double>(steps * per_step))},
       {"memory_bytes", given(memory.activations.has_value(), memory.known())},
       {"activation_bytes", given(memory.activations.has_value(), memory.activations.value_or(0))},
       {"micro_batch_size", micro_batch(config)},
@@ -187,6 +192,7 @@ std::string describe_run(const config::Config& config) {
 
 void dry_run(const config::Config& given, bool fresh) {
   config::Config config = given;
+  check_adapters(config);
   print_model(config);
   const MemoryEstimate memory = estimate_memory(config);
   const at::Device device = choose_device(config.run.device, "run.device");

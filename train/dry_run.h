@@ -10,6 +10,7 @@ namespace xlstm::train {
 struct ParameterCount {
   /// A tied head counts as embedding; blocks: with the norm behind them.
   int64_t embedding = 0, blocks = 0, head = 0;
+  int64_t trained = 0;  ///< of all these
   int64_t total() const { return embedding + blocks + head; }
 };
 /// Counts without allocating: any size.

@@ -35,6 +35,14 @@ CheckpointFolder find_first_weights(const config::Config& config, bool verify) {
 
 }  // namespace
 
+void check_adapters(const config::Config& config) {
+  if (config.model.lora.rank > 0 && config.train.init_from.empty())
+    throw Error(ExitCode::kConfig,
+                "model.lora.rank is " + std::to_string(config.model.lora.rank) +
+                    ": adapters alone are trained, of the weights that train.init_from names; set "
+                    "that, or model.lora.rank=0");
+}
+
 bool takes_first_weights(const config::Config& config, bool fresh) {
   return !config.train.init_from.empty() &&
          (fresh || list_checkpoints(run_path(config.run)).empty());

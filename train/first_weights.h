@@ -10,6 +10,9 @@
 
 namespace xlstm::train {
 
+/// Throws Error(kConfig) where adapters of no given weights would be trained.
+void check_adapters(const config::Config& config);
+
 /// Whether the run would start, and with given weights: one that has a checkpoint goes on from that. fresh: it starts
 /// whatever its folder holds.
 bool takes_first_weights(const config::Config& config, bool fresh);

@@ -8,7 +8,8 @@
 namespace xlstm::train {
 namespace {
 
-int64_t matrix_weights(const models::ModelOptions& options) {
+/// Of all matrices that a token meets, or of those alone that are not trained.
+int64_t matrix_weights(const models::ModelOptions& options, bool frozen_alone = false) {
   const auto model = models::make_language_model(options, at::kMeta);
   const at::Tensor head = model->head_weight();
   int64_t weights = 0;
@@ -16,7 +17,8 @@ int64_t matrix_weights(const models::ModelOptions& options) {
     const std::string& name = item.key();
     const bool lookup = name.find("embed") != std::string::npos && !item.value().is_same(head);
     const bool matrix = item.value().dim() >= 2 && name.find("bias") == std::string::npos;
-    if (matrix && !lookup) weights += item.value().numel();
+    const bool counts = !frozen_alone || !item.value().requires_grad();
+    if (matrix && !lookup && counts) weights += item.value().numel();
   }
   return weights;
 }
@@ -51,6 +53,11 @@ double forward_flops_per_token(const models::ModelOptions& options, int64_t seq_
   const double memory = 4 * static_cast<double>(fixed) +
                         static_cast<double>(seq_len + 1) * static_cast<double>(growth);
   return 2 * static_cast<double>(matrix_weights(options)) + blocks * memory;
+}
+
+double training_flops_per_token(const models::ModelOptions& options, int64_t seq_len) {
+  const auto frozen = static_cast<double>(matrix_weights(options, /*frozen_alone=*/true));
+  return 3 * forward_flops_per_token(options, seq_len) - 2 * frozen;
 }
 
 }  // namespace xlstm::train

@@ -13,4 +13,7 @@ namespace xlstm::train {
 /// Allocates one block.
 double forward_flops_per_token(const models::ModelOptions& options, int64_t seq_len);
 
+/// Three times that, less the gradients of matrices that are not trained.
+double training_flops_per_token(const models::ModelOptions& options, int64_t seq_len);
+
 }  // namespace xlstm::train

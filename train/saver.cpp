@@ -42,8 +42,8 @@ Saver::Saver(const config::Config& config, std::string run_dir, const models::La
 int64_t Saver::checkpoint_bytes() const {
   int64_t bytes = 0;
   for (const auto& [name, parameter] : named_parameters(model_))
-    bytes += static_cast<int64_t>(parameter.nbytes());
-  return 3 * bytes + (carried_ != nullptr ? group_.place().size * carried_->bytes() : 0);
+    bytes += static_cast<int64_t>(parameter.nbytes()) * (parameter.requires_grad() ? 3 : 1);
+  return bytes + (carried_ != nullptr ? group_.place().size * carried_->bytes() : 0);
 }
 
 void Saver::check_free_disk() const {

@@ -72,6 +72,12 @@ NamedTensors named_parameters(const models::LanguageModel& model) {
   return parameters;
 }
 
+NamedTensors trained_parameters(const models::LanguageModel& model) {
+  NamedTensors parameters = named_parameters(model);
+  std::erase_if(parameters, [](const auto& item) { return !item.second.requires_grad(); });
+  return parameters;
+}
+
 std::string first_non_finite(const NamedTensors& tensors) {
   if (tensors.empty()) return "";
   const at::NoGradGuard no_grad;
@@ -91,7 +97,7 @@ TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const confi
       optimizer_(optimizer),
       config_(config),
       group_(group != nullptr && !group->place().alone() ? group : nullptr),
-      parameters_(named_parameters(model)),
+      parameters_(trained_parameters(model)),
       total_steps_(total_steps(config)),
       device_(model.head_weight().device()),
       halted_(at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device_))),

@@ -89,6 +89,8 @@ class TrainStep {
 
 /// Named parameters of a model, in registration order.
 NamedTensors named_parameters(const models::LanguageModel& model);
+/// Those that need a gradient: all, or adapters alone.
+NamedTensors trained_parameters(const models::LanguageModel& model);
 /// Name of the first tensor with an element that is not finite; "" where all are finite.
 std::string first_non_finite(const NamedTensors& tensors);
 

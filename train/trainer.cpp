@@ -147,7 +147,7 @@ void Trainer::Impl::open() {
   seed_random_streams(device_, static_cast<uint64_t>(config_.run.seed));
   model_ = models::make_language_model(config_.model, device_);
   model_->train();
-  optimizer_.emplace(named_parameters(*model_), config_.optim, &*group_);
+  optimizer_.emplace(trained_parameters(*model_), config_.optim, &*group_);
   recorder_.emplace(config_, total_steps_, device_,
                     options_.quiet || !leads() ? "off" : config_.log.console);
   train_step_.emplace(*model_, *optimizer_, config_, &*group_);
@@ -170,6 +170,7 @@ void Trainer::Impl::agree_on_settings() {
 
 void Trainer::Impl::open_run_folder() {
   // Weights that cannot be had stop a run before data is prepared.
+  check_adapters(config_);
   if (takes_first_weights(config_, options_.fresh)) check_first_weights(config_, /*verify=*/false);
   folder_.emplace(config_.run, options_.fresh);
   if (!options_.fresh) open_log_file(folder_->file("run.log"));

@@ -116,6 +116,7 @@ const std::vector<Section>& sections() {
       {"model.feed_forward",
        "feed-forward layer of sLSTM blocks, of post-up-projection mLSTM blocks and of the 7B "
        "block"},
+      {"model.lora", "low-rank adapters"},
       {"data", "text, prepared token files, or a task"},
       {"data.task", "task: synthetic, or read from files"},
       {"train", "length and batches"},

@@ -47,6 +47,10 @@ std::vector<Field> model_fields() {
           "instead of in fused operators, to compare with; all logits are held; "
           "changes the result by rounding alone")),
       XLSTM_FIELD(model.mlstm_eps, at_least(0), "epsilon of the mLSTM normaliser"),
+      XLSTM_FIELD(model.lora.rank, integers(0, 65536),
+                  "low-rank adapters (LoRA) of this rank beside the large linear maps, and they "
+                  "alone are trained; wants train.init_from; 0: none"),
+      XLSTM_FIELD(model.lora.alpha, above(0), "they count alpha / rank"),
       XLSTM_FIELD(model.max_positions, integers(1, kMaxSize),
                   "kind gpt: learned positions, the longest sequence"),
       XLSTM_FIELD(model.state_size, integers(2, 65536),

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "csrc/models/model_options.h"
+#include "csrc/nn/layers.h"
 
 namespace xlstm::models {
 
@@ -18,7 +19,10 @@ std::shared_ptr<Module> build(const ModelOptions& options, at::Device device) {
   const auto made = [&](at::Device drawn_on) {
     try {
       check_options(options);
-      return std::make_shared<Module>(options, drawn_on);
+      auto module = std::make_shared<Module>(options, drawn_on);
+      if (options.lora.rank > 0)
+        nn::adapt_linear_maps(*module, options.lora.rank, options.lora.alpha);
+      return module;
     } catch (const c10::Error& error) {
       throw c10::ValueError(error.msg(), error.backtrace());
     }

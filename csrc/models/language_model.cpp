@@ -1,6 +1,7 @@
 #include "csrc/models/language_model.h"
 
 #include <ATen/core/Reduction.h>
+#include <ATen/core/grad_mode.h>
 
 #include <string_view>
 
@@ -109,6 +110,27 @@ int64_t count_parameters(const ModelOptions& options) {
   for (const auto& parameter : make_language_model(options, at::kMeta)->parameters())
     count += parameter.numel();
   return count;
+}
+
+std::shared_ptr<LanguageModel> merge_lora(const LanguageModel& model) {
+  const at::NoGradGuard no_grad;
+  ModelOptions options = model.options();
+  options.lora = {};
+  const nn::SkipDrawing skip_drawing;
+  auto merged = make_language_model(options);
+  const at::ScalarType dtype = model.head_weight().scalar_type();  // of all that has no 8 bits
+  const auto sources = model.named_modules("", /*include_self=*/false);
+  for (const auto& item : merged->named_modules("", /*include_self=*/false)) {
+    const auto& source = *sources[item.key()];
+    for (auto& parameter : item.value()->named_parameters(/*recurse=*/false)) {
+      const auto* linear = parameter.key() == "weight" ? source.as<nn::Linear>() : nullptr;
+      const at::Tensor own = source.named_parameters(/*recurse=*/false)[parameter.key()];
+      parameter.value().set_data(linear != nullptr ? linear->merged_weight().to(dtype)
+                                                   : own.clone());
+    }
+  }
+  merged->train(model.is_training());
+  return merged;
 }
 
 }  // namespace xlstm::models

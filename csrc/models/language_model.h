@@ -64,6 +64,10 @@ std::shared_ptr<LanguageModel> make_language_model(const ModelOptions& options,
 
 int64_t count_parameters(const ModelOptions& options);
 
+/// A model without adapters that computes what `model` does: they are part of its weights, which are in the dtype of the
+/// head. All its parameters need a gradient.
+std::shared_ptr<LanguageModel> merge_lora(const LanguageModel& model);
+
 /// Whether weight decay is usual for a parameter: a matrix weight (its name holds "weight" and not "norm"; biases, skips and
 /// recurrent kernels are neither); the token embedding only with `of_embedding`.
 bool decays(const std::string& name, const at::Tensor& parameter, bool of_embedding);

@@ -27,6 +27,10 @@ struct ModelOptions {
   int64_t chunk_size = 0;   ///< mLSTM chunk length; 0: automatic; changes rounding alone
   bool fused = true;        ///< operators that do several steps at once; changes rounding alone
   double mlstm_eps = 1e-6;  ///< epsilon of the mLSTM normaliser
+  struct Lora {
+    int64_t rank = 0;  ///< > 0: low-rank adapters of the linear maps are trained, and nothing else
+    double alpha = 16;
+  } lora;
 
   // kind "gpt"
   int64_t max_positions = 2048;  ///< learned positions; longer sequences are an error

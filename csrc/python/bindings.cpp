@@ -89,6 +89,11 @@ class PyModel {
   PyModel fresh() const {
     return PyModel(xlstm::models::make_language_model(config_.model), config_, folder_, tokenizer_);
   }
+  PyModel merged() const {
+    xlstm::config::Config config = config_;
+    config.model.lora = {};
+    return PyModel(xlstm::models::merge_lora(*model_), std::move(config), folder_, tokenizer_);
+  }
   LanguageModel& module() const { return *model_; }
   std::string config() const { return xlstm::config::print_config(config_); }
   const std::string& folder() const { return folder_; }
@@ -258,6 +263,7 @@ PYBIND11_MODULE(_C, m) {
            [](const PyModel& self, const at::Tensor& ids) { return self.module().embed(ids); })
       .def("logits",
            [](const PyModel& self, const at::Tensor& h) { return self.module().logits(h); })
+      .def("merge_lora", &PyModel::merged, no_lock())
       .def_property_readonly("tokenizer", &PyModel::tokenizer)
       .def(
           "generate",
