@@ -61,7 +61,7 @@ class CoreModule(torch.nn.Module):
     any torch.nn.Module. Its parts (.blocks ...) hold parameters and compute nothing by themselves; replacing or hooking one is
     an error. torch.compile leaves a call as it is.
 
-    A pickle (torch.save(module), which torch.load(weights_only=False) reads, multiprocessing, joblib ...) holds settings,
+    A pickle (torch.save(module), which torch.load reads with weights_only off, multiprocessing, joblib ...) holds settings,
     values, what trains and in which mode, and the tokenizer of a model; no gradients. An optimizer that is pickled beside the
     module does not come back as that of its copy: make one of the copy's parameters and give it the other's state_dict().
     """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_block_stack import Regression
 from test_models import make_model, random_ids
 from test_scoring import make_yaml, train_tokenizer
 
@@ -143,6 +144,17 @@ def test_what_a_subclass_has_goes_along(copying):
     assert torch.equal(stack.eval()(x), other.eval()(x))
     other.double()
     assert all(p.dtype == torch.double for p in other.parameters()) and stack.gain.dtype == torch.float32
+
+
+@pytest.mark.parametrize("copying", [pickled, saved])
+def test_a_network_around_a_stack(copying):
+    net, x = Regression(), torch.randn(4, 9, 5)
+    net.stack.blocks[0].requires_grad_(False)
+    other = copying(net)
+    assert_same(net, other)
+    assert torch.equal(other(x)[0], net(x)[0])
+    other(x)[0].sum().backward()
+    assert other.lift.weight.grad is not None and net.lift.weight.grad is None
 
 
 def test_a_subclass_may_leave_things_out():
