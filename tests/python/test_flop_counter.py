@@ -197,8 +197,8 @@ def test_decoding_counts_a_token():
         assert read == one and flops(lambda: model.generate([1], 5, temperature=0)) == 5 * one
 
 
-def test_threads_of_the_backward_pass_count():
-    """As on a GPU, where autograd's own thread runs it."""
+def test_operators_in_a_graph_count_once():
+    """What a call records for its backward pass stands in its place."""
     stack = libxlstm.BlockStack(embedding_dim=DIM, num_blocks=1)
     x = torch.randn(1, TIME, DIM)
     with torch.no_grad():
