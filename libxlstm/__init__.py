@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from . import flops
 from .data import TokenData
 from .library import load_module, load_operators
 from .model import BlockStack, Model
@@ -83,3 +84,4 @@ def __getattr__(name):
 
 
 load_operators()
+flops.register_on_import()

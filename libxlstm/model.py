@@ -4,6 +4,9 @@ import contextlib
 import copy
 import json
 import numbers
+import operator
+import os
+import tempfile
 
 import torch
 
@@ -54,12 +57,15 @@ class CoreModule(torch.nn.Module):
     """A C++ module as a torch.nn.Module: what Model and BlockStack share.
 
     Parameters are the C++ module's own tensors, under the names that its checkpoints have for them, so that optimizers,
-    state_dict() and load_state_dict(), to(), requires_grad_(), hooks on the module and copy.deepcopy() work as with any
-    torch.nn.Module. Its parts (.blocks ...) hold parameters and compute nothing by themselves; replacing or hooking one is an
-    error. torch.compile leaves a call as it is.
+    state_dict() and load_state_dict(), to(), requires_grad_(), hooks on the module, copy.deepcopy() and pickle work as with
+    any torch.nn.Module. Its parts (.blocks ...) hold parameters and compute nothing by themselves; replacing or hooking one is
+    an error. torch.compile leaves a call as it is.
+
+    A pickle (torch.save(module), which torch.load reads with weights_only off, multiprocessing, joblib ...) holds settings,
+    values, what trains and in which mode, and the tokenizer of a model; no gradients. An optimizer that is pickled beside the
+    module does not come back as that of its copy: make one of the copy's parameters and give it the other's state_dict().
     """
 
-    _KEPT = "state_dict()"
     _of_core = ()  # names of what the C++ module has
 
     def __init__(self, core):
@@ -121,6 +127,17 @@ class CoreModule(torch.nn.Module):
             raise TypeError("state: expected None or what a call returned, a list of tensors for each block")
         return function(inputs, state, reset, lengths, *more)
 
+    def _call_with_blocks(self, function, blocks, *given):
+        """The same of a function that also gives the vectors behind single blocks, where they are wanted."""
+        if blocks is None:
+            return self._call(function, *given, [])[:2]
+        count = len(self.blocks._modules)
+        positions = [operator.index(block) for block in blocks]
+        for position in positions:
+            if not -count <= position < count:
+                raise IndexError(f"blocks: expected positions from {-count} to {count - 1}, got {position}")
+        return self._call(function, *given, [position % count for position in positions])
+
     def train(self, mode=True):
         """Dropout on or off, in the whole model."""
         self._core.train(mode)
@@ -170,32 +187,67 @@ class CoreModule(torch.nn.Module):
                     "parameter.copy_(values) in torch.no_grad()"
                 )
 
+    def __copy__(self):
+        """Another object for the same module: parts, tensors and mode are shared, as by any torch.nn.Module's copy.copy."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def __deepcopy__(self, memo):
         if any(id(tensor) in memo for *_, tensor in self._own):
             raise RuntimeError("copy.deepcopy: what refers to this module's parameters (an optimizer?) was copied before it, "
                                "to tensors that the copied C++ module does not have; name the module first")
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        with torch.random.fork_rng(devices=[]):  # it draws weights, which are then overwritten
-            CoreModule.__init__(twin, self._core.fresh())
-        for (*_, theirs), (*_, ours) in zip(twin._own, self._own, strict=True):
-            theirs.requires_grad_(ours.requires_grad)  # first: integers require none
-            theirs.data = ours.detach().clone()
+        state = self.__getstate__()
+        core = state.pop("_core")
+        twin._restore(**{**core, "tensors": {name: tensor.clone() for name, tensor in core["tensors"].items()}})
+        for (*_, theirs), (*_, ours) in zip([*twin._own, *twin._parts], [*self._own, *self._parts], strict=True):
             memo[id(ours)] = theirs
-        for (_, _, theirs), (_, _, ours) in zip(twin._parts, self._parts, strict=True):
-            theirs.training = ours.training
-            memo[id(ours)] = theirs
-        for key, value in self.__dict__.items():  # hooks, and what a subclass has besides
-            if key in ("_parameters", "_modules"):
-                twin.__dict__[key].update({name: copy.deepcopy(part, memo) for name, part in value.items()
-                                           if name not in twin.__dict__[key]})
-            elif key not in ("_core", "_parts", "_own"):
-                twin.__dict__[key] = copy.deepcopy(value, memo)
-        twin._core.train(self._core.training)
+        twin.__setstate__(copy.deepcopy(state, memo))
         return twin
 
-    def __reduce_ex__(self, protocol):
-        raise TypeError(f"it cannot be pickled: it is copied by copy.deepcopy, and kept by {self._KEPT}")
+    def __getstate__(self):
+        """For pickle: what makes the C++ module anew, as _core, and what a torch.nn.Module has besides."""
+        self._check_parameters()
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_parts", "_own", "_of_core")}
+        for key in ("_parameters", "_modules"):
+            state[key] = {name: value for name, value in state[key].items() if name not in self._of_core}
+        state["_core"] = {
+            "kind": type(self._core).__name__, "settings": self._core.settings(), "training": self._core.training,
+            "tensors": {name: tensor.detach() for name, *_, tensor in self._own},
+            "trained": [tensor.requires_grad for *_, tensor in self._own],
+            "modes": [part.training for *_, part in self._parts],
+        }
+        return state
+
+    def __setstate__(self, state):
+        state = dict(state)
+        core = state.pop("_core", None)
+        if core is not None:
+            self._restore(**core)
+        for key, value in state.items():
+            if key in ("_parameters", "_modules"):
+                self.__dict__[key].update(value)
+            else:
+                self.__dict__[key] = value
+
+    def _restore(self, kind, settings, training, tensors, trained, modes):
+        """Makes what __getstate__ calls _core. The tensors are taken, not copied."""
+        with torch.random.fork_rng(devices=[]):  # some weights are drawn, which are then overwritten
+            CoreModule.__init__(self, getattr(load_module(), kind).undrawn(*settings))
+        def fits(name, ours):
+            return name in tensors and (tensors[name].shape == ours.shape or tensors[name].dtype == torch.int8)  # quantize()
+
+        if len(tensors) != len(self._own) or not all(fits(name, tensor) for name, *_, tensor in self._own):
+            raise RuntimeError("the pickled module has other parameters than one that is made of its settings here: another "
+                               "version of libxlstm wrote it; read it there, and pass on its save(folder) or state_dict()")
+        for (name, _, _, tensor), trains in zip(self._own, trained, strict=True):
+            tensor.requires_grad_(trains)  # first: integers require none
+            tensor.data = tensors[name]
+        for (*_, part), mode in zip(self._parts, modes, strict=True):
+            part.training = mode
+        self._core.train(training)
 
     def extra_repr(self):
         return f"{self._core.describe()}, {self.num_parameters} parameters"
@@ -245,7 +297,7 @@ class BlockStack(CoreModule):
                 raise TypeError(f"{name}: a setting of embedding or head, which a stack of blocks does not have")
         super().__init__(load_module().make_stack(json.dumps({"model": settings})))  # JSON is YAML, too
 
-    def forward(self, x, state=None, reset=None, lengths=None):
+    def forward(self, x, state=None, reset=None, lengths=None, blocks=None):
         """x (B,T,D) floating, T >= 0 -> y (B,T,D) and the state after the last token: one list of tensors per block, new ones.
 
         state None: before the first token. reset (B,T) bool: the state is empty before that token. lengths, a list or tensor
@@ -254,18 +306,20 @@ class BlockStack(CoreModule):
 
         Gradients go back through the state, too; to cut them, as truncated backpropagation through time does, pass on
         [[tensor.detach() for tensor in block] for block in state].
+
+        blocks, positions as Python counts them: a list of the residual stream (B,T,D) behind each of these blocks, before
+        the last norm, comes third: y, state, (first, last) = stack(x, blocks=[0, -1]).
         """
-        own = self._own[0][3].dtype
+        own = next(tensor.dtype for *_, tensor in self._own if tensor.is_floating_point())
         other = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != own
         if other and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x: expected {own}, as the parameters are, got {x.dtype}; convert x, or the stack by .to({x.dtype})")
-        return self._call(self._core, x, state, reset, lengths)
+        return self._call_with_blocks(self._core, blocks, x, state, reset, lengths)
 
 
 class Model(CoreModule):
     """A language model of the library; load() and make_model() give one."""
 
-    _KEPT = "model.state_dict() or model.save(folder)"
     _tokenizer = None
 
     def forward(self, ids, state=None, reset=None, lengths=None, targets=None, reduction="mean"):
@@ -298,14 +352,20 @@ class Model(CoreModule):
         """
         return self._call(lambda ids, _, reset, __: self._core.loss(ids, targets, reset, reduction), ids, None, reset, None)
 
-    def hidden(self, ids=None, state=None, reset=None, lengths=None, embeddings=None):
+    def hidden(self, ids=None, state=None, reset=None, lengths=None, embeddings=None, blocks=None):
         """The vectors (B,T,D) behind the last norm, which the head reads, and the state: for heads, probes and losses of your
         own; logits(y) goes on from there. Of ids (B,T), or of embeddings (B,T,D) in place of embed(ids): prompts that are
-        learned, or vectors from elsewhere. The rest as in forward()."""
+        learned, or vectors from elsewhere. The rest as in forward().
+
+        blocks, positions as Python counts them: a list of the residual stream (B,T,D) behind each of these blocks comes third,
+
+            y, state, (first, last) = model.hidden(ids, blocks=[0, -1])
+        """
         if (ids is None) == (embeddings is None):
             raise TypeError("hidden: expected either ids or embeddings")
         inputs, embedded = (ids, False) if embeddings is None else (embeddings, True)
-        return self._call(lambda *given: self._core.hidden(embedded, *given), inputs, state, reset, lengths)
+        return self._call_with_blocks(
+            lambda *given: self._core.hidden(embedded, *given), blocks, inputs, state, reset, lengths)
 
     def embed(self, ids):
         """ids (B,T) -> (B,T,D): what hidden() takes as embeddings."""
@@ -360,7 +420,24 @@ class Model(CoreModule):
     def save(self, folder):
         """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32."""
         self._check_parameters()
-        self._core.save(str(folder))
+        with self._tokenizer_files() as tokenizer:
+            self._core.save(str(folder), tokenizer)
+
+    @contextlib.contextmanager
+    def _tokenizer_files(self):
+        """Where they are: those of a model that came as a pickle may not be where they were."""
+        *_, spec = self._core.settings()
+        if self._tokenizer is None or self._tokenizer.spec == "bytes" or os.path.exists(spec):
+            yield spec
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self._tokenizer.save(os.path.join(folder, "tokenizer.json"))
+            yield folder
+
+    def __reduce_ex__(self, protocol):
+        with contextlib.suppress(ValueError):  # where it cannot be read, it cannot by the copy, which says why
+            _ = self.tokenizer  # is kept, since its files may be out of the copy's reach
+        return super().__reduce_ex__(protocol)
 
     @property
     def tokenizer(self):

@@ -10,7 +10,7 @@ namespace xlstm::train {
 /// read), and two per number of all keys and values up to the token, where a model keeps those: the mean over sequences
 /// of seq_len tokens. No chunk size, no recomputation: what the model needs, however it is computed. H3's and Hyena's
 /// convolutions over the whole sequence are left out. The backward pass counts as two of these.
-/// Allocates one block.
+/// libxlstm/flops.py has the operators' own counts by the same definition. Allocates one block.
 double forward_flops_per_token(const models::ModelOptions& options, int64_t seq_len);
 
 /// Three times that, less the gradients of matrices that are not trained.

@@ -13,6 +13,12 @@
 
 namespace xlstm::models {
 
+void BlockOutputs::check(int64_t num_blocks) const {
+  for (const int64_t block : blocks)
+    TORCH_CHECK_INDEX(block >= 0 && block < num_blocks, "blocks: expected positions from 0 to ",
+                      num_blocks - 1, ", got ", block);
+}
+
 BlockStack::BlockStack(const ModelOptions& options, at::Device device) : options_(options) {
   const ModelKind& kind = kind_named(options.kind);
   const int64_t dim = options.embedding_dim;
@@ -35,15 +41,22 @@ BlockStack::BlockStack(const ModelOptions& options, at::Device device) : options
 
 std::pair<at::Tensor, ModelState> BlockStack::forward(const at::Tensor& x, const ModelState& state,
                                                       const std::optional<at::Tensor>& reset,
-                                                      const std::optional<at::Tensor>& lengths) {
+                                                      const std::optional<at::Tensor>& lengths,
+                                                      BlockOutputs* outputs) {
   TORCH_CHECK(x.dim() == 3 && x.size(2) == options_.embedding_dim && x.is_floating_point(),
               "x: expected (B,T,", options_.embedding_dim,
               ") floating (embedding_dim is the last), got ", x.sizes(), " ", x.scalar_type());
   check(x.size(0), x.size(1), state, reset);
   if (lengths) {
     const PaddedBatch batch(*lengths, x.size(0), x.size(1), !state.empty(), x.device());
-    auto [y, next] = forward(batch.ends_aligned(x), {}, batch.reset(reset));
+    auto [y, next] = forward(batch.ends_aligned(x), {}, batch.reset(reset), {}, outputs);
+    if (outputs)
+      for (at::Tensor& vectors : outputs->vectors) vectors = batch.starts_aligned(vectors);
     return {batch.starts_aligned(y), std::move(next)};
+  }
+  if (outputs) {
+    outputs->check(options_.num_blocks);
+    outputs->vectors.resize(outputs->blocks.size());
   }
   ModelState next(blocks_.size());
   nn::Residual stream(x, options_.fused);
@@ -57,6 +70,9 @@ std::pair<at::Tensor, ModelState> BlockStack::forward(const at::Tensor& x, const
     } else {
       next[i] = blocks_[i]->advance(stream, block_state, reset);
     }
+    if (!outputs) continue;
+    for (size_t k = 0; k < outputs->blocks.size(); ++k)
+      if (outputs->blocks[k] == static_cast<int64_t>(i)) outputs->vectors[k] = stream.sum();
   }
   return {out_norm_ ? stream.normed(*out_norm_) : stream.sum(), std::move(next)};
 }

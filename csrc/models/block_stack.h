@@ -18,6 +18,15 @@ using BlockState = std::vector<at::Tensor>;
 /// One entry per block; an empty vector is the state before the first token.
 using ModelState = std::vector<BlockState>;
 
+/// What the residual stream holds behind blocks that a caller names before the call, which fills it in.
+struct BlockOutputs {
+  /// Throws c10::IndexError for a position that is not from 0 to num_blocks - 1.
+  void check(int64_t num_blocks) const;
+
+  std::vector<int64_t> blocks;      ///< positions, in any order
+  std::vector<at::Tensor> vectors;  ///< (B,T,D) of each, in the same order
+};
+
 /// The blocks of a model and the norm behind them: vectors in, vectors out. Parts: lower_bounds (hgrn, hgrn2), blocks,
 /// out_norm (with the option add_out_norm). Of the options those of embedding and head do not count.
 class BlockStack : public torch::nn::Module {
@@ -26,10 +35,11 @@ class BlockStack : public torch::nn::Module {
   BlockStack(const ModelOptions& options, at::Device device);
 
   /// x (B,T,D), T >= 0 -> (B,T,D) and the state after the last token, always new tensors. reset (B,T) bool: the state is
-  /// empty before that token. lengths (B) int64: see PaddedBatch.
+  /// empty before that token. lengths (B) int64: see PaddedBatch. outputs: what is wanted of single blocks, or null.
   std::pair<at::Tensor, ModelState> forward(const at::Tensor& x, const ModelState& state = {},
                                             const std::optional<at::Tensor>& reset = {},
-                                            const std::optional<at::Tensor>& lengths = {});
+                                            const std::optional<at::Tensor>& lengths = {},
+                                            BlockOutputs* outputs = nullptr);
   /// Throws c10::Error unless the state has an entry for each block or none, and reset is bool of the size (batch, length).
   void check(int64_t batch, int64_t length, const ModelState& state,
              const std::optional<at::Tensor>& reset) const;

@@ -49,18 +49,21 @@ std::pair<at::Tensor, ModelState> LanguageModel::hidden(const at::Tensor& inputs
                                                         const ModelState& state,
                                                         const std::optional<at::Tensor>& reset,
                                                         const std::optional<at::Tensor>& lengths,
-                                                        bool embedded) {
+                                                        bool embedded, BlockOutputs* outputs) {
   if (lengths && inputs.dim() >= 2) {
     const PaddedBatch batch(*lengths, inputs.size(0), inputs.size(1), !state.empty(),
                             inputs.device());
-    auto [h, next] = hidden(batch.ends_aligned(inputs), {}, batch.reset(reset), {}, embedded);
+    auto [h, next] =
+        hidden(batch.ends_aligned(inputs), {}, batch.reset(reset), {}, embedded, outputs);
+    if (outputs)
+      for (at::Tensor& vectors : outputs->vectors) vectors = batch.starts_aligned(vectors);
     return {batch.starts_aligned(h), std::move(next)};
   }
   TORCH_CHECK(!embedded || (inputs.dim() == 3 && inputs.size(2) == options().embedding_dim &&
                             inputs.is_floating_point()),
               "embeddings: expected (B,T,", options().embedding_dim, ") floating, got ",
               inputs.sizes(), " ", inputs.scalar_type());
-  return run(embedded ? inputs : embed(inputs), state, reset);
+  return run(embedded ? inputs : embed(inputs), state, reset, outputs);
 }
 
 std::pair<at::Tensor, ModelState> LanguageModel::forward(const at::Tensor& ids,

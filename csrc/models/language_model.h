@@ -21,11 +21,11 @@ class LanguageModel : public torch::nn::Module {
   /// ids (B,T) int64, T >= 0, or with `embedded` what embed() made of them (B,T,D) -> final hidden vectors (B,T,D) after the
   /// out norm, and the state after the last token. reset (B,T) bool: the state is empty before that token. lengths (B) int64:
   /// of sequences with padding behind them, see PaddedBatch; without a state. New tensors always; the given state is not
-  /// modified.
+  /// modified. outputs: what is wanted of single blocks, or null.
   std::pair<at::Tensor, ModelState> hidden(const at::Tensor& inputs, const ModelState& state = {},
                                            const std::optional<at::Tensor>& reset = {},
                                            const std::optional<at::Tensor>& lengths = {},
-                                           bool embedded = false);
+                                           bool embedded = false, BlockOutputs* outputs = nullptr);
   /// Logits (B,T,V), float32 or float64, soft-capped where the options say so, and the state.
   std::pair<at::Tensor, ModelState> forward(const at::Tensor& ids, const ModelState& state = {},
                                             const std::optional<at::Tensor>& reset = {},
@@ -53,7 +53,8 @@ class LanguageModel : public torch::nn::Module {
                          const char* reduction) const;
   /// By value: what is added to the embeddings need not be held beside them.
   virtual std::pair<at::Tensor, ModelState> run(at::Tensor embedded, const ModelState& state,
-                                                const std::optional<at::Tensor>& reset) = 0;
+                                                const std::optional<at::Tensor>& reset,
+                                                BlockOutputs* outputs) = 0;
 };
 
 /// Builds and initialises a model. Initialisation draws from torch's default CPU generator: seed it first

@@ -77,12 +77,13 @@ class BlockModel : public LanguageModel {
 
  private:
   std::pair<at::Tensor, ModelState> run(at::Tensor x, const ModelState& state,
-                                        const std::optional<at::Tensor>& reset) override {
+                                        const std::optional<at::Tensor>& reset,
+                                        BlockOutputs* outputs) override {
     stack_->check(x.size(0), x.size(1), state, reset);
     if (positions_) x = x + positions(x, state, reset);
     if (in_norm_) x = in_norm_->forward(x);
     if (options_.add_embedding_dropout) x = nn::apply_dropout(x, options_.dropout, is_training());
-    return stack_->forward(x, state, reset);
+    return stack_->forward(x, state, reset, {}, outputs);
   }
   /// Learned embeddings of the positions that tokens x (B,T,D) have within their documents (B,T,D).
   at::Tensor positions(const at::Tensor& x, const ModelState& state,

@@ -1,5 +1,6 @@
 #include "csrc/ops/mlstm_gated.h"
 
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 
 #include <vector>
@@ -101,8 +102,13 @@ class MlstmGated : public torch::autograd::Function<MlstmGated> {
   static void add_to_inputs(variable_list& grads, const Tensor& gates, const SavedMlstm& saved) {
     const std::vector<Tensor> weights = weights_of(saved.in, saved.others[0]);
     for (size_t i = 0; i < weights.size(); ++i) {
-      const Tensor rows = rows_of(grads[i]);
-      grads[i] = rows.addmm_(gates.t(), weights[i]).view(grads[i].sizes());
+      Tensor rows = rows_of(grads[i]);
+      // Torch's FLOP counter knows the out variant, not addmm_. It has no derivative; dq, dk and dv refuse theirs anyway.
+      {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        at::addmm_out(rows, rows, gates.t(), weights[i]);
+      }
+      grads[i] = rows.view(grads[i].sizes());
     }
   }
 

@@ -20,6 +20,7 @@
 
 namespace {
 
+using xlstm::models::BlockOutputs;
 using xlstm::models::BlockStack;
 using xlstm::models::LanguageModel;
 using xlstm::models::ModelState;
@@ -32,6 +33,9 @@ std::vector<std::pair<std::string, at::Tensor>> named_parameters(const torch::nn
 }
 
 const ModelState kNoState;
+
+/// Vectors behind the last norm, the state, and vectors behind the blocks that were asked for.
+using Vectors = std::tuple<at::Tensor, ModelState, std::vector<at::Tensor>>;
 
 /// A model with the configuration it was built from.
 class PyModel {
@@ -59,11 +63,13 @@ class PyModel {
                   const std::optional<at::Tensor>& reset, const std::string& reduction) {
     return model_->loss(ids, targets, reset, reduction.c_str());
   }
-  std::pair<at::Tensor, ModelState> hidden(bool embedded, const at::Tensor& inputs,
-                                           const std::optional<ModelState>& state,
-                                           const std::optional<at::Tensor>& reset,
-                                           const std::optional<at::Tensor>& lengths) {
-    return model_->hidden(inputs, state ? *state : kNoState, reset, lengths, embedded);
+  Vectors hidden(bool embedded, const at::Tensor& inputs, const std::optional<ModelState>& state,
+                 const std::optional<at::Tensor>& reset, const std::optional<at::Tensor>& lengths,
+                 std::vector<int64_t> blocks) {
+    BlockOutputs outputs{std::move(blocks), {}};
+    auto [y, next] = model_->hidden(inputs, state ? *state : kNoState, reset, lengths, embedded,
+                                    outputs.blocks.empty() ? nullptr : &outputs);
+    return {std::move(y), std::move(next), std::move(outputs.vectors)};
   }
   /// on_token(i, id). Holds the interpreter lock only while it looks for Ctrl-C and tells a token.
   std::vector<std::vector<int64_t>> generate(const std::vector<std::vector<int64_t>>& prompts,
@@ -77,17 +83,25 @@ class PyModel {
     });
   }
   /// Checkpoints hold float32, or what it can take in: float64 is rounded.
-  void save(const std::string& folder) const {
+  /// tokenizer: as the constructor takes it.
+  void save(const std::string& folder, const std::string& tokenizer) const {
     xlstm::config::Config config = config_;
-    config.data.tokenizer = tokenizer_;
+    config.data.tokenizer = tokenizer;
     xlstm::NamedTensors tensors = xlstm::train::named_model_tensors(*model_);
     for (auto& [name, tensor] : tensors)
       if (tensor.scalar_type() == at::kDouble) tensor = tensor.detach().to(at::kFloat);
     xlstm::train::save_model_folder(folder, config, tensors);
   }
-  /// Of the same settings, with weights drawn anew.
-  PyModel fresh() const {
-    return PyModel(xlstm::models::make_language_model(config_.model), config_, folder_, tokenizer_);
+  /// What undrawn() takes.
+  std::tuple<std::string, std::string, std::string> settings() const {
+    return {config(), folder_, tokenizer_};
+  }
+  /// For the caller to fill in the parameters, some of which hold anything.
+  static PyModel undrawn(const std::string& yaml, std::string folder, std::string tokenizer) {
+    auto config = xlstm::config::parse_config(yaml, "<settings>");
+    const xlstm::nn::SkipDrawing skip_drawing;
+    auto model = xlstm::models::make_language_model(config.model);
+    return PyModel(std::move(model), std::move(config), std::move(folder), std::move(tokenizer));
   }
   PyModel merged() const {
     xlstm::config::Config config = config_;
@@ -115,13 +129,23 @@ class PyStack {
   explicit PyStack(const xlstm::models::ModelOptions& options)
       : stack_(xlstm::models::make_block_stack(options)) {}
 
-  std::pair<at::Tensor, ModelState> forward(const at::Tensor& x,
-                                            const std::optional<ModelState>& state,
-                                            const std::optional<at::Tensor>& reset,
-                                            const std::optional<at::Tensor>& lengths) {
-    return stack_->forward(x, state ? *state : kNoState, reset, lengths);
+  Vectors forward(const at::Tensor& x, const std::optional<ModelState>& state,
+                  const std::optional<at::Tensor>& reset, const std::optional<at::Tensor>& lengths,
+                  std::vector<int64_t> blocks) {
+    BlockOutputs outputs{std::move(blocks), {}};
+    auto [y, next] = stack_->forward(x, state ? *state : kNoState, reset, lengths,
+                                     outputs.blocks.empty() ? nullptr : &outputs);
+    return {std::move(y), std::move(next), std::move(outputs.vectors)};
   }
-  PyStack fresh() const { return PyStack(stack_->options()); }
+  std::tuple<std::string> settings() const {
+    xlstm::config::Config config;
+    config.model = stack_->options();
+    return {xlstm::config::print_config(config)};
+  }
+  static PyStack undrawn(const std::string& yaml) {
+    const xlstm::nn::SkipDrawing skip_drawing;
+    return PyStack(xlstm::config::parse_config(yaml, "<settings>").model);
+  }
   BlockStack& module() const { return *stack_; }
 
  private:
@@ -135,7 +159,8 @@ py::class_<Py> define(py::module_& m, const char* name, const char* doc) {
   return py::class_<Py>(m, name, doc)
       .def("__call__", &Py::forward, no_lock())
       .def("named_parameters", [](const Py& self) { return named_parameters(self.module()); })
-      .def("fresh", &Py::fresh, no_lock())
+      .def("settings", &Py::settings)
+      .def_static("undrawn", &Py::undrawn, no_lock())
       .def(
           "train", [](const Py& self, bool mode) { self.module().train(mode); }, py::arg("mode"))
       .def(
@@ -283,7 +308,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("prompts"), py::arg("max_new_tokens"), py::arg("temperature"), py::arg("top_k"),
           py::arg("top_p"), py::arg("seed"), py::arg("stop_token"), py::arg("vocab_size"),
           py::arg("on_token"))
-      .def("save", &PyModel::save, py::arg("folder"), no_lock())
+      .def("save", &PyModel::save, py::arg("folder"), py::arg("tokenizer"), no_lock())
       .def_property_readonly("config", &PyModel::config)
       .def_property_readonly("folder", &PyModel::folder);
   define<PyStack>(m, "BlockStack",

@@ -81,6 +81,97 @@ def test_hidden_vectors_and_embeddings():
     assert torch.equal(gpt.hidden(embeddings=gpt.embed(ids))[0], gpt.hidden(ids)[0])  # positions are added behind
 
 
+STACKS = [{}, {"kind": "xlstm_large", "slstm_at": []}, {"kind": "gpt", "slstm_at": []}, {"kind": "hgrn", "slstm_at": []},
+          {"kind": "lstm", "slstm_at": []}, {"mlstm": {"up_projection": "post"}}, {"fused": False}, {"add_out_norm": False},
+          {"activation_checkpointing": True}]
+
+
+@pytest.mark.parametrize("settings", STACKS, ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_vectors_behind_blocks(settings, autocast):
+    """Those behind block i are what a stack of the first i + 1 blocks without a norm gives."""
+    sizes = {"embedding_dim": 32, "num_heads": 2, **settings}
+    torch.manual_seed(1)
+    stack = libxlstm.BlockStack(**{"num_blocks": 4, "slstm_at": [1], **sizes})
+    x, more, reset = torch.randn(2, 21, 32), torch.randn(2, 3, 32), torch.rand(2, 21) < 0.1
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, state = stack(x, reset=reset)
+        again, same_state, vectors = stack(x, reset=reset, blocks=[0, -1, 2, 0])
+        torch.testing.assert_close(again, y)
+        for a, b in zip(state, same_state, strict=True):
+            torch.testing.assert_close(a, b)
+        assert len(vectors) == 4 and torch.equal(vectors[0], vectors[3])
+        for vector, count in zip(vectors, (1, 4, 3), strict=False):
+            if settings.get("kind") == "hgrn" and count < 4:
+                continue  # lower bounds depend on the number of blocks
+            slstm_at = [1] if "kind" not in sizes and count > 1 else []
+            first = libxlstm.BlockStack(**{**sizes, "num_blocks": count, "slstm_at": slstm_at, "add_out_norm": False})
+            first.load_state_dict({name: stack.state_dict()[name] for name in first.state_dict()})
+            expected, its_state = first(x, reset=reset)
+            torch.testing.assert_close(vector, expected)
+            rest, _, (later,) = stack(more, state, blocks=[count - 1])
+            torch.testing.assert_close(later, first(more, its_state)[0])
+            torch.testing.assert_close(rest, stack(more, state)[0])
+        assert stack(x, blocks=[])[2] == [] and len(stack(x)) == 2
+        if settings.get("add_out_norm") is False:
+            assert torch.equal(vectors[1], again)
+
+
+def test_vectors_behind_blocks_of_a_model():
+    model = make_model()
+    ids, lengths = random_ids(2, 7), [7, 4]
+    y, state, (first, last) = model.hidden(ids, blocks=[0, -1])
+    assert torch.equal(y, model.hidden(ids)[0])
+    norm = model.out_norm.weight
+    torch.testing.assert_close(torch.nn.functional.layer_norm(last, (32,), norm), y)
+    more = random_ids(2, 1)
+    with torch.no_grad():  # decoding steps
+        _, after, (next_first,) = model.hidden(more, state, blocks=[-3])
+        whole = model.hidden(torch.cat([ids, more], 1), blocks=[0])[2][0]
+        torch.testing.assert_close(torch.cat([first, next_first], 1), whole)
+        torch.testing.assert_close(model(more, after)[0], model(more, model.hidden(more, state)[1])[0])
+    padded = model.hidden(ids, lengths=lengths, blocks=(0,))[2][0]
+    torch.testing.assert_close(padded[1, :4], model.hidden(ids[1:, :4], blocks=[0])[2][0][0])
+    assert torch.equal(padded[0], first[0]) and not padded[1, 4:].any()
+    embedded = model.hidden(embeddings=model.embed(ids), blocks=[0])[2][0]
+    assert torch.equal(embedded, first)
+    x = torch.randn(2, 7, 32)
+    stack = libxlstm.BlockStack(embedding_dim=32, num_blocks=2, num_heads=2)
+    padded = stack(x, lengths=lengths, blocks=[-2])[2][0]
+    torch.testing.assert_close(padded[1, :4], stack(x[1:, :4], blocks=[0])[2][0][0])
+    assert not padded[1, 4:].any()
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradients_of_vectors_behind_blocks(recomputed):
+    torch.manual_seed(2)
+    model = libxlstm.make_model({"model": {"embedding_dim": 32, "num_blocks": 3, "num_heads": 2, "slstm_at": [1],
+                                           "activation_checkpointing": recomputed}}).double()
+    ids = torch.randint(256, (2, 5))
+    model.hidden(ids, blocks=[1])[2][0].square().sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {name.split(".")[1] for name in trained if name.startswith("blocks")} == {"0", "1"}
+    assert "out_norm.weight" not in trained and "embedding.weight" in trained
+
+    def loss(embeddings):
+        y, _, (first, second) = model.hidden(embeddings=embeddings, blocks=[0, 1])
+        return (y * y).sum() + (first * first * first).sum() + (second * second).sum()
+
+    assert torch.autograd.gradcheck(loss, torch.randn(1, 3, 32, dtype=torch.double, requires_grad=True), fast_mode=True)
+
+
+def test_blocks_that_are_not_there():
+    model, ids = make_model(), random_ids(1, 5)
+    for blocks in ([3], [0, -4]):
+        with pytest.raises(IndexError, match=f"blocks: expected positions from -3 to 2, got {blocks[-1]}"):
+            model.hidden(ids, blocks=blocks)
+    for blocks in (["0"], [0.5], 1):
+        with pytest.raises(TypeError):
+            model.hidden(ids, blocks=blocks)
+    with pytest.raises(IndexError, match="blocks: expected positions from 0 to 2, got -1"):
+        model._core.hidden(False, ids, None, None, None, [-1])
+
+
 def test_arguments_as_they_come():
     model = make_model()
     ids = random_ids(2, 7)
