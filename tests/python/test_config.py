@@ -107,7 +107,7 @@ def test_schema_covers_every_member_of_the_structs(schema):
     sections = {"run": (config, "RunConfig"), "data": (config, "DataConfig"), "train": (config, "TrainConfig"),
                 "optim": (config, "OptimConfig"), "ckpt": (config, "CheckpointConfig"), "eval": (config, "EvalConfig"),
                 "sample": (config, "SampleConfig"), "log": (config, "LogConfig"), "model": (model, "ModelOptions"),
-                "model.mlstm": (model, "Mlstm"), "model.slstm": (model, "Slstm"),
+                "model.mlstm": (model, "Mlstm"), "model.slstm": (model, "Slstm"), "model.lora": (model, "Lora"),
                 "model.feed_forward": (model, "FeedForward"), "data.task": (task, "TaskOptions")}
     expected = set()
     for section, (text, struct) in sections.items():

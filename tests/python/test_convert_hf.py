@@ -264,7 +264,8 @@ def make_ours(folder, yaml_text=YAML):
     return model
 
 
-@pytest.mark.parametrize("more", ["", "  tie_weights: true\n  output_logit_soft_cap: 3.0\n  qk_dim_factor: 1.0\n"])
+@pytest.mark.parametrize("more", ["", "  tie_weights: true\n  output_logit_soft_cap: 3.0\n  qk_dim_factor: 1.0\n",
+                                  "  lora: {rank: 3}\n"])
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 10**5])
 def test_export_gives_the_same_logits(more, shard_bytes, tmp_path):
     ours = make_ours(tmp_path / "ours", YAML + more)

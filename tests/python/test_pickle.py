@@ -31,6 +31,17 @@ def saved(module):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.parametrize("copied", [pickled, saved, copy.deepcopy])
+def test_adapters_and_weights_of_8_bits(copied):
+    torch.manual_seed(1)
+    stack = libxlstm.BlockStack(embedding_dim=64, num_blocks=2, num_heads=2, lora={"rank": 2}).quantize().eval()
+    twin, x = copied(stack), torch.randn(2, 5, 64).bfloat16()
+    for (name, ours), theirs in zip(stack.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
+        assert ours.requires_grad == theirs.requires_grad == name.endswith(("lora_a", "lora_b"))
+    assert torch.equal(stack(x)[0], twin(x)[0])
+
+
 class Scaled(libxlstm.BlockStack):
     """What users make of a stack. Here, because a pickle names its class."""
 
