@@ -43,6 +43,11 @@ class TokenData:
         return self._core.num_tokens
 
     @property
+    def num_counted_tokens(self):
+        """Of them, those that count in the loss: not the prompts (xlstm-data prepare --prompt-key)."""
+        return self._core.num_counted_tokens
+
+    @property
     def vocab_size(self):
         """What model.vocab_size must be at least; None where a file does not tell (it has no .meta.json)."""
         return self._core.vocab_size

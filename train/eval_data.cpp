@@ -156,6 +156,7 @@ EvalData text_data(const LoadedModel& loaded, const std::string& text,
   data::PrepareOptions prepare;
   prepare.inputs = {text};
   prepare.texts.text_key = loaded.config.data.text_key;
+  prepare.texts.prompt_key = loaded.config.data.prompt_key;
   prepare.output_prefix = (folder->path() / "text").string();
   prepare.tokenizer = loaded.tokenizer;
   data::prepare(prepare);
