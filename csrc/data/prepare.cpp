@@ -46,15 +46,17 @@ class DocumentWriter {
     const bool bytewise = tokenizer_.is_bytewise();
     if (bytewise || text_bytes(segments) > kDocumentPiece) {
       flush();
-      for (size_t i = 0; i < segments.size(); ++i) add_in_pieces(segments[i], i > 0);
+      for (const Segment& segment : segments) add_in_pieces(segment, document_.bytes > 0);
       end_document(source);
       return;
     }
-    for (size_t i = 0; i < segments.size(); ++i) {
-      const auto& [text, loss] = segments[i];
-      parts_.push_back({std::string(text), loss, i > 0, i + 1 == segments.size()});
+    bool inside = false;
+    for (const auto& [text, loss] : segments) {
+      parts_.push_back({std::string(text), loss, inside, false});
+      inside = inside || !text.empty();
       batch_bytes_ += text.size();
     }
+    parts_.back().ends_document = true;
     sources_.emplace_back(source);
     if (batch_bytes_ >= kBatchBytes) flush();
   }
@@ -79,7 +81,7 @@ class DocumentWriter {
   const std::map<std::string, int64_t>& source_documents() const { return source_documents_; }
 
  private:
-  /// A segment in a batch of small documents.
+  /// A segment in a batch of small documents. inside: text of its document stands before it.
   struct Part {
     std::string text;
     bool loss, inside, ends_document;

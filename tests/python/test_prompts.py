@@ -185,6 +185,10 @@ def test_evaluation_judges_answers_in_their_bytes(setup, tmp_path):
                 assert result["loss"] == pytest.approx(nats / num_targets, rel=1e-4)
             if more:
                 assert sum(bucket["tokens"] for bucket in result["frequency"].values()) == num_targets
+    (tmp_path / "plain.txt").write_text("a plain text has no prompt")
+    done = subprocess.run([*command, "100", "--text", tmp_path / "plain.txt"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "e.json").read_text())["tokens"] == len("a plain text has no prompt")
 
 
 def test_a_mixture_of_prompts_and_plain_text(tmp_path):
@@ -194,8 +198,21 @@ def test_a_mixture_of_prompts_and_plain_text(tmp_path):
     run("prepare", tmp_path / "p.txt", "--output", tmp_path / "plain")
     data = libxlstm.TokenData([tmp_path / "qa", tmp_path / "plain"], 16)
     ids, targets, _ = data.batch(0, 40)
-    plain = (ids == ord("p")).any(1)
-    assert 15 < plain.sum() < 25
+    plain = (ids == ord(" ")).any(1)
+    assert plain.sum() == 20
     counted = (targets != -100).sum(1)
     assert counted[plain].min() >= 15 and counted[~plain].max() < 16
+
+    sources = ", ".join(f"{{path: {tmp_path / name}, weight: {weight}}}" for name, weight in (("qa", 3), ("plain", 1)))
+    prompts = libxlstm.TokenData(tmp_path / "qa", 16)
+    share = prompts.num_counted_tokens / prompts.num_tokens
+    assert share < 0.3 and libxlstm.TokenData(tmp_path / "plain", 16).num_counted_tokens == 3301
+    (tmp_path / "c.yaml").write_text("model: {embedding_dim: 16, num_blocks: 1, num_heads: 1}\n"
+                                     f"data: {{train: [{sources}]}}\ntrain: {{max_steps: 1000}}\n")
+    done = subprocess.run([PROGRAM, "--describe", tmp_path / "c.yaml"], capture_output=True, text=True)
+    numbers = json.loads(done.stdout)
+    assert numbers["counted_tokens"] == round(numbers["tokens"] * (3 * share + 1) / 4)
+    (tmp_path / "qa.bin").unlink()
+    done = subprocess.run([PROGRAM, "--describe", tmp_path / "c.yaml"], capture_output=True, text=True)
+    assert json.loads(done.stdout)["counted_tokens"] is None
 
