@@ -100,7 +100,8 @@ def test_bad_prompts_are_told(tmp_path):
 
 def test_training_counts_answers_alone(setup):
     config, run_folder = setup
-    model = libxlstm.make_model({"model": {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "slstm_at": [1], "dropout": 0}})
+    sizes = {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "slstm_at": [1], "dropout": 0}
+    model = libxlstm.make_model({"model": sizes})
     model.save(run_folder.parent / "first")
     for micro in (4, 1):  # in micro batches that count differently
         still = [f"train.init_from={run_folder.parent}/first", "optim.learning_rate=1e-30", f"train.micro_batch_size={micro}"]
