@@ -15,9 +15,9 @@ class TokenData:
     another, as with train.carry_state, for batches of that size and model(ids, state, targets=targets); 0: each is
     from anywhere.
 
-    A sample is a window of seq_len tokens with those that follow as targets. Windows overlap by the one token, every epoch
-    visits each once, and sample i is the same whenever and in whatever batch it is read: step s of a run with
-    train.global_batch_size B reads batch(s * B, B). Nothing is read before it is asked for.
+    A sample is a window of seq_len tokens with those that follow as targets, of which prompts do not count. Windows overlap by
+    the one token, every epoch visits each once, and sample i is the same whenever and in whatever batch it is read: step s of a
+    run with train.global_batch_size B reads batch(s * B, B). Nothing is read before it is asked for.
 
     Raises libxlstm.Error naming the file or the setting that is wrong.
     """
@@ -41,6 +41,11 @@ class TokenData:
     def num_tokens(self):
         """Tokens of all files."""
         return self._core.num_tokens
+
+    @property
+    def num_counted_tokens(self):
+        """Of them, those that count in the loss: not the prompts (xlstm-data prepare --prompt-key)."""
+        return self._core.num_counted_tokens
 
     @property
     def vocab_size(self):

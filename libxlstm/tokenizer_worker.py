@@ -7,6 +7,7 @@ Every message, in both directions, is one frame: 1 byte kind, 8 bytes length (li
 The worker first sends "H" with JSON {"vocab_size", "eos_id"}; then it answers requests in order:
 
     "E"  u64 count, then per text u64 length + UTF-8   ->  "E"  count x u64 tokens, then all ids as i32
+    "I"  the same for texts that go on in a document   ->  "I"  the same: nothing is put before them
     "D"  ids as i64                                    ->  "D"  UTF-8
 
 A failure is answered by "X" with one line of text. It ends when its input does.
@@ -19,6 +20,7 @@ if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.
     del sys.path[0]  # modules of the package must not shadow others of the same name
 
 import array
+import functools
 import json
 import signal
 import struct
@@ -60,6 +62,25 @@ def hello(tokenizer):
     end = [tokenizer.token_to_id(token) for token in END_OF_DOCUMENT]
     end = [token for token in end if token is not None]
     return json.dumps({"vocab_size": max(ids, default=-1) + 1, "eos_id": end[0] if end else -1}).encode()
+
+
+def without_prefix(part):
+    """A normalizer or pre-tokenizer, as JSON, that puts no space before a text; None where it did nothing else."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        (name,) = (key for key in part if key != "type")
+        return {**part, name: [kept for inner in part[name] if (kept := without_prefix(inner)) is not None]}
+    never = {"prepend_scheme": "never", "add_prefix_space": False}  # of Metaspace, and of ByteLevel and the like
+    return {key: never.get(key, value) for key, value in part.items()}
+
+
+def for_inside(tokenizer):
+    """The tokenizer for texts that go on in a document."""
+    described = json.loads(tokenizer.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        described[name] = without_prefix(described[name])
+    return type(tokenizer).from_str(json.dumps(described))
 
 
 def encode(tokenizer, payload):
@@ -106,7 +127,8 @@ def serve(files, source, sink):
         fail(error)
         return 1
     send(b"H", hello(tokenizer))
-    answers = {b"E": encode, b"D": decode}
+    inside = functools.cache(lambda: for_inside(tokenizer))  # made where it is needed
+    answers = {b"E": encode, b"I": lambda _, payload: encode(inside(), payload), b"D": decode}
     while (header := read_exactly(source, 9)) is not None:
         kind, (length,) = header[:1], struct.unpack("<Q", header[1:])
         payload = read_exactly(source, length)

@@ -19,7 +19,7 @@ from pathlib import Path
 PROGRAM = "xlstm-data"
 BUILT = Path(__file__).resolve().parents[1] / "build" / "bin"
 LEAST = 257  # a token for each byte, and the end of a document
-READ_BY = ("--glob", "--format", "--text-key", "--split-at", "--limit-bytes")  # options of xlstm-data show
+READ_BY = ("--glob", "--format", "--text-key", "--prompt-key", "--split-at", "--limit-bytes")  # options of xlstm-data show
 SECONDS = 5  # between two lines of progress
 
 
@@ -73,7 +73,8 @@ class Documents:
             for line in process.stdout:
                 self.count += 1
                 self.bytes += len(line)
-                yield json.loads(line)
+                document = json.loads(line)  # a text, or a list of segments
+                yield from [document] if isinstance(document, str) else [segment["text"] for segment in document]
                 if time.monotonic() - told > SECONDS:
                     told = time.monotonic()
                     print(f"read {self}", file=sys.stderr)

@@ -20,7 +20,9 @@ using train::CommandLine;
 using train::OptionSpec;
 
 const std::vector<OptionSpec> kOptions = {
-    {"--output", "PREFIX", "prepare: writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json"},
+    {"--output", "PREFIX",
+     "prepare: writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json, and PREFIX.loss where not all "
+     "tokens count"},
     {"--tokenizer", "SPEC", std::string("prepare: ") + data::kTokenizerSpecs + " (default: bytes)"},
     {"--glob", "PATTERN",
      "prepare, show: which files of folders are read, by name, such as '*.py' (default: all)"},
@@ -28,6 +30,9 @@ const std::vector<OptionSpec> kOptions = {
      "prepare, show: text, jsonl, or auto: JSONL is what is named so, and standard input that "
      "begins with a brace (default: auto)"},
     {"--text-key", "KEY", "prepare, show: key of the text in a line of JSONL (default: text)"},
+    {"--prompt-key", "KEY",
+     "prepare, show: key of a prompt in a line of JSONL, which stands before the text and does not "
+     "count in the loss (default: there are none)"},
     {"--split-at", "REGEX",
      "prepare, show: a new document begins at each line of a text that REGEX matches, as grep -E "
      "takes it (default: a text is one document)"},
@@ -55,7 +60,11 @@ void print_usage(std::FILE* stream) {
       "         .zst, a folder (everything below it but hidden files), a pattern in quotes "
       "('texts/*.txt'),\n"
       "         - (standard input), or python-stdlib (the sources of Python's standard library).\n"
-      "show     prints the documents that prepare would read, each as a JSON string on a line.\n"
+      "         The text of a line may be a list, [{\"text\": ..., \"loss\": false}, {\"text\": "
+      "...}], whose segments\n"
+      "         without loss are read and not counted.\n"
+      "show     prints the documents that prepare would read, each as a JSON string, or a list of "
+      "segments, on a line.\n"
       "verify   compares sizes and sha256 of token files with what prepare recorded.\n"
       "stats    prints tokens, documents, their lengths, sources, vocabulary and bytes per token.\n"
       "\n%s\n"
@@ -80,6 +89,7 @@ data::TextOptions text_options(const CommandLine& line) {
   texts.glob = line.get("--glob", texts.glob);
   texts.format = line.get("--format", texts.format);
   texts.text_key = line.get("--text-key", texts.text_key);
+  texts.prompt_key = line.get("--prompt-key", texts.prompt_key);
   texts.split_at = line.get("--split-at", texts.split_at);
   return texts;
 }
@@ -100,12 +110,16 @@ int run_prepare(const CommandLine& line, const std::vector<std::string>& inputs,
   const auto start = std::chrono::steady_clock::now();
   const data::PrepareReport report = data::prepare(options);
   const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
-  std::printf("wrote %s.bin, .idx and .meta.json in %s\n",
-              data::token_file_prefix(options.output_prefix).c_str(),
+  const bool all_count = report.num_counted_tokens == report.num_tokens;
+  std::printf("wrote %s.bin, .idx%s and .meta.json in %s\n",
+              data::token_file_prefix(options.output_prefix).c_str(), all_count ? "" : ", .loss",
               format_duration(spent.count()).c_str());
   std::printf("%lld documents, %lld tokens from %lld bytes (%.3f bytes per token)\n",
               number(report.num_documents), number(report.num_tokens), number(report.num_bytes),
               static_cast<double>(report.num_bytes) / static_cast<double>(report.num_tokens));
+  if (!all_count)
+    std::printf("of these %lld tokens and %lld bytes count in the loss\n",
+                number(report.num_counted_tokens), number(report.num_counted_bytes));
   if (report.empty_documents + report.bad_documents > 0)
     std::printf("left out: %lld empty and %lld bad documents\n", number(report.empty_documents),
                 number(report.bad_documents));
@@ -126,8 +140,9 @@ int run_verify(const std::vector<std::string>& prefixes) {
   for (const auto& prefix : prefixes) {
     const data::TokenFile file(prefix, data::Verify::kSha256);
     file.check_vocab(file.sidecar()->vocab_size);
-    std::printf("%s: good: %lld tokens in %lld documents, sha256 of .bin and .idx as recorded\n",
-                file.prefix().c_str(), number(file.num_tokens()), number(file.num_documents()));
+    std::printf("%s: good: %lld tokens in %lld documents, sha256 of .bin%s as recorded\n",
+                file.prefix().c_str(), number(file.num_tokens()), number(file.num_documents()),
+                file.num_counted_tokens() < file.num_tokens() ? ", .idx and .loss" : " and .idx");
   }
   return 0;
 }
@@ -156,6 +171,8 @@ int run_stats(const std::vector<std::string>& prefixes) {
     std::printf("%s\n  tokens: %lld\n  documents: %lld\n", file.prefix().c_str(),
                 number(file.num_tokens()), number(file.num_documents()));
     print_lengths(file);
+    if (file.num_counted_tokens() < file.num_tokens())
+      std::printf("  tokens that count in the loss: %lld\n", number(file.num_counted_tokens()));
     const auto& sidecar = file.sidecar();
     if (!sidecar) {
       std::printf("  vocabulary, sources, bytes: unknown (no %s.meta.json)\n",

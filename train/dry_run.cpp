@@ -3,6 +3,8 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 
+#include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -164,6 +166,24 @@ MemoryEstimate estimate_memory(const config::Config& config) {
           config.train.carry_state ? state_bytes(config.model, sequences) : 0};
 }
 
+namespace {
+
+/// Share of the tokens that count in the loss; nothing where only preparing a text would tell.
+std::optional<double> counted_share(const config::Config& config) {
+  const std::vector<config::DataSource>& sources = config.data.train;
+  if (sources.empty() || !missing_data(config).empty()) return std::nullopt;
+  double counted = 0, weights = 0;
+  for (const auto& [path, weight] : sources) {
+    const data::TokenFile file(path, data::Verify::kNone);
+    counted += weight * static_cast<double>(file.num_counted_tokens()) /
+               static_cast<double>(std::max<int64_t>(1, file.num_tokens()));
+    weights += weight;
+  }
+  return counted / weights;
+}
+
+}  // namespace
+
 std::string describe_run(const config::Config& config) {
   const ParameterCount count = count_parameters_by_part(config.model);
   const MemoryEstimate memory = estimate_memory(config);
@@ -174,6 +194,7 @@ std::string describe_run(const config::Config& config) {
   using Json = nlohmann::ordered_json;
   const auto given = [](bool known, const auto& number) { return known ? Json(number) : Json(); };
   const bool length = has_length(config);
+  const std::optional<double> share = counted_share(config);
   const Json numbers = {
       {"parameters", count.total()},
       {"parameters_embedding", count.embedding},
@@ -186,7 +207,10 @@ std::string describe_run(const config::Config& config) {
       {"micro_batch_size", micro_batch(config)},
       {"tokens_per_step", per_step},
       {"steps", given(length, steps)},
-      {"tokens", given(length, steps * per_step)}};
+      {"tokens", given(length, steps * per_step)},
+      {"counted_tokens",
+       given(length && share,
+             std::llround(share.value_or(0) * static_cast<double>(steps * per_step)))}};
   return numbers.dump();
 }
 

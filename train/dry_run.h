@@ -29,7 +29,8 @@ struct MemoryEstimate {
 MemoryEstimate estimate_memory(const config::Config& config);
 
 /// The same without data and without a step, as a line of JSON: parameters, floating point
-/// operations (train/flops.h), memory, tokens and steps; null for what is not known or not given. Any size.
+/// operations (train/flops.h), memory, steps, tokens and those of them that count in the loss; null for what is not known or
+/// not given. Any size.
 std::string describe_run(const config::Config& config);
 
 /// Prints what a run would do, checks its data and the weights it starts with, and makes one real

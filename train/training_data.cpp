@@ -60,6 +60,11 @@ std::shared_ptr<const data::TokenFile> open_file(const std::string& path, config
   return file;
 }
 
+std::string format_tokens(int64_t all, int64_t counted) {
+  return format_thousands(all) + " tokens" +
+         (counted < all ? ", of which " + format_thousands(counted) + " count" : "");
+}
+
 }  // namespace
 
 std::optional<std::string> known_tokenizer(const config::Config& config, const std::string& spec) {
@@ -99,9 +104,10 @@ std::string describe_data(const config::Config& config, const TrainingData& data
   if (data::is_given(config.data.task))
     return "task " + config.data.task.name + ", " + epochs + "; held out " +
            format_thousands(data.held_out->num_windows()) + " samples";
-  return format_thousands(data.train_tokens) + " tokens, " + epochs + "; " +
-         (data.held_out ? "held out " + format_thousands(data.held_out_tokens) + " tokens"
-                        : "nothing held out");
+  return format_tokens(data.train_tokens, data.counted_train_tokens) + ", " + epochs + "; " +
+         (data.held_out
+              ? "held out " + format_tokens(data.held_out_tokens, data.counted_held_out_tokens)
+              : "nothing held out");
 }
 
 data::DatasetOptions dataset_options(const config::Config& config) {
@@ -120,6 +126,7 @@ data::CachedText prepare_text(const config::DataConfig& data, const std::string&
                                .val_fraction = data.val_fraction,
                                .val_split = data.val_split,
                                .text_key = data.text_key,
+                               .prompt_key = data.prompt_key,
                                .tokenizer = tokenizer,
                                .cache_dir = data.cache_dir},
                               poll);
@@ -150,11 +157,13 @@ TrainingData open_training_data(config::Config& config, const std::function<void
   for (const auto& source : sources) {
     files.push_back({open_file(source.path, config), source.weight});
     result.train_tokens += files.back().file->num_tokens();
+    result.counted_train_tokens += files.back().file->num_counted_tokens();
   }
   result.train = std::make_unique<data::Dataset>(std::move(files), options);
   if (!held_out.empty()) {
     const auto file = open_file(held_out, config);
     result.held_out_tokens = file->num_tokens();
+    result.counted_held_out_tokens = file->num_counted_tokens();
     result.held_out = std::make_unique<data::EvalSet>(file, options);
   }
   // Every checkpoint gets a copy: a tokenizer that is not there stops the run here.

@@ -16,8 +16,9 @@ namespace xlstm::train {
 /// What a run trains on and is judged by.
 struct TrainingData {
   std::unique_ptr<data::SampleSource> train;
-  std::unique_ptr<data::HeldOutSet> held_out;     ///< null without data.val
-  int64_t train_tokens = 0, held_out_tokens = 0;  ///< of files; 0 with a task
+  std::unique_ptr<data::HeldOutSet> held_out;                     ///< null without data.val
+  int64_t train_tokens = 0, held_out_tokens = 0;                  ///< of files; 0 with a task
+  int64_t counted_train_tokens = 0, counted_held_out_tokens = 0;  ///< of them, as targets
 };
 
 bool has_data(const config::Config& config);

@@ -34,6 +34,7 @@ struct DataConfig {
   double val_fraction = 0.1;       ///< held-out share of `text` when val_text is empty
   std::string val_split = "tail";  ///< how: "tail": the end of each file | "file": whole files
   std::string text_key = "text";   ///< of JSONL: a line's text stands there
+  std::string prompt_key;          ///< of JSONL: what stands before the text, uncounted; "": none
   std::string cache_dir;           ///< "": $XDG_CACHE_HOME/libxlstm or ~/.cache/libxlstm
   std::vector<DataSource> train;   ///< prepared token files, mixed by weight
   std::string val;                 ///< prepared held-out token file

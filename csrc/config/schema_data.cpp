@@ -25,6 +25,10 @@ std::vector<Field> data_fields() {
       XLSTM_FIELD(data.val_split, one_of({"tail", "file"}),
                   "tail: the end of each file; file: whole files"),
       XLSTM_FIELD(data.text_key, text(), "key of the text in the lines of .jsonl files"),
+      XLSTM_FIELD(
+          data.prompt_key, any(),
+          "key of a prompt in these lines, which stands before the text and does not count in "
+          "the loss; empty: there are none"),
       per_machine(
           XLSTM_FIELD(data.cache_dir, any(),
                       "prepared text; empty: $XDG_CACHE_HOME/libxlstm or ~/.cache/libxlstm")),

@@ -222,6 +222,10 @@ void validate_data(const Config& config) {
   }
   require(text || is_default(config, "data.text_key"), config, "data.text_key",
           "works with data.text; xlstm-data prepare takes --text-key");
+  require(text || data.prompt_key.empty(), config, "data.prompt_key",
+          "works with data.text; xlstm-data prepare takes --prompt-key");
+  require(data.prompt_key.empty() || data.prompt_key != data.text_key, config, "data.prompt_key",
+          "is " + data.prompt_key + ", as data.text_key is; expected another key");
   require(text || data.val_text.empty(), config, "data.val_text",
           "works with data.text; with data.train set data.val to a prepared token file");
   require(prepared || data.val.empty(), config, "data.val",

@@ -16,18 +16,27 @@ void check_seq_len(int64_t seq_len) {
                 "data.seq_len is " + std::to_string(seq_len) + ", expected at least 1");
 }
 
+/// Of a window, reused.
+struct Buffers {
+  std::vector<int64_t> tokens;
+  std::vector<uint8_t> starts, counted;
+};
+
 /// Fills row `row` with tokens [first, first+count] of the file: `count` inputs, each with the next token as target.
-/// begins: the state is empty before it.
+/// begins: the state is empty before it. before: targets at its beginning that do not count.
 void fill_row(const TokenFile& file, const DatasetOptions& options, int64_t first, int64_t count,
-              bool begins, int64_t row, std::vector<int64_t>& tokens, std::vector<uint8_t>& starts,
-              Batch& batch) {
+              bool begins, int64_t before, int64_t row, Buffers& buffers, Batch& batch) {
+  auto& [tokens, starts, counted] = buffers;
   tokens.resize(static_cast<size_t>(count) + 1);
   starts.resize(static_cast<size_t>(count) + 1);
+  counted.resize(static_cast<size_t>(count) + 1);
   file.read(first, count + 1, tokens.data());
   file.read_document_starts(first, count + 1, starts.data());
+  file.read_counted(first, count + 1, counted.data());
   const auto offset = static_cast<size_t>(row * batch.seq_len);
   for (size_t t = 0; t < static_cast<size_t>(count); ++t) {
-    const bool masked = options.mask_loss_across_documents && starts[t + 1] != 0;
+    const bool masked = counted[t + 1] == 0 || t < static_cast<size_t>(before) ||
+                        (options.mask_loss_across_documents && starts[t + 1] != 0);
     batch.input[offset + t] = tokens[t];
     batch.target[offset + t] = masked ? kIgnored : tokens[t + 1];
     batch.num_targets += masked ? 0 : 1;
@@ -63,6 +72,11 @@ Dataset::Dataset(std::vector<WeightedFile> files, const DatasetOptions& options)
                       " tokens, but a window of data.seq_len=" + std::to_string(options.seq_len) +
                       " needs " + std::to_string(needed) +
                       "; set a smaller data.seq_len or give more text");
+    if (file->num_counted_tokens() == 0)
+      throw Error(ExitCode::kData,
+                  file->prefix() +
+                      ".loss: none of the tokens counts, so that nothing would be learned; prepare "
+                      "texts of which a part counts");
     auto source = std::make_shared<Source>();
     source->weight = weight;
     source->windows = (file->num_tokens() - 1) / options.seq_len;
@@ -109,13 +123,12 @@ Batch Dataset::batch(int64_t first_sample, int64_t count) const {
   if (first_sample < 0 || count < 0)
     throw Error(ExitCode::kData, "Dataset::batch: negative sample index or count");
   Batch batch(count, options_.seq_len);
-  std::vector<int64_t> tokens;
-  std::vector<uint8_t> starts;
+  Buffers buffers;
   for (int64_t row = 0; row < count; ++row) {
     const Place place =
         options_.streams > 0 ? place_in_stream(first_sample + row) : place_of(first_sample + row);
-    fill_row(*place.source->file, options_, place.first, options_.seq_len, place.begins, row,
-             tokens, starts, batch);
+    fill_row(*place.source->file, options_, place.first, options_.seq_len, place.begins, 0, row,
+             buffers, batch);
   }
   return batch;
 }
@@ -176,9 +189,10 @@ EvalSet::EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& op
     int64_t last = 0;
     file_->read(file_->num_tokens() - 1, 1, &last);
     has_ends_ = last == sidecar->eos_id;  // all documents end so, or none does
-    const int64_t ends = has_ends_ ? file_->num_documents() : 0;
-    bytes_per_text_token_ = static_cast<double>(sidecar->num_bytes) /
-                            static_cast<double>(std::max<int64_t>(1, file_->num_tokens() - ends));
+    const int64_t ends = has_ends_ ? counted_ends() : 0;
+    bytes_per_text_token_ =
+        static_cast<double>(sidecar->num_counted_bytes) /
+        static_cast<double>(std::max<int64_t>(1, file_->num_counted_tokens() - ends));
   }
   options_.seq_len = std::min(options.seq_len, file_->num_tokens() - 1);
   if (!options.fill_last_window) return;
@@ -193,6 +207,18 @@ EvalSet::EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& op
     }
   }
   options_.seq_len = longest;
+}
+
+/// Documents whose last token counts.
+int64_t EvalSet::counted_ends() const {
+  if (file_->num_counted_tokens() == file_->num_tokens()) return file_->num_documents();
+  int64_t ends = 0;
+  for (int64_t d = 1; d <= file_->num_documents(); ++d) {
+    uint8_t counts = 0;
+    file_->read_counted(file_->document_start(d) - 1, 1, &counts);
+    ends += counts;
+  }
+  return ends;
 }
 
 int64_t EvalSet::num_windows() const {
@@ -212,15 +238,11 @@ Batch EvalSet::batch(int64_t first_window, int64_t count) const {
                                      " to " + std::to_string(first_window + count) + " of " +
                                      std::to_string(num_windows()));
   Batch batch(count, options_.seq_len);
-  std::vector<int64_t> tokens;
-  std::vector<uint8_t> starts;
+  Buffers buffers;
   for (int64_t row = 0; row < count; ++row) {
     const Window cut = window(first_window + row);
-    fill_row(*file_, options_, cut.first, cut.count, true, row, tokens, starts, batch);
-    const auto targets = batch.target.begin() + row * options_.seq_len;
-    batch.num_targets -= cut.before;
+    fill_row(*file_, options_, cut.first, cut.count, true, cut.before, row, buffers, batch);
     batch.num_text_targets += text_targets(cut);
-    std::fill(targets, targets + cut.before, kIgnored);
   }
   return batch;
 }
@@ -233,9 +255,11 @@ int64_t EvalSet::text_targets(const Window& cut) const {
                               1);  // behind the file as a document would
   file_->read_document_starts(first, std::min(count + 1, file_->num_tokens() - first),
                               starts.data());
+  std::vector<uint8_t> counted(static_cast<size_t>(count));
+  file_->read_counted(first, count, counted.data());
   int64_t targets = 0;
   for (size_t t = 0; t < static_cast<size_t>(count); ++t) {
-    const bool masked = options_.mask_loss_across_documents && starts[t] != 0;
+    const bool masked = counted[t] == 0 || (options_.mask_loss_across_documents && starts[t] != 0);
     const bool end = has_ends_ && starts[t + 1] != 0;
     targets += masked || end ? 0 : 1;
   }

@@ -29,12 +29,13 @@ struct WeightedFile {
 };
 
 /// A mixture of token files cut into windows of seq_len+1 tokens that overlap by one. Throws Error(kData) when a file
-/// holds fewer than seq_len+1 tokens.
+/// holds fewer than seq_len+1 tokens, or none that counts.
 ///
 /// A file of N tokens gives n = (N-1)/seq_len windows per epoch, each once, in the order of `permute`; its epochs are
 /// counted for itself. The (N-1) % seq_len tokens that are left over lie before and behind the windows: their number
 /// before is drawn anew each epoch when shuffling (so that no token is always left out), else all lie behind. In a
-/// mixture each file gets its share of samples evenly (csrc/data/sampling.h).
+/// mixture each file gets its share of samples evenly (csrc/data/sampling.h). Tokens that do not count in the loss
+/// (TokenFile::read_counted) are inputs like others and no targets; in a window none may count.
 ///
 /// With streams S, samples i, i + S, i + 2S, ... are stream i mod S. Each file has its share of the streams, at least
 /// one; an epoch cuts it into that many parts of n / streams windows, whose windows a stream reads in order, another part
@@ -69,8 +70,8 @@ class Dataset final : public SampleSource {
 };
 
 /// A held-out file in order, once: window w is tokens [w*T, w*T+T], the last one shorter (windows are padded with
-/// target -100; none is longer than all the text), so that every token but the first of each document is scored exactly
-/// once; with fill_last_window each document is cut so.
+/// target -100; none is longer than all the text), so that every token that counts, but the first of each document, is scored
+/// exactly once; with fill_last_window each document is cut so.
 class EvalSet final : public HeldOutSet {
  public:
   EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& options);
@@ -89,6 +90,7 @@ class EvalSet final : public HeldOutSet {
   };
   Window window(int64_t index) const;
   int64_t text_targets(const Window& cut) const;
+  int64_t counted_ends() const;
 
   std::shared_ptr<const TokenFile> file_;
   DatasetOptions options_;

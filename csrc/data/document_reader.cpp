@@ -54,6 +54,12 @@ class LinePattern {
   regex_t regex_;
 };
 
+/// A document that counts as a whole.
+void send(std::string_view text, const TextFile& file, int64_t line, const DocumentSink& sink) {
+  const Segment whole{text};
+  sink.document({{&whole, 1}, file.input, line});
+}
+
 /// Documents of a text that each begin with a line that matches; what stands before the first of them is one, too, unless
 /// it is blank: then it goes with the first.
 void split_text(std::string_view text, const std::string& split_at, const TextFile& file,
@@ -62,7 +68,7 @@ void split_text(std::string_view text, const std::string& split_at, const TextFi
   int64_t line = 1;
   const auto end_document = [&](size_t size) {
     const std::string_view document = text.substr(0, size);
-    sink.document({document, file.input, line});
+    send(document, file, line, sink);
     line += count_lines(document);
     text.remove_prefix(size);
   };
@@ -89,7 +95,7 @@ void read_text(std::string_view text, const TextFile& file, const TextOptions& o
              "invalid UTF-8 at byte " + std::to_string(invalid + 1) +
                  " of the file; convert it (iconv -f ENCODING -t UTF-8 FILE > NEW)");
   } else if (options.split_at.empty()) {
-    sink.document({without_mark(text), file.input, 1});
+    send(without_mark(text), file, 1, sink);
   } else {
     split_text(without_mark(text), options.split_at, file, sink);
   }
@@ -98,15 +104,15 @@ void read_text(std::string_view text, const TextFile& file, const TextOptions& o
 /// Turns lines into documents and problems.
 class LineReader {
  public:
-  LineReader(const TextFile& file, const std::string& text_key, const DocumentSink& sink)
-      : file_(file), sink_(sink), parser_(text_key) {}
+  LineReader(const TextFile& file, const TextOptions& options, const DocumentSink& sink)
+      : file_(file), sink_(sink), parser_(options.text_key, options.prompt_key) {}
 
   void line(std::string_view line) {
     if (++number_ == 1) line = without_mark(line);
     if (is_blank(line)) return;
     if (parser_.parse(line)) {
       const std::string_view source = parser_.set_name().empty() ? file_.input : parser_.set_name();
-      sink_.document({parser_.text(), source, number_});
+      sink_.document({parser_.segments(), source, number_});
     } else {
       sink_.bad(number_, parser_.error());
     }
@@ -164,7 +170,7 @@ class LineSplitter {
 /// piece: the first one of the stream.
 void read_jsonl(ByteStream& stream, std::string_view piece, const TextFile& file,
                 const TextOptions& options, const DocumentSink& sink) {
-  LineReader reader(file, options.text_key, sink);
+  LineReader reader(file, options, sink);
   LineSplitter splitter(reader);
   const std::string other = what_instead_of_text(piece);
   if (!other.empty()) return reader.problem(other);

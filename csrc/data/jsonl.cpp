@@ -54,11 +54,21 @@ bool JsonlParser::fail(const std::string& what) {
   return false;
 }
 
-bool JsonlParser::fail_without_text() {
-  error_ = "no \"" + text_key_ + "\", but " +
-           (found_keys_.empty() ? "an empty object" : found_keys_) +
-           "; say which key has the text (--text-key KEY of xlstm-data, or data.text_key)";
+bool JsonlParser::refuse(const std::string& what) {
+  error_ = what;
   return false;
+}
+
+bool JsonlParser::refuse_segment(const std::string& what) {
+  return refuse("segment " + std::to_string(parts_.size() + 1) + " of \"" + text_key_ + "\" " +
+                what + "; write each as {\"text\": \"...\", \"loss\": true or false}");
+}
+
+bool JsonlParser::refuse_without(const std::string& key, const char* holds, const char* setting) {
+  return refuse("no \"" + key + "\", but " +
+                (found_keys_.empty() ? "an empty object" : found_keys_) +
+                "; say which key has the " + holds + " (--" + holds +
+                "-key KEY of xlstm-data, or " + setting + ")");
 }
 
 void JsonlParser::skip_space() {
@@ -70,27 +80,37 @@ bool JsonlParser::parse(std::string_view line) {
   begin_ = next_ = line.data();
   end_ = begin_ + line.size();
   text_.clear();
+  prompt_.clear();
   set_name_.clear();
   error_.clear();
   found_keys_.clear();
-  has_text_ = false;
+  parts_.clear();
+  has_text_ = has_prompt_ = false;
   const size_t invalid = find_invalid_utf8(line);
-  if (invalid != line.size()) {
-    error_ = "invalid UTF-8 at byte " + std::to_string(invalid + 1);
-    return false;
-  }
+  if (invalid != line.size()) return refuse("invalid UTF-8 at byte " + std::to_string(invalid + 1));
   skip_space();
-  if (!at('{')) {
-    error_ = "not a JSON object";
-    return false;
-  }
-  if (!parse_object(0, false)) return false;
+  if (!at('{')) return refuse("not a JSON object");
+  if (!parse_object(0, Object::kLine)) return false;
   skip_space();
   if (next_ != end_) return fail("text behind the object");
-  return has_text_ || fail_without_text();
+  if (!has_text_) return refuse_without(text_key_, "text", "data.text_key");
+  if (!prompt_key_.empty() && !has_prompt_)
+    return refuse_without(prompt_key_, "prompt", "data.prompt_key");
+  set_segments();
+  return true;
 }
 
-bool JsonlParser::parse_object(int depth, bool in_meta) {
+void JsonlParser::set_segments() {
+  segments_.clear();
+  if (has_prompt_) segments_.push_back({prompt_, false});
+  size_t begin = 0;
+  for (const Part& part : parts_) {
+    segments_.push_back({std::string_view(text_).substr(begin, part.end - begin), part.loss});
+    begin = part.end;
+  }
+}
+
+bool JsonlParser::parse_object(int depth, Object object) {
   if (depth > kMaxDepth) return fail("nested too deeply");
   ++next_;
   skip_space();
@@ -106,7 +126,7 @@ bool JsonlParser::parse_object(int depth, bool in_meta) {
     if (!at(':')) return fail("expected ':'");
     ++next_;
     skip_space();
-    if (!parse_member(depth, in_meta, key_)) return false;
+    if (!parse_member(depth, object, key_)) return false;
     skip_space();
     if (at('}')) return ++next_, true;
     if (!at(',')) return fail("expected ',' or '}'");
@@ -115,32 +135,69 @@ bool JsonlParser::parse_object(int depth, bool in_meta) {
   }
 }
 
-bool JsonlParser::parse_member(int depth, bool in_meta, std::string_view key) {
-  if (depth == 0 && key == text_key_) {
+bool JsonlParser::parse_member(int depth, Object object, std::string_view key) {
+  if (object == Object::kSegment) return parse_member_of_segment(key);
+  if (object == Object::kLine && key == text_key_) return parse_text();
+  if (object == Object::kLine && !prompt_key_.empty() && key == prompt_key_) {
     if (next_ == end_) return fail("ends early");
-    if (!at('"')) {
-      error_ = "\"" + text_key_ + "\" is not a string";
-      return false;
-    }
-    if (has_text_) return fail("a second \"" + text_key_ + "\"");
-    has_text_ = true;
-    return parse_string(&text_);
+    if (!at('"')) return refuse("\"" + prompt_key_ + "\" is not a string");
+    if (has_prompt_) return fail("a second \"" + prompt_key_ + "\"");
+    has_prompt_ = true;
+    return parse_string(&prompt_);
   }
-  if (depth == 0 && key == "meta" && at('{')) return parse_object(1, true);
-  if (depth == 1 && in_meta && key == "redpajama_set_name" && at('"')) {
+  if (object == Object::kLine && key == "meta" && at('{')) return parse_object(1, Object::kMeta);
+  if (object == Object::kMeta && key == "redpajama_set_name" && at('"')) {
     set_name_.clear();
     return parse_string(&set_name_);
   }
   return parse_value(depth + 1);
 }
 
+bool JsonlParser::parse_text() {
+  if (next_ == end_) return fail("ends early");
+  if (!at('"') && !at('['))
+    return refuse("\"" + text_key_ + "\" is not a string, nor a list of segments");
+  if (has_text_) return fail("a second \"" + text_key_ + "\"");
+  has_text_ = true;
+  if (at('[')) return parse_array(1, true);
+  if (!parse_string(&text_)) return false;
+  parts_.push_back({text_.size(), true});
+  return true;
+}
+
+bool JsonlParser::parse_segment() {
+  if (next_ == end_) return fail("ends early");
+  if (!at('{')) return refuse_segment("is not an object");
+  segment_has_text_ = false;
+  segment_loss_ = true;
+  if (!parse_object(2, Object::kSegment)) return false;
+  if (!segment_has_text_) return refuse_segment("has no \"text\"");
+  parts_.push_back({text_.size(), segment_loss_});
+  return true;
+}
+
+/// Other names are refused: a misspelt "loss" would count what is not to count.
+bool JsonlParser::parse_member_of_segment(std::string_view key) {
+  if (next_ == end_) return fail("ends early");
+  if (key == "text") {
+    if (!at('"')) return refuse_segment("has a \"text\" that is not a string");
+    if (segment_has_text_) return fail("a second \"text\"");
+    segment_has_text_ = true;
+    return parse_string(&text_);
+  }
+  if (key != "loss") return refuse_segment("has a \"" + std::string(key) + "\"");
+  if (!at('t') && !at('f')) return refuse_segment("has a \"loss\" that is not true or false");
+  segment_loss_ = at('t');
+  return parse_literal(segment_loss_ ? "true" : "false");
+}
+
 bool JsonlParser::parse_value(int depth) {
   if (next_ == end_) return fail("ends early");
   switch (*next_) {
     case '{':
-      return parse_object(depth, false);
+      return parse_object(depth, Object::kOther);
     case '[':
-      return parse_array(depth);
+      return parse_array(depth, false);
     case '"':
       return parse_string(nullptr);
     case 't':
@@ -154,13 +211,13 @@ bool JsonlParser::parse_value(int depth) {
   }
 }
 
-bool JsonlParser::parse_array(int depth) {
+bool JsonlParser::parse_array(int depth, bool of_segments) {
   if (depth > kMaxDepth) return fail("nested too deeply");
   ++next_;
   skip_space();
   if (at(']')) return ++next_, true;
   while (true) {
-    if (!parse_value(depth + 1)) return false;
+    if (!(of_segments ? parse_segment() : parse_value(depth + 1))) return false;
     skip_space();
     if (at(']')) return ++next_, true;
     if (!at(',')) return fail("expected ',' or ']'");

@@ -4,7 +4,9 @@
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <system_error>
+#include <utility>
 
 #include "csrc/core/error.h"
 #include "csrc/core/progress.h"
@@ -40,58 +42,87 @@ class DocumentWriter {
                  PrepareReport& report)
       : job_(job), tokenizer_(tokenizer), writer_(writer), report_(report) {}
 
-  void add(std::string_view text, std::string_view source) {
-    if (tokenizer_.is_bytewise()) {
-      for (size_t first = 0; first < text.size(); first += kBytesPiece)
-        append(tokenizer_.encode(text.substr(first, kBytesPiece)));
-      end_document(text.size(), source);
-    } else if (text.size() > kDocumentPiece) {
+  void add(std::span<const Segment> segments, std::string_view source) {
+    const bool bytewise = tokenizer_.is_bytewise();
+    if (bytewise || text_bytes(segments) > kDocumentPiece) {
       flush();
-      const size_t size = text.size();
-      while (!text.empty()) {
-        const size_t end = piece_end(text);
-        append(tokenizer_.encode(text.substr(0, end)));
-        text.remove_prefix(end);
-      }
-      end_document(size, source);
-    } else {
-      texts_.emplace_back(text);
-      sources_.emplace_back(source);
-      batch_bytes_ += text.size();
-      if (batch_bytes_ >= kBatchBytes) flush();
+      for (const Segment& segment : segments) add_in_pieces(segment, document_.bytes > 0);
+      end_document(source);
+      return;
     }
+    bool inside = false;
+    for (const auto& [text, loss] : segments) {
+      parts_.push_back({std::string(text), loss, inside, false});
+      inside = inside || !text.empty();
+      batch_bytes_ += text.size();
+    }
+    parts_.back().ends_document = true;
+    sources_.emplace_back(source);
+    if (batch_bytes_ >= kBatchBytes) flush();
   }
 
   void flush() {
-    if (texts_.empty()) return;
-    const std::vector<std::string_view> views(texts_.begin(), texts_.end());
-    const auto encoded = tokenizer_.encode_batch(views);
-    for (size_t i = 0; i < encoded.size(); ++i) {
-      append(encoded[i]);
-      end_document(texts_[i].size(), sources_[i]);
+    if (parts_.empty()) return;
+    std::vector<std::string_view> first, inside;
+    for (const Part& part : parts_) (part.inside ? inside : first).push_back(part.text);
+    const auto first_ids = tokenizer_.encode_batch(first);
+    const auto inside_ids =
+        inside.empty() ? decltype(first_ids){} : tokenizer_.encode_inside(inside);
+    auto next_first = first_ids.begin(), next_inside = inside_ids.begin();
+    auto source = sources_.begin();
+    for (const Part& part : parts_) {
+      append(part.inside ? *next_inside++ : *next_first++, part.text.size(), part.loss);
+      if (part.ends_document) end_document(*source++);
     }
-    texts_.clear();
+    parts_.clear();
     sources_.clear();
     batch_bytes_ = 0;
   }
   const std::map<std::string, int64_t>& source_documents() const { return source_documents_; }
 
  private:
-  void append(const std::vector<int64_t>& ids) {
-    job_.poll();
-    writer_.append(ids.data(), static_cast<int64_t>(ids.size()));
-    document_tokens_ += ids.size();
+  /// A segment in a batch of small documents. inside: text of its document stands before it.
+  struct Part {
+    std::string text;
+    bool loss, inside, ends_document;
+  };
+  /// Of the document under construction.
+  struct Written {
+    int64_t tokens = 0, bytes = 0, counted_bytes = 0;
+    bool end_counts = true;  ///< as the last segment does
+  };
+
+  /// inside: it goes on in a document.
+  void add_in_pieces(const Segment& segment, bool inside) {
+    std::string_view text = segment.text;
+    do {
+      const size_t end =
+          tokenizer_.is_bytewise() ? std::min(text.size(), kBytesPiece) : piece_end(text);
+      const std::string_view piece = text.substr(0, end);
+      append(inside ? tokenizer_.encode_inside({piece}).front() : tokenizer_.encode(piece), end,
+             segment.loss);
+      text.remove_prefix(end);
+    } while (!text.empty());
   }
-  void end_document(size_t num_bytes, std::string_view source) {
-    if (document_tokens_ == 0) {  // a tokenizer may make nothing of a text
+  void append(const std::vector<int64_t>& ids, size_t num_bytes, bool loss) {
+    job_.poll();
+    writer_.append(ids.data(), std::ssize(ids), loss);
+    document_.tokens += std::ssize(ids);
+    document_.bytes += static_cast<int64_t>(num_bytes);
+    if (loss) document_.counted_bytes += static_cast<int64_t>(num_bytes);
+    document_.end_counts = loss;
+  }
+  void end_document(std::string_view source) {
+    const Written document = std::exchange(document_, {});
+    if (document.tokens == 0) {  // a tokenizer may make nothing of a text
       ++report_.empty_documents;
       return;
     }
     const int64_t eos = tokenizer_.eos_id();
-    if (job_.append_eos && eos >= 0) writer_.append(&eos, 1);
+    if (job_.append_eos && eos >= 0) writer_.append(&eos, 1, document.end_counts);
     writer_.end_document();
-    document_tokens_ = 0;
-    report_.num_bytes += static_cast<int64_t>(num_bytes);
+    report_.num_bytes += document.bytes;
+    report_.num_counted_bytes += document.counted_bytes;
     if (source != last_source_ || last_count_ == nullptr) {
       last_source_ = source;
       last_count_ = &source_documents_[last_source_];
@@ -103,24 +134,30 @@ class DocumentWriter {
   Tokenizer& tokenizer_;
   TokenWriter& writer_;
   PrepareReport& report_;
-  std::vector<std::string> texts_, sources_;
-  size_t batch_bytes_ = 0, document_tokens_ = 0;
+  std::vector<Part> parts_;
+  std::vector<std::string> sources_;  ///< of the documents of these parts
+  size_t batch_bytes_ = 0;
+  Written document_;
   std::map<std::string, int64_t> source_documents_;
   std::string last_source_;
   int64_t* last_count_ = nullptr;
 };
 
-/// The part of a document that belongs into this token file; "" for none.
-std::string_view select(const PrepareJob& job, const TextFile& file, const Document& document) {
-  if (job.part == Part::kAll) return document.text;
+/// What of a document belongs into this token file; none where nothing does. part: room for a text that is cut.
+std::span<const Segment> select(const PrepareJob& job, const TextFile& file,
+                                const Document& document, Segment& part) {
+  if (job.part == Part::kAll) return document.segments;
   if (file.kind == TextFile::Kind::kText) {
-    const double train = static_cast<double>(document.text.size()) * (1 - job.val_fraction);
-    const size_t cut = utf8_boundary(document.text, static_cast<size_t>(train));
-    return job.part == Part::kTrain ? document.text.substr(0, cut) : document.text.substr(cut);
+    const std::string_view text = document.segments.front().text;
+    const double train = static_cast<double>(text.size()) * (1 - job.val_fraction);
+    const size_t cut = utf8_boundary(text, static_cast<size_t>(train));
+    part.text = job.part == Part::kTrain ? text.substr(0, cut) : text.substr(cut);
+    return {&part, 1};
   }
   const bool held_out =
       hash_fraction(file.name + ":" + std::to_string(document.line)) < job.val_fraction;
-  return held_out == (job.part == Part::kHeldOut) ? document.text : std::string_view();
+  if (held_out != (job.part == Part::kHeldOut)) return {};
+  return document.segments;
 }
 
 void report_bad(const PrepareJob& job, const TextFile& file, int64_t line, const std::string& what,
@@ -147,10 +184,11 @@ void read_all(const PrepareJob& job, DocumentWriter& writer, PrepareReport& repo
     DocumentSink sink;
     int64_t read = file.size_bytes;
     sink.document = [&](const Document& document) {
-      const std::string_view text = select(job, file, document);
-      if (!text.empty()) {
-        writer.add(text, document.source);
-      } else if (document.text.empty()) {
+      Segment part;
+      const std::span<const Segment> segments = select(job, file, document, part);
+      if (text_bytes(segments) > 0) {
+        writer.add(segments, document.source);
+      } else if (text_bytes(document.segments) == 0) {
         ++report.empty_documents;
       }
     };
@@ -180,7 +218,7 @@ void check_output(const PrepareJob& job) {
     throw Error(ExitCode::kConfig,
                 "prepare: \"" + job.output_prefix +
                     "\" names a folder, expected a prefix: " + job.output_prefix + "NAME");
-  for (const char* suffix : {".bin", ".idx", ".meta.json"}) {
+  for (const char* suffix : {".bin", ".idx", ".loss", ".meta.json"}) {
     const std::string path = job.output_prefix + suffix;
     std::error_code ignored;
     if (!fs::exists(path, ignored)) continue;
@@ -220,12 +258,14 @@ PrepareReport run_prepare(const PrepareJob& job, Tokenizer& tokenizer) try {
   read_all(job, writer, report);
   report.num_documents = tokens.num_documents();
   report.num_tokens = tokens.num_tokens();
+  report.num_counted_tokens = tokens.num_counted_tokens();
   check_not_empty(job, report);
   Sidecar sidecar;
   sidecar.tokenizer = job.tokenizer;
   sidecar.tokenizer_sha256 = tokenizer.sha256();
   sidecar.eos_id = tokenizer.eos_id();
   sidecar.num_bytes = report.num_bytes;
+  sidecar.num_counted_bytes = report.num_counted_bytes;
   sidecar.source_documents = writer.source_documents();
   sidecar.command = job.command;
   tokens.finish(sidecar);
@@ -243,11 +283,17 @@ void show_documents(const std::vector<std::string>& inputs, const TextOptions& t
   PrepareReport report;
   int64_t left = limit_bytes;
   const auto show = [&](const Document& document) {
-    std::string_view text = document.text;
-    if (limit_bytes > 0) text = text.substr(0, utf8_boundary(text, static_cast<size_t>(left)));
-    const std::string line = nlohmann::json(text).dump() + "\n";
+    auto list = nlohmann::ordered_json::array();
+    for (const auto& [whole, loss] : document.segments) {
+      std::string_view text = whole;
+      if (limit_bytes > 0) text = text.substr(0, utf8_boundary(text, static_cast<size_t>(left)));
+      list.push_back({{"text", text}, {"loss", loss}});
+      left -= static_cast<int64_t>(whole.size());
+      if (limit_bytes > 0 && left <= 0) break;
+    }
+    const bool plain = document.segments.size() == 1 && document.segments[0].loss;
+    const std::string line = (plain ? list[0]["text"] : list).dump() + "\n";
     if (std::fwrite(line.data(), 1, line.size(), out) != line.size()) throw Done();
-    left -= static_cast<int64_t>(document.text.size());
     if (limit_bytes > 0 && left <= 0) throw Done();
   };
   try {

@@ -30,13 +30,13 @@ std::string default_cache_folder() {
       "no place for prepared data: neither XDG_CACHE_HOME nor HOME is set; set data.cache_dir");
 }
 
-std::vector<TextFile> find_named_texts(const std::string& text) {
+std::vector<TextFile> find_named_texts(const std::string& text, const TextOptions& options) {
   if (text == kStandardInput)
     throw Error(
         ExitCode::kConfig,
         "data.text: standard input (-) can be read only once, but every run reads its text; "
         "give a file, or prepare it (xlstm-data prepare - --output PREFIX) for data.train");
-  return find_texts({text}, {});
+  return find_texts({text}, options);
 }
 
 nlohmann::json describe(const std::vector<TextFile>& files) {
@@ -86,8 +86,9 @@ void check_apart(const Split& split) {
 Split make_split(const CacheOptions& options) {
   const std::string& text = options.text;
   Split split;
-  split.train.files = find_named_texts(text);
   split.train.texts.text_key = options.text_key;
+  split.train.texts.prompt_key = options.prompt_key;
+  split.train.files = find_named_texts(text, split.train.texts);
   split.train.what = text;
   split.train.label = "prepare " + text;
   split.train.tokenizer = options.tokenizer;
@@ -98,7 +99,7 @@ Split make_split(const CacheOptions& options) {
   split.val = split.train;
   split.val->label += " (held out)";
   if (!options.val_text.empty()) {
-    split.val->files = find_named_texts(options.val_text);
+    split.val->files = find_named_texts(options.val_text, split.train.texts);
     split.val->what = options.val_text;
     split.val->command = "data.val_text=" + options.val_text;
     check_apart(split);
@@ -120,6 +121,7 @@ std::string cache_key(const Split& split) {
                         static_cast<int>(split.train.part),
                         describe(split.train.files)};
   if (split.val) key.push_back(describe(split.val->files));
+  if (!split.train.texts.prompt_key.empty()) key.push_back(split.train.texts.prompt_key);
   return sha256_hex(key.dump()).substr(0, 24);
 }
 

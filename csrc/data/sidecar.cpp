@@ -64,9 +64,11 @@ class Fields {
 std::string format_sidecar(const Sidecar& sidecar) {
   Json json = Json::object();
   json["format"] = kFormat;
-  json["version"] = kSidecarVersion;
+  const bool all_count = sidecar.loss_sha256.empty();
+  json["version"] = all_count ? 1 : kSidecarVersion;
   json["bin_sha256"] = sidecar.bin_sha256;
   json["idx_sha256"] = sidecar.idx_sha256;
+  if (!all_count) json["loss_sha256"] = sidecar.loss_sha256;
   json["tokenizer"] = sidecar.tokenizer;
   json["tokenizer_sha256"] = sidecar.tokenizer_sha256;
   json["vocab_size"] = sidecar.vocab_size;
@@ -75,6 +77,10 @@ std::string format_sidecar(const Sidecar& sidecar) {
   json["num_documents"] = sidecar.num_documents;
   json["max_token_id"] = sidecar.max_token_id;
   json["num_bytes"] = sidecar.num_bytes;
+  if (!all_count) {
+    json["num_counted_tokens"] = sidecar.num_counted_tokens;
+    json["num_counted_bytes"] = sidecar.num_counted_bytes;
+  }
   json["source_documents"] = sidecar.source_documents;
   json["command"] = sidecar.command;
   // File names need not be UTF-8: bytes that are not become the replacement character.
@@ -108,6 +114,13 @@ std::optional<Sidecar> read_sidecar(const std::string& prefix) {
   sidecar.num_documents = fields.integer("num_documents", 0);
   sidecar.max_token_id = fields.integer("max_token_id", -1);
   sidecar.num_bytes = fields.integer("num_bytes", 0);
+  sidecar.num_counted_tokens = sidecar.num_tokens;
+  sidecar.num_counted_bytes = sidecar.num_bytes;
+  if (version > 1) {
+    sidecar.loss_sha256 = fields.text("loss_sha256");
+    sidecar.num_counted_tokens = fields.integer("num_counted_tokens", 0);
+    sidecar.num_counted_bytes = fields.integer("num_counted_bytes", 0);
+  }
   sidecar.source_documents = fields.counts("source_documents");
   sidecar.command = fields.text("command");
   return sidecar;

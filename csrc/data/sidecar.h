@@ -6,8 +6,9 @@
 
 namespace xlstm::data {
 
-/// Format version written into every sidecar; a larger one is refused.
-constexpr int kSidecarVersion = 1;
+/// Format version of a sidecar: 2 where not all tokens count, which earlier programs would not see, else 1. A larger one is
+/// refused.
+constexpr int kSidecarVersion = 2;
 
 /// The sidecar as JSON text, one key per line.
 std::string format_sidecar(const Sidecar& sidecar);

@@ -38,9 +38,10 @@ TextFile standard_input(const TextOptions& options) {
   TextFile file;
   file.path = file.name = file.input = "standard input";
   file.is_standard_input = true;
-  file.kind = options.format == "auto"    ? TextFile::Kind::kByContent
-              : options.format == "jsonl" ? TextFile::Kind::kJsonl
-                                          : TextFile::Kind::kText;
+  const bool by_content = options.format == "auto" && options.prompt_key.empty();
+  file.kind = by_content                 ? TextFile::Kind::kByContent
+              : options.format == "text" ? TextFile::Kind::kText
+                                         : TextFile::Kind::kJsonl;
   return file;
 }
 
@@ -102,6 +103,11 @@ class Collector {
   }
 
   void add(TextFile file) {
+    if (file.kind == TextFile::Kind::kText && !options_.prompt_key.empty())
+      throw Error(ExitCode::kConfig,
+                  file.path + ": is a plain text, but the prompt key \"" + options_.prompt_key +
+                      "\" is for JSONL; leave the key out (data.prompt_key, --prompt-key of "
+                      "xlstm-data), or give JSONL alone");
     ++matched;
     if (seen_.insert(file.id).second) files.push_back(std::move(file));
   }
@@ -166,11 +172,21 @@ void add_standard_library(Collector& collector) {
 
 }  // namespace
 
+size_t text_bytes(std::span<const Segment> segments) {
+  size_t bytes = 0;
+  for (const Segment& segment : segments) bytes += segment.text.size();
+  return bytes;
+}
+
 std::vector<TextFile> find_texts(const std::vector<std::string>& inputs,
                                  const TextOptions& options) {
   if (options.format != "auto" && options.format != "text" && options.format != "jsonl")
     throw Error(ExitCode::kConfig,
                 "the format of texts is \"" + options.format + "\", expected auto, text or jsonl");
+  if (!options.prompt_key.empty() && options.prompt_key == options.text_key)
+    throw Error(ExitCode::kConfig, "prompt and text have the same key, \"" + options.text_key +
+                                       "\"; give them one each (data.prompt_key and data.text_key, "
+                                       "--prompt-key and --text-key of xlstm-data)");
   Collector collector(options);
   for (const auto& input : inputs) {
     if (input == kStandardLibrary) {

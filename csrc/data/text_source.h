@@ -2,6 +2,7 @@
 // Finds text files and reads their documents one after the other.
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -18,6 +19,8 @@ struct TextOptions {
   /// input where it begins with a brace
   std::string format = "auto";
   std::string text_key = "text";  ///< of a line of JSONL: its text stands there
+  /// Of a line of JSONL: what stands there comes before the text and does not count; "": nothing does
+  std::string prompt_key = "";
   /// POSIX extended regular expression: a new document begins at each line of a text that it matches; "": a text is one
   std::string split_at = "";
 };
@@ -45,14 +48,24 @@ constexpr const char* kStandardInput = "-";
 /// Files of the inputs in a fixed order: inputs as given, below a folder sorted by name. Hidden files and folders are
 /// passed over, and a file that several inputs lead to counts once. Folders, linked ones included, are searched for names
 /// that match `glob` (*, ?, [set]); an input that does not exist is taken as a glob itself. Throws Error(kData) for an
-/// input that leads to nothing, and for what cannot be read; Error(kConfig) for an unknown format.
+/// input that leads to nothing, and for what cannot be read; Error(kConfig) for an unknown format, and where there is a
+/// prompt_key for a plain text, or one that is the text_key.
 std::vector<TextFile> find_texts(const std::vector<std::string>& inputs,
                                  const TextOptions& options);
 
+/// A part of a document, tokenized by itself.
+struct Segment {
+  std::string_view text;
+  bool loss = true;  ///< whether its tokens count; else they are read alone
+};
+
+/// UTF-8 bytes of them all.
+size_t text_bytes(std::span<const Segment> segments);
+
 struct Document {
-  std::string_view text;    ///< valid during the call
-  std::string_view source;  ///< meta.redpajama_set_name, else TextFile::input
-  int64_t line = 1;         ///< where it begins
+  std::span<const Segment> segments;  ///< a plain text is one; valid during the call
+  std::string_view source;            ///< meta.redpajama_set_name, else TextFile::input
+  int64_t line = 1;                   ///< where it begins
 };
 
 /// What a reader of documents is told. Positions are bytes of the file as stored, for progress.

@@ -168,7 +168,7 @@ void compare_with_sidecar(const std::string& path, const char* what, int64_t fou
   if (found != recorded)
     refuse(path,
            std::to_string(found) + " " + what + ", its .meta.json says " + std::to_string(recorded),
-           "the files do not belong together: copy all three again or prepare the data again");
+           "the files do not belong together: copy all of them again or prepare the data again");
 }
 
 void compare_hash(const std::string& path, const std::string& recorded) {
@@ -220,6 +220,46 @@ TokenFile::TokenFile(const std::string& prefix, Verify verify)
     compare_hash(idx_path, sidecar_->idx_sha256);
     compare_hash(bin_path, sidecar_->bin_sha256);
   }
+  open_loss(verify);
+}
+
+/// What .loss says, checked: a part of it would count other tokens without a word.
+void TokenFile::open_loss(Verify verify) {
+  const std::string path = prefix_ + ".loss";
+  std::error_code error;
+  const bool exists = std::filesystem::exists(path, error);
+  num_counted_tokens_ = num_tokens_;
+  if (sidecar_ && exists == sidecar_->loss_sha256.empty())
+    refuse(path,
+           exists ? "its .meta.json knows of no such file: all tokens count"
+                  : "no such file, but its .meta.json says that not all tokens count",
+           exists ? "delete it, or copy all files of the prefix again"
+                  : "copy it beside the .bin, or prepare the data again");
+  if (!exists) return;
+  loss_ = MappedFile(path);
+  loss_borders_ = {reinterpret_cast<const int64_t*>(loss_.data()), loss_.size() / sizeof(int64_t)};
+  constexpr const char* kFix = "copy it and the .bin again, or prepare the data again";
+  if (loss_borders_.empty() || loss_.size() % sizeof(int64_t) != 0)
+    refuse(path, std::to_string(loss_.size()) + " bytes are not one or more positions of 8", kFix);
+  if (loss_borders_.back() != num_tokens_)
+    refuse(path,
+           "ends at token " + std::to_string(loss_borders_.back()) + " of " +
+               std::to_string(num_tokens_) + ": it is truncated, or not of this .bin",
+           kFix);
+  num_counted_tokens_ = 0;
+  for (size_t i = 0; i < loss_borders_.size(); ++i) {
+    const int64_t before = i == 0 ? -1 : loss_borders_[i - 1];
+    if (loss_borders_[i] <= before)
+      refuse(path,
+             "position " + std::to_string(i) + " is " + std::to_string(loss_borders_[i]) +
+                 ", expected more than " + std::to_string(before),
+             kFix);
+    if (i % 2 == 1) num_counted_tokens_ += loss_borders_[i] - before;
+  }
+  if (sidecar_ && verify != Verify::kNone)
+    compare_with_sidecar(path, "tokens that count", num_counted_tokens_,
+                         sidecar_->num_counted_tokens);
+  if (sidecar_ && verify == Verify::kSha256) compare_hash(path, sidecar_->loss_sha256);
 }
 
 void TokenFile::read(int64_t first, int64_t count, int64_t* out) const {
@@ -253,6 +293,17 @@ void TokenFile::read_document_starts(int64_t first, int64_t count, uint8_t* out)
   for (; start != end && *start < first + count; ++start) out[*start - first] = 1;
 }
 
+void TokenFile::read_counted(int64_t first, int64_t count, uint8_t* out) const {
+  std::fill_n(out, static_cast<size_t>(count), uint8_t{1});
+  if (loss_borders_.empty()) return;
+  const auto begin = loss_borders_.begin(), end = loss_borders_.end();
+  auto next = std::upper_bound(begin, end, first);
+  for (int64_t i = 0; i < count; ++i) {
+    if (next != end && *next == first + i) ++next;
+    out[i] = static_cast<uint8_t>((next - begin) % 2);
+  }
+}
+
 void TokenFile::check_vocab(int64_t vocab_size) const {
   const bool recorded = sidecar_ && sidecar_->max_token_id < vocab_size;
   if (recorded && bin_.size() > kScanBytes) return;  // read() holds the file to that id
@@ -273,9 +324,14 @@ void TokenFile::check_vocab(int64_t vocab_size) const {
 }
 
 std::string TokenFile::fingerprint() const {
-  if (sidecar_) return "sha256:" + sha256_hex(sidecar_->bin_sha256 + sidecar_->idx_sha256);
+  if (sidecar_)
+    return "sha256:" +
+           sha256_hex(sidecar_->bin_sha256 + sidecar_->idx_sha256 + sidecar_->loss_sha256);
+  const std::string loss = loss_borders_.empty() ? ""
+                                                 : ":" + std::to_string(loss_.size()) + ":" +
+                                                       std::to_string(num_counted_tokens_);
   return "sizes:" + std::to_string(bin_.size()) + ":" + std::to_string(idx_.size()) + ":" +
-         std::to_string(num_documents_);
+         std::to_string(num_documents_) + loss;
 }
 
 }  // namespace xlstm::data

@@ -1,8 +1,10 @@
 #pragma once
-// Megatron's .bin/.idx pair, read through a memory map, with the sidecar .meta.json that libxlstm adds.
+// Megatron's .bin/.idx pair, read through a memory map, with what libxlstm adds: the sidecar .meta.json, and .loss where not
+// all tokens count (csrc/data/token_format.h).
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -13,11 +15,13 @@ namespace xlstm::data {
 /// What `<prefix>.meta.json` says (written by prepare; other tools ignore it).
 struct Sidecar {
   std::string bin_sha256, idx_sha256;
+  std::string loss_sha256;       ///< "" where all tokens count
   std::string tokenizer;         ///< "bytes" or the path it was prepared with
   std::string tokenizer_sha256;  ///< of the tokenizer's files; "" for bytes
   int64_t vocab_size = 0, eos_id = -1;
   int64_t num_tokens = 0, num_documents = 0, max_token_id = -1;
   int64_t num_bytes = 0;  ///< UTF-8 bytes of the source text (bits per byte)
+  int64_t num_counted_tokens = 0, num_counted_bytes = 0;  ///< of them, those that count
   std::map<std::string, int64_t>
       source_documents;  ///< documents per source (file, or meta.redpajama_set_name)
   std::string command;
@@ -31,7 +35,7 @@ enum class Verify { kNone, kSizes, kSha256 };
 class TokenFile {
  public:
   /// Opens <prefix>.bin/.idx (a name ending in .bin or .idx is accepted). Checks magic, version, dtype, sizes, bounds,
-  /// and with kSha256 the sidecar's hashes. Throws Error(kData) naming the file and the fix.
+  /// and with kSha256 the sidecar's hashes; .loss is held against them in any case. Throws Error(kData) naming the file and the fix.
   explicit TokenFile(const std::string& prefix, Verify verify = Verify::kSizes);
   const std::string& prefix() const { return prefix_; }
   int64_t num_tokens() const { return num_tokens_; }
@@ -44,6 +48,10 @@ class TokenFile {
   void read(int64_t first, int64_t count, int64_t* out) const;
   /// Sets out[i] = 1 where token first+i starts a document.
   void read_document_starts(int64_t first, int64_t count, uint8_t* out) const;
+  /// Tokens that count in the loss, as targets: all without a .loss file.
+  int64_t num_counted_tokens() const { return num_counted_tokens_; }
+  /// Sets out[i] = 1 where token first+i counts.
+  void read_counted(int64_t first, int64_t count, uint8_t* out) const;
   const std::optional<Sidecar>& sidecar() const { return sidecar_; }
   /// Largest id: the sidecar's when present, else a scan. Throws when it does not fit vocab_size, with its position.
   void check_vocab(int64_t vocab_size) const;
@@ -52,10 +60,14 @@ class TokenFile {
 
  private:
   std::string prefix_;
-  MappedFile bin_, idx_;
+  void open_loss(Verify verify);
+
+  MappedFile bin_, idx_, loss_;
   int dtype_code_ = 0;
   int64_t num_tokens_ = 0, num_documents_ = 0;
   std::vector<int64_t> document_starts_;
+  std::span<const int64_t> loss_borders_;  ///< the positions of .loss; none where all tokens count
+  int64_t num_counted_tokens_ = 0;
   std::optional<Sidecar> sidecar_;
 };
 

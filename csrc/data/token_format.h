@@ -4,6 +4,10 @@
 //   | S x i32 length in tokens | S x i64 byte offset into .bin | D x i64 document index
 // Document d is the sequences [index[d], index[d+1]); writers put one sequence per document. A document of more than
 // 2^31-1 tokens is several sequences of one document.
+//
+// Where not all tokens count in the loss, libxlstm adds a file .loss, which other tools ignore: the positions of tokens at
+// which counting begins and ends, in turn, as i64 in growing order, the last one the number of all tokens. Token t counts
+// where the number of positions <= t is odd.
 #include <bit>
 #include <cstddef>
 #include <cstdint>

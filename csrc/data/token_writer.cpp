@@ -18,7 +18,8 @@ namespace {
 
 constexpr size_t kBufferBytes = size_t{1} << 20;
 constexpr int64_t kUint16Ids = 65536;
-constexpr const char* kSuffixes[] = {".bin", ".idx", ".meta.json"};
+/// In the order in which they appear: a .loss before the .idx without which nothing is read, the sidecar last.
+constexpr const char* kSuffixes[] = {".bin", ".loss", ".idx", ".meta.json"};
 
 std::string parent_folder(const std::string& prefix) {
   const auto parent = std::filesystem::path(prefix).parent_path();
@@ -83,7 +84,9 @@ TokenWriter::~TokenWriter() {
   for (const char* suffix : kSuffixes) ::unlink((prefix_ + suffix + ".tmp").c_str());
 }
 
-void TokenWriter::append(const int64_t* ids, int64_t count) {
+void TokenWriter::append(const int64_t* ids, int64_t count, bool counted) {
+  if (count > 0 && counted != (loss_borders_.size() % 2 == 1)) loss_borders_.push_back(num_tokens_);
+  if (counted) num_counted_tokens_ += count;
   while (count > 0) {
     const int64_t part = std::min(count, max_sequence_ - sequence_tokens_);
     if (part == 0) {  // the index counts a sequence's tokens in 32 bits
@@ -173,13 +176,24 @@ std::string TokenWriter::write_index() {
   return index.close();
 }
 
+std::string TokenWriter::write_loss() {
+  if (num_counted_tokens_ == num_tokens_) return "";
+  if (loss_borders_.empty() || loss_borders_.back() != num_tokens_)
+    loss_borders_.push_back(num_tokens_);
+  IndexStream positions(prefix_ + ".loss.tmp");
+  for (const int64_t position : loss_borders_) positions.put(position);
+  return positions.close();
+}
+
 void TokenWriter::finish(Sidecar sidecar) {
   write_bin(buffer_.data(), buffer_.size());
   bin_->sync_and_close();
   sidecar.bin_sha256 = bin_hash_.hex_digest();
   sidecar.idx_sha256 = write_index();
+  sidecar.loss_sha256 = write_loss();
   sidecar.vocab_size = vocab_size_;
   sidecar.num_tokens = num_tokens_;
+  sidecar.num_counted_tokens = num_counted_tokens_;
   sidecar.num_documents = num_documents_;
   sidecar.max_token_id = max_id_;
   OutputFile meta(prefix_ + ".meta.json.tmp");
@@ -189,8 +203,10 @@ void TokenWriter::finish(Sidecar sidecar) {
   const std::string folder = parent_folder(prefix_);
   ::unlink((prefix_ + ".meta.json").c_str());
   ::unlink((prefix_ + ".idx").c_str());
+  ::unlink((prefix_ + ".loss").c_str());
   sync_directory(folder);
-  for (const char* suffix : kSuffixes) {
+  for (const std::string suffix : kSuffixes) {
+    if (suffix == ".loss" && sidecar.loss_sha256.empty()) continue;
     rename_file(prefix_ + suffix + ".tmp", prefix_ + suffix);
     sync_directory(folder);
   }

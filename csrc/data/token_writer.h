@@ -1,5 +1,5 @@
 #pragma once
-// Writes Megatron's .bin/.idx pair and the sidecar, streaming.
+// Writes Megatron's .bin/.idx pair and the sidecar, streaming, with .loss where not all tokens count.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -23,13 +23,14 @@ class TokenWriter {
   TokenWriter(const TokenWriter&) = delete;
   TokenWriter& operator=(const TokenWriter&) = delete;
 
-  /// Appends to the document under construction.
-  void append(const int64_t* ids, int64_t count);
+  /// Appends to the document under construction. counted: whether these tokens count in the loss.
+  void append(const int64_t* ids, int64_t count, bool counted = true);
   /// Ends the document under construction; one without tokens is recorded as such.
   void end_document();
   int64_t num_tokens() const { return num_tokens_; }
+  int64_t num_counted_tokens() const { return num_counted_tokens_; }
   int64_t num_documents() const { return num_documents_; }
-  /// Completes the pair. Counts, largest id and hashes of `sidecar` are filled in here.
+  /// Completes the pair. Counts of tokens and documents, largest id and hashes of `sidecar` are filled in here.
   void finish(Sidecar sidecar);
 
   /// Tokens per sequence of the index; a longer document becomes several sequences. For tests smaller than 2^31-1.
@@ -41,6 +42,7 @@ class TokenWriter {
   void write_bin(const void* data, size_t size_bytes);
   void end_sequence();
   std::string write_index();
+  std::string write_loss();
 
   std::string prefix_;
   int64_t vocab_size_;
@@ -53,7 +55,8 @@ class TokenWriter {
   std::vector<int64_t> continuations_;  ///< sequences that continue the document of the one before
   int64_t max_sequence_ = INT32_MAX;
   int64_t sequence_tokens_ = 0;
-  int64_t num_tokens_ = 0, num_documents_ = 0;
+  std::vector<int64_t> loss_borders_;  ///< where counting begins and ends, in turn
+  int64_t num_tokens_ = 0, num_counted_tokens_ = 0, num_documents_ = 0;
   int64_t max_id_ = -1;
 };
 

@@ -17,6 +17,11 @@ class Tokenizer {
   /// Several texts at once, which costs a tokenizer in another process one round trip.
   virtual std::vector<std::vector<int64_t>> encode_batch(
       const std::vector<std::string_view>& texts) = 0;
+  /// The same for texts that go on in a document: what the tokenizer puts before a text, such as a space, is left out.
+  virtual std::vector<std::vector<int64_t>> encode_inside(
+      const std::vector<std::string_view>& texts) {
+    return encode_batch(texts);
+  }
   /// True where the tokens of a text are those of its pieces, cut anywhere.
   virtual bool is_bytewise() const { return false; }
   /// Any ids; invalid UTF-8 is possible for bytes.

@@ -42,15 +42,12 @@ class ProcessTokenizer final : public Tokenizer {
 
   std::vector<std::vector<int64_t>> encode_batch(
       const std::vector<std::string_view>& texts) override {
-    uint64_t size = 8;
-    for (const auto text : texts) size += 8 + text.size();
-    send_header('E', size);
-    send_number(texts.size());
-    for (const auto text : texts) {
-      send_number(text.size());
-      send(text.data(), text.size());
-    }
-    return parse_encoded(receive('E'), texts.size());
+    return encode_as('E', texts);
+  }
+
+  std::vector<std::vector<int64_t>> encode_inside(
+      const std::vector<std::string_view>& texts) override {
+    return encode_as('I', texts);
   }
 
   std::string decode(const std::vector<int64_t>& ids) override {
@@ -63,6 +60,18 @@ class ProcessTokenizer final : public Tokenizer {
   std::string sha256() const override { return sha256_; }
 
  private:
+  std::vector<std::vector<int64_t>> encode_as(char request,
+                                              const std::vector<std::string_view>& texts) {
+    uint64_t size = 8;
+    for (const auto text : texts) size += 8 + text.size();
+    send_header(request, size);
+    send_number(texts.size());
+    for (const auto text : texts) {
+      send_number(text.size());
+      send(text.data(), text.size());
+    }
+    return parse_encoded(receive(request), texts.size());
+  }
   [[noreturn]] void fail(const std::string& what) const {
     throw Error(ExitCode::kData, "tokenizer " + name_ + ": " + what);
   }

@@ -194,6 +194,11 @@ class PyTokenData {
     for (const auto& [file, weight] : files_) total += file->num_tokens();
     return total;
   }
+  int64_t num_counted_tokens() const {
+    int64_t total = 0;
+    for (const auto& [file, weight] : files_) total += file->num_counted_tokens();
+    return total;
+  }
   std::optional<int64_t> vocab_size() const {
     int64_t largest = 0;
     for (const auto& [file, weight] : files_) {
@@ -332,6 +337,7 @@ PYBIND11_MODULE(_C, m) {
       .def("batch", &PyTokenData::batch, py::arg("first_sample"), py::arg("count"), no_lock())
       .def_property_readonly("samples_per_epoch", &PyTokenData::samples_per_epoch)
       .def_property_readonly("num_tokens", &PyTokenData::num_tokens)
+      .def_property_readonly("num_counted_tokens", &PyTokenData::num_counted_tokens)
       .def_property_readonly("vocab_size", &PyTokenData::vocab_size);
   m.def("load", &load, py::arg("checkpoint_dir"), py::arg("verify"), py::arg("dtype"),
         py::arg("overrides"), no_lock(),

@@ -180,6 +180,10 @@ TEST_CASE("what a training run needs") {
        "f.yaml:1: data.text: is given together with data.train, expected one of them; set "
        "data.text=\"\" or "
        "data.train=[]"},
+      {"data: {train: [{path: b}], prompt_key: c}\ntrain: {max_steps: 500}",
+       "f.yaml:1: data.prompt_key: works with data.text; xlstm-data prepare takes --prompt-key"},
+      {"data: {text: b, prompt_key: c, text_key: c}\ntrain: {max_steps: 500}",
+       "f.yaml:1: data.prompt_key: is c, as data.text_key is; expected another key"},
       {"data: {train: [{path: b}], text_key: c}\ntrain: {max_steps: 500}",
        "f.yaml:1: data.text_key: works with data.text; xlstm-data prepare takes --text-key"},
       {"data: {train: [{path: b}], val_text: c}\ntrain: {max_steps: 500}",

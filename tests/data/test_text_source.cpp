@@ -38,14 +38,23 @@ std::string gzip(const std::string& text) {
   return out;
 }
 
+/// The texts of segments, those that do not count in parentheses, with a bar between two.
+std::string joined(std::span<const Segment> segments) {
+  std::string text;
+  for (const auto& segment : segments) {
+    if (&segment != segments.data()) text += "|";
+    text += segment.loss ? std::string(segment.text) : "(" + std::string(segment.text) + ")";
+  }
+  return text;
+}
+
 /// Documents as "source|line|text", problems as "line!what".
 std::vector<std::string> read_all(const std::string& path, const TextOptions& options = {}) {
   std::vector<std::string> seen;
   int64_t last = 0;
   DocumentSink sink;
   sink.document = [&](const Document& d) {
-    seen.push_back(std::string(d.source) + "|" + std::to_string(d.line) + "|" +
-                   std::string(d.text));
+    seen.push_back(std::string(d.source) + "|" + std::to_string(d.line) + "|" + joined(d.segments));
   };
   sink.bad = [&](int64_t line, const std::string& what) {
     seen.push_back(std::to_string(line) + "!" + what);
@@ -133,13 +142,13 @@ TEST_CASE("jsonl parser") {
   REQUIRE(parser.parse(
       R"( {"a":[1,-2.5e+3,true,null,{"text":"no"}],"text":"x\u00e9\n\ud83d\ude00\"\/", "meta": )"
       R"({"redpajama_set_name":"RedPajamaC4","n":{}}} )"));
-  CHECK(parser.text() == "x\xc3\xa9\n\xf0\x9f\x98\x80\"/");
+  CHECK(parser.segments().at(0).text == "x\xc3\xa9\n\xf0\x9f\x98\x80\"/");
   CHECK(parser.set_name() == "RedPajamaC4");
   REQUIRE(parser.parse(R"({"meta":null,"text":""})"));
-  CHECK(parser.text().empty());
+  CHECK(parser.segments().at(0).text.empty());
   CHECK(parser.set_name().empty());
   REQUIRE(parser.parse(R"({"text":"\u0000","meta":{"redpajama_set_name":7}})"));
-  CHECK(parser.text() == std::string(1, '\0'));
+  CHECK(parser.segments().at(0).text == std::string(1, '\0'));
 
   const std::vector<std::pair<std::string, std::string>> bad{
       {R"({"text":3})", "\"text\" is not a string"},
@@ -174,11 +183,11 @@ TEST_CASE("jsonl parser") {
 TEST_CASE("jsonl parser of another key") {
   JsonlParser parser("content");
   REQUIRE(parser.parse(R"({"text":3,"\u0063ontent":"a","meta":{"content":"b"}})"));
-  CHECK(parser.text() == "a");
+  CHECK(parser.segments().at(0).text == "a");
   CHECK_FALSE(parser.parse(R"({"text":"a"})"));
   CHECK(contains(parser.error(), "no \"content\", but \"text\"; say which key"));
   CHECK(contains(parser.error(), "--text-key"));
-  CHECK_FALSE(parser.parse(R"({"content":[]})"));
+  CHECK_FALSE(parser.parse(R"({"content":{}})"));
   CHECK(contains(parser.error(), "\"content\" is not a string"));
   std::string many = "{";
   for (int i = 0; i < 1000; ++i) many += "\"key" + std::to_string(i) + "\":0,";
@@ -209,7 +218,7 @@ TEST_CASE("jsonl parser agrees with another JSON library on damaged lines") {
     REQUIRE(parsed == usable);
     if (!parsed) continue;
     ++accepted;
-    REQUIRE(parser.text() == json["text"].get<std::string>());
+    REQUIRE(parser.segments().at(0).text == json["text"].get<std::string>());
   }
   CHECK(accepted > 2000);
 }
@@ -370,7 +379,7 @@ TEST_CASE("documents of jsonl, plain and compressed") {
       "\n{\"text\":\"two\"}\n{bad\n{\"text\":3}\n";
   std::vector<std::string> want{"C4|1|one", "in|4|two",
                                 "5!not valid JSON at byte 2: expected a name in quotes",
-                                "6!\"text\" is not a string"};
+                                "6!\"text\" is not a string, nor a list of segments"};
   for (int i = 7; i < 4000;
        ++i) {  // several buffers of the decompressor, lines across their borders
     const std::string word = std::to_string(i) + std::string(static_cast<size_t>(i % 300), 'x');

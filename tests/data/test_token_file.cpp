@@ -252,7 +252,7 @@ TEST_CASE("damaged token files against their sidecar") {
     CHECK(contains(with("\"eos_id\": 0", "\"eos_id\": 18446744073709551615"),
                    "\"eos_id\" is not an integer"));
     CHECK(contains(with("\"vocab_size\"", "\"vocab\""), "\"vocab_size\" is missing"));
-    CHECK(contains(with("\"version\": 1", "\"version\": 2"), "version 2 is newer"));
+    CHECK(contains(with("\"version\": 1", "\"version\": 3"), "version 3 is newer"));
     CHECK(contains(with("libxlstm-tokens", "other"), "\"format\" is not"));
     CHECK(contains(with("\"tokenizer\": \"bytes\"", "\"tokenizer\": 3"),
                    "\"tokenizer\" is not a string"));

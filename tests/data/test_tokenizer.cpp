@@ -125,6 +125,49 @@ TEST_CASE("a tokenizer.json in its own process") {
                  "bad.json: not a tokenizer"));
 }
 
+TEST_CASE("a space before a text stands at a document's beginning alone") {
+  if (!have_tokenizers()) return;
+  TemporaryFolder folder;
+  const auto with = [&](const std::string& name, const std::string& normalizer,
+                        const std::string& pre_tokenizer) {
+    return make_tokenizer(
+        write_bytes(folder / name, R"({"version": "1.0", "truncation": null, "padding": null,
+      "added_tokens": [], "decoder": null, "post_processor": null, "normalizer": )" +
+                                       normalizer + R"(, "pre_tokenizer": )" + pre_tokenizer +
+                                       R"(, "model": {"type": "BPE", "unk_token": "?",
+      "vocab": {"?": 0, "a": 1, "▁": 2, "\u0120": 3, "▁a": 4, "\u0120a": 5}, "merges": ["▁ a", "\u0120 a"]}})"));
+  };
+  const std::string space = R"({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})";
+  const std::string prepend = R"({"type": "Prepend", "prepend": "▁"})";
+  struct Case {
+    std::string name, normalizer, pre_tokenizer;
+    int64_t a, space_a;
+  };
+  for (
+      const Case& one :
+      {Case{"llama", R"({"type": "Sequence", "normalizers": [)" + prepend + ", " + space + "]}",
+            "null", 4, 4},
+       Case{"prepend", prepend, "null", 4, 0},
+       Case{
+           "metaspace", "null",
+           R"({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true})",
+           4, 4},
+       Case{
+           "bytes", "null",
+           R"({"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": true,
+                 "trim_offsets": true, "use_regex": true}]})",
+           5, 5}}) {
+    INFO(one.name);
+    const auto tokenizer = with(one.name + ".json", one.normalizer, one.pre_tokenizer);
+    CHECK(tokenizer->encode("a") == std::vector<int64_t>{one.a});
+    const auto inside = tokenizer->encode_inside({"a", "", "aa"});
+    CHECK(inside == std::vector<std::vector<int64_t>>{{1}, {}, {1, 1}});
+    if (one.space_a > 0)
+      CHECK(tokenizer->encode_inside({" a"}).at(0) == std::vector<int64_t>{one.space_a});
+    CHECK(tokenizer->encode("a") == std::vector<int64_t>{one.a});  // still the other one
+  }
+}
+
 TEST_CASE("GPT-2 files in their own process") {
   if (!have_tokenizers()) return;
   TemporaryFolder folder;
