@@ -349,7 +349,7 @@ def test_describe_is_the_dry_run_in_numbers(setup, tmp_path):
     nowhere.write_text("{model: {kind: lstm}, data: {reset_state_at_document: false}, run: {device: cuda}}")
     numbers = json.loads(train(nowhere, "--describe").stdout)
     unknown = [name for name, number in numbers.items() if number is None]
-    assert unknown == ["training_flops", "memory_bytes", "activation_bytes", "steps", "tokens"]
+    assert unknown == ["training_flops", "memory_bytes", "activation_bytes", "steps", "tokens", "counted_tokens"]
     done = train(nowhere, "--dry-run", "run.device=cpu")
     assert done.returncode == 0 and re.search(r"^whole run +length not given$", done.stdout, re.M)
 
