@@ -192,22 +192,24 @@ def test_where_no_link_can_be_made(overfits, whole):
     assert f"at step {best}, {run}/ckpt/step-{best:08d}\n" in done.stdout
 
 
-def test_another_held_out_set_or_number_of_batches_is_judged_anew(overfits, whole, tmp_path):
+def test_another_held_out_set_or_number_of_batches_is_judged_anew(overfits, tmp_path):
     config, run = overfits
-    _, best, _ = whole
-    assert train(config, failpoint=f"trainer.raise_sigterm:{best + 1}").returncode == 75
-    done = train(config, "eval.batches=1", failpoint=f"trainer.raise_sigterm:{best + 4}")
-    assert done.returncode == 75, done.stderr
-    assert checkpoints(run)[1] == f"step-{best + 2:08d}"  # though it is no lower
+    always = ["eval.patience=0"]
+    assert train(config, *always, "eval.batches=1", failpoint="trainer.raise_sigterm:51").returncode == 75
+    of_one_batch = evaluations(run)
+    assert train(config, *always, failpoint="trainer.raise_sigterm:54").returncode == 75
+    judged = evaluations(run)
+    assert list(judged) == list(range(2, 53, 2)) and judged[52] > min(of_one_batch.values())
+    assert checkpoints(run)[1] == "step-00000052"
     text = tmp_path / "other.txt"
     text.write_text("NOTHING LIKE IT?\n" * 40)
-    other = [f"data.val_text={text}", "eval.batches=1"]
-    for where in (best + 5, best + 7):  # the second goes on from a checkpoint that knows the set
+    other = [*always, f"data.val_text={text}"]
+    for where in (55, 57):  # the second goes on from a checkpoint that knows the set
         done = train(config, *other, failpoint=f"trainer.raise_sigterm:{where}")
-        assert done.returncode == 75 and ("the held-out set is another one" in done.stderr) == (where == best + 5), done.stderr
-    judged = {step: loss for step, loss in evaluations(run).items() if step >= best + 4}  # that step by both
-    assert list(judged) == [best + 4, best + 6] and min(judged.values()) > evaluations(run)[best]
-    assert checkpoints(run)[1] == f"step-{lowest(judged):08d}"
+        assert done.returncode == 75 and ("the held-out set is another one" in done.stderr) == (where == 55), done.stderr
+    judged_anew = {step: loss for step, loss in evaluations(run).items() if step > 52}
+    assert list(judged_anew) == [54, 56] and min(judged_anew.values()) > judged[52]
+    assert checkpoints(run)[1] == f"step-{lowest(judged_anew):08d}"
 
 
 def test_fresh_takes_the_link_along(overfits):
