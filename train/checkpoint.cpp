@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -25,6 +26,7 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
+constexpr const char* kBestName = "best";
 constexpr int64_t kTextBytes = 1 << 16;   // JSON, YAML, the manifest, folder entries
 constexpr int64_t kBytesPerTensor = 512;  // its line in the header
 
@@ -147,6 +149,13 @@ void add_common_files(Writer& writer, const config::Config& config,
   for (const auto& [name, content] : tokenizer) writer.add(name, content);
 }
 
+Json format_best(const BestEvaluation& best) {
+  return {{"step", best.step},
+          {"loss", best.step < 0 ? Json() : Json(best.loss)},
+          {"evaluations_since", best.evaluations_since},
+          {"last_step", best.last_step}};
+}
+
 std::string format_state(const TrainerState& state) {
   const auto hex_or_empty = [](const at::Tensor& bytes) {
     return bytes.defined() ? to_hex(bytes) : std::string();
@@ -158,11 +167,19 @@ std::string format_state(const TrainerState& state) {
                      {"skipped_updates", state.skipped_updates},
                      {"data_fingerprint", state.data_fingerprint},
                      {"held_out_fingerprint", state.held_out_fingerprint},
+                     {"best_evaluation", format_best(state.best)},
                      {"rng_state", hex_or_empty(state.rng_state)},
                      {"device_rng_state", hex_or_empty(state.device_rng_state)},
                      {"libxlstm_version", XLSTM_VERSION},
                      {"torch_version", TORCH_VERSION}};
   return json.dump(2) + "\n";
+}
+
+/// The checkpoint of a step, whether it is there or not.
+fs::path step_folder(const std::string& run_dir, int64_t step) {
+  char name[32];
+  std::snprintf(name, sizeof name, "step-%08lld", static_cast<long long>(step));
+  return fs::path(run_dir) / "ckpt" / name;
 }
 
 /// The step of a folder named step-%08d; -1 for any other name.
@@ -172,6 +189,17 @@ int64_t step_of(const fs::path& folder) {
       name.find_first_not_of("0123456789", 5) != std::string::npos)
     return -1;
   return std::stoll(name.substr(5));
+}
+
+/// The step that <run>/ckpt/best names, whether it is there or not; -1: none.
+int64_t named_best(const std::string& run_dir) {
+  std::error_code ignored;
+  return step_of(fs::read_symlink(fs::path(run_dir) / "ckpt" / kBestName, ignored));
+}
+
+bool is_committed(const fs::path& folder) {
+  std::error_code ignored;
+  return fs::exists(folder / kManifestName, ignored);
 }
 
 struct StepFolder {
@@ -187,7 +215,7 @@ std::vector<StepFolder> step_folders(const std::string& run_dir) {
   for (const auto& entry : fs::directory_iterator(fs::path(run_dir) / "ckpt", error)) {
     const int64_t step = step_of(entry.path());
     if (step >= 0 && fs::is_directory(entry.symlink_status()))
-      folders.push_back({step, entry.path(), fs::exists(entry.path() / kManifestName)});
+      folders.push_back({step, entry.path(), is_committed(entry.path())});
   }
   std::sort(folders.begin(), folders.end(),
             [](const auto& a, const auto& b) { return a.step < b.step; });
@@ -216,6 +244,16 @@ void remove_folder(const StepFolder& folder) {
 
 }  // namespace
 
+void BestEvaluation::count(int64_t evaluated_step, double held_out_loss) {
+  if (evaluated_step <= last_step) return;
+  last_step = evaluated_step;
+  ++evaluations_since;
+  if (!std::isfinite(held_out_loss) || held_out_loss >= loss) return;
+  step = evaluated_step;
+  loss = held_out_loss;
+  evaluations_since = 0;
+}
+
 NamedTensors named_model_tensors(const models::LanguageModel& model) {
   NamedTensors tensors;
   for (const auto& item : model.named_parameters()) tensors.emplace_back(item.key(), item.value());
@@ -236,19 +274,18 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
                             const models::LanguageModel& model, const NamedTensors& optimizer,
                             const TrainerState& state, const TokenizerFiles& tokenizer,
                             const NamedTensors& carried) {
-  char name[32];
-  std::snprintf(name, sizeof name, "step-%08lld", static_cast<long long>(state.step));
-  const fs::path parent = fs::path(run_dir) / "ckpt";
+  const fs::path folder = step_folder(run_dir, state.step);
   const NamedTensors weights = named_model_tensors(model);
-  check_free_space(parent.string(), needed_bytes(tokenizer, {&weights, &optimizer, &carried}));
-  Writer writer(parent / name, state.step);
+  check_free_space(folder.parent_path().string(),
+                   needed_bytes(tokenizer, {&weights, &optimizer, &carried}));
+  Writer writer(folder, state.step);
   writer.add(kModelName, weights);
   writer.add(kOptimizerName, optimizer);
   if (!carried.empty()) writer.add(kCarriedName, carried);
   writer.add(kTrainerName, format_state(state));
   add_common_files(writer, config, tokenizer);
   writer.commit();
-  return (parent / name).string();
+  return folder.string();
 }
 
 void save_model_folder(const std::string& folder, const config::Config& config,
@@ -273,7 +310,9 @@ std::vector<std::string> list_checkpoints(const std::string& run_dir) {
   return paths;
 }
 
-void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t keep_every) {
+void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t keep_every,
+                       int64_t best) {
+  const int64_t named = named_best(run_dir);
   int64_t kept = 0;
   bool newest = true;
   auto folders = step_folders(run_dir);
@@ -283,13 +322,41 @@ void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t ke
       remove_folder(folder);
       continue;
     }
-    const bool major = keep_every > 0 && folder.step % keep_every == 0;
+    const bool major = (keep_every > 0 && folder.step % keep_every == 0) || folder.step == best ||
+                       folder.step == named;
     const bool recent = kept < std::max<int64_t>(keep_last, 1);
     if (recent && looks_good(folder.path))
       ++kept;  // a damaged one does not count, so a good one stays
     if (!newest && !recent && !major) remove_folder(folder);
     newest = false;
   }
+}
+
+bool name_best_checkpoint(const std::string& run_dir, int64_t step) {
+  const fs::path target = step_folder(run_dir, step), link = target.parent_path() / kBestName,
+                 next = link.string() + ".tmp";
+  fs::remove(next);  // of a crash
+  const int64_t named = named_best(run_dir);
+  if (!is_committed(target)) {
+    if (named >= 0 && !fs::exists(link)) fs::remove(link);
+    return false;
+  }
+  if (named == step) return true;
+  fs::create_directory_symlink(target.filename(), next);
+  failpoint("ckpt.best", step);
+  if (::rename(next.c_str(), link.c_str()) != 0) {
+    const int reason = errno;
+    fs::remove(next);
+    throw std::system_error(reason, std::generic_category(), link.string());
+  }
+  sync_directory(link.parent_path().string());
+  return true;
+}
+
+std::string best_checkpoint(const std::string& run_dir, int64_t step) {
+  const fs::path folder = step_folder(run_dir, step);
+  if (!is_committed(folder)) return "";
+  return (named_best(run_dir) == step ? folder.parent_path() / kBestName : folder).string();
 }
 
 }  // namespace xlstm::train

@@ -3,8 +3,10 @@
 //   model.safetensors  optim-rank00000.safetensors  trainer.json  config.yaml  [tokenizer files]  MANIFEST.json
 // and, of a run with train.carry_state, carried.safetensors: the state of each sequence of a batch.
 // The manifest (name, bytes, sha256 of every other file) is written last, by one rename: a folder without a manifest is
-// not a checkpoint. A model-only folder (converted or exported) holds model.safetensors, config.yaml and MANIFEST.json.
+// not a checkpoint. With ckpt.keep_best, <run>/ckpt/best is a link to the one of the lowest held-out loss. A model-only
+// folder (converted or exported) holds model.safetensors, config.yaml and MANIFEST.json.
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,6 +20,16 @@
 
 namespace xlstm::train {
 
+/// The evaluation of a run that gave its lowest held-out loss so far, by which ckpt.keep_best and eval.patience go.
+struct BestEvaluation {
+  int64_t step = -1;  ///< -1: none yet
+  double loss = std::numeric_limits<double>::infinity();
+  int64_t evaluations_since = 0;  ///< in a row, none of them lower
+  int64_t last_step = -1;         ///< of the last evaluation that counts: each does once
+  /// A loss that is not finite is never the lowest.
+  void count(int64_t evaluated_step, double held_out_loss);
+};
+
 /// What resumes a run besides weights and optimizer tensors.
 struct TrainerState {
   int64_t step = 0;              ///< finished optimizer steps
@@ -27,6 +39,7 @@ struct TrainerState {
   std::string data_fingerprint;
   std::string
       held_out_fingerprint;  ///< "" where nothing is held out, of tasks, and in older checkpoints
+  BestEvaluation best;       ///< evaluations after the checkpoint was written do not count yet
   at::Tensor rng_state;      ///< of torch's default CPU generator (uint8)
   at::Tensor device_rng_state;  ///< of the GPU's generator; undefined for a run on the CPU
 };
@@ -53,8 +66,16 @@ void save_model_folder(const std::string& folder, const config::Config& config,
 
 /// Committed checkpoints of a run, oldest first, by step.
 std::vector<std::string> list_checkpoints(const std::string& run_dir);
-/// Deletes what keep_last and keep_every allow, and folders that were never committed. A failed delete is only logged.
-void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t keep_every);
+/// Deletes what keep_last and keep_every allow, and folders that were never committed; but neither the step `best` nor what
+/// <run>/ckpt/best names. A failed delete is only logged.
+void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t keep_every,
+                       int64_t best = -1);
+
+/// Makes <run>/ckpt/best a relative link to the checkpoint of that step, by one rename, and returns whether it is one. Where
+/// there is no such checkpoint, a link that leads nowhere is removed. Throws std::system_error where no link can be made.
+bool name_best_checkpoint(const std::string& run_dir, int64_t step);
+/// <run>/ckpt/best where that names the checkpoint of `step`, else its own folder, "" where it is not there.
+std::string best_checkpoint(const std::string& run_dir, int64_t step);
 
 /// A checkpoint whose files were checked against its manifest: everything that is read of one is read through this.
 struct CheckpointFolder {
@@ -68,7 +89,8 @@ struct CheckpointFolder {
 /// wrong.
 CheckpointFolder open_checkpoint(const std::string& folder, bool verify);
 /// The checkpoint that a folder is, or the newest good one of a run's folder; `warn` is told of each bad one that is
-/// passed over. Throws Error(kCheckpoint) where there is none.
+/// passed over. A link to a checkpoint is followed at once: a run that trains may soon let it name another one. Throws
+/// Error(kCheckpoint) where there is none.
 CheckpointFolder find_checkpoint(const std::string& folder_or_run, bool verify,
                                  const std::function<void(const std::string&)>& warn);
 
@@ -96,7 +118,7 @@ void load_weights(models::LanguageModel& model, const CheckpointFolder& checkpoi
 struct LoadedModel {
   config::Config config;
   std::shared_ptr<models::LanguageModel> model;  ///< in eval mode
-  std::string folder;
+  std::string folder;     ///< of the checkpoint, by its own name where a link was given
   std::string tokenizer;  ///< spec for data::make_tokenizer, resolved to the folder's own copy
 };
 /// dtype: that of the model's parameters, to which the checkpoint's are rounded; beside them nothing of their size is held.

@@ -34,6 +34,15 @@ at::Tensor from_hex(const std::string& hex, const std::string& file) {
   return bytes;
 }
 
+BestEvaluation parse_best(const Json& json) {
+  BestEvaluation best;
+  best.step = json.at("step").get<int64_t>();
+  if (best.step >= 0) best.loss = json.at("loss").get<double>();
+  best.evaluations_since = json.at("evaluations_since").get<int64_t>();
+  best.last_step = json.at("last_step").get<int64_t>();
+  return best;
+}
+
 TrainerState parse_state(const std::string& path) {
   TrainerState state;
   try {
@@ -44,6 +53,7 @@ TrainerState parse_state(const std::string& path) {
     state.skipped_updates = json.at("skipped_updates").get<int64_t>();
     state.data_fingerprint = json.at("data_fingerprint").get<std::string>();
     state.held_out_fingerprint = json.value("held_out_fingerprint", "");  // absent in older ones
+    if (json.contains("best_evaluation")) state.best = parse_best(json["best_evaluation"]);
     const auto bytes = [&](const std::string& hex) {
       return hex.empty() ? at::Tensor() : from_hex(hex, path);
     };
@@ -188,6 +198,14 @@ NamedTensors copies_of(const CheckpointFolder& checkpoint, const char* name) {
   return tensors;
 }
 
+/// What a link to a folder leads to, by its own name; any other folder as it is.
+fs::path follow(const fs::path& given) {
+  fs::path folder = (given / "").parent_path();  // a name with "/" behind it is that of no link
+  if (!fs::is_symlink(folder)) return given;
+  while (fs::is_symlink(folder)) folder = folder.parent_path() / fs::read_symlink(folder);
+  return folder;
+}
+
 /// Building a model draws its initial weights; a caller's random stream must not notice.
 class KeepRandomState {
  public:
@@ -223,7 +241,7 @@ CheckpointFolder find_checkpoint(const std::string& folder_or_run, bool verify,
                                      : ": no such folder"));
   if (!fs::is_directory(given / "ckpt")) {
     if (!fs::exists(given / kManifestName)) refuse_as_run(given);
-    return open_checkpoint(folder_or_run, verify);
+    return open_checkpoint(follow(given).string(), verify);
   }
   const auto folders = list_checkpoints(folder_or_run);
   if (folders.empty())

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <filesystem>
 #include <iostream>
 #include <new>
 #include <sstream>
@@ -244,6 +245,11 @@ int run_main(const char* program, const std::string& memory_advice,
   } catch (...) {
     return report(program, "unknown exception", kOtherError);
   }
+}
+
+void tell_followed_link(const std::string& given, const std::string& folder) {
+  const bool of_run = std::filesystem::is_directory(std::filesystem::path(given) / "ckpt");
+  if (!of_run && folder != given) std::fprintf(stderr, "%s is %s\n", given.c_str(), folder.c_str());
 }
 
 bool is_out_of_memory(const std::exception& error) {

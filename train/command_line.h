@@ -56,6 +56,9 @@ std::string format_options(const std::vector<OptionSpec>& options);
 int run_main(const char* program, const std::string& memory_advice,
              const std::function<int()>& body);
 
+/// Says on standard error which checkpoint was read, `folder`, where a link to it was given.
+void tell_followed_link(const std::string& given, const std::string& folder);
+
 /// Whether there was not enough memory, of the machine or of a GPU.
 bool is_out_of_memory(const std::exception& error);
 

@@ -96,9 +96,9 @@ void print_start(const config::Config& config, bool fresh, bool held_run, Traini
     print_line("start       at step 0, in " + folder);
     return;
   }
-  const int64_t step = state_to_go_on(*checkpoint, config, data).step;
+  const TrainerState state = state_to_go_on(*checkpoint, config, data);
   print_line("start       from " + checkpoint->path +
-             (step < total_steps(config) ? "" : ": this run is finished"));
+             (is_finished(config, state) ? ": this run is finished" : ""));
 }
 
 void print_data(const config::Config& config, const TrainingData& data) {

@@ -118,6 +118,7 @@ int body(int argc, char** argv) {
       choose_weights_dtype(given.empty() ? "float32" : given, "--dtype", /*autocast=*/true));
   // Its data may be looked for in another folder.
   if (loaded.tokenizer != "bytes") loaded.tokenizer = std::filesystem::absolute(loaded.tokenizer);
+  tell_followed_link(line.positional[0], loaded.folder);
   loaded.model->to(device);
   const config::Config& config = loaded.config;
   const int64_t held_out_len = data::is_given(config.data.task) ? config.data.task.eval_len : 0;

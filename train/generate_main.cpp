@@ -156,6 +156,7 @@ int body(int argc, char** argv) {
   use_own_stream(device);
   LoadedModel loaded = load_model(line.positional[0], !line.has("--no-verify"),
                                   choose_weights_dtype(line.get("--dtype", "float32"), "--dtype"));
+  tell_followed_link(line.positional[0], loaded.folder);
   loaded.model->to(device);
   const auto tokenizer = data::make_tokenizer(loaded.tokenizer);
   SamplingOptions options = sampling_options(line, *tokenizer);

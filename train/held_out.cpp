@@ -1,5 +1,6 @@
 #include "train/held_out.h"
 
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 
 namespace xlstm::train {
@@ -46,7 +47,8 @@ std::optional<EvaluationResult> recorded_held_out(const std::string& path, int64
     const std::string judged_by = line.value(kHeldOutSet, unnamed);
     if (!loss || (!judged_by.empty() && judged_by != fingerprint)) continue;
     result.emplace();
-    result->loss = *loss;
+    const std::string exact = line.value("val/loss_hex", "");  // absent in older ones
+    result->loss = exact.empty() ? *loss : std::strtod(exact.c_str(), nullptr);
     result->perplexity = number("val/ppl").value_or(0);
     result->bits_per_byte = number("val/bits_per_byte").value_or(0);
     result->accuracy = number("val/accuracy");

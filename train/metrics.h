@@ -12,6 +12,7 @@
 //                          means since the last line, without the process's first step
 //   mem/peak_gib           of this process
 //   val/loss, val/ppl, val/bits_per_byte
+//   val/loss_hex           its exact double (JSON alone)
 //   val/set                fingerprint of the held-out set, where it has one (JSON alone)
 //   ckpt/save_s, ckpt/failed (failed saves so far)
 #include <cstdint>
@@ -37,7 +38,7 @@ class JsonlWriter {
   /// Appends `json` and a line break. A failing write is undone and reported as a warning once.
   void write_line(std::string json);
   /// {"step":..,"time":..,<metrics>}; values that are not finite become null (JSON has no NaN). A
-  /// "train/loss" is followed by its hexadecimal float as a string. held_out_set: of an evaluation, "" where it has none.
+  /// "train/loss" or "val/loss" is followed by its hexadecimal float as a string. held_out_set: of an evaluation, "" where it has none.
   void write_metrics(int64_t step, const Metrics& metrics, const std::string& held_out_set = "");
   /// {"event":..,"step":..,"time":..,<fields>}
   void write_event(const std::string& event, int64_t step,

@@ -79,10 +79,10 @@ void JsonlWriter::write_metrics(int64_t step, const Metrics& metrics,
   std::string line = "{" + stamp(step);
   for (const auto& [key, value] : metrics) {
     line += ",\"" + key + "\":" + json_number(value);
-    if (key == "train/loss") {
+    if (key.ends_with("/loss")) {
       char text[40];
       std::snprintf(text, sizeof text, "%a", value);
-      line += std::string(",\"train/loss_hex\":\"") + text + "\"";
+      line += ",\"" + key + "_hex\":\"" + text + "\"";
     }
   }
   if (!held_out_set.empty())

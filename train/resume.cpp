@@ -6,6 +6,7 @@
 #include "csrc/core/error.h"
 #include "csrc/core/file.h"
 #include "train/checkpoint.h"
+#include "train/held_out.h"
 #include "train/log.h"
 #include "train/metrics.h"
 #include "train/run_folder.h"
@@ -57,17 +58,34 @@ std::optional<Difference> first_difference(config::Config a, config::Config b,
   return std::nullopt;
 }
 
-void warn_of_other_held_out(const config::Config& now, const config::Config& saved,
-                            const std::string& saved_fingerprint, const TrainingData& data,
-                            const std::string& checkpoint) {
+bool is_other_held_out(const TrainerState& saved, const TrainingData& data) {
   const std::string fingerprint = data.held_out ? data.held_out->fingerprint() : "";
-  if (fingerprint.empty() || saved_fingerprint.empty() || fingerprint == saved_fingerprint) return;
+  return !fingerprint.empty() && !saved.held_out_fingerprint.empty() &&
+         fingerprint != saved.held_out_fingerprint;
+}
+
+void warn_of_other_held_out(const config::Config& now, const config::Config& saved,
+                            const std::string& checkpoint) {
   const auto changed = first_difference(
       now, saved, [](const config::Field& field) { return field.name.starts_with("data.val"); });
   log_warning("the held-out set is another one than " + checkpoint + " was judged by (" +
               (changed ? changed->name + ": " + changed->a + " now, " + changed->b + " then"
                        : "its text has changed") +
               "): what it is judged by from here on does not compare with the evaluations before");
+}
+
+/// The best evaluation up to the step of `saved`, by the held-out sequences of this start.
+BestEvaluation best_evaluation(const config::Config& now, const config::Config& then,
+                               const TrainerState& saved, const TrainingData& data) {
+  const bool same_number = now.eval.batches == then.eval.batches;
+  BestEvaluation best =
+      same_number && !is_other_held_out(saved, data) ? saved.best : BestEvaluation();
+  if (!data.held_out || !same_number) return best;
+  const auto recorded =
+      recorded_held_out(run_path(now.run) + "/metrics.jsonl", saved.step,
+                        data.held_out->fingerprint(), /*unnamed=*/saved.held_out_fingerprint);
+  if (recorded) best.count(saved.step, recorded->loss);
+  return best;
 }
 
 /// Whether the last start had all the settings of this one, which it wrote down.
@@ -146,7 +164,7 @@ TrainerState state_to_go_on(const CheckpointFolder& checkpoint, const config::Co
   // Settings first: their message says more than a shape that does not fit.
   const config::Config saved = checkpoint_config(checkpoint);
   check_same_run(config, saved, checkpoint.path);
-  const std::optional<TrainerState> state = checkpoint_state(checkpoint);
+  std::optional<TrainerState> state = checkpoint_state(checkpoint);
   if (!state || !checkpoint.holds(kOptimizerName))
     throw Error(ExitCode::kCheckpoint,
                 checkpoint.path +
@@ -160,8 +178,14 @@ TrainerState state_to_go_on(const CheckpointFolder& checkpoint, const config::Co
                     "); put the data back, start over with --fresh, or choose another run.name");
   if (data.train->fingerprint() != fingerprint)
     log_info("the samples keep the order of the earlier version that this run began with");
-  warn_of_other_held_out(config, saved, state->held_out_fingerprint, data, checkpoint.path);
+  if (is_other_held_out(*state, data)) warn_of_other_held_out(config, saved, checkpoint.path);
+  state->best = best_evaluation(config, saved, *state, data);
   return *state;
+}
+
+bool is_finished(const config::Config& config, const TrainerState& state) {
+  return state.step >= total_steps(config) ||
+         (config.eval.patience > 0 && state.best.evaluations_since >= config.eval.patience);
 }
 
 std::string changed_settings(const config::Config& now, const config::Config& saved, int64_t step) {

@@ -21,7 +21,7 @@ bool finds_run(const config::RunConfig& run, bool fresh);
 
 /// The folder of a run, run_path, owned by this process for as long as the object lives:
 ///   run.json  config.yaml  run.log  metrics.jsonl  samples.jsonl
-///   tensorboard/  loss.png  ckpt/step-.../  lock
+///   tensorboard/  loss.png  ckpt/step-.../  ckpt/best  lock
 class RunFolder {
  public:
   /// Creates the folder, proves that it can be written, and locks it. fresh: start_over() follows, once everything else
@@ -86,10 +86,14 @@ void check_same_run(const config::Config& now, const config::Config& saved,
                     const std::string& saved_in);
 
 /// The counters of a checkpoint to go on from, where settings and training data are those of its run; data.train takes over
-/// the order of its samples. Says on the log where the held-out set is another one. Throws Error: kConfig naming what
+/// the order of its samples. The run's metrics tell of an evaluation of this step after it was saved. Says on the log where
+/// the held-out set is another one: then the lowest loss is looked for anew, as with other eval.batches. Throws Error: kConfig naming what
 /// differs, kCheckpoint where it is a model alone.
 TrainerState state_to_go_on(const CheckpointFolder& checkpoint, const config::Config& config,
                             TrainingData& data);
+
+/// Whether nothing is left to train: its last step is done, or eval.patience is at its end.
+bool is_finished(const config::Config& config, const TrainerState& state);
 
 /// The settings that are not what they were when step `step` was saved, and the learning rates of that step and the next one,
 /// for people; "" where none is. Of a run's name, its machine and its logs nothing is said.

@@ -54,15 +54,49 @@ void Saver::check_free_disk() const {
               format_mib(needed) + ": saves will fail");
 }
 
+void Saver::go_on_from(const TrainerState& state) {
+  saved_step_ = state.step;
+  if (config_.ckpt.keep_best && !name_best(state.best.step) && state.best.step >= 0)
+    log_info("the checkpoint of the lowest held-out loss, " +
+             format_number("%.4f", state.best.loss) + " at step " +
+             std::to_string(state.best.step) + ", was not kept: the next lower one will be");
+}
+
 void Saver::save(const TrainerState& counters, bool last) {
-  if (!group_.any(saved_step_ != counters.step)) return;
-  check_weights(counters.step);
-  const NamedTensors optimizer = optimizer_.state();  // of all processes
-  const NamedTensors carried = carried_ != nullptr ? carried_->tensors() : NamedTensors();
-  if (!group_.place().leads()) {
-    saved_step_ = counters.step;
-  } else if (saved_step_ != counters.step) {
-    write(counters, optimizer, carried, last);
+  if (group_.any(saved_step_ != counters.step)) {
+    check_weights(counters.step);
+    const NamedTensors optimizer = optimizer_.state();  // of all processes
+    const NamedTensors carried = carried_ != nullptr ? carried_->tensors() : NamedTensors();
+    if (!group_.place().leads()) {
+      saved_step_ = counters.step;
+    } else if (saved_step_ != counters.step) {
+      write(counters, optimizer, carried, last);
+    }
+  }
+  if (group_.place().leads() && saved_step_ == counters.step) tidy(counters.best.step);
+}
+
+/// ckpt/best names another checkpoint before the one that it did may be deleted.
+void Saver::tidy(int64_t best_step) {
+  const int64_t best = config_.ckpt.keep_best ? best_step : -1;
+  if (best >= 0) name_best(best);
+  try {
+    prune_checkpoints(run_dir_, config_.ckpt.keep_last, config_.ckpt.keep_every, best);
+  } catch (const std::system_error& error) {
+    log_warning("old checkpoints are not deleted: " + std::string(error.what()));
+  }
+}
+
+/// Whether ckpt/best names this step, as far as the file system can tell. Without links the checkpoint is kept all the same.
+bool Saver::name_best(int64_t step) {
+  try {
+    return name_best_checkpoint(run_dir_, step);
+  } catch (const std::system_error& error) {
+    if (!told_of_no_link_)
+      log_warning(run_dir_ + "/ckpt/best cannot be made a link to the best checkpoint: " +
+                  error.code().message() + "; it is kept under its own name alone");
+    told_of_no_link_ = true;
+    return true;
   }
 }
 
@@ -102,7 +136,6 @@ void Saver::write(TrainerState state, const NamedTensors& optimizer, const Named
     failed_saves_in_a_row_ = 0;
     seconds = monotonic_seconds() - start;
     log_debug("saved " + folder);
-    prune_checkpoints(run_dir_, config_.ckpt.keep_last, config_.ckpt.keep_every);
   } catch (const std::system_error& error) {
     survive(state.step, error.what(), last);
     return;

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
@@ -77,16 +78,24 @@ class Trainer::Impl {
   void save(bool last);
   void report();
   void evaluate_now();
+  void judge();
   void write_samples();
   void stop_if_asked();
   ExitCode stop(const char* signal);
   ExitCode finish();
   void print_result() const;
+  void tell_best() const;
   bool leads() const { return group_->place().leads(); }
   bool due(int64_t every) const {
     return finished() || (every > 0 && state_.step > 0 && state_.step % every == 0);
   }
-  bool finished() const { return state_.step >= total_steps_; }
+  bool finished() const { return is_finished(config_, state_); }
+  bool ends_early() const { return finished() && state_.step < total_steps_; }
+
+  std::string patience_text() const {
+    return "no lower held-out loss in " + std::to_string(state_.best.evaluations_since) +
+           " evaluations";
+  }
 
   config::Config config_;
   TrainerOptions options_;
@@ -230,6 +239,7 @@ void Trainer::Impl::resume_or_start() {
     if (checkpoint) {
       resumed = load(*checkpoint);
       set_aside_later_checkpoints(*folder_, state_.step);
+      saver_->go_on_from(state_);
       if (!config_.train.init_from.empty())
         log_info("train.init_from is not read: this run goes on from its own checkpoint");
       start_files(checkpoint->path, recorded_first_weights(*folder_), resumed.changed);
@@ -294,15 +304,19 @@ void Trainer::Impl::share_state(const Resumed& resumed) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> tensors;
   for (const auto& [name, tensor] : named_model_tensors(*model_)) tensors.push_back(tensor);
-  const at::Tensor counters = at::tensor({state_.step, state_.tokens, state_.samples_consumed,
-                                          state_.skipped_updates, evaluated_step_},
-                                         at::kLong);
-  tensors.push_back(counters);
+  BestEvaluation& best = state_.best;
+  const at::Tensor counters =
+      at::tensor({state_.step, state_.tokens, state_.samples_consumed, state_.skipped_updates,
+                  evaluated_step_, best.step, best.evaluations_since, best.last_step},
+                 at::kLong);
+  const at::Tensor lowest = at::scalar_tensor(best.loss, at::kDouble);
+  tensors.insert(tensors.end(), {counters, lowest});
   group_->broadcast(tensors);
   const int64_t* numbers = counters.const_data_ptr<int64_t>();
   state_.step = numbers[0], state_.tokens = numbers[1];
   state_.samples_consumed = numbers[2], state_.skipped_updates = numbers[3];
   evaluated_step_ = numbers[4];
+  best = {numbers[5], lowest.item<double>(), numbers[6], numbers[7]};
   state_.data_fingerprint = group_->broadcast(state_.data_fingerprint);
   data_.train->take_order_of(state_.data_fingerprint);
   if (state_.step == 0) return;
@@ -319,7 +333,6 @@ Trainer::Impl::Resumed Trainer::Impl::load(const CheckpointFolder& checkpoint) {
   if (const CarriedState* carried = train_step_->carried()) carried->check(resumed.carried);
   load_weights(*model_, checkpoint);
   state_ = state;
-  saver_->set_saved_step(state_.step);
   restore_random_streams(device_, state_);
   log_info("resumed from " + checkpoint.path);
   if (!resumed.changed.empty()) log_info("changed since then: " + resumed.changed);
@@ -347,7 +360,10 @@ void Trainer::Impl::announce() const {
   if (finished())
     log_info("this run is finished: step " + std::to_string(state_.step) + " of " +
              std::to_string(total_steps_) +
-             "; train on with a larger train.max_steps, or start over with --fresh");
+             (ends_early()
+                  ? ", " + patience_text() + "; train on with a larger eval.patience (0: off)"
+                  : "; train on with a larger train.max_steps") +
+             ", or start over with --fresh");
 }
 
 void Trainer::Impl::train() {
@@ -427,6 +443,20 @@ void Trainer::Impl::evaluate_now() {
   log_info("step " + std::to_string(state_.step) + " | " + held_out_line(evaluation_));
   recorder_->write_metrics(state_.step, held_out_metrics(evaluation_),
                            data_.held_out->fingerprint());
+  judge();
+}
+
+/// Saves what was evaluated where it is the best so far, or the end: the weights are still those.
+void Trainer::Impl::judge() {
+  const at::Tensor loss = at::scalar_tensor(evaluation_.loss, at::kDouble);
+  group_->broadcast({loss});  // of one number all decide alike
+  state_.best.count(state_.step, loss.item<double>());
+  const bool best = config_.ckpt.keep_best && state_.best.step == state_.step;
+  if (best || finished()) save(finished());
+  if (!ends_early()) return;
+  log_info("step " + std::to_string(state_.step) + " | " + patience_text() +
+           ": the run ends here (eval.patience)");
+  recorder_->write_event("early_stop", state_.step, {{"message", patience_text()}});
 }
 
 void Trainer::Impl::write_samples() {
@@ -470,10 +500,20 @@ ExitCode Trainer::Impl::finish() {
   return ExitCode::kOk;
 }
 
+void Trainer::Impl::tell_best() const {
+  const BestEvaluation& best = state_.best;
+  if (best.step < 0) return;  // none was finite
+  const std::string path = best_checkpoint(folder_->path(), best.step);
+  log_info("lowest held-out loss: " + format_number("%.4f", best.loss) + " at step " +
+           std::to_string(best.step) + ", " +
+           (path.empty() ? "whose checkpoint was not kept (ckpt.keep_best)" : path));
+}
+
 void Trainer::Impl::print_result() const {
   if (config_.log.plot) draw_loss_plot(folder_->path());
   log_info("run folder: " + folder_->path() + " | checkpoint of step " +
            std::to_string(saver_->saved_step()) + " in ckpt/");
+  if (config_.ckpt.keep_best || config_.eval.patience > 0) tell_best();
   if (evaluated_step_ < 0) {
     print_line("final training loss: " +
                format_number("%.4f", last_value(folder_->file("metrics.jsonl"), "train/loss")));

@@ -5,7 +5,8 @@
 //   3 finite check of loss and gradient norm, before anything is changed
 //   4 clip       5 learning rate      6 optimizer      7 log      8 save
 //   9 signals: asked to stop -> save, exit status 75
-//   10 evaluate  11 sample: between their batches and tokens signals are looked for, too, those to
+//   10 evaluate, and save where that is the lowest loss so far (ckpt.keep_best) or the last evaluation
+//      that eval.patience allows  11 sample: between their batches and tokens signals are looked for, too, those to
 //      any process of the run
 // Evaluations and samples that a stop or a crash has cut off are made up for when the run goes on,
 // and a finished run that has them all is left as it is.
@@ -36,7 +37,7 @@ class Trainer {
   Trainer& operator=(const Trainer&) = delete;
 
   /// Starts or resumes the run and trains to its end: kOk, or kPreempted when a signal stopped it
-  /// with everything saved or nothing done yet. The last line on standard output is "held-out bits
+  /// with everything saved or nothing done yet. Its end is train.max_steps or eval.patience. The last line on standard output is "held-out bits
   /// per byte: N.NN" ("held-out perplexity: N.NN" where the data does not know its bytes, "final
   /// training loss: N.NNNN" without held-out data). Throws Error with its exit status.
   ExitCode run();

@@ -82,13 +82,15 @@ struct CheckpointConfig {
   int64_t every = 500;  ///< steps; 0: only at the end and on signals
   int64_t keep_last = 3;
   int64_t keep_every = 0;  ///< checkpoints at multiples of this are never deleted; 0: none
+  bool keep_best = false;  ///< that of the lowest held-out loss is saved, kept, and named ckpt/best
   bool verify_on_load = true;
   int64_t max_failed_saves = 3;  ///< failed saves in a row before the run stops with exit status 4
 };
 
 struct EvalConfig {
-  int64_t every = 500;  ///< steps; 0: only at the end
-  int64_t batches = 0;  ///< batches of global_batch_size held-out sequences; 0: the whole set
+  int64_t every = 500;   ///< steps; 0: only at the end
+  int64_t batches = 0;   ///< batches of global_batch_size held-out sequences; 0: the whole set
+  int64_t patience = 0;  ///< evaluations without a lower loss after which the run ends; 0: off
 };
 
 struct SampleConfig {

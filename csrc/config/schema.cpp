@@ -70,6 +70,9 @@ std::vector<Field> output_fields() {
       XLSTM_FIELD(ckpt.keep_last, integers(1, kMaxSteps), "newest checkpoints that are kept"),
       XLSTM_FIELD(ckpt.keep_every, integers(0, kMaxSteps),
                   "checkpoints at multiples of this are never deleted; 0: none"),
+      XLSTM_FIELD(ckpt.keep_best, any(),
+                  "save where an evaluation gives the lowest held-out loss so far, keep that "
+                  "checkpoint until one is lower, and let ckpt/best name it"),
       XLSTM_FIELD(ckpt.verify_on_load, any(), "check the sha256 of every file"),
       XLSTM_FIELD(ckpt.max_failed_saves, integers(1, kMaxSteps),
                   "failed saves in a row before the run stops with status 4"),
@@ -77,6 +80,10 @@ std::vector<Field> output_fields() {
                   "steps between evaluations; 0: only at the end"),
       XLSTM_FIELD(eval.batches, integers(0, kMaxSize),
                   "batches of global_batch_size held-out sequences; 0: the whole set"),
+      XLSTM_FIELD(
+          eval.patience, integers(0, kMaxSteps),
+          "evaluations in a row without a lower held-out loss after which the run ends; the "
+          "learning rate stays planned for the whole run; 0: off"),
       XLSTM_FIELD(sample.every, integers(0, kMaxSteps),
                   "steps between samples; 0: only at the end"),
       XLSTM_FIELD(sample.prompts, text(), "texts to continue; none: no samples"),

@@ -236,6 +236,19 @@ void validate_data(const Config& config) {
       "is " + to_string(config.model.vocab_size) + ", expected >= 256 for data.tokenizer bytes");
 }
 
+// What goes by the held-out loss: there is one, and early enough.
+void validate_held_out(const Config& config) {
+  const bool judged = config.data.train.empty() || !config.data.val.empty();
+  const std::string no_data =
+      "goes by the held-out loss, but nothing is held out; set data.val to a prepared token file, "
+      "or remove it";
+  require(judged || !config.ckpt.keep_best, config, "ckpt.keep_best", no_data);
+  require(judged || config.eval.patience == 0, config, "eval.patience", no_data);
+  require(config.eval.every > 0 || config.eval.patience == 0, config, "eval.patience",
+          "counts evaluations, but eval.every 0 evaluates at the end alone; set eval.every, or "
+          "remove it");
+}
+
 bool is_override(const Config& config, const std::string& name) {
   const auto place = config.origin.find(name);
   return place != config.origin.end() && place->second.starts_with("override ");
@@ -315,6 +328,7 @@ void validate_for_training(const Config& config) {
           "got " + in_quotes(name) + ", expected a folder name; put the path into run.out_dir");
   validate_length(config);
   validate_data(config);
+  validate_held_out(config);
   validate_carried_state(config);
   validate_schedule(config);
 }

@@ -45,7 +45,7 @@ TEST_CASE("unknown keys name the key that was meant") {
       {"model:\n  train: {}\n", "f.yaml:2: model.train: unknown key; did you mean data.train?"},
       {"model:\n  mlstm:\n    noramlize: true\n",
        "f.yaml:3: model.mlstm.noramlize: unknown key; did you mean model.mlstm.normalize?"},
-      {"eval:\n  zzz: 5\n", "f.yaml:2: eval.zzz: unknown key; known are every, batches"},
+      {"eval:\n  zzz: 5\n", "f.yaml:2: eval.zzz: unknown key; known are every, batches, patience"},
       {"qqqqqq: 5\n",
        "f.yaml:1: qqqqqq: unknown key; sections are run, model, data, train, optim, ckpt, eval, "
        "sample, log, base"},

@@ -217,6 +217,20 @@ TEST_CASE("what a training run needs") {
        "f.yaml:3: run.name: got 'a/b', expected a folder name; put the path into run.out_dir"},
       {data + "train: {max_steps: 500}\nrun: {name: ..}",
        "f.yaml:3: run.name: got '..', expected a folder name; put the path into run.out_dir"},
+      {"data: {train: [{path: b}]}\ntrain: {max_steps: 500}\nckpt: {keep_best: true}",
+       "f.yaml:3: ckpt.keep_best: goes by the held-out loss, but nothing is held out; set data.val "
+       "to a prepared token file, or remove it"},
+      {"data: {train: [{path: b}]}\ntrain: {max_steps: 500}\neval: {patience: 3}",
+       "f.yaml:3: eval.patience: goes by the held-out loss, but nothing is held out; set data.val "
+       "to a prepared token file, or remove it"},
+      {data + "train: {max_steps: 500}\neval: {every: 0, patience: 3}",
+       "f.yaml:3: eval.patience: counts evaluations, but eval.every 0 evaluates at the end alone; "
+       "set eval.every, or remove it"},
+      {"data: {train: [{path: b}], val: c}\ntrain: {max_steps: 500}\nckpt: {keep_best: true}\n"
+       "eval: {patience: 3}",
+       ""},
+      {"data: {task: {name: parity}}\ntrain: {max_steps: 500}\nckpt: {keep_best: true}", ""},
+      {data + "train: {max_steps: 500}\nckpt: {keep_best: true}\neval: {every: 0}", ""},
       {data + "train: {max_steps: 500, carry_state: true}", ""},
       {data + "train: {max_steps: 500, carry_state: true}\nmodel: {kind: llama}",
        "f.yaml:2: train.carry_state: expected false with model.kind llama, whose state grows with "

@@ -52,6 +52,30 @@ def test_kill_inside_a_save(failpoint, tmp_path, shared, reference, rng):
     finish_and_compare(run, reference)
 
 
+def test_kills_while_the_best_checkpoint_is_named(tmp_path, shared, rng):
+    """It is saved, and ckpt/best still names the one before, which must not be lost either."""
+    settings = ["ckpt.keep_best=true", "ckpt.keep_last=1", "eval.every=7"]
+    whole, run = TinyRun(tmp_path / "whole", shared), TinyRun(tmp_path / "killed", shared)
+    whole.train(*settings, check=0)
+    lowest, bests = float("inf"), []
+    for line in whole.metrics():
+        if line.get("val/loss", lowest) < lowest:
+            lowest = line["val/loss"]
+            bests.append(line["step"])
+    assert len(bests) > 3
+    for step in sorted(rng.sample(bests[1:], len(bests) - 1 if FULL else 2)):
+        before = bests[bests.index(step) - 1]
+        done = run.train(*settings, XLSTM_FAILPOINT=f"ckpt.best:{step}")
+        assert done.returncode == -signal.SIGKILL, f"step {step} was not reached:\n{done.stdout}\n{done.stderr}"
+        assert (run.path / "ckpt" / "best").readlink().name == f"step-{before:08d}"
+        program("xlstm-generate", run.path / "ckpt" / "best", "--prompt", "x", "--max-new-tokens", 1, check=0)
+    run.train(*settings, check=0)
+    assert run.fingerprint() == whole.fingerprint()
+    names, links = zip(*((sorted(p.name for p in (r.path / "ckpt").iterdir()), (r.path / "ckpt" / "best").readlink())
+                         for r in (run, whole)), strict=True)
+    assert names[0] == names[1] and links[0] == links[1] and links[0].name == f"step-{bests[-1]:08d}"
+
+
 def test_many_kills_in_one_run(tmp_path, shared, reference, rng):
     run = TinyRun(tmp_path, shared)
     kills, wanted = 0, 20 if FULL else 3

@@ -5,8 +5,10 @@
 #include <signal.h>
 #include <sys/resource.h>
 
+#include <cmath>
 #include <cstdint>
 #include <fstream>
+#include <limits>
 #include <random>
 #include <sstream>
 #include <system_error>
@@ -47,6 +49,7 @@ TrainerState tiny_state(int64_t step) {
   state.skipped_updates = 3;
   state.data_fingerprint = "a:\"quoted\"\n\xC3\xA9";
   state.held_out_fingerprint = "sha256:b";
+  state.best = {step - 1, 1.0 / 3, 1, step};
   state.rng_state = at::rand({5056}).mul(256).to(at::kByte);
   return state;
 }
@@ -124,6 +127,10 @@ TEST_CASE("a checkpoint comes back bit by bit") {
   CHECK(loaded->skipped_updates == state.skipped_updates);
   CHECK(loaded->data_fingerprint == state.data_fingerprint);
   CHECK(loaded->held_out_fingerprint == state.held_out_fingerprint);
+  CHECK(loaded->best.step == state.best.step);
+  CHECK(loaded->best.loss == state.best.loss);  // to the bit
+  CHECK(loaded->best.evaluations_since == state.best.evaluations_since);
+  CHECK(loaded->best.last_step == state.best.last_step);
   CHECK(at::equal(loaded->rng_state, state.rng_state));
   const NamedTensors loaded_optimizer = checkpoint_optimizer(checkpoint);
   REQUIRE(loaded_optimizer.size() == optimizer.size());
@@ -324,6 +331,65 @@ TEST_CASE("list and prune keep what they promise") {
   CHECK(steps() == "40 50 ");
   prune_checkpoints(run.string(), 0, 0);
   CHECK(steps() == "40 50 ");
+}
+
+TEST_CASE("the best evaluation is the first of the lowest finite losses") {
+  BestEvaluation best;
+  const auto count = [&](int64_t step, double loss) {
+    best.count(step, loss);
+    return std::pair(best.step, best.evaluations_since);
+  };
+  const double inf = std::numeric_limits<double>::infinity();
+  CHECK(count(5, std::nan("")) == std::pair<int64_t, int64_t>(-1, 1));
+  CHECK(count(10, -inf) == std::pair<int64_t, int64_t>(-1, 2));
+  CHECK(count(15, 3) == std::pair<int64_t, int64_t>(15, 0));
+  CHECK(count(20, 3) == std::pair<int64_t, int64_t>(15, 1));
+  CHECK(count(20, 3) == std::pair<int64_t, int64_t>(15, 1));  // counted already
+  CHECK(count(15, 1) == std::pair<int64_t, int64_t>(15, 1));
+  CHECK(best.loss == 3);
+  CHECK(count(25, inf) == std::pair<int64_t, int64_t>(15, 2));
+  CHECK(count(30, std::nextafter(3, 0)) == std::pair<int64_t, int64_t>(30, 0));
+  CHECK(best.last_step == 30);
+}
+
+TEST_CASE("ckpt/best names one checkpoint, which is kept, and is none of its own") {
+  const testing::TemporaryFolder run;
+  const std::string root = run.string();
+  for (const int64_t step : {10, 20, 30, 40}) save_step(root, step);
+  const fs::path link = run / "ckpt/best";
+  CHECK_FALSE(name_best_checkpoint(root, -1));
+  CHECK_FALSE(fs::exists(fs::symlink_status(link)));
+  CHECK(name_best_checkpoint(root, 10));
+  CHECK(fs::read_symlink(link) == "step-00000010");  // relative: the run may be moved
+  CHECK(best_checkpoint(root, 10) == link.string());
+  CHECK(best_checkpoint(root, 40) == (run / "ckpt/step-00000040").string());
+  CHECK(best_checkpoint(root, 50).empty());
+  CHECK(list_checkpoints(root).size() == 4);
+  for (const std::string given : {"ckpt/best", "ckpt/best/", "ckpt/again"}) {
+    if (given == "ckpt/again") fs::create_directory_symlink("best", run / given);
+    CHECK(load_model((run / given).string()).folder == (run / "ckpt/step-00000010").string());
+  }
+
+  prune_checkpoints(root, 1, 0, /*best=*/20);  // as where no link could be made to it
+  CHECK(list_checkpoints(root).size() == 3);
+  CHECK_FALSE(fs::exists(run / "ckpt/step-00000030"));
+  fs::create_directory_symlink("step-00000030", run / "ckpt/best.tmp");  // of a crash
+  CHECK(name_best_checkpoint(root, 20));
+  CHECK(fs::read_symlink(link) == "step-00000020");
+  prune_checkpoints(root, 1, 0);
+  CHECK_FALSE(fs::exists(run / "ckpt/step-00000010"));
+
+  CHECK_FALSE(name_best_checkpoint(root, 50));  // its save has failed
+  CHECK(fs::read_symlink(link) == "step-00000020");
+  fs::remove_all(run / "ckpt/step-00000020");  // set aside
+  CHECK_FALSE(name_best_checkpoint(root, 50));
+  CHECK_FALSE(fs::exists(fs::symlink_status(link)));
+  CHECK_FALSE(fs::exists(fs::symlink_status(run / "ckpt/best.tmp")));
+
+  fs::create_directories(link / "notes");  // somebody's own
+  CHECK_THROWS_AS(name_best_checkpoint(root, 40), std::system_error);
+  CHECK(fs::exists(link / "notes"));
+  CHECK_FALSE(fs::exists(fs::symlink_status(run / "ckpt/best.tmp")));
 }
 
 TEST_CASE("a step is written again under a new manifest") {

@@ -71,16 +71,18 @@ TEST_CASE("JSON lines hold every bit of the loss and survive values that are not
     JsonlWriter writer(path);
     writer.write_metrics(7, {{"train/loss", loss}, {"train/lr", 1e-3}});
     writer.write_metrics(8, {{"train/loss", std::numeric_limits<double>::quiet_NaN()}});
+    writer.write_metrics(8, {{"val/loss", loss}});
     writer.write_event("resume", 8, {{"checkpoint", "a \"b\" \xff"}});
   }
   const auto lines = read_lines(path);
-  REQUIRE(lines.size() == 3);
+  REQUIRE(lines.size() == 4);
   CHECK(lines[0]["step"] == 7);
   CHECK(std::strtod(lines[0]["train/loss_hex"].get<std::string>().c_str(), nullptr) == loss);
   CHECK(lines[1]["train/loss"].is_null());
-  CHECK(lines[2]["event"] == "resume");
+  CHECK(std::strtod(lines[2]["val/loss_hex"].get<std::string>().c_str(), nullptr) == loss);
+  CHECK(lines[3]["event"] == "resume");
   CHECK(last_value(path, "train/loss") == Approx(loss));
-  CHECK(std::isnan(last_value(path, "val/loss")));
+  CHECK(std::isnan(last_value(path, "val/ppl")));
 }
 
 TEST_CASE("truncation keeps what came before and loses nothing") {

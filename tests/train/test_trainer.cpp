@@ -368,6 +368,81 @@ TEST_CASE("a gradient that is not finite changes nothing") {
   ::unsetenv("XLSTM_FAILPOINT");
 }
 
+TEST_CASE("a run ends after eval.patience evaluations without a lower loss, and keeps the best") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.optim.learning_rate =
+      1e-30;  // no weight changes: every evaluation has the first one's loss
+  config.optim.min_lr = 0;
+  config.ckpt.every = 5;
+  config.ckpt.keep_last = 1;
+  config.ckpt.keep_best = true;
+  config.eval.every = 4;
+  config.eval.patience = 2;
+  const fs::path ckpt = folder / "runs/run/ckpt";
+  const auto names = [&] {
+    std::set<std::string> all;
+    for (const auto& entry : fs::directory_iterator(ckpt)) all.insert(entry.path().filename());
+    return all;
+  };
+  const auto events = [&] {
+    std::vector<std::string> all;
+    std::ifstream file(folder / "runs/run/metrics.jsonl");
+    for (std::string line; std::getline(file, line);) {
+      const auto json = nlohmann::json::parse(line);
+      if (json.contains("event")) all.push_back(json["event"]);
+    }
+    return all;
+  };
+  CHECK(train_once(config) == ExitCode::kOk);
+  CHECK(names() == std::set<std::string>{"best", "step-00000004", "step-00000012"});
+  CHECK(fs::read_symlink(ckpt / "best") == "step-00000004");
+  CHECK(events() == std::vector<std::string>{"start", "early_stop", "end"});
+  CHECK(train_once(config) == ExitCode::kOk);  // it is finished
+  CHECK(events().size() == 3);
+  CHECK(names().size() == 3);
+
+  config.eval.patience = 3;
+  CHECK(train_once(config) == ExitCode::kOk);
+  CHECK(names() == std::set<std::string>{"best", "step-00000004", "step-00000016"});
+  config.eval.patience = 0;
+  CHECK(train_once(config) == ExitCode::kOk);
+  CHECK(names() == std::set<std::string>{"best", "step-00000004", "step-00000020"});
+  CHECK(fs::read_symlink(ckpt / "best") == "step-00000004");
+  CHECK(events().back() == "end");
+}
+
+TEST_CASE("the best checkpoint whose save has failed leaves the one before in place") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.ckpt.keep_best = true;
+  config.ckpt.keep_last = 1;
+  const auto model = models::make_language_model(config.model);
+  const AdamW optimizer(named_parameters(*model), config.optim);
+  ProcessGroup alone({}, at::kCPU);
+  Recorder recorder(config, 20, at::kCPU, "off");
+  const std::string run = (folder / "").string();
+  Saver saver(config, run, *model, optimizer, nullptr, at::kCPU, alone, recorder);
+  fs::create_directories(folder / "ckpt");
+  TrainerState state;
+  const auto save = [&](int64_t step, double loss) {
+    state.step = step;
+    state.best.count(step, loss);
+    saver.save(state, /*last=*/false);
+    return list_checkpoints(run).size();
+  };
+  CHECK(save(1, 3) == 1);
+  CHECK(save(2, 4) == 2);
+  fs::rename(folder / "ckpt", folder / "away");
+  CHECK(save(3, 2) == 0);
+  fs::rename(folder / "away", folder / "ckpt");
+  CHECK(save(4, 5) == 2);
+  CHECK(fs::read_symlink(folder / "ckpt/best") == "step-00000001");
+  CHECK(save(5, 1) == 1);
+  CHECK(fs::read_symlink(folder / "ckpt/best") == "step-00000005");
+  CHECK(save(6, 2) == 2);
+}
+
 TEST_CASE("saves that fail are counted from the last one that did not") {
   const testing::TemporaryFolder folder;
   config::Config config = tiny_config(folder);
