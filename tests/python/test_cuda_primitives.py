@@ -27,7 +27,7 @@ GOLDEN = [
     ("byte_perm", "p[0] = byte_perm(p[1], p[2], p[3])", rf"prmt\.b32 {R}, {R}, {R}, {R};"),
     ("add_f16x2", "p[0] = add_f16x2(p[1], p[2])", rf"add\.rn\.f16x2 {R}, {R}, {R};"),
     ("add_bf16x2", "p[0] = add_bf16x2(p[1], p[2])",
-     rf"mov\.b32 \s*(?P<one>%r\d+), 1065369472;[^;]*?fma\.rn\.bf16x2 {R}, {R}, (?P=one), {R};"),
+     rf"(?s)mov\.[bu]32 \s*(?P<one>%r\d+), 1065369472;.*fma\.rn\.bf16x2 {R}, {R}, (?P=one), {R};"),
     ("movmatrix_trans", "p[0] = movmatrix_trans(p[1])", rf"movmatrix\.sync\.aligned\.m8n8\.trans\.b16 {R}, {R};"),
     ("load_if", "f[0] = load_if(f + 1, p[0] == 3)",
      rf"setp\.ne\.u32 p, {R}, 0;\s*mov\.f32 (?P<to>%f\d+|%r\d+), 0f00000000;\s*@p ld\.global\.f32 (?P=to), \[%rd\d+\];"),
