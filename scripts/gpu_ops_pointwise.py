@@ -1,4 +1,4 @@
-"""The part of gpu_ops.py that the operators around the cells are: causal_conv1d, the norms, block_linear and
+"""The part of gpu_ops.py that the operators around the cells are: causal_conv1d, the norms, block_linear, linear_int8 and
 linear_cross_entropy, small cases of each way through their kernels against the same in float64 on the CPU.
 tests/python/test_pointwise_cuda.py has more of them; these run under compute-sanitizer, too."""
 
@@ -35,6 +35,12 @@ def block(blocks, size):
     return sizes, lambda *given: [torch.ops.xlstm.block_linear(*given)]
 
 
+def int8(rows, columns):
+    sizes = [(rows, columns), (37,)]
+    weight = torch.ops.xlstm.quantize_int8(torch.randn(37, columns, generator=torch.Generator().manual_seed(columns)))
+    return sizes, lambda x, bias: [torch.ops.xlstm.linear_int8(x, weight.to(x.device), bias)]
+
+
 def entropy(vocab):
     target = torch.arange(ROWS[0] * ROWS[1]).view(ROWS) * 7 % vocab
     target[0, 3:9] = -100
@@ -44,7 +50,8 @@ def entropy(vocab):
 
 # 16 bytes at a time and number by number; rows of one group of threads, of a whole block, and longer than its registers hold.
 ALL = [(conv, (40, 4)), (conv, (33, 7)), (norm, (2, 40)), (norm, (3, 33)), (residual, (2100,)), (residual, (4200,)),
-       (block, (16, 4)), (block, (8, 8)), (entropy, (40,)), (entropy, (37,))]
+       (block, (16, 4)), (block, (8, 8)), (int8, (1, 640)), (int8, (5, 33)), (int8, (11, 80)), (entropy, (40,)),
+       (entropy, (37,))]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@
 #include "cuda/block_linear/block_linear.h"
 #include "cuda/causal_conv1d/causal_conv1d_launch.h"
 #include "cuda/gated/gated_recurrence.h"
+#include "cuda/linear_int8/linear_int8.h"
 #include "cuda/loss/softmax_cross_entropy.h"
 #include "cuda/mlstm/mlstm.h"
 #include "cuda/norm/headwise_norm.h"
@@ -116,6 +117,18 @@ void call_block_linear(Dtype dtype) {
   }
 }
 
+/// One tile of x and two, rows for one warp and for all.
+void call_linear_int8(Dtype dtype) {
+  for (const int32_t rows : {1, 16}) {
+    for (const int32_t columns : {64, 4096}) {
+      xlstm::cuda::LinearInt8Params p;
+      p.rows = rows, p.columns = columns, p.out = 4096, p.dtype = dtype;
+      p.weight = array<const int8_t>(0), p.x = address(1), p.bias = address(2), p.y = address(3);
+      launch_linear_int8(p, nullptr);
+    }
+  }
+}
+
 void call_softmax_cross_entropy(Dtype dtype) {
   xlstm::cuda::SoftmaxCrossEntropyParams p;
   p.rows = 1024, p.vocab = 50304, p.logits = array<const float>(0), p.targets = array<int64_t>(1);
@@ -147,6 +160,7 @@ void call_headwise_norm(Dtype dtype) {
 void call_all(Dtype dtype) {
   call_headwise_norm(dtype);
   call_block_linear(dtype);
+  call_linear_int8(dtype);
   call_softmax_cross_entropy(dtype);
   constexpr int64_t kSizes[] = {16, 64, 128, 256, 512};
   for (const int64_t dqk : kSizes) {

@@ -1,5 +1,5 @@
-// Matrices of 8 bits: quantize_int8, dequantize_int8 and linear_int8. CPU kernels; elsewhere ATen calls, which multiply by
-// the dequantised matrix.
+// Matrices of 8 bits: quantize_int8, dequantize_int8 and linear_int8 by CPU kernels and in ATen calls, which multiply by the
+// dequantised matrix.
 #include "csrc/ops/linear_int8.h"
 
 #include <ATen/Dispatch.h>
@@ -16,6 +16,7 @@
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/common.h"
 #include "csrc/ops/cpu/linear_int8_params.h"
+#include "csrc/ops/linear_int8_generic.h"
 #include "csrc/ops/rows.h"
 
 namespace xlstm::ops {
@@ -36,17 +37,6 @@ void check_matrix(const char* op, const Tensor& weight, const c10::SymInt& in_fe
   TORCH_CHECK(weight.sym_size(1) == row_bytes(in_features), op, ": weight: expected rows of ",
               row_bytes(in_features), " bytes for ", in_features,
               " columns, as quantize_int8 makes them, got ", weight.sym_size(1));
-}
-
-void check_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  constexpr const char* kOp = "linear_int8";
-  check_devices(kOp, x.device(), {{"weight", weight}, {"bias", bias}});
-  TORCH_CHECK(x.dim() >= 1, kOp, ": x: expected at least 1 dimension, got none");
-  check_floating(kOp, "x", x);
-  check_matrix(kOp, weight, x.sym_size(-1));
-  if (!bias) return;
-  check_floating(kOp, "bias", *bias);
-  check_shape(kOp, "bias", *bias, {weight.sym_size(0)}, "(O)");
 }
 
 void check_to_quantize(const Tensor& weight) {
@@ -104,26 +94,20 @@ Tensor dequantize_any(const Tensor& weight, int64_t in_features, at::ScalarType 
   return values.copy_(matrix.narrow(1, 0, in_features)).mul_(scales_of(matrix));
 }
 
-Tensor linear_any(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  check_linear(x, weight, bias);
-  const OptionalTensor added = bias ? OptionalTensor(bias->to(x.scalar_type())) : std::nullopt;
-  return at::linear(x, dequantize_int8(weight, x.size(-1), x.scalar_type()), added);
-}
-
-/// The same by blocks of the matrix: memory of a whole one would be the system's anew each time, which costs more than the
-/// conversion.
+/// linear_int8_generic by blocks of the matrix: memory of a whole one would be the system's anew each time, which costs more
+/// than the conversion.
 Tensor linear_in_blocks(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   constexpr int64_t kBlock = 1 << 22;  // elements
   const int64_t out = weight.size(0), in = x.size(-1);
   const int64_t block = std::max<int64_t>(64, kBlock / std::max<int64_t>(1, in));
-  if (out <= block) return linear_any(x, weight, bias);
+  if (out <= block) return linear_int8_generic(x, weight, bias);
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out;
   const Tensor y = at::empty(sizes, x.options());
   for (int64_t o = 0; o < out; o += block) {
     const int64_t count = std::min(block, out - o);
     const OptionalTensor added = bias ? OptionalTensor(bias->narrow(0, o, count)) : std::nullopt;
-    y.narrow(-1, o, count).copy_(linear_any(x, weight.narrow(0, o, count), added));
+    y.narrow(-1, o, count).copy_(linear_int8_generic(x, weight.narrow(0, o, count), added));
   }
   return y;
 }
@@ -170,7 +154,7 @@ Tensor dequantize_cpu(const Tensor& weight, int64_t in_features, at::ScalarType 
 }
 
 Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  check_linear(x, weight, bias);
+  check_linear_int8(x, weight, bias);
   const int64_t in = x.size(-1), rows = in > 0 ? x.numel() / in : 0;
   if (x.scalar_type() == at::kDouble || rows == 0 || rows > kFewRows || weight.size(0) == 0)
     return linear_in_blocks(x, weight, bias);
@@ -239,13 +223,29 @@ Tensor dequantize_meta(const Tensor& weight, c10::SymInt in_features, at::Scalar
 }
 
 Tensor linear_meta(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  check_linear(x, weight, bias);
+  check_linear_int8(x, weight, bias);
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.back() = weight.sym_size(0);
   return at::empty_symint(sizes, x.options());
 }
 
 }  // namespace
+
+void check_linear_int8(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  constexpr const char* kOp = "linear_int8";
+  check_devices(kOp, x.device(), {{"weight", weight}, {"bias", bias}});
+  TORCH_CHECK(x.dim() >= 1, kOp, ": x: expected at least 1 dimension, got none");
+  check_floating(kOp, "x", x);
+  check_matrix(kOp, weight, x.sym_size(-1));
+  if (!bias) return;
+  check_floating(kOp, "bias", *bias);
+  check_shape(kOp, "bias", *bias, {weight.sym_size(0)}, "(O)");
+}
+
+Tensor linear_int8_generic(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const OptionalTensor added = bias ? OptionalTensor(bias->to(x.scalar_type())) : std::nullopt;
+  return at::linear(x, dequantize_int8(weight, x.size(-1), x.scalar_type()), added);
+}
 
 Tensor quantize_int8(const Tensor& weight) {
   static const auto op = c10::Dispatcher::singleton()
@@ -277,7 +277,6 @@ TORCH_LIBRARY_IMPL(xlstm, CPU, m) {
 TORCH_LIBRARY_IMPL(xlstm, CUDA, m) {
   m.impl("quantize_int8", quantize_any);
   m.impl("dequantize_int8", dequantize_any);
-  m.impl("linear_int8", linear_any);
 }
 
 TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {

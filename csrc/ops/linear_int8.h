@@ -19,8 +19,8 @@ at::Tensor dequantize_int8(const at::Tensor& weight, int64_t in_features,
                            at::ScalarType dtype = at::kFloat);
 
 /// Linear map with a matrix of 8 bits: x (...,I), weight (O,R) int8 of quantize_int8, bias (O) -> (...,O) in x's dtype,
-/// y[...,o] = scale[o] sum_i weight[o,i] x[...,i] + bias[o]. Few rows of x read the integers and add in float32, which
-/// for one row takes the time of reading a quarter of float32's bytes; many multiply by dequantize_int8 in x's dtype.
+/// y[...,o] = scale[o] sum_i weight[o,i] x[...,i] + bias[o]. Few rows of x (up to 16) read the integers and add in float32,
+/// which for one row takes the time of reading a quarter of float32's bytes; many multiply by dequantize_int8 in x's dtype.
 /// Gradients are those of x and bias.
 at::Tensor linear_int8(const at::Tensor& x, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias = {});

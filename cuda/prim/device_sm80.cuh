@@ -40,6 +40,11 @@ PRIM_DEVICE u32 shfl_down(u32 v, u32 delta, u32 mask = ~0U) {
 }
 PRIM_DEVICE u32 ballot(bool vote, u32 mask = ~0U) { return __ballot_sync(mask, vote); }
 
+PRIM_DEVICE u32 byte_perm(u32 a, u32 b, u32 selector) {
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
 PRIM_DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
 PRIM_DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 PRIM_DEVICE float bf16_to_float(u16 bits) { return __uint_as_float(static_cast<u32>(bits) << 16); }
@@ -73,6 +78,17 @@ PRIM_DEVICE u32 pack_f16x2(float low, float high) {
 PRIM_DEVICE u32 mul_bf16x2(u32 a, u32 b) {
   u32 r;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000U));
+  return r;
+}
+PRIM_DEVICE u32 add_f16x2(u32 a, u32 b) {
+  u32 r;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+// Multiplies by 1: add.bf16x2 does not assemble for sm_80.
+PRIM_DEVICE u32 add_bf16x2(u32 a, u32 b) {
+  u32 r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3f803f80U), "r"(b));
   return r;
 }
 PRIM_DEVICE u32 to_tf32(float value) {

@@ -35,6 +35,16 @@ u32 shfl_up(u32 value, u32 delta, u32 mask = ~0U, Where where = Where::current()
 u32 shfl_down(u32 value, u32 delta, u32 mask = ~0U, Where where = Where::current());
 u32 ballot(bool vote, u32 mask = ~0U, Where where = Where::current());
 
+/// Bytes of a (0 to 3) and b (4 to 7), each named by 4 bits of the selector, the lowest first; the 8 of a name repeats a sign
+/// on the device and must be 0.
+inline u32 byte_perm(u32 a, u32 b, u32 selector) {
+  u32 r = 0;
+  for (u32 i = 0; i < 4; ++i) {
+    const u32 byte = selector >> 4 * i & 7U;
+    r |= ((byte < 4 ? a : b) >> 8 * (byte % 4) & 0xffU) << 8 * i;
+  }
+  return r;
+}
 inline u32 bits_of(float value) {
   u32 bits;
   std::memcpy(&bits, &value, 4);
@@ -76,6 +86,17 @@ inline u32 mul_bf16x2(u32 a, u32 b) {
   return pack_bf16x2(
       bf16_to_float(static_cast<u16>(a)) * bf16_to_float(static_cast<u16>(b)),
       bf16_to_float(static_cast<u16>(a >> 16)) * bf16_to_float(static_cast<u16>(b >> 16)));
+}
+/// Both halves. Rounded to float32 before, which tells where the two are far apart: the device rounds once.
+inline u32 add_f16x2(u32 a, u32 b) {
+  return pack_f16x2(
+      f16_to_float(static_cast<u16>(a)) + f16_to_float(static_cast<u16>(b)),
+      f16_to_float(static_cast<u16>(a >> 16)) + f16_to_float(static_cast<u16>(b >> 16)));
+}
+inline u32 add_bf16x2(u32 a, u32 b) {
+  return pack_bf16x2(
+      bf16_to_float(static_cast<u16>(a)) + bf16_to_float(static_cast<u16>(b)),
+      bf16_to_float(static_cast<u16>(a >> 16)) + bf16_to_float(static_cast<u16>(b >> 16)));
 }
 /// Nearest tf32, ties away from zero (cvt.rna).
 inline u32 to_tf32(float value) {

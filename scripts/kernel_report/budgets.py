@@ -43,6 +43,13 @@ def sweep_products(use, contraction, columns, planes):
     return "HMMA", fewest, fewest * 5 // 4
 
 
+def int8_products(number, tiles):
+    """Of the steps of 64 columns that are on their way at once, four products each with every tile of x; a float32 number is
+    three planes and half as many steps are on their way."""
+    count = 4 * int(tiles) * (3 * 4 if number == "float" else 8)
+    return "HMMA", count, count
+
+
 def fixed_products(by_planes):
     """By the last template argument, the planes per number."""
     return lambda *arguments: ("HMMA", by_planes[arguments[-1]], by_planes[arguments[-1]])
@@ -87,6 +94,8 @@ BUDGETS = [
     # 32 numbers of the state and three orders of the recurrence
     budget(r"gated_recurrence_columns", 128, 128, 48, blocks=4, must={"LDGSTS"}),
     budget(r"gated_decay_gradient_rows", 256, 64, 16, blocks=4),
+    # Half of the registers hold integers on their way.
+    budget(r"linear_int8_rows", 256, 128, 9, blocks=2, must={"HMMA", "LDG.128"}, products=int8_products, fewer=True),
     # Threads and shared memory are those of the widest rows; those of 16-bit numbers are stored 8 bytes at a time.
     budget(r"headwise_norm_rows", 512, 96, 16, must={"LDG.128"}, fewer=True),
     budget(r"headwise_norm_gradients", 512, 128, 73, must={"LDG.128"}, fewer=True),

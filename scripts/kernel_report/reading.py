@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 # Counted in the machine code: name -> pattern of the whole opcode.
 INSTRUCTIONS = {
-    "HMMA": r"HMMA\.16816\.F32\.BF16",
+    "HMMA": r"HMMA\.16816\.F32(\.BF16)?",
     "HGMMA": r"HGMMA\..*",
     "LDSM": r"LDSM\..*",
     "STSM": r"STSM\..*",

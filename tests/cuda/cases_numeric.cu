@@ -11,7 +11,7 @@ struct Numbers {
   float* out;
 };
 
-constexpr u32 kConversions = 9, kConverted = 1024;
+constexpr u32 kConversions = 12, kConverted = 1024;
 
 /// Any NaN is as good as another.
 DEVICE_FUNCTION u32 tidy16(u32 bits, u32 infinity) {
@@ -41,7 +41,12 @@ KERNEL_FUNCTION(128) convert_kernel(Words p) {
   const u32 a = (p.in[i] & 0x9fff9fffU) | 0x20002000U,
             b = (p.in[i] >> 3 & 0x9fff9fffU) | 0x20002000U;
   out[7] = prim::mul_bf16x2(a, b);
-  out[8] = prim::bits_of(x);
+  // Sums as exact as the kernels want them.
+  const u32 low = p.in[i] & 0x007f007fU, sign = p.in[i] & 0x00800080U;
+  out[8] = prim::add_f16x2(low | 0x64006400U, sign | 0xe400e400U);
+  out[9] = prim::add_bf16x2(low | 0x43004300U, sign | 0xc300c300U);
+  out[10] = prim::byte_perm(p.in[i], prim::bits_of(y), p.in[i] >> 16 & 0x7777U);
+  out[11] = prim::bits_of(x);
 }
 
 void conversions(Dump& dump) {

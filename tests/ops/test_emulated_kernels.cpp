@@ -1,5 +1,6 @@
 // From tensors to the real CUDA kernels and back, on the CPU: csrc/ops/*_kernels.cpp with the emulator behind them, against
 // the paths that take a call where no kernel does.
+#include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/randn.h>
@@ -11,6 +12,8 @@
 
 #include "csrc/ops/causal_conv1d_generic.h"
 #include "csrc/ops/causal_conv1d_kernels.h"
+#include "csrc/ops/linear_int8_generic.h"
+#include "csrc/ops/linear_int8_kernels.h"
 #include "csrc/ops/mlstm_generic.h"
 #include "csrc/ops/mlstm_kernels.h"
 #include "csrc/ops/norm_generic.h"
@@ -337,4 +340,44 @@ TEST_CASE("residual_norm: the kernels agree with the generic path", "[norm]") {
       }
     }
   }
+}
+
+TEST_CASE("linear_int8: the kernel agrees with the generic path", "[linear_int8]") {
+  at::manual_seed(8);
+  for (const int64_t in : {48, 50}) {  // as it is, and padded to 64
+    const Tensor weight = xlstm::ops::quantize_int8(at::randn({21, in}));
+    for (const at::ScalarType type : {at::kFloat, at::kBFloat16, at::kHalf}) {
+      for (const auto& added : {at::kFloat, at::kDouble, at::kBFloat16, at::kByte}) {
+        INFO(in << " columns, " << c10::toString(type) << ", bias " << c10::toString(added));
+        const OptionalTensor bias =
+            added == at::kByte ? OptionalTensor() : at::randn({42}, added).slice(0, 0, 42, 2);
+        const Tensor wide = at::randn({3, 4, 2 * in + 1}, type),
+                     shifted = at::randn({2 * in + 1}, type).slice(0, 1).view({2, in});
+        for (const Tensor& x : {wide.slice(2, 1, 1 + in), wide.slice(2, 0, 2 * in, 2), shifted,
+                                wide.select(0, 1).slice(1, 0, in), wide[0][0].slice(0, 0, in)}) {
+          REQUIRE(xlstm::ops::linear_int8_kernels_lack(x, weight).empty());
+          const Tensor y = xlstm::ops::linear_int8_kernels_forward(x, weight, bias, nullptr);
+          const Tensor wanted = xlstm::ops::linear_int8_generic(
+              x.to(at::kDouble), weight, bias ? OptionalTensor(bias->to(at::kDouble)) : bias);
+          check_close({"y"}, {y}, {wanted.to(type)},
+                      {type == at::kFloat  ? 1e-6
+                       : type == at::kHalf ? 1e-3
+                                           : 8e-3});
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("linear_int8: what is left to the generic path", "[linear_int8]") {
+  const auto lack = xlstm::ops::linear_int8_kernels_lack;
+  const Tensor weight = xlstm::ops::quantize_int8(at::randn({4, 20}));
+  const Tensor x = at::randn({2, 8, 20});
+  CHECK(lack(x, weight).empty());
+  CHECK(lack(x, weight.slice(0, 1)).empty());  // rows are multiples of 16 bytes
+  CHECK(lack(at::randn({17, 20}), weight) == "more than 16 rows");
+  CHECK(lack(x.to(at::kDouble), weight) == "float64");
+  const Tensor bytes = at::cat({weight.flatten().slice(0, 0, 1), weight.flatten()}).slice(0, 1);
+  CHECK_FALSE(lack(x, bytes.view(weight.sizes())).empty());
+  CHECK_FALSE(lack(x, at::cat({weight, weight}, 1).slice(1, 0, weight.size(1))).empty());
 }

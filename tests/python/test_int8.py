@@ -101,6 +101,18 @@ def test_a_model_computes_with_what_is_kept(kind):
         assert torch.equal(a, b) if a.dtype == torch.int8 else torch.equal(a.bfloat16(), b)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_on_a_gpu_is_that_of_a_cpu(kind):
+    """Its step is recorded after some tokens where the model allows that."""
+    model, prompt = make_model(KINDS[kind]).quantize().float(), torch.randint(300, (9,)).tolist()
+    expected = model.generate(prompt, 40, temperature=0)
+    assert model.to("cuda").generate(prompt, 40, temperature=0) == expected
+    half = model.bfloat16()
+    drawn = half.generate(prompt, 40, seed=3)
+    assert len(drawn) == 40 and drawn == half.generate(prompt, 40, seed=3)
+
+
 def test_gradients_reach_what_is_in_front_of_the_matrices():
     model, ids = make_model().quantize().float(), torch.randint(300, (2, 9))
     twin = exact_twin(model)

@@ -1,5 +1,5 @@
-"""causal_conv1d, the norms, block_linear and linear_cross_entropy on a GPU, against the same operators in float64 on the
-CPU. Skipped without one."""
+"""causal_conv1d, the norms, block_linear, linear_int8 and linear_cross_entropy on a GPU, against the same operators in float64
+on the CPU. Skipped without one."""
 
 import pytest
 import torch
@@ -111,6 +111,58 @@ def test_block_linear_equals_float64(blocks, out, width, dtype):
             check(lambda *a: (ops.block_linear(*a),), used, [(*rows, blocks * out)], dtype)
 
 
+def int8(width, out=70):
+    """linear_int8 with a matrix of its own, and that matrix."""
+    weight = ops.quantize_int8(randn(out, width))
+    return lambda x, *bias: (ops.linear_int8(x, weight.to(x.device), *bias),), weight.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width, out", [(1, 3), (15, 1), (16, 70), (64, 64), (1000, 130), (4096, 33), (9000, 20)])
+def test_linear_int8_equals_float64(width, out, dtype):
+    run, _ = int8(width, out)
+    for rows in ((), (2, 4), (9,), (16,), (17,), (3, 40)):  # beyond 16 a product of matrices
+        inputs = [randn(*rows, width), randn(out)]
+        for used in (inputs, inputs[:1]):
+            check(run, used, [(*rows, out)], dtype)
+            check(run, used, [(*rows, out)], dtype, lambda x: torch.stack([x, x], -1)[..., 0])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_linear_int8_computes_each_row_as_it_does_alone(dtype):
+    run, weight = int8(1000)
+    x = randn(16, 1000).to(DEVICE, dtype)
+    y = run(x)[0]
+    for rows in (1, 3, 8):
+        for first in range(0, 16, rows):
+            part = run(x[first:first + rows])[0]
+            assert torch.equal(part, y[first:first + rows]) or dtype == torch.float64
+    bad = x.clone()
+    bad[3, 5] = float("nan")
+    spoiled = run(bad)[0]
+    assert spoiled[3].isnan().all() and torch.isfinite(spoiled[[0, 1, 2, *range(4, 16)]]).all()
+    wide = torch.cat([weight, weight], 1)[:, weight.size(1):]  # not packed
+    assert (ops.linear_int8(x, wide) - y).double().norm() <= TOLERANCE[dtype] * y.double().norm()
+
+
+@pytest.mark.parametrize("width", [512, 500])  # read as it is, and padded
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_linear_int8_in_a_cuda_graph(width, dtype):
+    _, weight = int8(width)
+    x, bias = randn(4, width).to(DEVICE, dtype), randn(70).to(DEVICE, torch.float32)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.linear_int8(x, weight, bias)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.linear_int8(x, weight, bias)
+    x.copy_(randn(4, width, seed=3))
+    graph.replay()
+    assert torch.equal(y, ops.linear_int8(x, weight, bias)) and y.dtype == dtype
+
+
 def entropy(target, **options):
     return lambda x, w: (ops.linear_cross_entropy(x, w, target.to(x.device), **options),)
 
@@ -159,6 +211,7 @@ def test_storage_that_begins_between_16_bytes(dtype):
     check(lambda *a: (ops.headwise_norm(*a),), norm, [(b, t, c)], dtype, between)
     check(ops.residual_norm, [randn(b, t, c), randn(b, t, c, seed=1), randn(c)], [(b, t, c)] * 2, dtype, between)
     check(lambda *a: (ops.block_linear(*a),), [randn(b, t, c), randn(16, 4, 4), randn(c)], [(b, t, c)], dtype, between)
+    check(int8(c)[0], [randn(2, 7, c), randn(70)], [(2, 7, 70)], dtype, between)
     check(entropy(target), [randn(b, t, c), 0.2 * randn(40, c)], [()], dtype, between)
 
 

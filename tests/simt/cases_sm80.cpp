@@ -39,6 +39,9 @@ void shuffles(std::uint64_t seed) {
 void conversions(std::uint64_t) {
   expect(prim::pack_bf16x2(1.0F, -2.0F) == 0xc0003f80U, "pack_bf16x2");
   expect(prim::pack_f16x2(1.0F, -2.0F) == 0xc0003c00U, "pack_f16x2");
+  expect(prim::add_f16x2(0x64006403U, 0xe480e400U) == 0xd8004200U, "add_f16x2");
+  expect(prim::add_bf16x2(0x43004303U, 0xc380c300U) == 0xc3004040U, "add_bf16x2");
+  expect(prim::byte_perm(0x33221100U, 0x77665544U, 0x7250U) == 0x77225500U, "byte_perm");
   expect(prim::float_to_bf16(1.00390625F) == 0x3f80, "a tie goes to even");
   expect(prim::float_to_bf16(1.01171875F) == 0x3f82, "a tie goes to even, upwards");
   expect(prim::float_to_bf16(3.4e38F) == 0x7f80, "overflow is infinite");
