@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "csrc/models/model_options.h"
-#include "csrc/nn/layers.h"
+#include "csrc/nn/linear.h"
 
 namespace xlstm::models {
 
