@@ -1,11 +1,12 @@
 """FLOP formulas of the operators for torch.utils.flop_counter.FlopCounterMode, by the definition of train/flops.h: two per
 weight of a matrix that a token meets (convolutions and recurrences, too), four per number of a matrix memory (update and read),
 two of the forward pass for the backward pass. No chunk size and no recomputation: what an operator is for, however it computes
-it. Norms and recurrences of single channels count nothing.
+it. Norms and recurrences of single channels count nothing. Of whole models, the gates of an mLSTM without gradients from 32 tokens
+on are multiplied through its projections, which is less by a little than what train/flops.h counts.
 """
 
 import importlib.abc
-import importlib.util
+import importlib.machinery
 import math
 import sys
 
@@ -108,13 +109,14 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name != COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         run = spec.loader.exec_module
 
         def exec_module(module):
             run(module)
             register(module)
+            if self in sys.meta_path:  # a search alone imports nothing
+                sys.meta_path.remove(self)
 
         spec.loader.exec_module = exec_module
         return spec

@@ -72,6 +72,7 @@ class CoreModule(torch.nn.Module):
         """core: what this stands for, of libxlstm._C."""
         super().__init__()
         self._core = core
+        # What holds something is None where it is this module: one that refers to itself is not freed when it is dropped.
         self._parts = []  # (module that holds it, its name there, part)
         self._own = []  # (name, part, name in the part, tensor) of every parameter
         for name, tensor in core.named_parameters():
@@ -80,11 +81,11 @@ class CoreModule(torch.nn.Module):
             for step in path:
                 if step not in part._modules:
                     part.add_module(step, _Part())
-                    self._parts.append((part, step, part._modules[step]))
+                    self._parts.append((None if part is self else part, step, part._modules[step]))
                 part = part._modules[step]
             tensor._is_param = True  # isinstance(tensor, torch.nn.Parameter), whose constructor takes copies alone
             part.register_parameter(key, tensor)
-            self._own.append((name, part, key, tensor))
+            self._own.append((name, None if part is self else part, key, tensor))
         for _, _, part in self._parts:
             part._closed = True
         self._of_core = {name.split(".")[0] for name, *_ in self._own}
@@ -146,7 +147,8 @@ class CoreModule(torch.nn.Module):
     def quantize(self):
         """Rounds the matrices of linear maps to 8 bits, row by row (torch.ops.xlstm.quantize_int8), and the rest to bfloat16, in
         place: for generation in about half the memory and time that bfloat16 takes. Gates, small matrices, embedding and head
-        are of the rest, and .float() takes it back to float32. Gradients reach the inputs and what is not in 8 bits."""
+        are of the rest, and .float() takes it back to float32. Gradients reach the inputs and what is not in 8 bits. The
+        matrices are int8 parameters that hold their rows' scales, so that averages of parameters() are no averages of them."""
         self._check_parameters()
         for parameter in self.parameters():
             parameter.grad = None
@@ -176,11 +178,11 @@ class CoreModule(torch.nn.Module):
     def _check_parameters(self):
         """The C++ model would go on with its own tensors and say nothing."""
         for owner, name, part in self._parts:
-            if owner._modules.get(name) is not part:
+            if (self if owner is None else owner)._modules.get(name) is not part:
                 raise RuntimeError(f"{name}: a part was replaced, but the C++ model computes with its own; build on "
                                    "Model.hidden() or on a BlockStack")
         for name, part, key, tensor in self._own:
-            if part._parameters.get(key) is not tensor:
+            if (self if part is None else part)._parameters.get(key) is not tensor:
                 raise RuntimeError(
                     f"{name}: a parameter was replaced (by an assignment, torch.func.functional_call, torch.export or a "
                     "parametrization), but the C++ model computes with its own tensor; change that in place: "
@@ -381,7 +383,8 @@ class Model(CoreModule):
                  vocab_size=None, on_token=None):
         """The ids that continue a prompt, a list or a tensor (T) of at least one id, as a list; or lists that continue each of
         several prompts of any lengths, a list of such or a tensor (B,T), side by side. Drawn as xlstm-generate draws: in
-        constant time and memory per token, without dropout, the same for the same seed on every platform.
+        constant time and memory per token, without dropout, the same for the same seed on every platform. Side by side rounds
+        otherwise than one by one, which in bfloat16 and with weights of 8 bits may let texts part.
 
         temperature 0: greedy. top_k: from so many of the likeliest, 0: all; top_p: from the likeliest that hold this
         probability. seed: prompt i has seed + i. stop_token: the end, which is the last id then; -1: none. vocab_size: only ids
@@ -410,11 +413,13 @@ class Model(CoreModule):
         return found if several else found[0]
 
     def merge_lora(self):
-        """A new Model without adapters that computes the same: they are part of its weights. All its parameters are trained."""
+        """A new Model without adapters that computes the same: they are part of its weights. All its parameters are trained.
+        What a subclass has besides is not in it."""
         self._check_parameters()
         if not any(name.endswith("lora_a") for name, *_ in self._own):
-            raise ValueError("merge_lora: the model has no adapters (model.lora.rank is 0)")
-        merged = type(self)(self._core.merge_lora())
+            raise ValueError("merge_lora: the model has no adapters (model.lora.rank)")
+        merged = Model(self._core.merge_lora())
+        merged._tokenizer = self._tokenizer
         return merged.train(self.training)
 
     def save(self, folder):

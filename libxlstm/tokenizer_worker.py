@@ -76,11 +76,17 @@ def without_prefix(part):
 
 
 def for_inside(tokenizer):
-    """The tokenizer for texts that go on in a document."""
+    """The tokenizer for texts that go on in a document: the same where a prefix stands for the space before every word, since
+    the words of a text are parted before they have it."""
     described = json.loads(tokenizer.to_str())
     for name in ("normalizer", "pre_tokenizer"):
         described[name] = without_prefix(described[name])
-    return type(tokenizer).from_str(json.dumps(described))
+    inside = type(tokenizer).from_str(json.dumps(described))
+
+    def later_words(of):
+        return [of.id_to_token(i) for i in of.encode("a b c", add_special_tokens=False).ids[1:]]
+
+    return inside if later_words(inside) == later_words(tokenizer) else tokenizer
 
 
 def encode(tokenizer, payload):

@@ -26,7 +26,6 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
-constexpr const char* kBestName = "best";
 constexpr int64_t kTextBytes = 1 << 16;   // JSON, YAML, the manifest, folder entries
 constexpr int64_t kBytesPerTensor = 512;  // its line in the header
 
@@ -294,6 +293,9 @@ void save_model_folder(const std::string& folder, const config::Config& config,
   if (fs::exists(path) && !fs::is_empty(path) && !fs::exists(path / kManifestName))
     throw Error(ExitCode::kCheckpoint,
                 folder + ": exists and is not a model folder; choose another name");
+  if (fs::is_symlink(path) || fs::exists(path / kTrainerName))
+    throw Error(ExitCode::kCheckpoint,
+                folder + ": a checkpoint that a run goes on from; choose another name");
   const TokenizerFiles tokenizer = read_tokenizer(config.data.tokenizer);
   fs::create_directories(path.parent_path());
   check_free_space(path.parent_path().string(), needed_bytes(tokenizer, {&model_tensors}));

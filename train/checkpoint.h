@@ -64,6 +64,9 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
 void save_model_folder(const std::string& folder, const config::Config& config,
                        const NamedTensors& model_tensors);
 
+/// In a run's ckpt folder: the link to the checkpoint of the lowest held-out loss.
+constexpr const char* kBestName = "best";
+
 /// Committed checkpoints of a run, oldest first, by step.
 std::vector<std::string> list_checkpoints(const std::string& run_dir);
 /// Deletes what keep_last and keep_every allow, and folders that were never committed; but neither the step `best` nor what

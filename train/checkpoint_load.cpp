@@ -103,7 +103,12 @@ Mismatch compare(const NamedTensors& expected, const std::map<std::string, at::T
     if (it == found.end()) {
       if (adapted || !nn::is_adapter(name)) bad.note(bad.missing, name + " is missing");
     } else if (it->second.scalar_type() == at::kChar && tensor.is_floating_point()) {
-      bad.note(bad.dtype, name + " has 8 bits, which serve to run a model and not to train one");
+      bad.note(
+          bad.dtype,
+          name +
+              " has 8 bits, which xlstm-train does not train: name the folder that it was rounded "
+              "from, or adapt it in a loop of your own (libxlstm.load with dtype=torch.int8 "
+              "and model.lora)");
     } else if (it->second.sizes() != tensor.sizes()) {
       bad.note(bad.shape, name + " has shape " + shape_text(it->second) + ", the model's is " +
                               shape_text(tensor));

@@ -150,7 +150,8 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
   if (processes != nullptr && !place.alone()) sum_over_processes(*processes, total, result);
   if (result.tokens == 0)
     throw Error(ExitCode::kData,
-                data.name() + ": no token to score; each document needs at least two");
+                data.name() + ": no token to score in " + std::to_string(windows) +
+                    " windows; each document needs at least two, and some that count");
   result.loss = total.nats / static_cast<double>(result.tokens);
   result.perplexity = std::exp(result.loss);
   if (total.text_bytes > 0) result.bits_per_byte = total.nats / std::log(2.0) / total.text_bytes;

@@ -138,7 +138,9 @@ void set_aside_later_checkpoints(const RunFolder& folder, int64_t step) {
       const fs::path name = root / ("old-" + std::to_string(number));
       if (!fs::exists(name) && fs::create_directory(name)) target = name;
     }
+    const fs::path best = root / kBestName;  // a later checkpoint of this name would be another one
     for (const fs::path& checkpoint : later) {
+      if (fs::is_symlink(best) && fs::read_symlink(best) == checkpoint.filename()) fs::remove(best);
       fs::rename(checkpoint, target / checkpoint.filename());
       log_info("set aside " + checkpoint.string() + " in " + target.string());
     }

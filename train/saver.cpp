@@ -146,7 +146,7 @@ void Saver::write(TrainerState state, const NamedTensors& optimizer, const Named
 /// Counts a save that has failed, and throws where that was one too many.
 void Saver::survive(int64_t step, const std::string& problem, bool last) {
   ++failed_saves_;
-  ++failed_saves_in_a_row_;
+  if (std::exchange(failed_step_, step) != step) ++failed_saves_in_a_row_;  // tried again: once
   const int64_t free_bytes = free_disk_bytes(run_dir_);
   const std::string room = free_bytes < 0 ? "is the run's folder still there?"
                                           : "about " + format_mib(checkpoint_bytes()) +

@@ -61,7 +61,7 @@ class Saver {
   at::Device device_;
   ProcessGroup& group_;
   Recorder& recorder_;
-  int64_t saved_step_ = -1, failed_saves_ = 0, failed_saves_in_a_row_ = 0;
+  int64_t saved_step_ = -1, failed_saves_ = 0, failed_saves_in_a_row_ = 0, failed_step_ = -1;
   bool told_of_no_link_ = false;
 };
 

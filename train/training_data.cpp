@@ -1,5 +1,6 @@
 #include "train/training_data.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 
@@ -58,6 +59,20 @@ std::shared_ptr<const data::TokenFile> open_file(const std::string& path, config
   apply_sidecar(*file, config);
   file->check_vocab(config.model.vocab_size);
   return file;
+}
+
+/// Before a step is made: an evaluation of no token would end the run.
+void check_held_out_counts(const data::HeldOutSet& held_out, const config::Config& config) {
+  const int64_t all = held_out.num_windows(), batches = config.eval.batches,
+                windows =
+                    batches > 0 ? std::min(all, batches * config.train.global_batch_size) : all;
+  for (int64_t first = 0; first < windows; ++first)
+    if (held_out.batch(first, 1).num_targets > 0) return;
+  throw Error(ExitCode::kData,
+              "held-out data: none of the first " + std::to_string(windows) +
+                  " windows of data.seq_len=" + std::to_string(config.data.seq_len) +
+                  " has a token that counts; raise data.seq_len" +
+                  (windows < all ? " or eval.batches" : "") + ", or give other held-out text");
 }
 
 std::string format_tokens(int64_t all, int64_t counted) {
@@ -165,6 +180,7 @@ TrainingData open_training_data(config::Config& config, const std::function<void
     result.held_out_tokens = file->num_tokens();
     result.counted_held_out_tokens = file->num_counted_tokens();
     result.held_out = std::make_unique<data::EvalSet>(file, options);
+    check_held_out_counts(*result.held_out, config);
   }
   // Every checkpoint gets a copy: a tokenizer that is not there stops the run here.
   data::tokenizer_files(config.data.tokenizer);

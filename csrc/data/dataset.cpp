@@ -185,6 +185,10 @@ EvalSet::EvalSet(std::shared_ptr<const TokenFile> file, const DatasetOptions& op
   if (file_->num_tokens() < 2)
     throw Error(ExitCode::kData, file_->prefix() + ".bin: " + std::to_string(file_->num_tokens()) +
                                      " tokens; a held-out set needs at least 2, give more text");
+  if (file_->num_counted_tokens() == 0)
+    throw Error(ExitCode::kData, file_->prefix() +
+                                     ".loss: none of the tokens counts, so that nothing can be "
+                                     "judged; prepare texts of which a part counts");
   if (const auto& sidecar = file_->sidecar()) {
     int64_t last = 0;
     file_->read(file_->num_tokens() - 1, 1, &last);

@@ -168,7 +168,7 @@ bool JsonlParser::parse_text() {
 bool JsonlParser::parse_segment() {
   if (next_ == end_) return fail("ends early");
   if (!at('{')) return refuse_segment("is not an object");
-  segment_has_text_ = false;
+  segment_has_text_ = segment_has_loss_ = false;
   segment_loss_ = true;
   if (!parse_object(2, Object::kSegment)) return false;
   if (!segment_has_text_) return refuse_segment("has no \"text\"");
@@ -187,6 +187,8 @@ bool JsonlParser::parse_member_of_segment(std::string_view key) {
   }
   if (key != "loss") return refuse_segment("has a \"" + std::string(key) + "\"");
   if (!at('t') && !at('f')) return refuse_segment("has a \"loss\" that is not true or false");
+  if (segment_has_loss_) return fail("a second \"loss\"");
+  segment_has_loss_ = true;
   segment_loss_ = at('t');
   return parse_literal(segment_loss_ ? "true" : "false");
 }

@@ -60,7 +60,7 @@ class JsonlParser {
   std::vector<Segment> segments_;
   std::string found_keys_;  ///< of the object itself, as they stand there; not all of very many
   bool has_text_ = false, has_prompt_ = false;
-  bool segment_has_text_ = false, segment_loss_ = true;
+  bool segment_has_text_ = false, segment_has_loss_ = false, segment_loss_ = true;
 };
 
 }  // namespace xlstm::data

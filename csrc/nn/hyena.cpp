@@ -24,6 +24,7 @@ HyenaFilter::HyenaFilter(int64_t dim, int64_t length, at::Device device)
     const double bound = 1 / std::sqrt(static_cast<double>(in));  // as torch.nn.Linear
     uniform_init_(linear->weight, bound);
     if (bias) uniform_init_(linear->bias, bound);
+    linear->stays_plain = true;  // the filter is computed with the weights in a dtype of its own
     layers_.push_back(std::move(linear));
   };
   layer("features", 1 + 2 * kBands, kWidth, true);
@@ -44,10 +45,10 @@ at::Tensor HyenaFilter::forward(int64_t first, int64_t count) const {
   at::Tensor x = at::cat({time, angle.cos(), -angle.sin()}, 1);
   const at::Tensor frequency = frequency_.to(type);
   for (size_t i = 0; i + 1 < layers_.size(); ++i)
-    x = at::sin(frequency * at::linear(x, layers_[i]->weight_as(type), layers_[i]->bias.to(type)));
+    x = at::sin(frequency * at::linear(x, layers_[i]->weight.to(type), layers_[i]->bias.to(type)));
   const double full = -std::log(kDampedTo);
   const at::Tensor delta = at::linspace(full / kSlowest, full / kFastest, dim_, options);
-  return at::linear(x, layers_.back()->weight_as(type)) * at::exp(-time * delta);
+  return at::linear(x, layers_.back()->weight.to(type)) * at::exp(-time * delta);
 }
 
 Hyena::Hyena(const MixerOptions& options, int64_t filter_length, at::Device device)

@@ -4,6 +4,8 @@
 
 #include <cmath>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "csrc/ops/linear_int8.h"
 
@@ -36,7 +38,7 @@ at::Tensor Linear::forward(const at::Tensor& x) const {
 
 bool Linear::is_large() const {
   constexpr int64_t kLeast = 64;
-  return !is_gate && weight.size(0) >= kLeast && in_features_ >= kLeast;
+  return !stays_plain && weight.size(0) >= kLeast && in_features_ >= kLeast;
 }
 
 void Linear::adapt(int64_t rank, double alpha) {
@@ -50,7 +52,10 @@ void Linear::adapt(int64_t rank, double alpha) {
 
 at::Tensor Linear::merged_weight() const {
   if (!lora_a.defined()) return weight.clone();
-  return weight_as(lora_a.scalar_type()).addmm(lora_b, lora_a, 1, lora_scale_);
+  const at::ScalarType type = weight.is_floating_point()
+                                  ? c10::promoteTypes(weight.scalar_type(), lora_a.scalar_type())
+                                  : lora_a.scalar_type();
+  return weight_as(type).addmm(lora_b.to(type), lora_a.to(type), 1, lora_scale_);
 }
 
 void Linear::take_int8(const at::Tensor& matrix) {
@@ -78,10 +83,13 @@ bool is_adapter(const std::string& name) {
 void round_weights(torch::nn::Module& model, at::ScalarType dtype) {
   const at::NoGradGuard no_grad;
   if (dtype == at::kChar) {
-    visit_large_maps(model, [](Linear& linear) {
+    // All, then one after the other: a matrix that cannot be rounded leaves the model as it was.
+    std::vector<std::pair<Linear*, at::Tensor>> rounded;
+    visit_large_maps(model, [&](Linear& linear) {
       if (linear.weight.is_floating_point())
-        linear.take_int8(ops::quantize_int8(linear.weight_as(at::kFloat)));
+        rounded.emplace_back(&linear, ops::quantize_int8(linear.weight));
     });
+    for (const auto& [linear, matrix] : rounded) linear->take_int8(matrix);
     dtype = at::kBFloat16;
   }
   for (auto& item : model.named_parameters())
@@ -93,7 +101,13 @@ void round_weights(torch::nn::Module& model, at::ScalarType dtype) {
 
 void adapt_linear_maps(torch::nn::Module& model, int64_t rank, double alpha) {
   for (auto& parameter : model.parameters()) parameter.set_requires_grad(false);
-  visit_large_maps(model, [&](Linear& linear) { linear.adapt(rank, alpha); });
+  bool any = false;
+  visit_large_maps(model, [&](Linear& linear) {
+    linear.adapt(rank, alpha);
+    any = true;
+  });
+  TORCH_CHECK(any, "lora.rank: expected 0, got ", rank,
+              ": no linear map of this model has 64 channels or more on both sides");
 }
 
 }  // namespace xlstm::nn

@@ -11,8 +11,8 @@ class Linear : public torch::nn::Module {
  public:
   Linear(int64_t in_features, int64_t out_features, bool with_bias, at::Device device);
   at::Tensor forward(const at::Tensor& x) const;
-  /// Whether most of a model's weights are in such maps: not in small ones, nor in gates. These are adapted, and their
-  /// weights may be kept in 8 bits; of the others that would save little, and gates are exponentiated.
+  /// Whether most of a model's weights are in such maps, with 64 channels or more on both sides: these are adapted, and their
+  /// weights may be kept in 8 bits. Of the others that would save little, and gates are exponentiated.
   bool is_large() const;
   /// A matrix of 8 bits (ops::quantize_int8) becomes the weight, which nothing trains from then on.
   void take_int8(const at::Tensor& matrix);
@@ -22,11 +22,12 @@ class Linear : public torch::nn::Module {
   /// y gains (alpha / rank) B A x (LoRA, arXiv 2106.09685): lora_a = A (rank,in), uniform up to 1 / sqrt(in) as in the
   /// authors' code, lora_b = B (out,rank) zero. Both stay in the dtype they have now when round_weights rounds the rest.
   void adapt(int64_t rank, double alpha);
-  /// A weight of its own (out,in) for the same map without adapters, in the adapters' dtype; without any the weight's copy.
+  /// A weight of its own (out,in) for the same map without adapters, in the wider of both dtypes; without any the weight's copy.
   at::Tensor merged_weight() const;
   at::Tensor weight, bias;    ///< bias undefined when absent
   at::Tensor lora_a, lora_b;  ///< undefined without adapters
-  bool is_gate = false;
+  bool stays_plain =
+      false;  ///< neither adapted nor in 8 bits: of gates, and where others than forward() read the weight
 
  private:
   const int64_t in_features_;
@@ -40,7 +41,8 @@ void round_weights(torch::nn::Module& model, at::ScalarType dtype);
 /// Whether a parameter of this name is one of an adapter.
 bool is_adapter(const std::string& name);
 
-/// Adapts the large linear maps of a model (Linear::adapt), and no other parameter needs a gradient from then on.
+/// Adapts the large linear maps of a model (Linear::adapt), and no other parameter needs a gradient from then on. Throws
+/// c10::Error where there are none.
 void adapt_linear_maps(torch::nn::Module& model, int64_t rank, double alpha);
 
 }  // namespace xlstm::nn

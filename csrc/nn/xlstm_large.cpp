@@ -30,7 +30,7 @@ XlstmLargeLayer::XlstmLargeLayer(const XlstmLargeBlockOptions& options, at::Devi
   out_proj_ =
       register_module("out_proj", std::make_shared<Linear>(options.v_dim, dim, false, device));
 
-  igate_->is_gate = fgate_->is_gate = true;
+  igate_->stays_plain = fgate_->stays_plain = true;
 
   // The gates' weights stay zero: at the start i = -10 closes the input gate softly and o = 1/2.
   for (auto& proj : {q_, k_, v_}) small_init_(proj->weight, dim);

@@ -13,6 +13,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/common.h"
 #include "csrc/ops/cpu/linear_int8_params.h"
@@ -78,7 +80,9 @@ Tensor quantize_any(const Tensor& weight) {
     const int64_t count = std::min(rows, out - first);
     const Tensor part = weight.narrow(0, first, count).to(at::kFloat);
     const Tensor block = packed.narrow(0, first, count);
-    const Tensor step = part.abs().amax(1, true) / 127;
+    Tensor step = part.abs().amax(1, true) / 127;
+    step =
+        step.masked_fill(step < std::numeric_limits<float>::min(), 0);  // a denormal is too coarse
     scales_of(block).copy_(step);
     block.narrow(1, 0, in).copy_((part / step).round_().masked_fill_(step == 0, 0));
   }
@@ -193,7 +197,7 @@ class LinearInt8 : public torch::autograd::Function<LinearInt8> {
     if (ctx->needs_input_grad(0))
       dx = at::matmul(dy, dequantize_int8(weight, ctx->saved_data["in"].toInt(), dy.scalar_type()));
     if (!ctx->saved_data["bias"].isNone() && ctx->needs_input_grad(2))
-      dbias = dy.reshape({-1, dy.size(-1)}).sum(0).to(ctx->saved_data["bias"].toScalarType());
+      dbias = dy.sum_to_size({dy.size(-1)}).to(ctx->saved_data["bias"].toScalarType());
     return {dx, Tensor(), dbias};
   }
 };

@@ -162,7 +162,7 @@ bool mlstm_lazy_moves_less(int64_t dqk, int64_t dv, int64_t element_bytes) {
 bool mlstm_step_lazy_pays(const at::Tensor& k, const at::Tensor& v) {
   const int64_t dqk = k.size(2), dv = v.size(2);
   if (!mlstm_lazy_moves_less(dqk, dv, k.element_size())) return false;
-  constexpr int64_t kOutOfCaches = 1 << 18;  // bytes of a head's C, of which a model has hundreds
+  constexpr int64_t kOutOfCaches = 1 << 20;  // bytes of a head's C, of which a model has hundreds
   if (k.is_cpu()) return 4 * dqk * dv >= kOutOfCaches;
 #ifdef XLSTM_CUDA
   const MlstmSizes sizes{k.size(0), 1, k.size(1), dqk, dv, k.size(0)};

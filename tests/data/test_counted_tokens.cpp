@@ -150,6 +150,7 @@ TEST_CASE("a text may be a list of segments") {
       {R"({"text":[{"text":"a","loss":null}]})", "that is not true or false"},
       {R"({"text":[{"text":"a","los":false}]})", "segment 1 of \"text\" has a \"los\"" + form},
       {R"({"text":[{"text":"a","text":"b"}]})", "a second \"text\""},
+      {R"({"text":[{"text":"a","loss":true,"loss":false}]})", "a second \"loss\""},
       {R"({"text":[{"text":"a","loss":tru}]})", "unknown word"},
       {R"({"text":[{"text":"a"})", "expected ',' or ']'"},
       {R"({"text":[{"text":"a"},]})", "is not an object"},

@@ -62,7 +62,7 @@ TEST_CASE("int8: rows of zeros, of the smallest numbers, and of none that can be
   weight[2][3] = 3e38;
   const Tensor back = dequantize_int8(quantize_int8(weight), 20);
   CHECK(back.isfinite().all().item<bool>());
-  CHECK(back[0].abs().sum().item<float>() == 0);
+  CHECK(back.narrow(0, 0, 2).abs().sum().item<float>() == 0);
   CHECK(back[2][3].item<float>() > 2.9e38f);
   for (const double bad : {std::numeric_limits<double>::infinity(), std::nan("")}) {
     weight[1][19] = bad;

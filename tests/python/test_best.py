@@ -117,6 +117,11 @@ def test_every_program_takes_the_link(overfits, whole, tmp_path):
     assert f"{link} is {folder}\n" in texts[0].stderr and " is " not in texts[1].stderr
 
     libxlstm = pytest.importorskip("libxlstm")
+    model = libxlstm.load(link)
+    assert model.folder == str(folder)
+    for taken in (link, folder):  # it would no longer be the run's
+        with pytest.raises(libxlstm.Error, match="choose another name"):
+            model.save(taken)
     assert libxlstm.load(link).folder == str(folder)
     done = train(config, f"train.init_from={link}", "train.max_steps=2", "optim.warmup_steps=1")
     assert done.returncode == 0 and f"starting with the weights of {folder} (step {best})" in done.stdout, done.stderr
@@ -163,6 +168,18 @@ def test_a_fall_back_to_an_earlier_checkpoint(overfits, whole):
     assert (run / "ckpt" / "old-1" / f"step-{best:08d}").is_dir()
     assert train(config).returncode == 0
     assert decisions(run) == expected
+
+
+def test_a_link_goes_with_what_it_names(overfits):
+    """A run that goes back without keep_best writes the same steps anew, which were not judged."""
+    config, run = overfits
+    options = ("run.name=back", "ckpt.keep_every=4")
+    done = train(config, *options)
+    assert done.returncode == 0, done.stderr
+    assert (run.parent / "back" / "ckpt" / "best").is_symlink()
+    done = train(config, *options, "run.resume=step-00000004", "ckpt.keep_best=false", "optim.learning_rate=0.1", "eval.patience=0")
+    assert done.returncode == 0, done.stderr
+    assert not (run.parent / "back" / "ckpt" / "best").is_symlink()
 
 
 def test_the_best_of_an_earlier_checkpoint_is_gone(overfits, whole):

@@ -57,6 +57,9 @@ import importlib
 importlib.reload(libxlstm)
 assert not any(type(finder).__module__ == "libxlstm.flops" for finder in sys.meta_path)
 """
+    looked_up = "import importlib.util; importlib.util.find_spec('torch.utils.flop_counter')"
+    code_of_search = code.replace("from torch.utils.flop_counter", f"{looked_up}\nfrom torch.utils.flop_counter", 1)
+    subprocess.run([sys.executable, "-c", code_of_search.format(first="", given=False)], check=True, timeout=300, cwd=ROOT)
     for first in ("", "import torch.utils.flop_counter"):
         subprocess.run([sys.executable, "-c", code.format(first=first, given=bool(first))], check=True, timeout=300, cwd=ROOT)
 

@@ -182,4 +182,13 @@ def test_8_bits_are_saved_and_run_but_not_trained(run, tmp_path):
     assert text[0] == text[1]
     error = program("xlstm-train", run.config, "model.embedding_dim=128", f"train.init_from={tmp_path / 'small'}",
                     f"run.out_dir={tmp_path}", check=4).stderr
-    assert "8 bits" in error and "not to train" in error
+    assert "8 bits" in error and "rounded from" in error
+
+
+def test_what_cannot_be_rounded_leaves_the_model_as_it_was():
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter("blocks.2.mlstm.proj_up.weight")[3, 4] = float("nan")
+    with pytest.raises(RuntimeError, match="inf or NaN"):
+        model.quantize()
+    assert not kept_in_int8(model)

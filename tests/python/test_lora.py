@@ -117,6 +117,37 @@ def test_weights_are_rounded_and_adapters_are_not(base, dtype, tmp_path):
         assert torch.equal(again(tokens)[0], logits)
 
 
+def kinds():
+    """Every kind of model, small, with large linear maps."""
+    for kind in ("xlstm", "xlstm_large", "llama", "gpt", "mamba", "rwkv4", "rwkv6", "hgrn", "gla", "retnet", "h3", "hyena"):
+        yield {"kind": kind, "vocab_size": 256, "embedding_dim": 128, "num_blocks": 2, "num_heads": 4, "lora": {"rank": 3}}
+
+
+@pytest.mark.parametrize("settings", list(kinds()), ids=lambda settings: settings["kind"])
+def test_every_adapter_counts_in_every_kind(settings):
+    torch.manual_seed(1)
+    model, tokens = libxlstm.make_model({"model": settings}).eval(), batch()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_(0, 0.02)
+        merged = model.merge_lora()
+        torch.testing.assert_close(merged(tokens)[0], model(tokens)[0], rtol=1e-3, atol=1e-3)
+    model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_a_merged_model_is_a_model_with_the_tokenizer(base):
+    class Mine(libxlstm.Model):
+        def __init__(self, core, more):
+            super().__init__(core)
+            self.more = more
+
+    model = Mine(libxlstm.load(base.path, settings=SETTINGS)._core, 1)
+    merged = model.merge_lora()
+    assert type(merged) is libxlstm.Model and merged.tokenizer.decode([97]) == "a"
+
+
 def test_activations_may_be_computed_again(base):
     gradients = []
     for again in (False, True):
@@ -175,6 +206,12 @@ def test_an_interrupted_run_has_the_same_adapters(base, tune):
 
 def test_what_cannot_be(base, tune, tmp_path):
     run, options = tune
+    for small in (("model.embedding_dim=32",), ("model.kind=lstm", "data.reset_state_at_document=false", "model.slstm_at=[]")):
+        for dry in ((), ("--dry-run",)):
+            error = run.train("model.lora.rank=4", f"train.init_from={base.path}", *small, *dry, check=2).stderr
+            assert "lora.rank" in error and "64 channels" in error
+    with pytest.raises(ValueError, match="lora.rank"):
+        libxlstm.make_model({"model": {"embedding_dim": 32, "lora": {"rank": 4}}})
     error = run.train(*LORA, check=2).stderr
     assert "model.lora.rank" in error and "train.init_from" in error
     run.train(*options, check=0)

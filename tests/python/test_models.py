@@ -1,10 +1,12 @@
 """The C++ models seen from Python."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -479,3 +481,19 @@ def test_losses_check_their_targets():
     targets[:, 3:] = float("nan")
     loss = numbers.loss(x, targets)
     torch.testing.assert_close(loss, numbers.loss(x[:, :3], targets[:, :3]))
+
+
+def test_a_model_that_is_dropped_is_freed_at_once():
+    """Without a collection, which does not come: few objects of Python's are made."""
+    gc.disable()
+    try:
+        for make in (make_model, lambda: copy.deepcopy(make_model()),
+                     lambda: libxlstm.BlockStack(embedding_dim=16, num_blocks=1, num_heads=2)):
+            model = make()
+            with torch.no_grad():
+                model(random_ids(1, 3) if isinstance(model, libxlstm.Model) else torch.randn(1, 3, 16))
+            alive = weakref.ref(model)
+            del model
+            assert alive() is None
+    finally:
+        gc.enable()

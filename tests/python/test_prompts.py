@@ -51,6 +51,34 @@ def by_hand(model, batch):
     return -logits[counts].gather(1, targets[counts][:, None]).sum() / max(1, counts.sum().item()), counts
 
 
+def test_words_of_an_answer_stay_apart():
+    """Whatever puts the space before a word: of a text that goes on, the first word alone has none of its own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from libxlstm.tokenizer_worker import for_inside
+
+    pre = tokenizers.pre_tokenizers
+    for parts in ([pre.WhitespaceSplit(), pre.Metaspace(prepend_scheme="always")], [pre.Metaspace(prepend_scheme="always")],
+                  [pre.WhitespaceSplit(), pre.ByteLevel(add_prefix_space=True)], [pre.ByteLevel(add_prefix_space=True)]):
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = pre.Sequence(parts)
+        tokenizer.train_from_iterator(["a b c answer is four red"] * 9, tokenizers.trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+        mark = "\u2581" if "Metaspace" in str(parts[-1]) else "\u0120"
+        text = "".join(for_inside(tokenizer).encode("the answer is four").tokens)
+        assert text.count(mark) >= 3, text
+
+
+def test_held_out_text_that_does_not_count_stops_before_the_first_step(setup, tmp_path):
+    config, folder = setup
+    lines = [{"question": "?" * 500, "answer": "a"} for _ in range(30)]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for more in ((), ("--dry-run",)):
+        done = train(config, f"data.val_text={tmp_path}/v.jsonl", "eval.batches=1", *more)
+        assert done.returncode == 3 and "none of the first 4 windows" in done.stderr and "eval.batches" in done.stderr
+    assert not (folder / "metrics.jsonl").exists() or not losses(folder)
+    assert train(config, f"data.val_text={tmp_path}/v.jsonl").returncode == 0
+
+
 def test_prepared_prompts_in_files_that_others_read(tmp_path):
     pairs = write_pairs(tmp_path / "t.jsonl", 40)
     keys = ("--text-key", "answer", "--prompt-key", "question")

@@ -43,7 +43,8 @@ void quantize_row(const T* values, int64_t in, int8_t* integers, float* scale) {
   float largest;
   __builtin_memcpy(&largest, &bits, sizeof largest);
   const bool finite = bits < 0x7f800000u;
-  const float step = finite ? largest / 127 : __builtin_nanf("");
+  float step = finite ? largest / 127 : __builtin_nanf("");
+  if (step < __FLT_MIN__) step = 0;  // a denormal one would be too coarse
   *scale = step;
   if (!(step > 0)) {
     for (int64_t i = 0; i < in; ++i) integers[i] = 0;
