@@ -54,12 +54,17 @@ void Saver::check_free_disk() const {
               format_mib(needed) + ": saves will fail");
 }
 
+/// A crash may have come between a save, the link to it and the deletion of what is not needed any more.
 void Saver::go_on_from(const TrainerState& state) {
   saved_step_ = state.step;
-  if (config_.ckpt.keep_best && !name_best(state.best.step) && state.best.step >= 0)
+  if (!config_.ckpt.keep_best) return;
+  if (name_best(state.best.step)) {
+    tidy(state.best.step);
+  } else if (state.best.step >= 0) {
     log_info("the checkpoint of the lowest held-out loss, " +
              format_number("%.4f", state.best.loss) + " at step " +
              std::to_string(state.best.step) + ", was not kept: the next lower one will be");
+  }
 }
 
 void Saver::save(const TrainerState& counters, bool last) {
