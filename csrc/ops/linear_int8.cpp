@@ -2,7 +2,6 @@
 // dequantised matrix.
 #include "csrc/ops/linear_int8.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -64,16 +63,21 @@ Tensor columns_of(const Tensor& weight) {
   return weight.view(at::kInt).narrow(1, weight.size(1) / 4 - 3, 1);
 }
 
-Tensor checked_scales(const Tensor& scales) {
+void check_scales(const Tensor& scales) {
   TORCH_CHECK(scales.isfinite().all().item<bool>(),
               "quantize_int8: weight: expected finite numbers, got inf or NaN");
-  return scales;
+}
+
+/// A matrix of 8 bits for `weight`, zeros.
+Tensor zero_matrix(const Tensor& weight) {
+  return at::zeros({weight.size(0), int8_row_bytes(weight.size(1))},
+                   weight.options().dtype(at::kChar));
 }
 
 Tensor quantize_any(const Tensor& weight) {
   check_to_quantize(weight);
   const int64_t out = weight.size(0), in = weight.size(1);
-  const Tensor packed = at::zeros({out, int8_row_bytes(in)}, weight.options().dtype(at::kChar));
+  const Tensor packed = zero_matrix(weight);
   if (weight.numel() == 0) return packed;
   const int64_t rows = std::max<int64_t>(1, (int64_t{1} << 24) / in);  // what is held as float32
   for (int64_t first = 0; first < out; first += rows) {
@@ -87,7 +91,7 @@ Tensor quantize_any(const Tensor& weight) {
     block.narrow(1, 0, in).copy_((part / step).round_().masked_fill_(step == 0, 0));
   }
   columns_of(packed).fill_(in);
-  checked_scales(scales_of(packed));
+  check_scales(scales_of(packed));
   return packed;
 }
 
@@ -131,8 +135,7 @@ Int8Matrix checked_matrix(const char* op, const Tensor& weight, int64_t in_featu
 
 Tensor quantize_cpu(const Tensor& weight) {
   check_to_quantize(weight);
-  const Tensor packed = at::zeros({weight.size(0), int8_row_bytes(weight.size(1))},
-                                  weight.options().dtype(at::kChar));
+  const Tensor packed = zero_matrix(weight);
   if (weight.numel() == 0) return packed;
   const Tensor values = weight.contiguous();
   cpu::Int8ConversionParams p;
@@ -140,7 +143,7 @@ Tensor quantize_cpu(const Tensor& weight) {
   p.matrix = matrix_of(packed, weight.size(1));
   p.values = const_cast<void*>(values.const_data_ptr());
   cpu::quantize_int8(p);
-  checked_scales(scales_of(packed));
+  check_scales(scales_of(packed));
   return packed;
 }
 
