@@ -156,11 +156,8 @@ EvalData text_data(const LoadedModel& loaded, const std::string& text,
   data::PrepareOptions prepare;
   prepare.inputs = {text};
   prepare.texts.text_key = loaded.config.data.text_key;
-  const auto files = data::find_texts({text}, prepare.texts);
-  if (std::any_of(files.begin(), files.end(), [](const data::TextFile& file) {
-        return file.kind != data::TextFile::Kind::kText;
-      }))
-    prepare.texts.prompt_key = loaded.config.data.prompt_key;  // a plain text has no prompts
+  prepare.texts.prompt_key = loaded.config.data.prompt_key;
+  prepare.texts.plain_texts_too = true;  // they have no prompts
   prepare.output_prefix = (folder->path() / "text").string();
   prepare.tokenizer = loaded.tokenizer;
   data::prepare(prepare);

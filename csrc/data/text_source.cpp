@@ -38,7 +38,8 @@ TextFile standard_input(const TextOptions& options) {
   TextFile file;
   file.path = file.name = file.input = "standard input";
   file.is_standard_input = true;
-  const bool by_content = options.format == "auto" && options.prompt_key.empty();
+  const bool by_content =
+      options.format == "auto" && (options.prompt_key.empty() || options.plain_texts_too);
   file.kind = by_content                 ? TextFile::Kind::kByContent
               : options.format == "text" ? TextFile::Kind::kText
                                          : TextFile::Kind::kJsonl;
@@ -103,7 +104,8 @@ class Collector {
   }
 
   void add(TextFile file) {
-    if (file.kind == TextFile::Kind::kText && !options_.prompt_key.empty())
+    if (file.kind == TextFile::Kind::kText && !options_.prompt_key.empty() &&
+        !options_.plain_texts_too)
       throw Error(ExitCode::kConfig,
                   file.path + ": is a plain text, but the prompt key \"" + options_.prompt_key +
                       "\" is for JSONL; leave the key out (data.prompt_key, --prompt-key of "

@@ -21,6 +21,8 @@ struct TextOptions {
   std::string text_key = "text";  ///< of a line of JSONL: its text stands there
   /// Of a line of JSONL: what stands there comes before the text and does not count; "": nothing does
   std::string prompt_key = "";
+  /// Beside a prompt_key: plain texts are read, too, and all of them counts; else they are an error
+  bool plain_texts_too = false;
   /// POSIX extended regular expression: a new document begins at each line of a text that it matches; "": a text is one
   std::string split_at = "";
 };

@@ -234,10 +234,16 @@ def test_evaluation_judges_answers_in_their_bytes(setup, tmp_path):
                 assert result["loss"] == pytest.approx(nats / num_targets, rel=1e-4)
             if more:
                 assert sum(bucket["tokens"] for bucket in result["frequency"].values()) == num_targets
-    (tmp_path / "plain.txt").write_text("a plain text has no prompt")
-    done = subprocess.run([*command, "100", "--text", tmp_path / "plain.txt"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "e.json").read_text())["tokens"] == len("a plain text has no prompt")
+    # All of a plain text counts, from wherever it comes.
+    plain, both = "a plain text has no prompt", tmp_path / "both"
+    both.mkdir()
+    (both / "plain.txt").write_text(plain)
+    (tmp_path / "own.jsonl").rename(both / "own.jsonl")
+    for text, stdin, tokens in ((both / "plain.txt", None, len(plain)), ("-", plain, len(plain)),
+                                ("-", (both / "own.jsonl").read_text(), num_targets), (both, None, len(plain) + num_targets)):
+        done = subprocess.run([*command, "100", "--text", text], capture_output=True, text=True, input=stdin)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "e.json").read_text())["tokens"] == tokens, text
 
 
 def test_a_mixture_of_prompts_and_plain_text(tmp_path):
