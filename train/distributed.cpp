@@ -6,8 +6,13 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <chrono>
+#include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <optional>
+#include <stop_token>
+#include <thread>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <utility>
@@ -21,7 +26,10 @@ namespace {
 
 /// As long as the others may be busy: process 0 saves, or prepares the data.
 constexpr std::chrono::minutes kPatience{30};
+/// How long they may take to come, and how long that is waited for in silence.
 constexpr std::chrono::minutes kTimeToMeet{10};
+constexpr std::chrono::seconds kSilence{5};
+constexpr std::chrono::milliseconds kBetweenLooks{50};
 /// Gradients are summed in parts of this size: while one is on its way the next is packed.
 constexpr int64_t kBucketBytes = int64_t{32} << 20;
 
@@ -44,21 +52,96 @@ int64_t whole_number(const char* name) {
 
 std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
 
-c10::intrusive_ptr<c10d::Store> open_store(const ProcessPlace& place) {
-  const std::string host = variable("MASTER_ADDR");
-  c10d::TCPStoreOptions options;
-  options.port = static_cast<std::uint16_t>(whole_number("MASTER_PORT"));
-  // torchrun's agent serves it already.
-  options.isServer = place.leads() && variable("TORCHELASTIC_USE_AGENT_STORE") != "True";
-  options.numWorkers = static_cast<size_t>(place.size);
-  options.waitWorkers = false;
-  options.timeout = kTimeToMeet;
-  const auto store =
-      c10::make_intrusive<c10d::TCPStore>(host.empty() ? "localhost" : host, options);
-  // What an earlier attempt left there is not read.
-  return c10::make_intrusive<c10d::PrefixStore>(
-      "libxlstm/attempt-" + variable("TORCHELASTIC_RESTART_COUNT"), store);
-}
+/// Where the processes of a run come together before they can talk: a store of keys that process 0 or torchrun's agent serves.
+class MeetingPlace {
+ public:
+  MeetingPlace(const ProcessPlace& place, const std::function<void()>& poll)
+      : place_(place),
+        host_(variable("MASTER_ADDR").empty() ? "localhost" : variable("MASTER_ADDR")),
+        port_(whole_number("MASTER_PORT")),
+        poll_(poll) {}
+
+  /// The store, once all have come to it.
+  c10::intrusive_ptr<c10d::Store> meet() {
+    // What an earlier attempt left there is not read.
+    const auto store = c10::make_intrusive<c10d::PrefixStore>(
+        "libxlstm/attempt-" + variable("TORCHELASTIC_RESTART_COUNT"), connect());
+    store->set(key(place_.rank), kHere);
+    // Process 0 looks for each of the others, and these for its word alone.
+    std::vector<std::string> keys{kAll};
+    if (place_.leads()) {
+      keys.clear();
+      for (int64_t rank = 1; rank < place_.size; ++rank) keys.push_back(key(rank));
+    }
+    while (!store->check(keys)) {
+      if (waited() > kSilence && !told_) tell(missing(*store));
+      if (waited() > kTimeToMeet)
+        throw Error(ExitCode::kPeer, who() + ": " + missing(*store) + " did not come to " +
+                                         address() + " in " + std::to_string(kTimeToMeet.count()) +
+                                         " minutes; what it says there tells why");
+      poll_();
+      std::this_thread::sleep_for(kBetweenLooks);
+    }
+    if (place_.leads()) store->set(kAll, kHere);
+    return store;
+  }
+
+ private:
+  /// Waits for the server.
+  c10::intrusive_ptr<c10d::Store> connect() {
+    c10d::TCPStoreOptions options;
+    options.port = static_cast<std::uint16_t>(port_);
+    const bool agent = variable("TORCHELASTIC_USE_AGENT_STORE") == "True";
+    options.isServer = place_.leads() && !agent;
+    options.numWorkers = static_cast<size_t>(place_.size);
+    options.waitWorkers = false;
+    options.timeout = kTimeToMeet;
+    const std::jthread teller([&](const std::stop_token& connected) {
+      std::mutex mutex;
+      std::unique_lock lock(mutex);
+      std::condition_variable_any().wait_for(lock, connected, kSilence, [] { return false; });
+      if (!connected.stop_requested()) tell(agent ? "torchrun's agent" : "process 0");
+    });
+    return c10::make_intrusive<c10d::TCPStore>(host_, options);
+  }
+
+  static inline const std::string kAll = "all";
+  static inline const std::vector<uint8_t> kHere{1};
+
+  static std::string key(int64_t rank) { return "process-" + std::to_string(rank); }
+  std::string who() const {
+    return "process " + std::to_string(place_.rank) + " of " + std::to_string(place_.size);
+  }
+  std::string address() const { return host_ + ":" + std::to_string(port_); }
+  std::chrono::steady_clock::duration waited() const {
+    return std::chrono::steady_clock::now() - start_;
+  }
+
+  void tell(const std::string& whom) {
+    told_ = true;
+    std::fprintf(stderr, "%s waits for %s to come to %s, for up to %lld minutes\n", who().c_str(),
+                 whom.c_str(), address().c_str(), static_cast<long long>(kTimeToMeet.count()));
+  }
+
+  /// "processes 1, 2, 3 and 4 more"
+  std::string missing(c10d::Store& store) const {
+    std::string named;
+    int64_t count = 0;
+    for (int64_t rank = 0; rank < place_.size; ++rank) {
+      if (store.check({key(rank)}) || ++count > 3) continue;
+      named += (count > 1 ? ", " : "") + std::to_string(rank);
+    }
+    return (count == 1 ? "process " : "processes ") + named +
+           (count > 3 ? " and " + std::to_string(count - 3) + " more" : "");
+  }
+
+  const ProcessPlace place_;
+  const std::string host_;
+  const int64_t port_;
+  const std::function<void()>& poll_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  bool told_ = false;
+};
 
 }  // namespace
 
@@ -110,11 +193,13 @@ auto ProcessGroup::guarded(Work&& work) {
   }
 }
 
-ProcessGroup::ProcessGroup(const ProcessPlace& place, at::Device device) : place_(place) {
+ProcessGroup::ProcessGroup(const ProcessPlace& place, at::Device device,
+                           const std::function<void()>& poll)
+    : place_(place) {
   if (place.alone()) return;
   guarded([&] {
     impl_ = std::make_unique<Impl>();
-    impl_->store = open_store(place);
+    impl_->store = MeetingPlace(place, poll).meet();
     const auto join = [&](auto make, const char* name) {
       return make(c10::make_intrusive<c10d::PrefixStore>(name, impl_->store),
                   static_cast<int>(place.rank), static_cast<int>(place.size), kPatience);

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -29,8 +30,11 @@ void take_own_gpu(const ProcessPlace& place);
 /// when another process has failed or does not answer.
 class ProcessGroup {
  public:
-  /// Meets the others at MASTER_ADDR:MASTER_PORT.
-  ProcessGroup(const ProcessPlace& place, at::Device device);
+  /// Meets the others at MASTER_ADDR:MASTER_PORT. Says once on standard error for whom it waits, after five seconds, and
+  /// gives them ten minutes to come; from then on, half an hour for each answer. poll: called while process 0 is there and
+  /// others are not; what it throws ends the wait.
+  ProcessGroup(
+      const ProcessPlace& place, at::Device device, const std::function<void()>& poll = [] {});
   ~ProcessGroup();
   ProcessGroup(const ProcessGroup&) = delete;
   ProcessGroup& operator=(const ProcessGroup&) = delete;

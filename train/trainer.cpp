@@ -131,7 +131,7 @@ void Trainer::Impl::open() {
   device_ = choose_device(config_.run.device, "run.device");
   use_own_stream(device_);
   if (config_.run.num_threads > 0) at::set_num_threads(static_cast<int>(config_.run.num_threads));
-  group_.emplace(place, device_);
+  group_.emplace(place, device_, throw_if_stop_requested);
   check_same_settings(*group_, config_);
   if (leads()) open_run_folder();
   open_data();

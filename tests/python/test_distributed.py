@@ -1,6 +1,7 @@
 """xlstm-train by several processes: the same run as one process, stopped and killed together."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -256,6 +257,33 @@ def test_when_one_is_killed_the_other_ends_and_says_so(setup, rank):  # noqa: F8
     saved = max(int(folder.name[5:]) for folder in (run / "ckpt").glob("step-*") if (folder / "MANIFEST.json").exists())
     assert [status for _, _, status in together(config, f"train.max_steps={saved + 2}")] == [0, 0]
     assert max(losses(run)) == saved + 2
+
+
+def waiting(config, first):
+    """The processes of a run of which one came alone, and what it says then."""
+    processes = start(config)
+    processes[1 - first].send_signal(signal.SIGSTOP)
+    return processes, processes[first].stderr.readline()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_who_comes_first_says_for_whom_it_waits(setup, first):  # noqa: F811
+    config, _ = setup
+    processes, told = waiting(config, first)
+    assert re.fullmatch(rf"process {first} of 2 waits for process {1 - first} to come to 127.0.0.1:\d+, for up to 10 minutes\n",
+                        told), told
+    processes[1 - first].send_signal(signal.SIGCONT)
+    ended = finish(processes)
+    assert [status for _, _, status in ended] == [0, 0] and "waits for" not in ended[first][1], ended  # it says so once
+
+
+def test_a_signal_to_one_that_waits_stops_it(setup):  # noqa: F811
+    config, _ = setup
+    processes, _ = waiting(config, 0)
+    processes[0].send_signal(signal.SIGTERM)
+    assert processes[0].wait(timeout=60) == 75
+    processes[1].kill()
+    assert "before training began" in finish(processes)[0][0]
 
 
 def test_what_one_cannot_do_ends_all(setup, corpus, tmp_path):  # noqa: F811
