@@ -103,6 +103,23 @@ def test_gated_scan_compiles_whatever_the_strides(time):
     assert strides("cpu") == strides("meta")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cu_seqlens_are_integers_of_either_size(dtype):
+    """flash-attn's are int32, flash-linear-attention's int64."""
+    make = lambda *shape: torch.randn(*shape, dtype=dtype, requires_grad=True)  # noqa: E731
+    calls = {
+        ops.mlstm_chunkwise: (make(1, 9, 2, 4), make(1, 9, 2, 4), make(1, 9, 2, 4), make(1, 9, 2), make(1, 9, 2)),
+        ops.slstm: (make(1, 9, 4, 2, 4), make(4, 2, 4, 4), make(4, 2, 4)),
+        ops.causal_conv1d: (make(1, 9, 4), make(4, 3)),
+    }
+    for call, inputs in calls.items():
+        results = []
+        for integers in (torch.int32, torch.int64):
+            out = call(*inputs, cu_seqlens=torch.tensor([0, 2, 2, 9], dtype=integers))
+            results.append([out[0], *torch.autograd.grad(out[0].square().sum(), inputs), *(x.detach() for x in out[1:])])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), call
+
+
 def test_gated_linear_attention_in_chunks_has_its_backward_operator():
     q, k, v = (torch.randn(1, 5, 1, 2, dtype=torch.double, requires_grad=True) for _ in range(3))
     g = -torch.rand_like(q)
