@@ -272,7 +272,7 @@ void validate_schedule(const Config& config) {
   require(optim.warmup_steps <= steps || !must_fit_run(config, "optim.warmup_steps"), config,
           "optim.warmup_steps",
           "is " + to_string(optim.warmup_steps) + ", expected at most the " + to_string(steps) +
-              " steps of the run");
+              " steps of the run; one that is cut short has its steps on the command line");
   require(optim.schedule == "cosine" || optim.restarts == 0, config, "optim.restarts",
           "applies to optim.schedule cosine only, but the schedule is " + optim.schedule +
               "; remove it");

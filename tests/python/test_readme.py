@@ -100,6 +100,19 @@ def test_its_sweep_is_one(tmp_path):
     assert "four" in done.stdout and "eight" in done.stdout
 
 
+def test_its_fine_tuning_begins(tmp_path):
+    """With a small model in the place of the published one."""
+    (block,) = blocks(GUIDES["train/README.md"], "yaml")
+    (tmp_path / "tune.yaml").write_text(block)
+    (tmp_path / "chat.jsonl").write_text('{"text": [{"text": "User: hi\\n", "loss": false}, {"text": "Hello!\\n"}]}\n' * 2000)
+    model = libxlstm.make_model({"model": {"kind": "xlstm_large", "embedding_dim": 128, "num_blocks": 2, "num_heads": 2}})
+    model.save(tmp_path / "runs" / "xlstm-7b")
+    done = subprocess.run([BIN / "xlstm-train", "tune.yaml", "--dry-run"], cwd=tmp_path, capture_output=True, text=True,
+                          env=environment())  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "all tensors fit" in done.stdout and "one step " in done.stdout
+
+
 def test_the_table_names_all_operators():
     rows = re.search(r"\n\| operator \|.*?\n\n", TEXT, re.DOTALL).group(0).splitlines()
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")}
