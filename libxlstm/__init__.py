@@ -15,14 +15,13 @@ TokenData() gives the sequences of prepared token files in the trainer's order.
 """
 
 import importlib
-import json
 from pathlib import Path
 
 import torch
 
 from . import flops
 from .data import TokenData
-from .library import load_module, load_operators
+from .library import as_yaml, load_module, load_operators
 from .model import BlockStack, Model
 
 __all__ = ["BlockStack", "Error", "Model", "TokenData", "load", "make_model", "__version__"]
@@ -60,7 +59,7 @@ def _overrides(settings, section=""):
         if isinstance(value, dict):
             yield from _overrides(value, f"{section}{name}.")
         else:
-            yield f"{section}{name}={json.dumps(value)}"
+            yield f"{section}{name}={as_yaml(value)}"
 
 
 def make_model(settings):
@@ -70,7 +69,7 @@ def make_model(settings):
     {"model": {"embedding_dim": 256, "num_blocks": 8, "slstm_at": [1]}}; `xlstm-train --help` lists all of it. Raises
     libxlstm.Error naming the setting that is wrong.
     """
-    text = settings if isinstance(settings, str) else json.dumps(settings)  # which is YAML, too
+    text = settings if isinstance(settings, str) else as_yaml(settings)
     return Model(load_module().make_model(text))
 
 

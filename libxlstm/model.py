@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import numbers
 import operator
 import os
@@ -10,7 +9,7 @@ import tempfile
 
 import torch
 
-from .library import load_module
+from .library import as_yaml, load_module
 
 
 class _Part(torch.nn.Module):
@@ -297,7 +296,7 @@ class BlockStack(CoreModule):
         for name in self._ELSEWHERE:
             if name in settings:
                 raise TypeError(f"{name}: a setting of embedding or head, which a stack of blocks does not have")
-        super().__init__(load_module().make_stack(json.dumps({"model": settings})))  # JSON is YAML, too
+        super().__init__(load_module().make_stack(as_yaml({"model": settings})))
 
     def forward(self, x, state=None, reset=None, lengths=None, blocks=None):
         """x (B,T,D) floating, T >= 0 -> y (B,T,D) and the state after the last token: one list of tensors per block, new ones.

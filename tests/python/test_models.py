@@ -302,6 +302,17 @@ def test_settings_as_a_dictionary():
         libxlstm.make_model({"model": {"embeding_dim": 32}})
 
 
+@pytest.mark.parametrize("name", ["caf\u00e9", "\U0001f600 model", "a\x7f\x85b", "\u2028\ufeff", "\"\\", "line\nbreak\ttab"])
+def test_settings_of_any_characters(name, tmp_path):
+    model = libxlstm.make_model({"model": yaml.safe_load(YAML)["model"], "run": {"name": "a", "out_dir": f"runs/{name}"}})
+    assert yaml.safe_load(model.config)["run"]["out_dir"] == f"runs/{name}"
+    model.save(tmp_path / "model")
+    again = libxlstm.load(tmp_path / "model", settings={"run": {"out_dir": f"again/{name}"}})
+    assert yaml.safe_load(again.config)["run"]["out_dir"] == f"again/{name}"
+    with pytest.raises(libxlstm.Error, match="kind"):
+        libxlstm.BlockStack(kind=name)
+
+
 def test_copies(tmp_path):
     model = make_model().to(torch.float64).eval()
     model.lm_head.requires_grad_(False)
