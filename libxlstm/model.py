@@ -422,7 +422,8 @@ class Model(CoreModule):
         return merged.train(self.training)
 
     def save(self, folder):
-        """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32."""
+        """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32. A model that
+        is there is kept until the new one is whole."""
         self._check_parameters()
         with self._tokenizer_files() as tokenizer:
             self._core.save(str(folder), tokenizer)

@@ -2,6 +2,7 @@
 
 #include <sys/statvfs.h>
 #include <torch/version.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -68,6 +69,12 @@ void check_free_space(const std::string& folder, int64_t needed) {
   throw std::system_error(ENOSPC, std::generic_category(), folder + text);
 }
 
+/// A name beside `path` that no other thread of this machine takes for the same purpose.
+fs::path name_beside(const fs::path& path, const char* purpose) {
+  return path.parent_path() /
+         ("." + path.filename().string() + "." + purpose + "-" + std::to_string(::gettid()));
+}
+
 /// The folder being written: removed again unless commit() was reached.
 class Writer {
  public:
@@ -122,6 +129,26 @@ class Writer {
     failpoint("ckpt.after_rename", step_);
     sync_directory(folder_.string());
     committed_ = true;
+  }
+
+  /// Renames the committed folder, over an earlier one if need be: until then that is as it was.
+  void move_to(const fs::path& path) {
+    committed_ = false;
+    const fs::path earlier = name_beside(path, "old");
+    if (::rename(folder_.c_str(), path.c_str()) != 0) {
+      if (errno != ENOTEMPTY && errno != EEXIST) fail(path);
+      fs::remove_all(earlier);  // of a crash
+      fs::rename(path, earlier);
+      try {
+        fs::rename(folder_, path);
+      } catch (...) {
+        fs::rename(earlier, path);
+        throw;
+      }
+    }
+    committed_ = true;
+    sync_directory(path.parent_path().string());
+    fs::remove_all(earlier);
   }
 
   /// Takes a committed folder's manifest away, durably: from then on it is no checkpoint.
@@ -289,8 +316,10 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
 
 void save_model_folder(const std::string& folder, const config::Config& config,
                        const NamedTensors& model_tensors) {
-  const fs::path path = fs::absolute(folder).lexically_normal();
-  if (fs::exists(path) && !fs::is_empty(path) && !fs::exists(path / kManifestName))
+  // A name with "/" behind it would be that of no link.
+  const fs::path path = (fs::absolute(folder).lexically_normal() / "").parent_path();
+  const bool is_free = !fs::exists(path) || (fs::is_directory(path) && fs::is_empty(path));
+  if (!is_free && !fs::exists(path / kManifestName))
     throw Error(ExitCode::kCheckpoint,
                 folder + ": exists and is not a model folder; choose another name");
   if (fs::is_symlink(path) || fs::exists(path / kTrainerName))
@@ -299,10 +328,11 @@ void save_model_folder(const std::string& folder, const config::Config& config,
   const TokenizerFiles tokenizer = read_tokenizer(config.data.tokenizer);
   fs::create_directories(path.parent_path());
   check_free_space(path.parent_path().string(), needed_bytes(tokenizer, {&model_tensors}));
-  Writer writer(path, 0);
+  Writer writer(name_beside(path, "tmp"), 0);
   writer.add(kModelName, model_tensors);
   add_common_files(writer, config, tokenizer);
   writer.commit();
+  writer.move_to(path);
 }
 
 std::vector<std::string> list_checkpoints(const std::string& run_dir) {

@@ -60,7 +60,8 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
                             const models::LanguageModel& model, const NamedTensors& optimizer,
                             const TrainerState& state, const TokenizerFiles& tokenizer = {},
                             const NamedTensors& carried = {});
-/// The same of a model alone, at exactly `folder`, with the tokenizer that the settings name.
+/// The same of a model alone, at exactly `folder`, with the tokenizer that the settings name. A model that is there is kept
+/// until the new one is whole. Throws Error(kCheckpoint) where `folder` is anything else, or a link.
 void save_model_folder(const std::string& folder, const config::Config& config,
                        const NamedTensors& model_tensors);
 
