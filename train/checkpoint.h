@@ -126,7 +126,8 @@ struct LoadedModel {
   std::string tokenizer;  ///< spec for data::make_tokenizer, resolved to the folder's own copy
 };
 /// dtype: that of the model's parameters, to which the checkpoint's are rounded; beside them nothing of their size is held.
-/// overrides: settings in place of the checkpoint's, as config::load_config takes them; its tensors must fit still.
+/// overrides: settings in place of the checkpoint's, as config::load_config takes them; its tensors must fit still. Adapters
+/// that the checkpoint does not have are drawn; nothing else is.
 LoadedModel load_model(const std::string& folder_or_run, bool verify = true,
                        at::ScalarType dtype = at::kFloat,
                        const std::vector<std::string>& overrides = {});

@@ -66,8 +66,7 @@ Hyena::Hyena(const MixerOptions& options, int64_t filter_length, at::Device devi
     uniform_init_(tensor, 1 / std::sqrt(static_cast<double>(kShortTaps)));
   filter_ = register_module("filter", std::make_shared<HyenaFilter>(dim, filter_length, device));
   skip_ = parameter("skip", {dim});
-  const at::NoGradGuard no_grad;
-  if (!device.is_meta()) skip_.normal_();
+  normal_init_(skip_, 1);
 }
 
 Result Hyena::forward(const at::Tensor& x, const State& state,

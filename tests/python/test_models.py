@@ -345,6 +345,27 @@ def test_loading_leaves_the_generator_alone(kind, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_loading_leaves_the_draws_of_other_threads_alone(tmp_path):
+    """Copies, too: each number of the stream comes once, in its order."""
+    make_model().save(tmp_path / "model")
+    torch.manual_seed(4)
+    expected = [torch.rand(()).item() for _ in range(30_000)]
+    model, drawn = make_model(), []
+
+    def load():
+        for _ in range(20):
+            libxlstm.load(tmp_path / "model")
+            copy.deepcopy(model)
+
+    torch.manual_seed(4)
+    thread = threading.Thread(target=load)
+    thread.start()
+    while thread.is_alive() and len(drawn) < len(expected):
+        drawn.append(torch.rand(()).item())
+    thread.join()
+    assert len(drawn) > 100 and drawn == expected[: len(drawn)]
+
+
 def test_a_copy_drops_what_the_model_does():
     model = libxlstm.make_model({"model": {"embedding_dim": 16, "num_blocks": 1, "num_heads": 2, "dropout": 0.5}})
     ids = random_ids(2, 9) % 256
