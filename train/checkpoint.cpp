@@ -83,18 +83,11 @@ class Writer {
     fs::remove_all(folder_);
     fs::create_directory(folder_);
     failpoint("ckpt.after_mkdir", step_);
-    // "ckpt.write:N,ckpt.write_step:S" dies with exactly N bytes of step S written.
     if (const auto limit = failpoint_value("ckpt.write");
         limit && failpoint_at("ckpt.write_step", step_))
-      set_write_hook([left = static_cast<size_t>(*limit)](size_t size) mutable {
-        if (left == 0) failpoint("ckpt.write");
-        const size_t now = std::min(left, size);
-        left -= now;
-        return now;
-      });
+      bytes_to_live_ = static_cast<size_t>(*limit);
   }
   ~Writer() {
-    set_write_hook({});
     std::error_code ignored;
     if (!committed_) fs::remove_all(folder_, ignored);
   }
@@ -102,15 +95,19 @@ class Writer {
   Writer& operator=(const Writer&) = delete;
 
   void add(const std::string& name, const NamedTensors& tensors) {
-    const fs::path path = folder_ / name;
-    const std::string sha256 = save_safetensors(path.string(), tensors, {{"format", "pt"}});
-    manifest_.files.push_back({name, static_cast<int64_t>(fs::file_size(path)), sha256});
+    OutputFile file((folder_ / name).string());
+    int64_t bytes = 0;
+    const auto sink = [&](const void* data, size_t size) {
+      write(file, data, size);
+      bytes += static_cast<int64_t>(size);
+    };
+    const std::string sha256 = write_safetensors(sink, tensors, {{"format", "pt"}});
+    file.sync_and_close();
+    manifest_.files.push_back({name, bytes, sha256});
   }
 
   void add(const std::string& name, const std::string& text) {
-    OutputFile file((folder_ / name).string());
-    file.write(text);
-    file.sync_and_close();
+    write_whole(folder_ / name, text);
     manifest_.files.push_back({name, static_cast<int64_t>(text.size()), sha256_hex(text)});
   }
 
@@ -121,9 +118,7 @@ class Writer {
     sync_directory(
         (folder_.parent_path().empty() ? fs::path(".") : folder_.parent_path()).string());
     const std::string path = (folder_ / kManifestName).string();
-    OutputFile file(path + ".tmp");
-    file.write(format_manifest(manifest_));
-    file.sync_and_close();
+    write_whole(path + ".tmp", format_manifest(manifest_));
     failpoint("ckpt.before_rename", step_);
     if (::rename((path + ".tmp").c_str(), path.c_str()) != 0) fail(path);
     failpoint("ckpt.after_rename", step_);
@@ -157,8 +152,23 @@ class Writer {
   }
 
  private:
+  void write(OutputFile& file, const void* data, size_t size) {
+    const size_t now = std::min(bytes_to_live_, size);
+    file.write(data, now);
+    if (now < size) failpoint("ckpt.write");
+    bytes_to_live_ -= now;
+  }
+
+  void write_whole(const fs::path& path, const std::string& text) {
+    OutputFile file(path.string());
+    write(file, text.data(), text.size());
+    file.sync_and_close();
+  }
+
   fs::path folder_;
   int64_t step_;
+  /// "ckpt.write:N,ckpt.write_step:S" dies with exactly N bytes of step S written.
+  size_t bytes_to_live_ = std::numeric_limits<size_t>::max();
   Manifest manifest_;
   bool committed_ = false;
 };

@@ -23,11 +23,7 @@ namespace {
   throw std::system_error(errno, std::generic_category(), what);
 }
 
-std::function<size_t(size_t)> write_hook;
-
 }  // namespace
-
-void set_write_hook(std::function<size_t(size_t)> hook) { write_hook = std::move(hook); }
 
 OutputFile::OutputFile(const std::string& path)
     : path_(path), fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) {
@@ -41,7 +37,7 @@ OutputFile::~OutputFile() {
 void OutputFile::write(const void* data, size_t size_bytes) {
   const char* next = static_cast<const char*>(data);
   while (size_bytes > 0) {
-    const ssize_t count = ::write(fd_, next, write_hook ? write_hook(size_bytes) : size_bytes);
+    const ssize_t count = ::write(fd_, next, size_bytes);
     if (count < 0) {
       if (errno == EINTR) continue;
       fail(path_);

@@ -1,7 +1,6 @@
 #pragma once
 // Files that survive a crash: written whole, synced, and put in place by one rename.
 #include <cstddef>
-#include <functional>
 #include <string>
 #include <string_view>
 
@@ -25,10 +24,6 @@ class OutputFile {
   std::string path_;
   int fd_ = -1;
 };
-
-/// For fault tests: asked before every write how many of the given bytes to pass to the system at once (at least 1).
-/// An empty hook removes it. Not for use while another thread writes.
-void set_write_hook(std::function<size_t(size_t size_bytes)> hook);
 
 void sync_directory(const std::string& path);
 /// Writes path.tmp, syncs it, renames it over `path`, syncs the folder: readers see the old file or the new one.

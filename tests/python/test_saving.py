@@ -81,3 +81,23 @@ def test_what_is_no_model_is_left_alone(tmp_path):
             make_model(2).save(f"{tmp_path}/{name}")
     assert holds(tmp_path / "model", first) and (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_text() == "" and os.listdir(tmp_path / "folder") == ["notes"]
+
+
+def test_threads_that_save_at_once_count_their_own_bytes(tmp_path):
+    """A fault that would come behind the end of each of the saves comes in none of them."""
+    make_model(1).save(tmp_path / "model")
+    size = sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
+    code = """
+import sys, threading, libxlstm
+models = [libxlstm.make_model({"model": {"embedding_dim": 64, "num_heads": 2, "num_blocks": 2}}) for _ in range(2)]
+def save(i):
+    for _ in range(40):
+        models[i].save(f"{sys.argv[1]}/{i}")
+threads = [threading.Thread(target=save, args=(i,)) for i in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print("saved")
+"""
+    done = python(code, tmp_path, XLSTM_FAILPOINT=f"ckpt.write:{size * 5 // 4},ckpt.write_step:0")
+    assert done.returncode == 0 and done.stdout == "saved\n", done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["0", "1", "model"]
