@@ -9,9 +9,7 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 #include <system_error>
 
@@ -173,12 +171,6 @@ class Writer {
   bool committed_ = false;
 };
 
-std::string read_bytes(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail(path);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
 void add_common_files(Writer& writer, const config::Config& config,
                       const TokenizerFiles& tokenizer) {
   writer.add(kConfigName, config::print_config(config));
@@ -302,7 +294,7 @@ TokenizerFiles read_tokenizer(const std::string& spec) {
   TokenizerFiles files;
   for (const std::string& path : data::tokenizer_files(spec))
     files.emplace_back(single_file ? "tokenizer.json" : fs::path(path).filename().string(),
-                       read_bytes(path));
+                       read_file(path, ExitCode::kData));
   return files;
 }
 

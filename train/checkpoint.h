@@ -50,7 +50,7 @@ NamedTensors named_model_tensors(const models::LanguageModel& model);
 /// A tokenizer's files as a checkpoint holds them, name and content. A single file is called tokenizer.json, whatever it
 /// was called, so that the folder is a tokenizer too.
 using TokenizerFiles = std::vector<std::pair<std::string, std::string>>;
-/// spec: as data::make_tokenizer takes it. Throws Error(kData), and std::system_error where a file cannot be read.
+/// spec: as data::make_tokenizer takes it. Throws Error(kData).
 TokenizerFiles read_tokenizer(const std::string& spec);
 
 /// Writes a committed checkpoint into <run_dir>/ckpt, which must be there, and returns its folder. On any file-system

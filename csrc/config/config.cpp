@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 
 #include "csrc/config/field_reader.h"
 #include "csrc/config/schema.h"
 #include "csrc/config/text.h"
 #include "csrc/config/validate.h"
 #include "csrc/config/yaml_reader.h"
+#include "csrc/core/file.h"
 
 namespace xlstm::config {
 namespace {
@@ -35,17 +35,12 @@ std::string read_text(const fs::path& path, const std::string& where) {
   const fs::file_status status = fs::status(path, ignored);
   const std::string name = "'" + path.string() + "'";  // never cut: the end tells files apart
   if (!fs::exists(status)) config_error(where, "", "no such file " + name + similar_file(path));
-  if (fs::is_directory(status))
-    config_error(where, "", name + " is a folder, expected a YAML file");
-  std::ifstream file(path, std::ios::binary);
-  std::string text;
   constexpr size_t kEnough = (size_t{1} << 20) + 1;  // the reader refuses more
-  text.resize(kEnough);
-  file.read(text.data(), static_cast<std::streamsize>(kEnough));
-  if (!file.is_open() || file.bad())
-    config_error(where, "", "cannot read " + name + "; check its permissions");
-  text.resize(static_cast<size_t>(file.gcount()));
-  return text;
+  try {
+    return read_file(path.string(), ExitCode::kConfig, kEnough);
+  } catch (const Error& error) {
+    config_error(where, "", error.what());
+  }
 }
 
 // Applies files and overrides to one Config, later over earlier.

@@ -1,8 +1,10 @@
 #pragma once
-// Files that survive a crash: written whole, synced, and put in place by one rename.
+// Files that survive a crash, written whole, synced, and put in place by one rename; and files read whole.
 #include <cstddef>
 #include <string>
 #include <string_view>
+
+#include "csrc/core/error.h"
 
 namespace xlstm {
 
@@ -28,8 +30,13 @@ class OutputFile {
 void sync_directory(const std::string& path);
 /// Writes path.tmp, syncs it, renames it over `path`, syncs the folder: readers see the old file or the new one.
 void write_file_atomically(const std::string& path, std::string_view bytes);
-/// Whole file; throws Error(kCheckpoint) naming it.
-std::string read_file(const std::string& path);
+/// A file as a whole, or its first `most` bytes. Throws Error(code) naming it where it cannot be read to there, as a folder
+/// cannot.
+std::string read_file(const std::string& path, ExitCode code = ExitCode::kCheckpoint,
+                      size_t most = std::string::npos);
+/// The same of what is left of an open one, which messages call `name`.
+std::string read_file(int descriptor, const std::string& name, ExitCode code,
+                      size_t most = std::string::npos);
 
 /// Read-only memory map of a whole file. Throws Error(kData) naming the file.
 class MappedFile {
