@@ -25,7 +25,7 @@ from .library import as_yaml, load_module, load_operators
 from .model import BlockStack, Model
 
 __all__ = ["BlockStack", "Error", "Model", "TokenData", "load", "make_model", "__version__"]
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # CMake and setuptools read it here
 
 
 def load(checkpoint_dir, verify=True, device="cpu", dtype=None, settings=None):

@@ -210,19 +210,10 @@ fs::path step_folder(const std::string& run_dir, int64_t step) {
   return fs::path(run_dir) / "ckpt" / name;
 }
 
-/// The step of a folder named step-%08d; -1 for any other name.
-int64_t step_of(const fs::path& folder) {
-  const std::string name = folder.filename().string();
-  if (name.size() < 13 || name.size() > 23 || name.rfind("step-", 0) != 0 ||
-      name.find_first_not_of("0123456789", 5) != std::string::npos)
-    return -1;
-  return std::stoll(name.substr(5));
-}
-
 /// The step that <run>/ckpt/best names, whether it is there or not; -1: none.
 int64_t named_best(const std::string& run_dir) {
   std::error_code ignored;
-  return step_of(fs::read_symlink(fs::path(run_dir) / "ckpt" / kBestName, ignored));
+  return checkpoint_step(fs::read_symlink(fs::path(run_dir) / "ckpt" / kBestName, ignored));
 }
 
 bool is_committed(const fs::path& folder) {
@@ -241,8 +232,9 @@ std::vector<StepFolder> step_folders(const std::string& run_dir) {
   std::vector<StepFolder> folders;
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(fs::path(run_dir) / "ckpt", error)) {
-    const int64_t step = step_of(entry.path());
-    if (step >= 0 && fs::is_directory(entry.symlink_status()))
+    const int64_t step = checkpoint_step(entry.path());
+    if (step >= 0 && entry.path() == step_folder(run_dir, step) &&
+        fs::is_directory(entry.symlink_status()))
       folders.push_back({step, entry.path(), is_committed(entry.path())});
   }
   std::sort(folders.begin(), folders.end(),
@@ -335,6 +327,13 @@ void save_model_folder(const std::string& folder, const config::Config& config,
   add_common_files(writer, config, tokenizer);
   writer.commit();
   writer.move_to(path);
+}
+
+int64_t checkpoint_step(const std::string& folder) {
+  const std::string name = fs::path(folder).filename();
+  if (name.size() < 6 || name.size() > 22 || !name.starts_with("step-")) return -1;
+  if (name.find_first_not_of("0123456789", 5) != std::string::npos) return -1;
+  return std::stoll(name.substr(5));
 }
 
 std::vector<std::string> list_checkpoints(const std::string& run_dir) {

@@ -68,6 +68,8 @@ void save_model_folder(const std::string& folder, const config::Config& config,
 /// In a run's ckpt folder: the link to the checkpoint of the lowest held-out loss.
 constexpr const char* kBestName = "best";
 
+/// Of a folder named "step-00001000", or as people write it, "step-1000"; -1 for other names.
+int64_t checkpoint_step(const std::string& folder);
 /// Committed checkpoints of a run, oldest first, by step.
 std::vector<std::string> list_checkpoints(const std::string& run_dir);
 /// Deletes what keep_last and keep_every allow, and folders that were never committed; but neither the step `best` nor what

@@ -9,6 +9,7 @@
 #include "csrc/config/validate.h"
 #include "csrc/config/yaml_reader.h"
 #include "csrc/core/file.h"
+#include "csrc/core/utf8.h"
 
 namespace xlstm::config {
 namespace {
@@ -111,7 +112,7 @@ class Loader {
     const bool is_text = std::holds_alternative<std::string*>(field.ref(config_));
     const bool is_quoted = !value.empty() && (value[0] == '"' || value[0] == '\'');
     if (!is_text || is_quoted) return read_yaml(value, origin);
-    if (find_invalid_utf8(value) != std::string::npos)
+    if (find_invalid_utf8(value) != value.size())
       config_error(origin.name, field.name, "not UTF-8 text");
     auto node = std::make_shared<YamlNode>();
     node->kind = YamlNode::Kind::kScalar;

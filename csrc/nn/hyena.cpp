@@ -5,6 +5,7 @@
 
 #include "csrc/nn/long_convolution.h"
 #include "csrc/ops/causal_conv1d.h"
+#include "csrc/ops/full_precision.h"
 
 namespace xlstm::nn {
 namespace {
@@ -78,7 +79,7 @@ Result Hyena::forward(const at::Tensor& x, const State& state,
                                             optional_state(state, 0), reset);
   at::Tensor y, z, filter;
   {
-    const FullFloat wide;
+    const ops::FullFloat wide;
     const auto parts = mixed.to(type).chunk(3, -1);
     const at::Tensor now = parts[1] * parts[2];
     z = past > 0 ? at::cat({state[1].to(type), now}, 1) : now;
