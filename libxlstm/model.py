@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import numbers
 import operator
 import os
@@ -10,7 +9,7 @@ import tempfile
 
 import torch
 
-from .library import load_module
+from .library import as_yaml, load_module
 
 
 class _Part(torch.nn.Module):
@@ -236,8 +235,8 @@ class CoreModule(torch.nn.Module):
 
     def _restore(self, kind, settings, training, tensors, trained, modes):
         """Makes what __getstate__ calls _core. The tensors are taken, not copied."""
-        with torch.random.fork_rng(devices=[]):  # some weights are drawn, which are then overwritten
-            CoreModule.__init__(self, getattr(load_module(), kind).undrawn(*settings))
+        CoreModule.__init__(self, getattr(load_module(), kind).undrawn(*settings))
+
         def fits(name, ours):
             return name in tensors and (tensors[name].shape == ours.shape or tensors[name].dtype == torch.int8)  # quantize()
 
@@ -297,7 +296,7 @@ class BlockStack(CoreModule):
         for name in self._ELSEWHERE:
             if name in settings:
                 raise TypeError(f"{name}: a setting of embedding or head, which a stack of blocks does not have")
-        super().__init__(load_module().make_stack(json.dumps({"model": settings})))  # JSON is YAML, too
+        super().__init__(load_module().make_stack(as_yaml({"model": settings})))
 
     def forward(self, x, state=None, reset=None, lengths=None, blocks=None):
         """x (B,T,D) floating, T >= 0 -> y (B,T,D) and the state after the last token: one list of tensors per block, new ones.
@@ -423,7 +422,8 @@ class Model(CoreModule):
         return merged.train(self.training)
 
     def save(self, folder):
-        """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32."""
+        """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32. A model that
+        is there is kept until the new one is whole."""
         self._check_parameters()
         with self._tokenizer_files() as tokenizer:
             self._core.save(str(folder), tokenizer)

@@ -1,5 +1,4 @@
 // Reading checkpoints back: everything is checked against the manifest first.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
@@ -175,6 +174,16 @@ void take_int8(models::LanguageModel& model, const SafetensorsFile& weights, boo
   }
 }
 
+/// Those that the file does not have.
+void draw_fresh_adapters(models::LanguageModel& model, const SafetensorsFile& weights) {
+  for (const auto& module : model.named_modules("", /*include_self=*/false)) {
+    auto* linear = module.value()->as<nn::Linear>();
+    if (linear != nullptr && linear->lora_a.defined() &&
+        !weights.tensors.contains(module.key() + ".lora_a"))
+      linear->draw_adapter();
+  }
+}
+
 /// Says what a folder is that is neither a checkpoint nor holds any, where that can be told.
 void refuse_as_run(const fs::path& folder) {
   if (fs::exists(folder / "run.log"))
@@ -210,19 +219,6 @@ fs::path follow(const fs::path& given) {
   while (fs::is_symlink(folder)) folder = folder.parent_path() / fs::read_symlink(folder);
   return folder;
 }
-
-/// Building a model draws its initial weights; a caller's random stream must not notice.
-class KeepRandomState {
- public:
-  KeepRandomState() : state_(generator().get_state()) {}
-  ~KeepRandomState() { generator().set_state(state_); }
-  KeepRandomState(const KeepRandomState&) = delete;
-  KeepRandomState& operator=(const KeepRandomState&) = delete;
-
- private:
-  static at::Generator generator() { return at::detail::getDefaultCPUGenerator(); }
-  at::Tensor state_;
-};
 
 }  // namespace
 
@@ -323,15 +319,17 @@ LoadedModel load_model(const std::string& folder_or_run, bool verify, at::Scalar
   loaded.folder = checkpoint.path;
   loaded.config = config::load_config(checkpoint.file(kConfigName), overrides);
   loaded.tokenizer = checkpoint_tokenizer(checkpoint, loaded.config);
-  const KeepRandomState keep_random_state;
-  const nn::SkipDrawing skip_drawing;
-  loaded.model = models::make_language_model(loaded.config.model);
+  {
+    const nn::SkipDrawing skip_drawing;
+    loaded.model = models::make_language_model(loaded.config.model);
+  }
   const SafetensorsFile weights = load_safetensors(checkpoint.file(kModelName));
   take_int8(*loaded.model, weights, /*all=*/false);
   check_fit(*loaded.model, weights, checkpoint);
   take_int8(*loaded.model, weights, dtype == at::kChar);
   nn::round_weights(*loaded.model, dtype);  // moves nothing: no page was touched yet
   copy_weights(*loaded.model, weights);
+  draw_fresh_adapters(*loaded.model, weights);
   loaded.model->eval();
   return loaded;
 }

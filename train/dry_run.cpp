@@ -1,6 +1,5 @@
 #include "train/dry_run.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 
 #include <algorithm>
@@ -17,6 +16,7 @@
 #include "train/flops.h"
 #include "train/log.h"
 #include "train/metrics.h"
+#include "train/random_streams.h"
 #include "train/run_folder.h"
 #include "train/samples.h"
 #include "train/schedule.h"
@@ -123,8 +123,7 @@ std::optional<CheckpointFolder> print_first_weights(const config::Config& config
 /// One real optimizer step on the first batch. weights: those the run starts with where they are given.
 void run_one_step(const config::Config& config, const TrainingData& data, at::Device device,
                   const std::optional<CheckpointFolder>& weights) {
-  at::Generator(at::detail::getDefaultCPUGenerator())
-      .set_current_seed(static_cast<uint64_t>(config.run.seed));
+  seed_random_streams(device, static_cast<uint64_t>(config.run.seed));
   const auto model = models::make_language_model(config.model, device);
   if (weights) load_weights(*model, *weights);
   model->train();

@@ -3,11 +3,15 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdlib>
 #include <fstream>
+#include <functional>
+#include <future>
 #include <map>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -479,6 +483,22 @@ TEST_CASE("every process and step draws from a stream of its own, a single proce
   seed_random_streams(at::kCPU, 1);
   seed_step_of_process(at::kCPU, 42, 5, {});
   CHECK(at::equal(at::rand({4}), wanted));
+}
+
+TEST_CASE("a random stream is not touched while another thread has it") {
+  TrainerState state;
+  store_random_streams(at::kCPU, state);
+  at::Generator generator = at::detail::getDefaultCPUGenerator();
+  for (const std::function<void()>& touch :
+       {std::function<void()>([] { seed_random_streams(at::kCPU, 1); }),
+        std::function<void()>([&] { store_random_streams(at::kCPU, state); }),
+        std::function<void()>([&] { restore_random_streams(at::kCPU, state); })}) {
+    std::unique_lock lock(generator.mutex());
+    auto done = std::async(std::launch::async, touch);
+    CHECK(done.wait_for(std::chrono::milliseconds(50)) == std::future_status::timeout);
+    lock.unlock();
+    done.get();
+  }
 }
 
 /// A GPU runs ahead of the host: what follows a bad step must do nothing until the host has seen it.
