@@ -38,7 +38,7 @@ struct Sizes {
         length(static_cast<double>(config.data.seq_len)),
         dim(static_cast<double>(config.model.embedding_dim)),
         heads(static_cast<double>(config.model.num_heads)) {
-    const auto built = models::make_language_model(config.model, at::kMeta);
+    const auto built = models::make_language_model(models::unrounded(config.model), at::kMeta);
     for (const auto& item : built->named_parameters()) {
       if (item.value().dim() != 2) continue;
       // blocks.3.ffn.proj_up.weight -> ffn.proj_up.weight; blocks of one name are alike

@@ -153,6 +153,32 @@ TEST_CASE("activations of xLSTM's variants") {
   });
 }
 
+TEST_CASE("activations beside adapters, whatever the frozen weights are kept in") {
+  for (const char* kind : {"xlstm", "xlstm_large", "llama"}) {
+    for (const char* base : {"float32", "bfloat16", "int8"}) {
+      for (const char* dtype : {"float32", "bfloat16"}) {
+        INFO("base " << base);
+        config::Config config = small(kind);
+        config.model.lora.rank = 2, config.model.lora.base = base, config.train.dtype = dtype;
+        check_estimate(config);
+      }
+    }
+  }
+}
+
+TEST_CASE("frozen weights are converted for each product and not kept so until the backward pass") {
+  for (const char* base : {"float32", "bfloat16", "int8"}) {
+    for (const char* dtype : {"float32", "bfloat16"}) {
+      INFO("base " << base << ", " << dtype);
+      config::Config config = small("xlstm_large");
+      config.model.embedding_dim = 256, config.data.seq_len = 4;
+      config.model.lora.rank = 2, config.model.lora.base = base, config.train.dtype = dtype;
+      const int64_t in_bfloat16 = 2 * models::count_parameters(config.model);
+      CHECK(peak_of_step(config, 1) < in_bfloat16 / 2);
+    }
+  }
+}
+
 TEST_CASE("kinds differ in what they keep, and what cuDNN keeps is not known") {
   std::vector<int64_t> estimates;
   for (const std::string& kind : kKinds)
