@@ -34,8 +34,9 @@ def load(checkpoint_dir, verify=True, device="cpu", dtype=None, settings=None):
     verify: check every file against its sha256. device, dtype: of the parameters; None: float32. torch.bfloat16 takes half the
     memory, also while it loads, torch.int8 about a quarter: see Model.quantize(). settings: in place of the checkpoint's, such as
     {"model": {"dropout": 0.1, "activation_checkpointing": True}}; its tensors must fit still. {"model": {"lora": {"rank": 8}}}
-    gives fresh low-rank adapters (torch.manual_seed decides), which stay float32, and they alone are trained. Nothing else is
-    drawn.
+    gives fresh low-rank adapters (torch.manual_seed decides), which stay float32, and they alone are trained; nothing else is
+    drawn. With "base": "int8" or "bfloat16" in the inner dictionary the weights beside them, and these alone, are kept so, and it
+    computes in float32 or as autocast says.
 
     Raises libxlstm.Error (a RuntimeError) naming the file and what is wrong with it.
     """

@@ -115,9 +115,11 @@ NamedTensors checkpoint_carried(const CheckpointFolder& checkpoint);
 std::string other_model_settings(const CheckpointFolder& checkpoint,
                                  const models::ModelOptions& options);
 /// Throws Error(kCheckpoint) unless the checkpoint has exactly the tensors of `model`, which may be on device "meta":
-/// how many names, shapes and dtypes differ, and the first of them. float32 takes half precision too.
+/// how many names, shapes and dtypes differ, and the first of them. float32 takes half precision too, and what
+/// model.lora.base keeps in fewer bits takes any.
 void check_weights_fit(const models::LanguageModel& model, const CheckpointFolder& checkpoint);
-/// Loads weights; where they do not fit, throws as check_weights_fit does, and `model` keeps what it has.
+/// Loads weights, each rounded as it is read to what `model` keeps it in; where they do not fit, throws as check_weights_fit
+/// does, and `model` keeps what it has.
 void load_weights(models::LanguageModel& model, const CheckpointFolder& checkpoint);
 
 /// A model ready to run from a checkpoint folder, or from a run folder (its newest good checkpoint).
@@ -127,7 +129,8 @@ struct LoadedModel {
   std::string folder;     ///< of the checkpoint, by its own name where a link was given
   std::string tokenizer;  ///< spec for data::make_tokenizer, resolved to the folder's own copy
 };
-/// dtype: that of the model's parameters, to which the checkpoint's are rounded; beside them nothing of their size is held.
+/// dtype: that of the model's parameters but those that model.lora.base keeps in fewer bits; the checkpoint's are rounded to
+/// it, and beside them nothing of their size is held.
 /// overrides: settings in place of the checkpoint's, as config::load_config takes them; its tensors must fit still. Adapters
 /// that the checkpoint does not have are drawn; nothing else is.
 LoadedModel load_model(const std::string& folder_or_run, bool verify = true,

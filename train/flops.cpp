@@ -10,7 +10,7 @@ namespace {
 
 /// Of all matrices that a token meets, or of those alone that are not trained.
 int64_t matrix_weights(const models::ModelOptions& options, bool frozen_alone = false) {
-  const auto model = models::make_language_model(options, at::kMeta);
+  const auto model = models::make_language_model(models::unrounded(options), at::kMeta);
   const at::Tensor head = model->head_weight();
   int64_t weights = 0;
   for (const auto& item : model->named_parameters()) {
@@ -37,7 +37,7 @@ int64_t memory_numbers(models::LanguageModel& model, int64_t tokens) {
 
 /// What a token costs in the matrix memory, or the attention, of a block that is not the sLSTM's; these are alike.
 double memory_flops(const models::ModelOptions& options, int64_t seq_len) {
-  models::ModelOptions one_block = options;
+  models::ModelOptions one_block = models::unrounded(options);
   one_block.num_blocks = one_block.vocab_size = 1;
   one_block.slstm_at.clear();
   const auto model = models::make_language_model(one_block, at::kCPU);

@@ -304,6 +304,10 @@ void validate_model(const Config& config) {
           "model.embedding_init_std",
           "expected 0 with model.input_features: there is no embedding");
   validate_own_settings(config);
+  require(model.lora.rank > 0 || model.lora.base == "float32", config, "model.lora.base",
+          "is " + model.lora.base +
+              ", but model.lora.rank 0 makes no adapters, beside which weights are kept so; set "
+              "model.lora.rank, or remove it");
   require(model.state_size % 2 == 0, config, "model.state_size",
           "is " + to_string(model.state_size) + ", expected an even number");
   if (model.kind == "xlstm") {

@@ -25,6 +25,7 @@ bool is_drawn(const at::Tensor& tensor) { return !tensor.is_meta() && !skip_draw
 
 SkipDrawing::SkipDrawing() : before_(std::exchange(skip_drawing, true)) {}
 SkipDrawing::~SkipDrawing() { skip_drawing = before_; }
+bool SkipDrawing::lives() { return skip_drawing; }
 
 void normal_init_(at::Tensor& tensor, double std) {
   at::NoGradGuard no_grad;

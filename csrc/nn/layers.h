@@ -80,6 +80,7 @@ class SkipDrawing {
  public:
   SkipDrawing();
   ~SkipDrawing();
+  static bool lives();  ///< on this thread
   SkipDrawing(const SkipDrawing&) = delete;
   SkipDrawing& operator=(const SkipDrawing&) = delete;
 
