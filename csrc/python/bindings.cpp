@@ -152,7 +152,7 @@ class PyStack {
   std::shared_ptr<BlockStack> stack_;
 };
 
-/// What libxlstm.model's classes ask of both.
+/// What CoreModule in Python asks of both.
 template <class Py>
 py::class_<Py> define(py::module_& m, const char* name, const char* doc) {
   using no_lock = py::call_guard<py::gil_scoped_release>;
