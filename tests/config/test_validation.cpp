@@ -47,6 +47,9 @@ TEST_CASE("model sizes that do not fit together") {
   };
   for (const Case& each : cases) CHECK(parse_message(each.yaml) == each.message);
   CHECK(parse_message("model: {slstm_at: [3, 0, 1, 2], mlstm: {qkv_proj_blocksize: 7}}") == "");
+  for (const std::string kind :
+       {"lstm", "lstm_residual", "lstm_block", "mamba", "rwkv4", "hgrn", "hyena"})  // without heads
+    CHECK(parse_message("model: {embedding_dim: 66, kind: " + kind + "}") == "");
 }
 
 TEST_CASE("gates and the place of the up-projection") {
