@@ -87,7 +87,9 @@ std::string shape_text(at::IntArrayRef sizes) {
 /// Imported and rounded weights may be of half precision: the model's float32 holds each of their values. What model.lora.base
 /// keeps in fewer bits is rounded.
 bool converts(at::ScalarType from, at::ScalarType to) {
-  return from == at::kBFloat16 || from == at::kHalf || (from == at::kFloat && to != at::kFloat);
+  const bool fewer_bits = at::isReducedFloatingType(to) || to == at::kChar;
+  return from == at::kFloat ? fewer_bits
+                            : at::isReducedFloatingType(from) && (fewer_bits || to == at::kFloat);
 }
 
 /// in_features of the maps whose weights the model keeps in 8 bits, by the weight's name.
