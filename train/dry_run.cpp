@@ -137,8 +137,11 @@ void run_one_step(const config::Config& config, const TrainingData& data, at::De
   std::optional<StepResult> done = train_step.run(batch, 1);
   if (!done) done = train_step.finish();
   const StepResult& result = *done;
-  print_line("one step    loss " + format_number("%.4f", result.loss) + ", gradient norm " +
-             format_number("%.3g", result.grad_norm) + ", " +
+  const std::string learnt = result.targets > 0
+                                 ? "loss " + format_number("%.4f", result.loss) +
+                                       ", gradient norm " + format_number("%.3g", result.grad_norm)
+                                 : "no loss, as no token of the first batch counts";
+  print_line("one step    " + learnt + ", " +
              format_number("%.0f ms", 1e3 * (monotonic_seconds() - start)) + " with " +
              describe(device) + ", peak memory " +
              format_number("%.2f GiB", peak_memory_gib(device)));

@@ -1,10 +1,11 @@
 #pragma once
 // Where the numbers of a run go: console, <run>/metrics.jsonl and TensorBoard's event file, under
 // the same keys:
-//   train/loss             nats per unmasked target token of this step's global batch
+//   train/loss             nats per target token of this step's global batch that counts
 //   train/loss_hex         its exact double (JSON alone)
 //   train/ppl              exp(train/loss)
 //   train/grad_norm        global L2 norm before clipping
+//                          (these four are absent where no target counts: the step changes nothing)
 //   train/lr               of this update
 //   train/tokens           input tokens consumed so far
 //   train/skipped_updates  so far
@@ -18,6 +19,7 @@
 #include <cstdint>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -83,7 +85,8 @@ uint32_t crc32c(const void* data, size_t size_bytes);
 /// What the console shows of a step.
 struct ConsoleStep {
   int64_t step = 0, total_steps = 0;
-  double loss = 0, grad_norm = 0, learning_rate = 0;
+  std::optional<double> loss = {}, grad_norm = {};  ///< nothing where no target counts: "-"
+  double learning_rate = 0;
   bool in_nats = true;       ///< the loss is the logarithm of a perplexity
   double tokens_per_s = 0;   ///< 0: not known yet
   double data_fraction = 0;  ///< share of the time spent waiting for data

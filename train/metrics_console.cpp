@@ -17,6 +17,10 @@ std::string format(const char* pattern, Arguments... arguments) {
   return text;
 }
 
+std::string number_or_dash(const char* pattern, std::optional<double> value) {
+  return value ? format(pattern, *value) : "-";
+}
+
 }  // namespace
 
 std::string format_number(const char* pattern, double value) { return format(pattern, value); }
@@ -38,13 +42,16 @@ std::string format_thousands(int64_t value) {
 }
 
 std::string format_step(const ConsoleStep& step) {
-  const double perplexity = std::exp(step.loss);
-  std::string line = format("step %lld/%lld | loss %.4f | ", static_cast<long long>(step.step),
-                            static_cast<long long>(step.total_steps), step.loss);
-  if (step.in_nats)
+  std::string line = format("step %lld/%lld | loss ", static_cast<long long>(step.step),
+                            static_cast<long long>(step.total_steps)) +
+                     number_or_dash("%.4f", step.loss) + " | ";
+  if (step.in_nats && step.loss) {
+    const double perplexity = std::exp(*step.loss);
     line += perplexity < 1e5 ? format("ppl %.*f | ", perplexity < 100 ? 2 : 1, perplexity)
                              : format("ppl %.3g | ", perplexity);
-  line += format("gnorm %.2f | lr %.1e", step.grad_norm, step.learning_rate);
+  }
+  line +=
+      "gnorm " + number_or_dash("%.2f", step.grad_norm) + format(" | lr %.1e", step.learning_rate);
   if (step.tokens_per_s > 0) {
     line += " | " + format_count(step.tokens_per_s) + " tok/s";
     line += format(" | data %.0f%%", 100 * step.data_fraction);
@@ -59,9 +66,10 @@ std::string format_bar_line(const ConsoleStep& step) {
       format_bar(fraction, 20) + format(" %lld/%lld", static_cast<long long>(step.step),
                                         static_cast<long long>(step.total_steps));
   if (step.seconds_left >= 0) line += " | eta " + format_duration(step.seconds_left);
-  line += format(" | loss %.4f", step.loss);
+  line += " | loss " + number_or_dash("%.4f", step.loss);
   if (step.tokens_per_s > 0) line += " | " + format_count(step.tokens_per_s) + " tok/s";
-  return line + format(" | lr %.1e | gnorm %.2f", step.learning_rate, step.grad_norm);
+  return line + format(" | lr %.1e | gnorm ", step.learning_rate) +
+         number_or_dash("%.2f", step.grad_norm);
 }
 
 Console::Console(const std::string& mode) {

@@ -39,10 +39,9 @@ void Recorder::log_step(const StepResult& result, const TrainerState& now, StepT
 ConsoleStep Recorder::console_step(const StepResult& result, const StepTimer& timer) const {
   ConsoleStep line{.step = result.step,
                    .total_steps = total_steps_,
-                   .loss = result.loss,
-                   .grad_norm = result.grad_norm,
                    .learning_rate = result.learning_rate,
                    .in_nats = !models::predicts_numbers(config_.model)};
+  if (result.targets > 0) line.loss = result.loss, line.grad_norm = result.grad_norm;
   const StepTimes times = timer.times();
   if (times.steps > 0) {
     line.tokens_per_s = static_cast<double>(tokens_per_step(config_)) / times.step_s;
@@ -55,12 +54,15 @@ ConsoleStep Recorder::console_step(const StepResult& result, const StepTimer& ti
 Metrics Recorder::step_metrics(const StepResult& result, const TrainerState& now,
                                const StepTimer& timer) const {
   const int64_t later = (now.step - result.step) * tokens_per_step(config_);  // consumed since then
-  Metrics metrics = {{"train/loss", result.loss}};
-  if (!models::predicts_numbers(config_.model))
-    metrics.emplace_back("train/ppl", std::exp(result.loss));
+  Metrics metrics;
+  if (result.targets > 0) {
+    metrics.emplace_back("train/loss", result.loss);
+    if (!models::predicts_numbers(config_.model))
+      metrics.emplace_back("train/ppl", std::exp(result.loss));
+    metrics.emplace_back("train/grad_norm", result.grad_norm);
+  }
   metrics.insert(metrics.end(),
-                 {{"train/grad_norm", result.grad_norm},
-                  {"train/lr", result.learning_rate},
+                 {{"train/lr", result.learning_rate},
                   {"train/tokens", static_cast<double>(now.tokens - later)},
                   {"train/skipped_updates", static_cast<double>(now.skipped_updates)}});
   const StepTimes times = timer.times();

@@ -106,18 +106,19 @@ TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const confi
   if (config.train.carry_state) carried_.emplace(model, config, group_);
 }
 
-/// On a CPU the batch's own memory is read. On a GPU it is copied to where the recorded step looks for it.
-void TrainStep::set_inputs(const TrainBatch& batch, double learning_rate) {
+/// On a CPU the batch's own memory is read. On a GPU it is copied to where the recorded step looks for it. Returns how many
+/// targets of the whole batch count.
+int64_t TrainStep::set_inputs(const TrainBatch& batch, double learning_rate) {
   at::Tensor scalars = at::empty({2}, host_numbers(device_));
   auto* numbers = scalars.mutable_data_ptr<double>();
   const int64_t targets =
       group_ != nullptr ? group_->sum(batch.host.num_targets) : batch.host.num_targets;
-  numbers[0] = 1 / static_cast<double>(std::max<int64_t>(1, targets));
+  numbers[0] = targets > 0 ? 1 / static_cast<double>(targets) : 0;
   numbers[1] = learning_rate;
   Inputs next{batch.ids, batch.targets, batch.reset, scalars};
   if (device_.is_cpu()) {
     inputs_ = next;
-    return;
+    return targets;
   }
   // Whether a document starts inside differs from batch to batch; the recorded work must not.
   const bool resets = config_.data.reset_state_at_document || config_.train.carry_state;
@@ -136,6 +137,7 @@ void TrainStep::set_inputs(const TrainBatch& batch, double learning_rate) {
   set(inputs_.ids, next.ids), set(inputs_.targets, next.targets);
   set(inputs_.reset, next.reset), set(inputs_.scalars, next.scalars);
   if (!same) may_record_ = may_record_ && runs_ == 0;  // sizes that change are not recorded
+  return targets;
 }
 
 /// Leaves the gradients of the mean loss; returns the sum of the losses of all targets (float64).
@@ -203,7 +205,9 @@ at::Tensor TrainStep::work(int64_t step) {
   const at::Tensor norm = norms.norm();
   // 3 finite check, before anything is changed
   const at::Tensor bad = at::isfinite(loss + norm).logical_not().to(at::kFloat);
-  if (config_.train.nonfinite == "stop") halted_.copy_(at::maximum(halted_, bad));
+  const bool stop = config_.train.nonfinite == "stop";
+  if (stop) halted_.copy_(at::maximum(halted_, bad));
+  const at::Tensor nothing_counts = inputs_.scalars.select(0, 0).eq(0).to(at::kFloat);
   // 4 clip: the optimizer divides the gradients by this
   const double clip = config_.train.grad_clip;
   const at::Tensor divisor =
@@ -211,7 +215,7 @@ at::Tensor TrainStep::work(int64_t step) {
                : at::Tensor();
   // 6 optimizer
   optimizer_.step(inputs_.scalars.select(0, 1), divisor,
-                  config_.train.nonfinite == "stop" ? halted_ : bad);
+                  at::maximum(stop ? halted_ : bad, nothing_counts));
   optimizer_.zero_grad();
   if (failpoint_at("trainer.change_weight", step)) parameters_.front().second.add_(1);
   return at::cat({loss.view(1), norm.view(1), norms});
@@ -274,7 +278,7 @@ std::optional<StepResult> TrainStep::run(const TrainBatch& batch, int64_t step,
   const int64_t processes = group_ != nullptr ? group_->place().size : 1;
   result.last_sample = first_sample + processes * batch.host.batch_size - 1;
   result.learning_rate = learning_rate(config_.optim, step, total_steps_);  // 5
-  set_inputs(batch, result.learning_rate);
+  result.targets = set_inputs(batch, result.learning_rate);
   run_or_replay(step);
   pending_.push_back(send(std::move(result)));
   const size_t late = device_.is_cpu() ? 0 : 1;

@@ -18,7 +18,8 @@ namespace xlstm::train {
 
 struct StepResult {
   int64_t step = 0;      ///< number of the update, from 1
-  double loss = 0;       ///< mean over the unmasked targets of the whole batch, before the update
+  int64_t targets = 0;   ///< of the whole batch, those that count; 0: nothing was updated
+  double loss = 0;       ///< mean over these targets, before the update; 0 where there are none
   double grad_norm = 0;  ///< global L2 norm before clipping
   double learning_rate = 0;
   int64_t first_sample = 0, last_sample = 0;  ///< global indices of the batch
@@ -30,7 +31,8 @@ struct StepResult {
 /// One optimizer step: phases 2 (forward and backward per micro batch) to 6 (update), all of it enqueued on the model's
 /// device; whether to update is decided there too. The host reads results of a GPU one step late, while the next step
 /// runs, so that the GPU never waits for it. With train.nonfinite=stop nothing is updated from the first step on that is
-/// not finite. On a GPU, where batches have one size, the whole step is recorded as a CUDA graph (train.cuda_graph).
+/// not finite; by a batch in which no target counts nothing ever is, and that is no failure. On a GPU, where batches have
+/// one size, the whole step is recorded as a CUDA graph (train.cuda_graph).
 /// Of several processes each has its share of the batch; gradients and losses are summed before anything is judged, so
 /// that all of them do the same update. Their steps are not recorded.
 class TrainStep {
@@ -53,7 +55,7 @@ class TrainStep {
   /// What a step reads, on the model's device. On a GPU always the same tensors.
   struct Inputs {
     at::Tensor ids, targets, reset;  ///< reset is undefined where no document may start inside
-    at::Tensor scalars;              ///< float64: 1 / targets of the batch, learning rate
+    at::Tensor scalars;  ///< float64: 1 / targets of the batch (0 where none counts), learning rate
   };
   /// A result on its way to the host.
   struct Pending {
@@ -61,7 +63,7 @@ class TrainStep {
     at::Tensor numbers;  ///< loss, norm of all gradients, norm of each
     std::optional<c10::Event> arrived;
   };
-  void set_inputs(const TrainBatch& batch, double learning_rate);
+  int64_t set_inputs(const TrainBatch& batch, double learning_rate);
   at::Tensor work(int64_t step);
   at::Tensor accumulate(const Inputs& inputs);
   void sum_over_processes(at::Tensor& loss);

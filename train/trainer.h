@@ -2,7 +2,7 @@
 // The training loop. One step has numbered phases, in this order:
 //   1 data       the next batch, prepared by a thread while the step before ran
 //   2 forward and backward, per micro batch
-//   3 finite check of loss and gradient norm, before anything is changed
+//   3 finite check of loss and gradient norm, before anything is changed; and nothing is where no target counts
 //   4 clip       5 learning rate      6 optimizer      7 log      8 save
 //   9 signals: asked to stop -> save, exit status 75
 //   10 evaluate, and save where that is the lowest loss so far (ckpt.keep_best) or the last evaluation

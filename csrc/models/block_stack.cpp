@@ -74,7 +74,9 @@ std::pair<at::Tensor, ModelState> BlockStack::forward(const at::Tensor& x, const
     for (size_t k = 0; k < outputs->blocks.size(); ++k)
       if (outputs->blocks[k] == static_cast<int64_t>(i)) outputs->vectors[k] = stream.sum();
   }
-  return {out_norm_ ? stream.normed(*out_norm_) : stream.sum(), std::move(next)};
+  at::Tensor y = out_norm_ ? stream.normed(*out_norm_) : stream.sum();
+  if (outputs && !out_norm_) y = y.clone();  // which may be among them: each may be changed
+  return {std::move(y), std::move(next)};
 }
 
 void BlockStack::check(int64_t batch, int64_t length, const ModelState& state,

@@ -118,6 +118,10 @@ def test_vectors_behind_blocks(settings, autocast):
         assert stack(x, blocks=[])[2] == [] and len(stack(x)) == 2
         if settings.get("add_out_norm") is False:
             assert torch.equal(vectors[1], again)
+            with torch.no_grad():  # each may be changed
+                kept = again.clone()
+                vectors[1].zero_()
+                assert torch.equal(again, kept)
 
 
 def test_vectors_behind_blocks_of_a_model():

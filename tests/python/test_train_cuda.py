@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from test_prompts import check_that_batches_in_which_nothing_counts_change_nothing
+from test_prompts import setup as of_prompts  # noqa: F401
 from test_train import PROGRAM, corpus, losses, setup, train  # noqa: F401
 
 pytestmark = [pytest.mark.skipif(not PROGRAM.exists(), reason="build/bin/xlstm-train is not built"),
@@ -34,3 +36,8 @@ def test_steps_are_the_same_with_and_without_a_recording(setup, settings, outcom
         runs.append({step: float.fromhex(loss) for step, loss in losses(run).items()})
     assert runs[0].keys() == runs[1].keys() and len(runs[0]) == 12
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("graph", ["true", "false"])
+def test_batches_in_which_nothing_counts_change_nothing(of_prompts, graph):  # noqa: F811
+    check_that_batches_in_which_nothing_counts_change_nothing(*of_prompts, 1, "run.device=cuda", f"train.cuda_graph={graph}")

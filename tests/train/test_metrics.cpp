@@ -42,6 +42,9 @@ TEST_CASE("the console line") {
   step.loss = 20;
   CHECK(format_step(step) ==
         "step 120/2000 | loss 20.0000 | ppl 4.85e+08 | gnorm 0.81 | lr 1.6e-04");
+  step.loss = step.grad_norm = std::nullopt;  // no target counts
+  CHECK(format_step(step) == "step 120/2000 | loss - | gnorm - | lr 1.6e-04");
+  CHECK(format_bar_line(step) == "[#...................] 120/2000 | loss - | lr 1.6e-04 | gnorm -");
 }
 
 TEST_CASE("numbers for people") {

@@ -62,5 +62,6 @@ TEST_CASE("saves that fail are counted from the last one that did not") {
   CHECK_NOTHROW(save(false));
   CHECK_NOTHROW(save(true));
   CHECK_NOTHROW(save(false));
+  CHECK_NOTHROW(saver.save(state, /*last=*/false));  // again, where it is the best one: counts once
   CHECK_THROWS_AS(save(false), Error);
 }

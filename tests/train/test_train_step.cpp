@@ -133,6 +133,36 @@ TEST_CASE("with nonfinite=stop nothing is updated after a bad step") {
   CHECK(!step.finish().has_value());
 }
 
+TEST_CASE("a batch in which no target counts changes nothing and is no failure") {
+  const testing::TemporaryFolder folder;
+  config::Config config = tiny_config(folder);
+  config.train.nonfinite = GENERATE("stop", "skip");
+  const auto model = models::make_language_model(config.model);
+  AdamW optimizer(named_parameters(*model), config.optim);
+  TrainStep step(*model, optimizer, config);
+  const auto batch = [](bool counts) {
+    data::Batch host(1, 5);
+    host.input = {1, 2, 3, 4, 5};
+    if (counts) host.target = {2, 3, 4, 5, 6}, host.num_targets = 5;
+    return TrainBatch(std::move(host));
+  };
+  const auto all = [&] {
+    std::string hashes = sha256_of_parameters(*model);
+    for (const auto& [name, tensor] : optimizer.state())
+      hashes += sha256_hex({static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes()});
+    return hashes;
+  };
+  CHECK(step.run(batch(true), 1)->targets == 5);  // momentum and decay would move the weights now
+  const std::string before = all();
+  const auto result = step.run(batch(false), 2);
+  CHECK(result->targets == 0);
+  CHECK(result->finite);
+  CHECK(all() == before);
+  CHECK(step.run(batch(true), 3)->finite);
+  CHECK(all() != before);
+  CHECK(optimizer.steps() == 2);
+}
+
 TEST_CASE("every process and step draws from a stream of its own, a single process from one") {
   std::set<double> drawn;
   for (const int64_t rank : {0, 1, 2}) {
