@@ -233,7 +233,7 @@ double state_bytes(const Sizes& s) {
 
 }  // namespace
 
-std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu) {
+std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu, int64_t processes) {
   const Sizes s(config, gpu);
   const models::ModelOptions& model = config.model;
   if (gpu && !s.documents && s.kind.may_use_cudnn) return std::nullopt;
@@ -256,7 +256,8 @@ std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu) 
       model.activation_checkpointing
           ? blocks * input + std::max(loss, largest - input + state_bytes(s) + moving)
           : slstm_blocks * slstm + (blocks - slstm_blocks) * other + blocks * state_bytes(s) + loss;
-  return static_cast<int64_t>(peak * static_cast<double>(micro_batch(config)) * s.length);
+  return static_cast<int64_t>(peak * static_cast<double>(micro_batch(config, processes)) *
+                              s.length);
 }
 
 }  // namespace xlstm::train

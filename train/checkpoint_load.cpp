@@ -1,5 +1,4 @@
 // Reading checkpoints back: everything is checked against the manifest first.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
@@ -88,7 +87,9 @@ std::string shape_text(at::IntArrayRef sizes) {
 /// Imported and rounded weights may be of half precision: the model's float32 holds each of their values. What model.lora.base
 /// keeps in fewer bits is rounded.
 bool converts(at::ScalarType from, at::ScalarType to) {
-  return from == at::kBFloat16 || from == at::kHalf || (from == at::kFloat && to != at::kFloat);
+  const bool fewer_bits = at::isReducedFloatingType(to) || to == at::kChar;
+  return from == at::kFloat ? fewer_bits
+                            : at::isReducedFloatingType(from) && (fewer_bits || to == at::kFloat);
 }
 
 /// in_features of the maps whose weights the model keeps in 8 bits, by the weight's name.
@@ -197,6 +198,16 @@ void keep_int8(models::LanguageModel& model, const SafetensorsFile& weights, boo
   }
 }
 
+/// Those that the file does not have.
+void draw_fresh_adapters(models::LanguageModel& model, const SafetensorsFile& weights) {
+  for (const auto& module : model.named_modules("", /*include_self=*/false)) {
+    auto* linear = module.value()->as<nn::Linear>();
+    if (linear != nullptr && linear->lora_a.defined() &&
+        !weights.tensors.contains(module.key() + ".lora_a"))
+      linear->draw_adapter();
+  }
+}
+
 /// Says what a folder is that is neither a checkpoint nor holds any, where that can be told.
 void refuse_as_run(const fs::path& folder) {
   if (fs::exists(folder / "run.log"))
@@ -232,19 +243,6 @@ fs::path follow(const fs::path& given) {
   while (fs::is_symlink(folder)) folder = folder.parent_path() / fs::read_symlink(folder);
   return folder;
 }
-
-/// Building a model draws its initial weights; a caller's random stream must not notice.
-class KeepRandomState {
- public:
-  KeepRandomState() : state_(generator().get_state()) {}
-  ~KeepRandomState() { generator().set_state(state_); }
-  KeepRandomState(const KeepRandomState&) = delete;
-  KeepRandomState& operator=(const KeepRandomState&) = delete;
-
- private:
-  static at::Generator generator() { return at::detail::getDefaultCPUGenerator(); }
-  at::Tensor state_;
-};
 
 }  // namespace
 
@@ -334,7 +332,9 @@ void check_weights_fit(const models::LanguageModel& model, const CheckpointFolde
 }
 
 void load_weights(models::LanguageModel& model, const CheckpointFolder& checkpoint) {
-  copy_weights(model, read_weights(model, checkpoint), checkpoint);
+  const SafetensorsFile weights = read_weights(model, checkpoint);
+  copy_weights(model, weights, checkpoint);
+  draw_fresh_adapters(model, weights);
 }
 
 LoadedModel load_model(const std::string& folder_or_run, bool verify, at::ScalarType dtype,
@@ -345,15 +345,17 @@ LoadedModel load_model(const std::string& folder_or_run, bool verify, at::Scalar
   loaded.folder = checkpoint.path;
   loaded.config = config::load_config(checkpoint.file(kConfigName), overrides);
   loaded.tokenizer = checkpoint_tokenizer(checkpoint, loaded.config);
-  const KeepRandomState keep_random_state;
-  const nn::SkipDrawing skip_drawing;
-  loaded.model = models::make_language_model(loaded.config.model);
+  {
+    const nn::SkipDrawing skip_drawing;
+    loaded.model = models::make_language_model(loaded.config.model);
+  }
   const SafetensorsFile weights = load_safetensors(checkpoint.file(kModelName));
   keep_int8(*loaded.model, weights, /*all=*/false);
   check_fit(*loaded.model, weights, checkpoint);
   keep_int8(*loaded.model, weights, dtype == at::kChar);
   nn::round_weights(*loaded.model, dtype);  // moves nothing: no page was touched yet
   copy_weights(*loaded.model, weights, checkpoint);
+  draw_fresh_adapters(*loaded.model, weights);
   loaded.model->eval();
   return loaded;
 }

@@ -42,8 +42,6 @@ int64_t whole_number(const char* name) {
   return *value;
 }
 
-std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
 c10::intrusive_ptr<c10d::Store> open_store(const ProcessPlace& place) {
   const std::string host = variable("MASTER_ADDR");
   c10d::TCPStoreOptions options;
@@ -106,7 +104,7 @@ auto ProcessGroup::guarded(Work&& work) {
                                      std::to_string(place_.size) +
                                      ": another process failed or does not answer; its own "
                                      "message says why (here: " +
-                                     first_line(error.what()) + ")");
+                                     config::first_line(error.what()) + ")");
   }
 }
 

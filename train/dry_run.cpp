@@ -1,6 +1,5 @@
 #include "train/dry_run.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 
 #include <algorithm>
@@ -17,6 +16,7 @@
 #include "train/flops.h"
 #include "train/log.h"
 #include "train/metrics.h"
+#include "train/random_streams.h"
 #include "train/run_folder.h"
 #include "train/samples.h"
 #include "train/schedule.h"
@@ -122,17 +122,17 @@ std::optional<CheckpointFolder> print_first_weights(const config::Config& config
   return weights;
 }
 
-/// One real optimizer step on the first batch. weights: those the run starts or goes on with where they are not drawn.
+/// One real optimizer step on what one process takes of the first batch. weights: those the run starts or goes on with where they are not drawn.
 void run_one_step(const config::Config& config, const TrainingData& data, at::Device device,
                   const std::optional<CheckpointFolder>& weights) {
-  at::Generator(at::detail::getDefaultCPUGenerator())
-      .set_current_seed(static_cast<uint64_t>(config.run.seed));
+  seed_random_streams(device, static_cast<uint64_t>(config.run.seed));
   const auto model = make_model(config, device);
   if (weights) load_weights(*model, *weights);
   model->train();
   AdamW optimizer(trained_parameters(*model), config.optim);
   TrainStep train_step(*model, optimizer, config);
-  const TrainBatch batch(data.train->batch(0, config.train.global_batch_size));
+  const TrainBatch batch(
+      data.train->batch(0, config.train.global_batch_size / place_from_environment().size));
   const double start = monotonic_seconds();
   std::optional<StepResult> done = train_step.run(batch, 1);
   if (!done) done = train_step.finish();
@@ -165,8 +165,9 @@ MemoryEstimate estimate_memory(const config::Config& config) {
   for (const auto& parameter : models::make_language_model(config.model, at::kMeta)->parameters())
     weights += static_cast<int64_t>(parameter.nbytes());
   const int64_t trained = 4 * count_parameters_by_part(config.model).trained;
-  const int64_t sequences = config.train.global_batch_size / place_from_environment().size;
-  return {weights, trained, 2 * trained, activation_bytes(config, on_gpu(config)),
+  const int64_t processes = place_from_environment().size;
+  const int64_t sequences = config.train.global_batch_size / processes;
+  return {weights, trained, 2 * trained, activation_bytes(config, on_gpu(config), processes),
           config.train.carry_state ? state_bytes(config.model, sequences) : 0};
 }
 
@@ -208,7 +209,7 @@ std::string describe_run(const config::Config& config) {
       {"training_flops", given(length, training * static_cast<double>(steps * per_step))},
       {"memory_bytes", given(memory.activations.has_value(), memory.known())},
       {"activation_bytes", given(memory.activations.has_value(), memory.activations.value_or(0))},
-      {"micro_batch_size", micro_batch(config)},
+      {"micro_batch_size", micro_batch(config, place_from_environment().size)},
       {"tokens_per_step", per_step},
       {"steps", given(length, steps)},
       {"tokens", given(length, steps * per_step)},

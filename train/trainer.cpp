@@ -16,12 +16,13 @@
 #include "train/checkpoint.h"
 #include "train/device.h"
 #include "train/distributed.h"
-#include "train/evaluation.h"
+#include "train/evaluator.h"
 #include "train/failpoint.h"
 #include "train/first_weights.h"
 #include "train/held_out.h"
 #include "train/log.h"
 #include "train/metrics.h"
+#include "train/peers.h"
 #include "train/plot.h"
 #include "train/random_streams.h"
 #include "train/recorder.h"
@@ -37,12 +38,6 @@
 namespace xlstm::train {
 
 namespace fs = std::filesystem;
-namespace {
-
-/// Seconds between two questions of process 0, which works alone, to those that wait.
-constexpr double kBetweenQuestions = 0.1;
-
-}  // namespace
 
 class Trainer::Impl {
  public:
@@ -52,12 +47,9 @@ class Trainer::Impl {
 
  private:
   void open();
-  void agree_on_settings();
   void open_run_folder();
   void start_over();
   void open_data();
-  template <class Work>
-  void work_alone(const Work& work);
   void resume_or_start();
   std::string start();
   /// What a checkpoint holds beside weights and counters.
@@ -78,24 +70,17 @@ class Trainer::Impl {
   void save(bool last);
   void report();
   void evaluate_now();
-  void judge();
   void write_samples();
-  void stop_if_asked();
+  void stop_if_asked() { stop_together(*group_); }
   ExitCode stop(const char* signal);
   ExitCode finish();
   void print_result() const;
-  void tell_best() const;
   bool leads() const { return group_->place().leads(); }
   bool due(int64_t every) const {
     return finished() || (every > 0 && state_.step > 0 && state_.step % every == 0);
   }
   bool finished() const { return is_finished(config_, state_); }
   bool ends_early() const { return finished() && state_.step < total_steps_; }
-
-  std::string patience_text() const {
-    return "no lower held-out loss in " + std::to_string(state_.best.evaluations_since) +
-           " evaluations";
-  }
 
   config::Config config_;
   TrainerOptions options_;
@@ -109,9 +94,8 @@ class Trainer::Impl {
   std::optional<Recorder> recorder_;
   std::optional<Saver> saver_;
   std::optional<TrainStep> train_step_;
+  std::optional<Evaluator> evaluator_;
   TrainerState state_;
-  int64_t evaluated_step_ = -1;
-  EvaluationResult evaluation_;
   std::optional<SampleWriter> samples_;
   StepTimer timer_;
 };
@@ -148,7 +132,7 @@ void Trainer::Impl::open() {
   use_own_stream(device_);
   if (config_.run.num_threads > 0) at::set_num_threads(static_cast<int>(config_.run.num_threads));
   group_.emplace(place, device_);
-  agree_on_settings();
+  check_same_settings(*group_, config_);
   if (leads()) open_run_folder();
   open_data();
   if (leads()) samples_.emplace(config_, folder_->file("samples.jsonl"));
@@ -163,18 +147,7 @@ void Trainer::Impl::open() {
   saver_.emplace(config_, leads() ? folder_->path() : "", *model_, *optimizer_,
                  train_step_->carried(), device_, *group_, *recorder_);
   saver_->check_free_disk();
-}
-
-/// Other settings would end in a wait for ever, or in weights that come apart.
-void Trainer::Impl::agree_on_settings() {
-  if (group_->place().alone()) return;
-  const std::string leader = group_->broadcast(config::print_config(config_));
-  const std::string found =
-      differing_setting(config_, config::parse_config(leader, "settings of process 0"));
-  if (group_->any(!found.empty()))
-    throw Error(ExitCode::kConfig,
-                found.empty() ? "another process of this run has other settings and names the first"
-                              : found + "; give all processes of a run the same settings");
+  evaluator_.emplace(config_, *model_, data_.held_out.get(), *group_, *recorder_);
 }
 
 void Trainer::Impl::open_run_folder() {
@@ -193,7 +166,7 @@ void Trainer::Impl::start_over() {
 
 /// Process 0 prepares data.text; the others then find it in the cache.
 void Trainer::Impl::open_data() {
-  work_alone([&](const auto& poll) { data_ = open_training_data(config_, poll); });
+  work_alone(*group_, [&](const auto& poll) { data_ = open_training_data(config_, poll); });
   if (!leads()) {
     try {
       data_ = open_training_data(config_, throw_if_stop_requested);
@@ -201,33 +174,7 @@ void Trainer::Impl::open_data() {
     }
   }
   stop_if_asked();
-  const std::pair<const char*, std::string> sets[] = {
-      {"training data", data_.train->fingerprint()},
-      {"held-out data", data_.held_out ? data_.held_out->fingerprint() : "none"}};
-  for (const auto& [what, own] : sets)
-    if (group_->any(own != group_->broadcast(own)))
-      throw Error(ExitCode::kData, std::string("the processes of this run do not read the same ") +
-                                       what + " (this one has " + own +
-                                       "); give all of them the same files and data settings");
-}
-
-/// `work` of process 0, for which the others wait. The poll that it is given, to be called all the time, asks them every
-/// now and then whether a signal has come, to whichever: then all throw Stopped at the same place.
-template <class Work>
-void Trainer::Impl::work_alone(const Work& work) {
-  if (leads()) {
-    double asked = monotonic_seconds();
-    work([&] {
-      if (monotonic_seconds() - asked < kBetweenQuestions) return;
-      group_->any(true);  // it goes on
-      stop_if_asked();
-      asked = monotonic_seconds();
-    });
-    group_->any(false);
-  } else {
-    while (group_->any(false)) stop_if_asked();
-  }
-  stop_if_asked();
+  check_same_data(*group_, data_);
 }
 
 void Trainer::Impl::resume_or_start() {
@@ -272,12 +219,7 @@ void Trainer::Impl::start_files(const std::string& checkpoint, const std::string
     fs::create_directory(folder_->file("ckpt"));
     truncate_jsonl(metrics, state_.step);
     truncate_jsonl(folder_->file("samples.jsonl"), state_.step);
-    if (data_.held_out) {
-      const auto recorded =
-          recorded_held_out(metrics, state_.step, data_.held_out->fingerprint(),
-                            /*unnamed=*/state_.held_out_fingerprint);  // the checkpoint's, still
-      if (recorded) evaluation_ = *recorded, evaluated_step_ = state_.step;
-    }
+    evaluator_->recall(metrics, state_);
     if (is_complete()) return;
     write_run_header(*folder_, config_, options_.command, models::count_parameters(config_.model),
                      first_weights);
@@ -291,8 +233,7 @@ void Trainer::Impl::start_files(const std::string& checkpoint, const std::string
 
 /// Whether the files of a finished run tell all that it has to tell: then they are left as they are.
 bool Trainer::Impl::is_complete() const {
-  if (!finished() || samples_->lacks(state_.step)) return false;
-  if (data_.held_out != nullptr && evaluated_step_ != state_.step) return false;
+  if (!finished() || samples_->lacks(state_.step) || evaluator_->lacks(state_.step)) return false;
   const auto lines = lines_of_step(folder_->file("metrics.jsonl"), state_.step);
   return std::any_of(lines.begin(), lines.end(),
                      [](const auto& line) { return line.value("event", "") == "end"; });
@@ -307,7 +248,7 @@ void Trainer::Impl::share_state(const Resumed& resumed) {
   BestEvaluation& best = state_.best;
   const at::Tensor counters =
       at::tensor({state_.step, state_.tokens, state_.samples_consumed, state_.skipped_updates,
-                  evaluated_step_, best.step, best.evaluations_since, best.last_step},
+                  best.step, best.evaluations_since, best.last_step},
                  at::kLong);
   const at::Tensor lowest = at::scalar_tensor(best.loss, at::kDouble);
   tensors.insert(tensors.end(), {counters, lowest});
@@ -315,8 +256,8 @@ void Trainer::Impl::share_state(const Resumed& resumed) {
   const int64_t* numbers = counters.const_data_ptr<int64_t>();
   state_.step = numbers[0], state_.tokens = numbers[1];
   state_.samples_consumed = numbers[2], state_.skipped_updates = numbers[3];
-  evaluated_step_ = numbers[4];
-  best = {numbers[5], lowest.item<double>(), numbers[6], numbers[7]};
+  best = {numbers[4], lowest.item<double>(), numbers[5], numbers[6]};
+  evaluator_->share();
   state_.data_fingerprint = group_->broadcast(state_.data_fingerprint);
   data_.train->take_order_of(state_.data_fingerprint);
   if (state_.step == 0) return;
@@ -360,9 +301,9 @@ void Trainer::Impl::announce() const {
   if (finished())
     log_info("this run is finished: step " + std::to_string(state_.step) + " of " +
              std::to_string(total_steps_) +
-             (ends_early()
-                  ? ", " + patience_text() + "; train on with a larger eval.patience (0: off)"
-                  : "; train on with a larger train.max_steps") +
+             (ends_early() ? ", " + patience_text(state_.best) +
+                                 "; train on with a larger eval.patience (0: off)"
+                           : "; train on with a larger train.max_steps") +
              ", or start over with --fresh");
 }
 
@@ -425,56 +366,32 @@ void Trainer::Impl::handle_non_finite(const StepResult& result) {
 
 /// What is due at this step and not in the run's files yet.
 void Trainer::Impl::report() {
-  if (due(config_.eval.every) && evaluated_step_ != state_.step) evaluate_now();
+  if (due(config_.eval.every) && evaluator_->lacks(state_.step)) evaluate_now();
   if (due(config_.sample.every)) write_samples();
 }
 
+/// Saves what was evaluated where it is the best so far, or the end: the weights are still those.
 void Trainer::Impl::evaluate_now() {
   settle();
-  if (data_.held_out == nullptr) return;
-  const int64_t batch = micro_batch(config_, group_->place().size);
-  const bool progress = recorder_->console().has_bar();
-  if (progress) recorder_->console().finish();
-  const int64_t windows = config_.eval.batches * config_.train.global_batch_size;
-  evaluation_ =
-      evaluate(*model_, *data_.held_out, batch, windows, config_.train.dtype == "bfloat16",
-               progress, nullptr, &*group_, [this] { stop_if_asked(); });
-  evaluated_step_ = state_.step;
-  log_info("step " + std::to_string(state_.step) + " | " + held_out_line(evaluation_));
-  recorder_->write_metrics(state_.step, held_out_metrics(evaluation_),
-                           data_.held_out->fingerprint());
-  judge();
-}
-
-/// Saves what was evaluated where it is the best so far, or the end: the weights are still those.
-void Trainer::Impl::judge() {
-  const at::Tensor loss = at::scalar_tensor(evaluation_.loss, at::kDouble);
-  group_->broadcast({loss});  // of one number all decide alike
-  state_.best.count(state_.step, loss.item<double>());
+  evaluator_->evaluate(state_, [this] { stop_if_asked(); });
   const bool best = config_.ckpt.keep_best && state_.best.step == state_.step;
   if (best || finished()) save(finished());
   if (!ends_early()) return;
-  log_info("step " + std::to_string(state_.step) + " | " + patience_text() +
+  const std::string why = patience_text(state_.best);
+  log_info("step " + std::to_string(state_.step) + " | " + why +
            ": the run ends here (eval.patience)");
-  recorder_->write_event("early_stop", state_.step, {{"message", patience_text()}});
+  recorder_->write_event("early_stop", state_.step, {{"message", why}});
 }
 
 void Trainer::Impl::write_samples() {
   settle();
-  work_alone([&](const auto& poll) { samples_->write(*model_, state_.step, poll); });
+  work_alone(*group_, [&](const auto& poll) { samples_->write(*model_, state_.step, poll); });
 }
 
 /// last: nothing comes after this step.
 void Trainer::Impl::save(bool last) {
   settle();
   saver_->save(state_, last);
-}
-
-/// Throws Stopped where a signal has asked this process or another one to stop: all stop at the same place.
-void Trainer::Impl::stop_if_asked() {
-  const char* signal = stop_requested();
-  if (group_->any(signal != nullptr))
-    throw Stopped{signal != nullptr ? signal : "a signal to another process"};
 }
 
 ExitCode Trainer::Impl::stop(const char* signal) {
@@ -500,25 +417,18 @@ ExitCode Trainer::Impl::finish() {
   return ExitCode::kOk;
 }
 
-void Trainer::Impl::tell_best() const {
-  const BestEvaluation& best = state_.best;
-  if (best.step < 0) return;  // none was finite
-  const std::string path = best_checkpoint(folder_->path(), best.step);
-  log_info("lowest held-out loss: " + format_number("%.4f", best.loss) + " at step " +
-           std::to_string(best.step) + ", " +
-           (path.empty() ? "whose checkpoint was not kept (ckpt.keep_best)" : path));
-}
-
 void Trainer::Impl::print_result() const {
   if (config_.log.plot) draw_loss_plot(folder_->path());
   log_info("run folder: " + folder_->path() + " | checkpoint of step " +
            std::to_string(saver_->saved_step()) + " in ckpt/");
-  if (config_.ckpt.keep_best || config_.eval.patience > 0) tell_best();
-  if (evaluated_step_ < 0) {
+  const bool judged = config_.ckpt.keep_best || config_.eval.patience > 0;
+  if (judged && state_.best.step >= 0)  // none was finite: -1
+    log_info("lowest held-out loss: " + describe_best(state_.best, folder_->path()));
+  if (const EvaluationResult* result = evaluator_->result()) {
+    print_line(held_out_result(*result));
+  } else {
     print_line("final training loss: " +
                format_number("%.4f", last_value(folder_->file("metrics.jsonl"), "train/loss")));
-  } else {
-    print_line(held_out_result(evaluation_));
   }
 }
 

@@ -272,7 +272,7 @@ void validate_schedule(const Config& config) {
   require(optim.warmup_steps <= steps || !must_fit_run(config, "optim.warmup_steps"), config,
           "optim.warmup_steps",
           "is " + to_string(optim.warmup_steps) + ", expected at most the " + to_string(steps) +
-              " steps of the run");
+              " steps of the run; one that is cut short has its steps on the command line");
   require(optim.schedule == "cosine" || optim.restarts == 0, config, "optim.restarts",
           "applies to optim.schedule cosine only, but the schedule is " + optim.schedule +
               "; remove it");
@@ -295,8 +295,9 @@ void validate_schedule(const Config& config) {
 
 void validate_model(const Config& config) {
   const auto& model = config.model;
-  require_divisible(config, "model.embedding_dim", "the width",
-                    static_cast<double>(model.embedding_dim), "model.num_heads", model.num_heads);
+  if (models::kind_named(model.kind).has_heads)
+    require_divisible(config, "model.embedding_dim", "the width",
+                      static_cast<double>(model.embedding_dim), "model.num_heads", model.num_heads);
   require(model.input_features == 0 || !model.tie_weights, config, "model.tie_weights",
           "expected false with model.input_features: there is no embedding");
   require(model.input_features == 0 || model.embedding_init_std == 0, config,

@@ -20,16 +20,16 @@ void adapt(torch::nn::Module& model, const ModelOptions::Lora& options);
 template <class Module>
 std::shared_ptr<Module> build(const ModelOptions& options, at::Device device) {
   const auto made = [&](at::Device drawn_on) {
-    try {
-      check_options(options);
-      auto module = std::make_shared<Module>(options, drawn_on);
-      if (options.lora.rank > 0) adapt(*module, options.lora);
-      return module;
-    } catch (const c10::Error& error) {
-      throw c10::ValueError(error.msg(), error.backtrace());
-    }
+    auto module = std::make_shared<Module>(options, drawn_on);
+    if (options.lora.rank > 0) adapt(*module, options.lora);
+    return module;
   };
-  if (device.is_meta()) return made(device);
+  try {  // without memory, so that the lack of it is another error
+    check_options(options);
+    if (const auto module = made(at::kMeta); device.is_meta()) return module;
+  } catch (const c10::Error& error) {
+    throw c10::ValueError(error.msg(), error.backtrace());
+  }
   const auto module = made(at::kCPU);  // for every device: one seed, one model
   if (!device.is_cpu()) module->to(device);
   return module;

@@ -40,10 +40,12 @@ void wang_init_(at::Tensor& tensor, int64_t dim, int64_t num_blocks) {
   normal_init_(tensor, 2.0 / static_cast<double>(num_blocks) / std::sqrt(static_cast<double>(dim)));
 }
 
-void uniform_init_(at::Tensor& tensor, double bound) {
+void uniform_init_(at::Tensor& tensor, double low, double high) {
   at::NoGradGuard no_grad;
-  if (is_drawn(tensor)) tensor.uniform_(-bound, bound);
+  if (is_drawn(tensor)) tensor.uniform_(low, high);
 }
+
+void uniform_init_(at::Tensor& tensor, double bound) { uniform_init_(tensor, -bound, bound); }
 
 void orthogonal_init_(at::Tensor& tensor, double gain) {
   if (is_drawn(tensor)) torch::nn::init::orthogonal_(tensor, gain);

@@ -91,9 +91,16 @@ void Linear::adapt(int64_t rank, double alpha) {
   lora_a = register_parameter("lora_a", at::empty({rank, in_features_}, weight.options()));
   lora_b = register_parameter("lora_b", at::zeros({weight.size(0), rank}, weight.options()));
   lora_scale_ = alpha / static_cast<double>(rank);
-  const at::NoGradGuard no_grad;  // drawn where weights are loaded, too: those have none as a rule
-  const double bound = 1 / std::sqrt(static_cast<double>(in_features_));
-  if (!lora_a.is_meta()) lora_a.uniform_(-bound, bound);
+  draw_adapter();
+}
+
+void Linear::draw_adapter() {
+  if (lora_a.is_meta() || SkipDrawing::lives()) return;
+  const at::NoGradGuard no_grad;
+  at::Tensor drawn =
+      at::empty(lora_a.sizes(), lora_a.options().device(at::kCPU));  // as all that is drawn
+  uniform_init_(drawn, 1 / std::sqrt(static_cast<double>(in_features_)));
+  lora_a.copy_(drawn);
 }
 
 at::Tensor Linear::merged_weight() const {

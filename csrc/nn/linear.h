@@ -28,6 +28,8 @@ class Linear : public torch::nn::Module {
   /// y gains (alpha / rank) B A x (LoRA, arXiv 2106.09685): lora_a = A (rank,in), uniform up to 1 / sqrt(in) as in the
   /// authors' code, lora_b = B (out,rank) zero. Both stay in the dtype they have now when round_weights rounds the rest.
   void adapt(int64_t rank, double alpha);
+  /// Draws lora_a as adapt() does where no SkipDrawing lives.
+  void draw_adapter();
   /// A weight of its own (out,in) for the same map without adapters, in the wider of both dtypes; without any the weight's copy.
   at::Tensor merged_weight() const;
   at::Tensor weight, bias;    ///< bias undefined when absent

@@ -20,8 +20,8 @@ Keys of a description:
   reach                  {name: {metric, at_least}}: first step whose held-out metric is that good, measured as <name>
   measure, better        the measure that decides (a held-out metric, accuracy, or one of the above); higher | lower
   measure_at             a step: held-out metrics are those of the evaluation there, not of the last one
-  evaluate_best          a held-out metric: the evaluations are of the checkpoint that was best in it, not of the last one; so
-                         ckpt.keep_every has to be eval.every
+  evaluate_best          true: the evaluations are of the checkpoint of the lowest held-out loss, not of the last one; so
+                         ckpt.keep_best has to be true
   columns                further measures of the table
   paper                  {case: {model: value of `measure`}}
   claims                 [{text, paper, expect, case, asserted}], see claims.py
@@ -189,7 +189,7 @@ class Experiment:
         self.reach = content.get("reach") or {}
         self.measure, self.better = content["measure"], content.get("better", "higher")
         self.chosen_by = content.get("chosen_by") or self.measure
-        self.measure_at, self.evaluate_best = content.get("measure_at"), content.get("evaluate_best")
+        self.measure_at, self.evaluate_best = content.get("measure_at"), content.get("evaluate_best", False)
         self.columns = content.get("columns") or []
         self.paper, self.claims = content.get("paper") or {}, content.get("claims") or []
         self.figures = content.get("figures", {self.measure.replace(".", "_"): {"kind": "bars"}}) or {}
@@ -238,7 +238,7 @@ class Experiment:
         self._check_jobs(expect)
         if self.measure_at is not None:
             self._check_measure_at(expect)
-        if self.evaluate_best is not None:
+        if self.evaluate_best is not False:
             self._check_evaluate_best(expect)
         for claim in self.claims:
             self._check_claim(claim, expect)
@@ -271,18 +271,14 @@ class Experiment:
                    f"measure_at: {job.case}.{job.model} is evaluated every {every} of {steps} steps, not at {self.measure_at}")
 
     def _check_evaluate_best(self, expect):
-        """It is measured while it trains, at steps whose checkpoints are kept, and there is something to evaluate."""
-        metric = self.evaluate_best
-        expect(self.trains and metric in METRICS, f"evaluate_best: {metric} is not measured while it trains")
+        """The trainer keeps it, and there is something to evaluate."""
+        expect(self.evaluate_best is True, f"evaluate_best: expected true or false, got {self.evaluate_best}")
         expect(any(options.get("program", PROGRAMS[0]) == PROGRAMS[0] for options in self.evaluations.values()),
                "evaluate_best: no evaluation is by xlstm-eval")
         for case in self.cases:
             for model in self.models_of(case):
-                every, saved, kept = (self.setting(name, case, model)
-                                      for name in ("eval.every", "ckpt.every", "ckpt.keep_every"))
-                expect(every and saved and kept == every and kept % saved == 0,
-                       f"evaluate_best: {case}.{model} is evaluated every {every} steps, checkpoints are saved every {saved} "
-                       f"and kept every {kept}")
+                expect(self.setting("ckpt.keep_best", case, model),
+                       f"evaluate_best: the best checkpoint of {case}.{model} is not kept (ckpt.keep_best)")
 
     def _check_claim(self, claim, expect):
         expect(isinstance(claim, dict) and {"text", "expect"} <= claim.keys(), "every claim needs text and expect")

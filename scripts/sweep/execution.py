@@ -31,7 +31,6 @@ ASKED_TO_STOP = 75  # a program, and reproduce.py: the next start goes on
 PR_SET_PDEATHSIG = 1
 DYING_SECONDS = 30
 METRICS = ("loss", "ppl", "bits_per_byte", "accuracy", "scaled_accuracy", "last_error")
-BETTER_HIGHER = ("accuracy", "scaled_accuracy")  # of these
 
 
 class SweepError(Exception):
@@ -159,8 +158,8 @@ def fingerprint(experiment, job):
             experiment.reach]
     if experiment.measure_at is not None:
         told.append(experiment.measure_at)
-    if experiment.evaluate_best is not None:
-        told.append({"evaluate_best": experiment.evaluate_best})
+    if experiment.evaluate_best:
+        told.append("evaluate_best")
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -257,18 +256,8 @@ class Run:
         return [*self.programs.trainer(), str(self.config), f"run.num_threads={self.programs.threads}"]
 
     def checkpoint(self):
-        """What the evaluations judge: the run, which stands for its newest checkpoint, or that of the best held-out metric."""
-        metric = self.experiment.evaluate_best
-        if metric is None:
-            return self.folder
-        kept = {}
-        for step, value in sorted(held_out(self.records()).get(metric, {}).items()):
-            folder = self.folder / "ckpt" / f"step-{step:08d}"
-            if (folder / "MANIFEST.json").exists():
-                kept[folder] = -value if metric in BETTER_HIGHER else value
-        if not kept:
-            raise SweepError(f"{self.folder}: there is no checkpoint of a step at which {metric} was measured")
-        return min(kept, key=kept.get)  # the first of several
+        """What the evaluations judge: the run, which stands for its newest checkpoint, or the link of ckpt.keep_best."""
+        return self.folder / "ckpt" / "best" if self.experiment.evaluate_best else self.folder
 
     def _evaluation_path(self, name):
         return self.folder / f"evaluation-{name}.json"

@@ -75,8 +75,8 @@ def notes(results):
         told.append("The learning rate is chosen on the samples that are reported.")
     if experiment.measure_at is not None:
         told.append(f"Held-out metrics are those of step {experiment.measure_at:,}.")
-    if experiment.evaluate_best is not None:
-        told.append(f"Evaluated after training is each run's checkpoint with the best held-out {experiment.evaluate_best}.")
+    if experiment.evaluate_best:
+        told.append("Evaluated after training is each run's checkpoint of the lowest held-out loss.")
     if left := [row for row in results.rows if not row.finished]:
         failed = sum(row.status == "failed" for row in left)
         told.append(f"{len(left)} of {len(results.rows)} runs are not finished"

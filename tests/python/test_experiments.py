@@ -262,41 +262,24 @@ def test_rows_of_other_settings_are_stale_if_they_diverged_too(tmp_path):
         assert len(Results(experiment, [Row(job, status, settings=settings)]).stale()) == stale, status
 
 
-def committed(run, step):
-    folder = run.folder / "ckpt" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "MANIFEST.json").touch()
-    return folder
-
-
-KEPT = {"base": {"train": {"max_steps": 30}, "eval": {"every": 10}, "ckpt": {"every": 5, "keep_every": 10}},
+KEPT = {"base": {"train": {"max_steps": 30}, "eval": {"every": 10}, "ckpt": {"every": 5, "keep_best": True}},
         "evaluations": {"test": {"seq_len": 8}}, "measure": "test.ppl"}
 
 
 def test_the_checkpoint_that_was_best_is_evaluated(tmp_path):
+    """The trainer's own, which knows what a run that fell back has judged anew."""
     (tmp_path / "best").mkdir()
-    run, other, last = (execution.Run(each, each.jobs()[0], tmp_path / "out", Programs(tmp_path, 1)) for each in (
-        toy(tmp_path / "best", **KEPT, evaluate_best="ppl"), Experiment(write(tmp_path / "accuracy", **{
-            **KEPT, "models": {"a": {}}, "learning_rates": [0.1], "evaluate_best": "accuracy"})), toy(tmp_path, **KEPT)))
-    run.folder.mkdir(parents=True)
-    records = [{"step": 10, "val/ppl": 7.0, "val/accuracy": 0.3}, {"step": 20, "val/ppl": 5.0, "val/accuracy": 0.2},
-               {"step": 25, "train/loss": 1.0}, {"step": 30, "val/ppl": 6.0, "val/accuracy": 0.1}]
-    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    committed(run, 25)
-    (run.folder / "ckpt" / "step-00000020").mkdir()  # never committed
-    with pytest.raises(SweepError, match="no checkpoint of a step at which ppl was measured"):
-        run.checkpoint()
-    first, third = committed(run, 10), committed(run, 30)
-    assert run.checkpoint() == third and other.checkpoint() == first and last.checkpoint() == run.folder
-    (run.folder / "ckpt" / "step-00000020" / "MANIFEST.json").touch()
-    assert str(run.folder / "ckpt" / "step-00000020") in run._evaluate_command("test")
-    assert len({each.fingerprint for each in (run, other, last)}) == 3
-    assert "each run's checkpoint with the best held-out ppl." in table_text(Results(run.experiment, []))
+    run, last = (execution.Run(each, each.jobs()[0], tmp_path / "out", Programs(tmp_path, 1)) for each in (
+        toy(tmp_path / "best", **KEPT, evaluate_best=True), toy(tmp_path, **KEPT)))
+    assert run.checkpoint() == run.folder / "ckpt" / "best" and last.checkpoint() == last.folder
+    assert str(run.checkpoint()) in run._evaluate_command("test")
+    assert run.fingerprint != last.fingerprint
+    assert "each run's checkpoint of the lowest held-out loss." in table_text(Results(run.experiment, []))
 
 
 def test_rare_tokens_are_counted_where_the_validation_is_best():
     """The paper stops early; the miniature ends with its last step."""
-    assert [description.load(EXPERIMENTS, "rare_tokens", mini).evaluate_best for mini in (False, True)] == ["ppl", None]
+    assert [description.load(EXPERIMENTS, "rare_tokens", mini).evaluate_best for mini in (False, True)] == [True, False]
 
 
 def test_the_learning_rate_is_chosen_by_what_is_held_out_for_it(tmp_path):
@@ -352,12 +335,10 @@ def test_a_miniature_without_a_case_has_no_model_in_it(tmp_path):
     (measured_at(7), "measure_at: all.a is evaluated every 5 of 10 steps, not at 7"),
     (measured_at(15), "evaluated every 5 of 10 steps, not at 15"),
     ({**measured_at(5), "evaluations": {"e": {}}, "measure": "e.ppl"}, "measure_at: e.ppl is not measured while it trains"),
-    ({**KEPT, "evaluate_best": "test.ppl"}, "evaluate_best: test.ppl is not measured while it trains"),
-    ({**KEPT, "evaluate_best": "ppl", "evaluations": {}, "measure": "ppl"}, "evaluate_best: no evaluation is by xlstm-eval"),
-    ({**KEPT, "evaluate_best": "ppl", "base": {"eval": {"every": 8}, "ckpt": {"every": 4, "keep_every": 4}}},
-     "evaluate_best: all.a is evaluated every 8 steps, checkpoints are saved every 4 and kept every 4"),
-    ({**KEPT, "evaluate_best": "ppl", "base": {"eval": {"every": 8}, "ckpt": {"every": 3, "keep_every": 8}}},
-     "evaluate_best: all.a is evaluated every 8 steps, checkpoints are saved every 3 and kept every 8"),
+    ({**KEPT, "evaluate_best": "ppl"}, "evaluate_best: expected true or false, got ppl"),
+    ({**KEPT, "evaluate_best": True, "evaluations": {}, "measure": "ppl"}, "evaluate_best: no evaluation is by xlstm-eval"),
+    ({**KEPT, "evaluate_best": True, "base": {"eval": {"every": 8}}},
+     r"evaluate_best: the best checkpoint of all.a is not kept \(ckpt.keep_best\)"),
     ({"chosen_by": "test.ppl"}, "nothing measures test.ppl"),
 ])
 def test_descriptions_that_do_not_fit_are_refused(content, message, tmp_path):
