@@ -164,7 +164,7 @@ def test_a_run_of_the_trainer(base, tune, kept, tmp_path):  # noqa: F811
     bytes_of = [sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) for tensors in
                 (stored, load_file(wide.path / "ckpt" / f"step-{wide.steps:08d}" / "model.safetensors"))]
     saved = bytes_of[1] - bytes_of[0]
-    assert saved > 0.3 * bytes_of[1] and of_wide["memory_bytes"] - described["memory_bytes"] == saved
+    assert saved > 0.25 * bytes_of[1] and of_wide["memory_bytes"] - described["memory_bytes"] == saved
     same = ("parameters", "parameters_trained", "forward_flops_per_token", "training_flops", "activation_bytes")
     assert all(described[key] == of_wide[key] for key in same)
 
@@ -254,7 +254,7 @@ def test_a_run_may_start_with_another_ones_adapters(tune):
     first, options = tune("float32", "first")
     first.train(*options, check=0)
     run, options = tune("int8", "second", steps=10)
-    text = run.train(*options, f"train.init_from={first.path}", check=0).stdout
+    text = run.train(*options, f"train.init_from={first.path}", check=0).stderr
     assert "model.lora.base=float32 (here int8)" in text
     assert float.fromhex(run.losses()[0][1]) < float.fromhex(first.losses()[0][1])
 
