@@ -345,15 +345,15 @@ LoadedModel load_model(const std::string& folder_or_run, bool verify, at::Scalar
   loaded.folder = checkpoint.path;
   loaded.config = config::load_config(checkpoint.file(kConfigName), overrides);
   loaded.tokenizer = checkpoint_tokenizer(checkpoint, loaded.config);
-  {
-    const nn::SkipDrawing skip_drawing;
-    loaded.model = models::make_language_model(loaded.config.model);
-  }
   const SafetensorsFile weights = load_safetensors(checkpoint.file(kModelName));
-  keep_int8(*loaded.model, weights, /*all=*/false);
-  check_fit(*loaded.model, weights, checkpoint);
-  keep_int8(*loaded.model, weights, dtype == at::kChar);
-  nn::round_weights(*loaded.model, dtype);  // moves nothing: no page was touched yet
+  {
+    const nn::SkipDrawing skip_drawing;  // until they are copied the weights may be anything
+    loaded.model = models::make_language_model(loaded.config.model);
+    keep_int8(*loaded.model, weights, /*all=*/false);
+    check_fit(*loaded.model, weights, checkpoint);
+    keep_int8(*loaded.model, weights, dtype == at::kChar);
+    nn::round_weights(*loaded.model, dtype);  // moves nothing: no page was touched yet
+  }
   copy_weights(*loaded.model, weights, checkpoint);
   draw_fresh_adapters(*loaded.model, weights);
   loaded.model->eval();

@@ -73,6 +73,22 @@ def test_the_weights_beside_adapters_are_rounded_and_nothing_else(base, kept):  
         torch.bfloat16
 
 
+def test_weights_are_not_read_before_they_are_loaded(base):  # noqa: F811
+    """Fresh memory, which large models do not touch, is NaN here."""
+    ways = [(dtype, kept) for dtype in (None, torch.bfloat16, torch.int8) for kept in ("float32", *KEPT)]
+    expected = [libxlstm.load(base.path, dtype=dtype, settings=settings(kept)) for dtype, kept in ways]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        found = [libxlstm.load(base.path, dtype=dtype, settings=settings(kept)) for dtype, kept in ways]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ours, theirs in zip(found, expected, strict=True):
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert a.dtype == b.dtype and (name.endswith("lora_a") or torch.equal(a, b)), name
+            assert not a.is_floating_point() or a.isfinite().all(), name
+
+
 @every_base
 @pytest.mark.parametrize("autocast", [False, True])
 def test_it_computes_what_the_rounded_weights_stand_for(base, kept, autocast):  # noqa: F811
