@@ -110,10 +110,13 @@ std::optional<TrainerState> checkpoint_state(const CheckpointFolder& checkpoint)
 NamedTensors checkpoint_optimizer(const CheckpointFolder& checkpoint);
 NamedTensors checkpoint_carried(const CheckpointFolder& checkpoint);
 
-/// Settings of the checkpoint's model that make it another one than `options` describes: "model.num_heads=4 (here 8),
-/// ..."; "" where there is none.
+/// Settings of the checkpoint's model that make it another function of its weights than `options` does:
+/// "model.num_heads=4 (here 8), ..."; "" where there is none. How it is trained (dropout) is none of them.
 std::string other_model_settings(const CheckpointFolder& checkpoint,
                                  const models::ModelOptions& options);
+/// Tells `warn` of them, where the tensors fit.
+void warn_of_other_settings(const CheckpointFolder& checkpoint, const models::ModelOptions& options,
+                            const std::function<void(const std::string&)>& warn);
 /// Throws Error(kCheckpoint) unless the checkpoint has exactly the tensors of `model`, which may be on device "meta":
 /// how many names, shapes and dtypes differ, and the first of them. float32 takes half precision too, and what
 /// model.lora.base keeps in fewer bits takes any.
@@ -131,8 +134,9 @@ struct LoadedModel {
 };
 /// dtype: that of the model's parameters but those that model.lora.base keeps in fewer bits; the checkpoint's are rounded to
 /// it, and beside them nothing of their size is held.
-/// overrides: settings in place of the checkpoint's, as config::load_config takes them; its tensors must fit still. Adapters
-/// that the checkpoint does not have are drawn; nothing else is.
+/// overrides: settings in place of the checkpoint's, as config::load_config takes them; its tensors must fit still, and a
+/// warning on standard error tells where it is another function of them. Adapters that the checkpoint does not have are drawn;
+/// nothing else is.
 LoadedModel load_model(const std::string& folder_or_run, bool verify = true,
                        at::ScalarType dtype = at::kFloat,
                        const std::vector<std::string>& overrides = {});

@@ -314,6 +314,11 @@ std::string other_model_settings(const CheckpointFolder& checkpoint,
                                  const models::ModelOptions& options) {
   config::Config theirs = checkpoint_config(checkpoint), ours;
   ours.model = options;
+  // First values of what is learnt are not there any more.
+  if (options.mlstm.igate != "fixed")
+    theirs.model.mlstm.igate_bias_init = options.mlstm.igate_bias_init;
+  if (options.mlstm.fgate != "fixed")
+    theirs.model.mlstm.fgate_bias_init = options.mlstm.fgate_bias_init;
   std::string others;
   for (const config::Field& field : config::schema()) {
     if (!field.identity || !field.name.starts_with("model.")) continue;
@@ -325,6 +330,14 @@ std::string other_model_settings(const CheckpointFolder& checkpoint,
       others += (others.empty() ? "" : ", ") + field.name + "=" + there + " (here " + here + ")";
   }
   return others;
+}
+
+void warn_of_other_settings(const CheckpointFolder& checkpoint, const models::ModelOptions& options,
+                            const std::function<void(const std::string&)>& warn) {
+  const std::string others = other_model_settings(checkpoint, options);
+  if (!others.empty())
+    warn(checkpoint.path + ": trained with " + others +
+         "; the tensors fit, but the model computes something else with them");
 }
 
 void check_weights_fit(const models::LanguageModel& model, const CheckpointFolder& checkpoint) {
@@ -345,6 +358,8 @@ LoadedModel load_model(const std::string& folder_or_run, bool verify, at::Scalar
   loaded.folder = checkpoint.path;
   loaded.config = config::load_config(checkpoint.file(kConfigName), overrides);
   loaded.tokenizer = checkpoint_tokenizer(checkpoint, loaded.config);
+  if (!overrides.empty())
+    warn_of_other_settings(checkpoint, loaded.config.model, warn_on_standard_error);
   const SafetensorsFile weights = load_safetensors(checkpoint.file(kModelName));
   {
     const nn::SkipDrawing skip_drawing;  // until they are copied the weights may be anything

@@ -118,7 +118,7 @@ std::optional<CheckpointFolder> print_first_weights(const config::Config& config
   }
   CheckpointFolder weights = check_first_weights(config, config.ckpt.verify_on_load);
   print_line("weights     of " + describe(weights) + "; all tensors fit");
-  warn_of_other_settings(weights, config);
+  warn_of_other_settings(weights, config.model, log_warning);
   return weights;
 }
 

@@ -75,13 +75,6 @@ void check_first_tokenizer(const CheckpointFolder& weights, const config::Config
               : ", and prepare the text with xlstm-data prepare --tokenizer " + spec));
 }
 
-void warn_of_other_settings(const CheckpointFolder& weights, const config::Config& config) {
-  const std::string others = other_model_settings(weights, config.model);
-  if (!others.empty())
-    log_warning("train.init_from: the weights were trained with " + others +
-                "; they fit, but the model computes something else with them");
-}
-
 std::string describe(const CheckpointFolder& weights) {
   const std::optional<TrainerState> state = checkpoint_state(weights);
   return weights.path + (state ? " (step " + std::to_string(state->step) + ")" : "");

@@ -31,10 +31,6 @@ CheckpointFolder check_first_weights(const config::Config& config, bool verify);
 /// open_training_data may have set. Where one of the two is not known, nothing can be said.
 void check_first_tokenizer(const CheckpointFolder& weights, const config::Config& config);
 
-/// Says on the log which settings of the model are others than those the weights were trained with, though all tensors
-/// fit: the model is not the same function then.
-void warn_of_other_settings(const CheckpointFolder& weights, const config::Config& config);
-
 /// "runs/a/ckpt/step-00001000 (step 1000)"; of a model alone its folder.
 std::string describe(const CheckpointFolder& weights);
 

@@ -206,7 +206,7 @@ std::string Trainer::Impl::start() {
   if (folder_->held_run())
     log_info("no checkpoint in " + folder_->path() + " yet: starting at step 0");
   if (!given) return "";
-  warn_of_other_settings(*given, config_);
+  warn_of_other_settings(*given, config_.model, log_warning);
   log_info("starting with the weights of " + describe(*given));
   return describe(*given);
 }

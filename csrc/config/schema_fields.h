@@ -68,7 +68,8 @@ inline Limits one_of(std::vector<std::string> choices) {
   return limits;
 }
 
-/// A run that goes on may have another value: it changes rounding, memory or time alone, or first weights.
+/// A run that goes on may have another value: the function that its weights make is the same but for rounding. What changes
+/// is memory, time, first weights or how it is trained.
 inline Field may_change(Field field) {
   field.identity = false;
   return field;

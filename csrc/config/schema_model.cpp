@@ -31,9 +31,10 @@ std::vector<Field> model_fields() {
                              "standard deviation of the embedding's first weights; 0: "
                              "sqrt(2 / (5 embedding_dim))")),
       XLSTM_FIELD(model.output_logit_soft_cap, at_least(0), "c in c*tanh(logits/c); 0: none"),
-      XLSTM_FIELD(model.dropout, at_least_below(0, 1),
-                  "probability of dropping a value in training"),
-      XLSTM_FIELD(model.add_embedding_dropout, any(), "dropout behind the embedding too"),
+      may_change(XLSTM_FIELD(model.dropout, at_least_below(0, 1),
+                             "probability of dropping a value in training")),
+      may_change(
+          XLSTM_FIELD(model.add_embedding_dropout, any(), "dropout behind the embedding too")),
       XLSTM_FIELD(model.add_out_norm, any(), "norm after the last block"),
       XLSTM_FIELD(model.norm_eps, above(0), "epsilon of all norms"),
       may_change(XLSTM_FIELD(model.activation_checkpointing, any(),
@@ -113,11 +114,13 @@ std::vector<Field> model_fields() {
           XLSTM_FIELD(model.slstm.recompute, any(),
                       "compute the gates again in the backward pass: same values, less memory with "
                       "bfloat16, more time")),
-      XLSTM_FIELD(model.slstm.recurrent_clip, at_least(0),
-                  "bound of every entry of the gradient that flows back through the recurrent "
-                  "weights into the previous output (often 10); 0: none"),
-      XLSTM_FIELD(model.slstm.recurrent_cut, any(),
-                  "no gradient flows back through the recurrent weights (they still learn)"),
+      may_change(
+          XLSTM_FIELD(model.slstm.recurrent_clip, at_least(0),
+                      "bound of every entry of the gradient that flows back through the recurrent "
+                      "weights into the previous output (often 10); 0: none")),
+      may_change(
+          XLSTM_FIELD(model.slstm.recurrent_cut, any(),
+                      "no gradient flows back through the recurrent weights (they still learn)")),
       XLSTM_FIELD(model.feed_forward.proj_factor, above_up_to(0, 1000),
                   "width of the feed-forward layer / embedding_dim"),
       XLSTM_FIELD(model.feed_forward.round_up_to_multiple_of, integers(1, kMaxSize),

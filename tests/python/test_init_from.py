@@ -159,12 +159,14 @@ def test_another_tokenizer_is_refused(setup, of_words):  # noqa: F811
         assert "other words" in message and f"data.tokenizer={other}" in message
 
 
-def test_settings_that_fit_but_differ_are_a_warning(setup, given):  # noqa: F811
+def test_settings_that_fit_but_compute_something_else_are_a_warning(setup, given):  # noqa: F811
     config, _ = setup
     for dry in (["--dry-run"], []):
-        done = train(config, *dry, f"train.init_from={given}", "model.dropout=0.5", *ONE_STEP)
-        assert done.returncode == 0, done.stderr
-        assert "model.dropout=0.0 (here 0.5)" in done.stderr
+        for setting, warned in (("model.output_logit_soft_cap=30", True), ("model.dropout=0.5", False)):
+            done = train(config, *dry, f"train.init_from={given}", setting, *ONE_STEP, "--fresh")
+            assert done.returncode == 0, done.stderr
+            assert ("model.output_logit_soft_cap=0.0 (here 30.0)" in done.stderr) == warned
+            assert ("computes something else" in done.stderr) == warned
 
 
 def test_a_damaged_checkpoint(setup, damaged):  # noqa: F811
@@ -182,9 +184,10 @@ def test_a_fresh_start_that_fails_leaves_the_old_run(setup, given, of_words, dam
         assert expected in one_line_error(train(config, "--fresh", f"train.init_from={source}"), code)
         assert [path.name for path in run.parent.iterdir()] == ["demo"]
     assert (run / "ckpt" / "step-00000004" / "MANIFEST.json").exists()
-    assert train(config, "--fresh", f"train.init_from={given}", "model.dropout=0.5", *ONE_STEP).returncode == 0
+    differs = "model.output_logit_soft_cap=30"
+    assert train(config, "--fresh", f"train.init_from={given}", differs, *ONE_STEP).returncode == 0
     log = (run / "run.log").read_text()
-    assert "moved the earlier run" in log and "starting with the weights of" in log and "model.dropout=0.0 (here 0.5)" in log
+    assert "moved the earlier run" in log and "starting with the weights of" in log and "soft_cap=0.0 (here 30.0)" in log
 
 
 def test_killed_and_resumed(setup, given, tmp_path):  # noqa: F811

@@ -206,6 +206,24 @@ def test_the_trainer_adapts_and_leaves_the_rest(base, tune, tmp_path):
         assert json.loads((tmp_path / "eval.json").read_text())["loss"] == pytest.approx(losses[-1], rel=0.05)
 
 
+def test_another_scale_of_adapters_that_were_trained_is_told(base, tune, capfd):
+    run, options = tune
+    options = (*options, "optim.warmup_steps=0")
+    run.train(*options, "train.max_steps=2", check=0)
+    first, told = f"train.init_from={run.path}", "trained with model.lora.alpha=6.0 (here 3.0); the tensors fit, but"
+    for setting, warned in (("model.lora.alpha=3", True), ("model.dropout=0.4", False)):
+        assert (told in run.train(*options, first, setting, "run.name=on", "--dry-run", check=0).stderr) == warned
+    error = run.train(*options, "model.lora.alpha=3", check=2).stderr  # it would go on
+    assert "model.lora.alpha: 3.0 now" in error
+    on = run.train(*options, "train.max_steps=3", "model.dropout=0.4", check=0).stdout
+    assert "changed since then: model.dropout 0.1 -> 0.4" in on
+    capfd.readouterr()
+    libxlstm.load(run.path, settings={"model": {"lora": {"alpha": 3}}})
+    assert told in capfd.readouterr().err
+    libxlstm.load(run.path, settings={"model": {"dropout": 0.4}})
+    assert capfd.readouterr().err == ""
+
+
 def test_an_interrupted_run_has_the_same_adapters(base, tune):
     run, options = tune
     run.train(*options, check=0)

@@ -212,12 +212,15 @@ def test_parameter_groups():
     torch.optim.AdamW(model.param_groups())
 
 
-def test_a_checkpoint_with_other_settings(tmp_path):
+def test_a_checkpoint_with_other_settings(tmp_path, capfd):
     make_model().save(tmp_path / "model")
     dropping = libxlstm.load(tmp_path / "model", settings={"model": {"dropout": 0.5, "activation_checkpointing": True}}).train()
     ids = random_ids(2, 7)
     assert not torch.equal(dropping(ids)[0], dropping(ids)[0]) and "dropout: 0.5" in dropping.config
     assert torch.equal(dropping.eval()(ids)[0], libxlstm.load(tmp_path / "model")(ids)[0])
+    assert capfd.readouterr().err == ""
+    libxlstm.load(tmp_path / "model", settings={"model": {"norm_eps": 0.5}})
+    assert "trained with model.norm_eps=1.0e-05 (here 0.5); the tensors fit, but the model computes" in capfd.readouterr().err
     for settings, message in (({"model": {"num_blocks": 4}}, "does not fit"), ({"model": {"dropou": 0.5}}, "dropou.*dropout"),
                               ({"model": {"dropout": 2}}, "model.dropout")):
         with pytest.raises(libxlstm.Error, match=message):

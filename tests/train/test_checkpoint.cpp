@@ -298,8 +298,13 @@ TEST_CASE("settings that change no tensor still make another model") {
   CHECK(other_model_settings(checkpoint, config.model).empty());
   config.model.chunk_size *= 2;  // the same function
   CHECK(other_model_settings(checkpoint, config.model).empty());
-  config.model.dropout = 0.5;
-  CHECK(other_model_settings(checkpoint, config.model) == "model.dropout=0.0 (here 0.5)");
+  config.model.dropout = 0.5;  // of training alone, as what comes next
+  config.model.slstm.recurrent_clip = 10;
+  config.model.mlstm.igate_bias_init = "zeros";  // the checkpoint has what was learnt since
+  CHECK(other_model_settings(checkpoint, config.model).empty());
+  config.model.output_logit_soft_cap = 30;
+  CHECK(other_model_settings(checkpoint, config.model) ==
+        "model.output_logit_soft_cap=0.0 (here 30.0)");
 }
 
 TEST_CASE("list and prune keep what they promise") {

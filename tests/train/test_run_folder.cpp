@@ -217,7 +217,10 @@ TEST_CASE("a run goes on with its own model and data alone, and everything else 
       // rounding, memory or time
       "model.activation_checkpointing", "model.chunk_size", "model.fused", "model.slstm.recompute",
       // first weights
-      "model.embedding_init_std", "model.slstm.bias_init", "model.slstm.recurrent_weight_init"};
+      "model.embedding_init_std", "model.slstm.bias_init", "model.slstm.recurrent_weight_init",
+      // how it is trained
+      "model.dropout", "model.add_embedding_dropout", "model.slstm.recurrent_clip",
+      "model.slstm.recurrent_cut"};
   const std::set<std::string> others = {"train.global_batch_size",
                                         "train.carry_state",
                                         "data.seq_len",
