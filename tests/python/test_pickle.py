@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_accelerate import accelerated, make_large, stand_ins
+from test_accelerate import random_ids as random_tokens
 from test_block_stack import Regression
 from test_models import make_model, random_ids
 from test_scoring import make_yaml, train_tokenizer
@@ -283,3 +285,13 @@ def test_spawned_processes_take_a_model(tmp_path):
     script = tmp_path / "spawn.py"
     script.write_text(SPAWN)
     subprocess.run([sys.executable, script], check=True, timeout=500, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("copied", [pickled, saved])
+def test_accelerated_models_of_other_packages(copied):
+    ours = accelerated(make_large())
+    twin, ids = copied(ours), random_tokens(2, 7)
+    assert stand_ins(twin) == stand_ins(ours)
+    with torch.no_grad():
+        assert torch.equal(twin(ids)[0], ours(ids)[0])
+    assert not stand_ins(libxlstm.accelerate(twin, enabled=False))
