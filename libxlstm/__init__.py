@@ -11,8 +11,8 @@ and BlockStack() blocks for networks of your own:
     stack = libxlstm.BlockStack(embedding_dim=128, num_blocks=4, slstm_at=[1])
     y, state = stack(x)                                  # x (B,T,128) -> y (B,T,128)
 
-TokenData() gives the sequences of prepared token files in the trainer's order. accelerate() makes models of transformers and of the
-xlstm package compute by the operators.
+TokenData() gives the sequences of prepared token files in the trainer's order. accelerate() makes models of transformers and
+of the xlstm package compute by the operators.
 """
 
 import importlib

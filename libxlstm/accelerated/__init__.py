@@ -1,8 +1,8 @@
 """accelerate(): the cells of packages that people have models of, computed by torch.ops.xlstm.
 
 A module is changed by its class alone: in place of the package's it gets one of the same name here that derives from it and
-computes otherwise. Parameters, buffers, attributes, hooks and names stay, and so what reads them: state_dict(), save_pretrained(),
-adapters, checkpointing, copy.deepcopy and pickle (where libxlstm can be imported).
+computes otherwise. Parameters, buffers, attributes, hooks and names stay, and with them what reads them: state_dict(),
+save_pretrained(), adapters, checkpointing, copy.deepcopy and pickle (where libxlstm can be imported).
 """
 
 import functools
@@ -30,21 +30,21 @@ def accelerate(model, enabled=True):
         model = libxlstm.accelerate(transformers.AutoModelForCausalLM.from_pretrained("NX-AI/xLSTM-7b"))
 
     Everything around stays as it was: weights, state_dict() and module names, configuration, save_pretrained(), states and
-    caches with their shapes and dtypes, generate(), gradient checkpointing, adapters, hooks, autocast, devices. So do results, up
-    to rounding; gradients are the true ones, also where a kernel of mlstm_kernels leaves out the normaliser's. Replaced are
+    caches with their shapes and dtypes, generate(), gradient checkpointing, adapters, hooks, autocast, devices. So do results,
+    up to rounding; gradients are the true ones, also where a kernel of mlstm_kernels leaves out the normaliser's. Replaced are
 
-    - transformers.xLSTMForCausalLM and xLSTMModel, with and without the xlstm package, and xlstm.xlstm_large.xLSTMLarge: the
-      mLSTM in training, prefilling and decoding (mlstm_kernels' mLSTMBackend, transformers' xLSTMBackend), any length in any mode;
-      the norm of its heads with the output gate; RMSNorm;
-    - xlstm.xLSTMLMModel and xLSTMBlockStack: mLSTMCell, as a sequence of any length and as a step, sLSTMCell of both backends,
-      CausalConv1d, LinearHeadwiseExpand, MultiHeadLayerNorm, and in mLSTMLayer what lies between its projections as one.
+    - in transformers.xLSTMForCausalLM and xLSTMModel, with and without the xlstm package, and in its xLSTMLarge: the mLSTM for
+      training, prefilling and decoding (mLSTMBackend of mlstm_kernels, xLSTMBackend of transformers), for any length in any
+      mode; the norm of its heads with the output gate; RMSNorm;
+    - in xlstm.xLSTMLMModel and xLSTMBlockStack: mLSTMCell, as a sequence of any length and as a step, sLSTMCell of both
+      backends, CausalConv1d, LinearHeadwiseExpand, MultiHeadLayerNorm, and in mLSTMLayer what lies between its projections.
 
-    model: any torch.nn.Module; the cells are found wherever they are in it, under wrappers of peft and torch.nn.parallel, too. What
-    is not covered (an option of theirs, a subclass, a forward() that hooks of accelerate's device_map have replaced) stays as it
-    is, and one warning says what and why; so does one if there is no such cell at all. An inner module that is wrapped or hooked
+    model: any torch.nn.Module; the cells are found wherever they are in it, under wrappers of peft and torch.nn.parallel, too.
+    What is not covered (an option of theirs, a subclass, a forward() that hooks of a device_map have replaced) stays as it is,
+    and one warning says what and why; another tells if there is no such cell at all. An inner module that is wrapped or hooked
     later is called as ever: the layer around it then computes in parts.
 
-    enabled: False gives back the packages' own classes. Models that were copied, pickled or saved in between have their own say.
+    enabled: False gives back the packages' own classes. Copies that were made of the model in between are models of their own.
     """
     return _exchange(model) if enabled else _give_back(model)
 

@@ -55,7 +55,7 @@ def mlstm(q, k, v, igate, fgate, states, eps, scale=None):
     return h, states
 
 
-# ---- The 7B model's block, in the xlstm package and in transformers ------------------------------------------------------------
+# ---- The 7B model's block, in the xlstm package and in transformers ----------------------------------------------------------
 
 
 class LargeBackend(Cell):
@@ -64,7 +64,7 @@ class LargeBackend(Cell):
     @staticmethod
     def why_not(module):
         kernel = module.config.chunkwise_kernel
-        return f"chunkwise_kernel {kernel}: its input gate is a sigmoid, that of its steps is not" if "siging" in kernel else None
+        return f"chunkwise_kernel {kernel}, whose input gate is a sigmoid" if "siging" in kernel else None
 
     def _run(self, inputs, states, return_last_states, mode):
         """inputs: q, k, v (B,NH,T,D), gates (B,NH,T); states: c, n, m (B,NH,1), or three None. As forward() of theirs."""

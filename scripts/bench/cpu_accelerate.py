@@ -64,8 +64,9 @@ class Large:
     def make(self, dim, time):
         from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
 
-        return xLSTMLarge(xLSTMLargeConfig(vocab_size=VOCAB, embedding_dim=dim, num_blocks=BLOCKS, num_heads=4, mode="inference",
-                                           return_last_states=True, **KERNELS))
+        config = xLSTMLargeConfig(vocab_size=VOCAB, embedding_dim=dim, num_blocks=BLOCKS, num_heads=4, mode="inference",
+                                  return_last_states=True, **KERNELS)
+        return xLSTMLarge(config)
 
     def logits(self, model, ids):
         return model(ids)[0]
@@ -121,8 +122,9 @@ def measure(name, dim, batch, time, seconds):
         result = {"case": f"{case.name}, d={dim} blocks={BLOCKS}, {kind}", "times": times,
                   "ratio": times["untouched"]["median_ms"] / times["accelerated"]["median_ms"],
                   "load": [before, os.getloadavg()[0]]}
-        print(f"{result['ratio']:6.2f}x  {times['untouched']['median_ms']:9.2f} -> {times['accelerated']['median_ms']:8.2f} ms  "
-              f"{result['case']}  (load {before:.1f})", flush=True)
+        before_ms, after_ms = (times[name]["median_ms"] for name in ("untouched", "accelerated"))
+        print(f"{result['ratio']:6.2f}x  {before_ms:9.2f} -> {after_ms:8.2f} ms  {result['case']}  (load {before:.1f})",
+              flush=True)
         results.append(result)
     return results
 

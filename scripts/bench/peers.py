@@ -108,8 +108,9 @@ def xlstm_model(vocab, dim, blocks, slstm_at, time, device):
     )
 
     # On a GPU as the package is by itself: its CUDA code in bfloat16, biases and sums in float32.
-    types = {} if device.type == "cuda" else dict.fromkeys(("dtype", *(f"dtype_{part}" for part in "wrsbga")), "float32")
-    slstm_layer = sLSTMLayerConfig(backend="cuda" if device.type == "cuda" else "vanilla", num_heads=4, conv1d_kernel_size=4, **types)
+    cuda = device.type == "cuda"
+    types = {} if cuda else dict.fromkeys(("dtype", *(f"dtype_{part}" for part in "wrsbga")), "float32")
+    slstm_layer = sLSTMLayerConfig(backend="cuda" if cuda else "vanilla", num_heads=4, conv1d_kernel_size=4, **types)
     model = xLSTMLMModel(
         xLSTMLMModelConfig(
             vocab_size=vocab,

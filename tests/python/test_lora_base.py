@@ -4,7 +4,6 @@ of xlstm-train do with it all that they do without."""
 import copy
 import json
 import os
-import pickle
 import signal
 import sys
 from pathlib import Path
@@ -112,12 +111,12 @@ def test_it_computes_what_the_rounded_weights_stand_for(base, kept, autocast):  
 
 @every_base
 @pytest.mark.parametrize("again", [False, True])
-def test_recomputed_blocks_copies_and_pickles(base, kept, again):  # noqa: F811
+def test_recomputed_blocks_and_copies(base, kept, again):  # noqa: F811
     model, tokens = libxlstm.load(base.path, settings=settings(kept, activation_checkpointing=again)), batch()
     draw_adapters(model)
-    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    losses = [each.loss(tokens[:, :-1], tokens[:, 1:]) for each in (model, *others)]
-    for each, loss in zip((model, *others), losses, strict=True):
+    models = (model, copy.deepcopy(model))
+    losses = [each.loss(tokens[:, :-1], tokens[:, 1:]) for each in models]
+    for each, loss in zip(models, losses, strict=True):
         loss.backward()
         assert torch.equal(loss, losses[0])
         for (name, ours), theirs in zip(each.named_parameters(), model.parameters(), strict=True):

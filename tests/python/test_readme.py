@@ -49,7 +49,7 @@ def test_its_python_runs(tmp_path, monkeypatch):
     exec(model, names)
     assert names["ids"].shape == (1, 1) and names["logits"].shape == (1, 1, 256)
     names = {}
-    hidden, data, stack = blocks(GUIDES["libxlstm/README.md"], "python")
+    hidden, data, stack, _ = blocks(GUIDES["libxlstm/README.md"], "python")
     exec(hidden, names)
     assert names["y"].shape == names["first"].shape == names["last"].shape == (4, 65, 32)
     exec(data, names)
@@ -58,6 +58,16 @@ def test_its_python_runs(tmp_path, monkeypatch):
     assert names["y"].shape == (2, 100, 64) and not names["y"][1, 40:].any()
     before, after = libxlstm.load("runs/quickstart"), libxlstm.load("runs/finetuned")
     assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True) if b.dim() > 1)
+
+
+def test_its_line_for_transformers_runs(tmp_path, monkeypatch):
+    from test_accelerate import make_transformers, stand_ins
+
+    make_transformers().save_pretrained(tmp_path / "xLSTM-7b")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(blocks(GUIDES["libxlstm/README.md"], "python")[-1], names)
+    assert stand_ins(names["model"])
 
 
 def test_its_files_exist():
