@@ -11,22 +11,23 @@ and BlockStack() blocks for networks of your own:
     stack = libxlstm.BlockStack(embedding_dim=128, num_blocks=4, slstm_at=[1])
     y, state = stack(x)                                  # x (B,T,128) -> y (B,T,128)
 
-TokenData() gives the sequences of prepared token files in the trainer's order.
+TokenData() gives the sequences of prepared token files in the trainer's order. accelerate() makes models of transformers and
+of the xlstm package compute by the operators.
 """
 
 import importlib
-import json
 from pathlib import Path
 
 import torch
 
 from . import flops
+from .accelerated import accelerate
 from .data import TokenData
-from .library import load_module, load_operators
+from .library import as_yaml, load_module, load_operators
 from .model import BlockStack, Model
 
-__all__ = ["BlockStack", "Error", "Model", "TokenData", "load", "make_model", "__version__"]
-__version__ = "0.1.0"
+__all__ = ["BlockStack", "Error", "Model", "TokenData", "accelerate", "load", "make_model", "__version__"]
+__version__ = "0.1.0"  # CMake and setuptools read it here
 
 
 def load(checkpoint_dir, verify=True, device="cpu", dtype=None, settings=None):
@@ -35,7 +36,9 @@ def load(checkpoint_dir, verify=True, device="cpu", dtype=None, settings=None):
     verify: check every file against its sha256. device, dtype: of the parameters; None: float32. torch.bfloat16 takes half the
     memory, also while it loads, torch.int8 about a quarter: see Model.quantize(). settings: in place of the checkpoint's, such as
     {"model": {"dropout": 0.1, "activation_checkpointing": True}}; its tensors must fit still. {"model": {"lora": {"rank": 8}}}
-    gives fresh low-rank adapters, which stay float32, and they alone are trained.
+    gives fresh low-rank adapters (torch.manual_seed decides), which stay float32, and they alone are trained; nothing else is
+    drawn. With "base": "int8" or "bfloat16" in the inner dictionary the weights beside them, and these alone, are kept so, and it
+    computes in float32 or as autocast says.
 
     Raises libxlstm.Error (a RuntimeError) naming the file and what is wrong with it.
     """
@@ -60,7 +63,7 @@ def _overrides(settings, section=""):
         if isinstance(value, dict):
             yield from _overrides(value, f"{section}{name}.")
         else:
-            yield f"{section}{name}={json.dumps(value)}"
+            yield f"{section}{name}={as_yaml(value)}"
 
 
 def make_model(settings):
@@ -70,7 +73,7 @@ def make_model(settings):
     {"model": {"embedding_dim": 256, "num_blocks": 8, "slstm_at": [1]}}; `xlstm-train --help` lists all of it. Raises
     libxlstm.Error naming the setting that is wrong.
     """
-    text = settings if isinstance(settings, str) else json.dumps(settings)  # which is YAML, too
+    text = settings if isinstance(settings, str) else as_yaml(settings)
     return Model(load_module().make_model(text))
 
 

@@ -1,8 +1,9 @@
-"""Weights of other xLSTM code as a checkpoint folder, and a checkpoint folder for transformers.
+"""Weights of other xLSTM code as a checkpoint folder, and back.
 
     python -m libxlstm.convert --from hf --weights xLSTM-7b --out runs/xlstm-7b
     python -m libxlstm.convert --to hf --weights runs/mine --out mine-hf
     python -m libxlstm.convert --from xlstm --config config.yaml --weights in.safetensors --tokenizer tokenizer.json --out dir
+    python -m libxlstm.convert --to xlstm --weights runs/mine --out dir
 
 hf     a folder of Hugging Face transformers, model_type xlstm (the architecture of the 7B model): convert_hf.py
 xlstm  the authors' PyPI package, its small models (xLSTMLMModel): convert_xlstm.py
@@ -12,7 +13,7 @@ import argparse
 import sys
 
 from libxlstm.convert_common import EXIT_CONFIG, EXIT_WEIGHTS, ConvertError
-from libxlstm.convert_xlstm import convert_xlstm
+from libxlstm.convert_xlstm import LAYOUTS, convert_xlstm
 
 NUM_BYTES = 256
 
@@ -94,11 +95,13 @@ def _import(options):
 
 def _export(options):
     import libxlstm
-    from libxlstm import convert_hf
+    from libxlstm import convert_hf, convert_xlstm
     from libxlstm.scoring import ScoringError
 
     try:
-        return convert_hf.export(options.weights, options.out)
+        if options.target == "hf":
+            return convert_hf.export(options.weights, options.out)
+        return convert_xlstm.export(options.weights, options.out, options.slstm_layout or "vanilla")
     except (libxlstm.Error, ScoringError) as error:
         raise ConvertError(error.code, str(error)) from error
 
@@ -107,7 +110,7 @@ def _parser():
     parser = argparse.ArgumentParser(prog="python -m libxlstm.convert", description=__doc__.splitlines()[0])
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="source", choices=["xlstm", "hf"], help="where the weights come from")
-    way.add_argument("--to", dest="target", choices=["hf"], help="where they go")
+    way.add_argument("--to", dest="target", choices=["xlstm", "hf"], help="where they go")
     parser.add_argument("--weights", required=True,
                         help="xlstm: the state_dict, safetensors; hf: the folder with config.json; --to: a run or checkpoint")
     parser.add_argument("--config", help="xlstm: the package's configuration, YAML")
@@ -116,15 +119,17 @@ def _parser():
                         help="what data.tokenizer takes: bytes, tokenizer.json, or a folder; hf: its own unless given")
     parser.add_argument("--seq-len", type=int, metavar="N",
                         help="tokens per sequence of the training, data.seq_len; xlstm: context_length, hf: 8192 unless given")
-    parser.add_argument("--slstm-layout", choices=["cuda", "vanilla"], help="xlstm: in place of slstm.backend of the config")
+    parser.add_argument("--slstm-layout", choices=LAYOUTS,
+                        help="xlstm: the backend whose layout the sLSTM's weights have; --from: slstm.backend of the "
+                             "configuration unless given, --to: vanilla, which needs no GPU")
     return parser
 
 
 def _check_options(parser, options):
     if (options.source == "xlstm") != (options.config is not None):
         parser.error("--config belongs to --from xlstm, which needs it")
-    if options.slstm_layout and options.source != "xlstm":
-        parser.error("--slstm-layout belongs to --from xlstm")
+    if options.slstm_layout and "xlstm" not in (options.source, options.target):
+        parser.error("--slstm-layout belongs to --from xlstm and --to xlstm")
     if options.target and (options.tokenizer or options.seq_len):
         parser.error("--tokenizer and --seq-len belong to --from")
 

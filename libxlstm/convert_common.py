@@ -1,4 +1,9 @@
-"""What the importers share: configurations of which every key is accounted for, and tensors each of which is taken once."""
+"""What the converters share: configurations of which every key is accounted for, tensors each of which is taken once, and the
+models and folders of an export."""
+
+import contextlib
+import os
+import shutil
 
 EXIT_CONFIG, EXIT_WEIGHTS = 2, 4
 
@@ -75,3 +80,34 @@ class Weights:
             problems.append("unknown: " + ", ".join(sorted(self._left)))
         if problems:
             raise ConvertError(EXIT_WEIGHTS, "weights: " + "; ".join(problems))
+
+
+def exported(source):
+    """What leaves with a run or a checkpoint folder: (its configuration, its tensors by name, its tokenizer)."""
+    import torch
+    import yaml
+
+    import libxlstm
+    from libxlstm.scoring import find_tokenizer
+
+    model = libxlstm.load(source)
+    config = yaml.safe_load(model.config)
+    if config["model"]["lora"]["rank"]:
+        model = model.merge_lora()
+    if any(tensor.dtype == torch.int8 for tensor in model.parameters()):
+        raise ConvertError(EXIT_WEIGHTS, f"{source}: weights of 8 bits; export the folder that they were rounded from")
+    tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    return config, tensors, find_tokenizer(model.folder, config["data"]["tokenizer"])
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """A folder to write to, which must be empty or absent; it is taken away again where writing fails."""
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise ConvertError(EXIT_WEIGHTS, f"{folder}: exists and is not empty; choose another name")
+    os.makedirs(folder, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -11,9 +11,8 @@ An export writes the parameters of the loaded model in float32, which transforme
 import json
 import math
 import os
-import shutil
 
-from libxlstm.convert_common import EXIT_CONFIG, EXIT_WEIGHTS, ConvertError, Section, Weights
+from libxlstm.convert_common import EXIT_CONFIG, EXIT_WEIGHTS, ConvertError, Section, Weights, exported, new_folder
 
 # The 7B model was trained on sequences of this length (arXiv 2503.13427); its configuration does not say it.
 SEQ_LEN = 8192
@@ -315,32 +314,16 @@ def _write_tokenizer(folder, spec):
 
 def export(source, folder, shard_bytes=5 * 10**9):
     """A run or a checkpoint folder -> a folder for transformers' from_pretrained. Returns its tensors by name."""
-    import yaml
-
     import libxlstm
-    import torch
-    from libxlstm.scoring import find_tokenizer
 
-    if os.path.isdir(folder) and os.listdir(folder):
-        raise ConvertError(EXIT_WEIGHTS, f"{folder}: exists and is not empty; choose another name")
-    model = libxlstm.load(source)
-    config = yaml.safe_load(model.config)
-    if config["model"]["lora"]["rank"]:
-        model = model.merge_lora()
-    if any(tensor.dtype == torch.int8 for tensor in model.parameters()):
-        raise ConvertError(EXIT_WEIGHTS, f"{source}: weights of 8 bits; export the folder that they were rounded from")
-    tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    config, tensors, tokenizer = exported(source)
     config_json = export_config(config["model"])
     names = [(ours, theirs) for ours, theirs, _ in _layout(config["model"], 0, 0)]
     renamed = {theirs: tensors[ours] for ours, theirs in names}
     renamed["lm_head.weight"] = tensors.get("lm_head.weight", tensors["embedding.weight"])
-    os.makedirs(folder, exist_ok=True)
-    try:
-        end_token = _write_tokenizer(folder, find_tokenizer(model.folder, config["data"]["tokenizer"]))
+    with new_folder(folder):
+        end_token = _write_tokenizer(folder, tokenizer)
         config_json |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_token)
         _write_weights(folder, renamed, shard_bytes, libxlstm._C.save_safetensors)
         _write_json(folder, "config.json", config_json)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return renamed

@@ -1,4 +1,4 @@
-"""Weights of the `xlstm` package's small models (xLSTMLMModel), for convert.py.
+"""Weights of the `xlstm` package's small models (xLSTMLMModel), both ways, for convert.py.
 
 The configuration is the package's own nested form (xLSTMLMModelConfig) as the root of a YAML file or under `model`; the
 weights are its state_dict as safetensors. What differs there, and is put right here:
@@ -9,8 +9,10 @@ weights are its state_dict as safetensors. What differs there, and is put right 
 """
 
 import math
+import os
+from typing import Callable, NamedTuple
 
-from libxlstm.convert_common import EXIT_CONFIG, EXIT_WEIGHTS, ConvertError, Section, Weights
+from libxlstm.convert_common import EXIT_CONFIG, EXIT_WEIGHTS, ConvertError, Section, Weights, exported, new_folder
 
 _IGNORED = {
     # Settings without a trace in the function the weights compute: the importer passes over them.
@@ -23,7 +25,8 @@ _IGNORED = {
     },
     "feedforward": {"embedding_dim", "dropout"},
 }  # fmt: skip
-_ACTIVATIONS = {"gelu": "gelu", "swish": "silu", "relu": "relu"}
+_ACTIVATIONS = {"gelu": "gelu", "swish": "silu", "relu": "relu", "relu^2": "relu2"}
+LAYOUTS = ("cuda", "vanilla")
 
 
 def _proj_up(section, embedding_dim, proj_factor):
@@ -88,7 +91,7 @@ def _read_mlstm(block, model):
 
 def _read_slstm(block, model):
     section = block.section("slstm", _IGNORED["slstm"]) or Section({}, _IGNORED["slstm"], "slstm")
-    layout = section.take("backend", "cuda", choices=("cuda", "vanilla"))
+    layout = section.take("backend", "cuda", choices=LAYOUTS)
     model["slstm"] = {
         "conv1d_kernel_size": section.number("conv1d_kernel_size", 4),
         "cell": section.take("function", "slstm", choices=("slstm", "lstm")),
@@ -120,115 +123,198 @@ def _read_slstm(block, model):
     return heads, layout
 
 
-class _Importer:
-    """Builds libxlstm's tensors, by name, from a state_dict of the package."""
+class _Row(NamedTuple):
+    """A parameter: its name here and there, its shape there, and how each becomes the other."""
 
-    def __init__(self, tensors, model, layout):
-        self._source = Weights({name: tensor.float() for name, tensor in tensors.items()})
-        self._model, self._layout = model, layout
-        self._out = {}
+    ours: str
+    theirs: str
+    shape: tuple
+    read: Callable = lambda tensor: tensor
+    write: Callable = lambda tensor: tensor
+    absent: Callable | None = None  # gives what stands for it where the weights lack it; None: they must not
+    hint: str = ""
 
-    def run(self):
-        model, width = self._model, self._model["embedding_dim"]
-        self._copy("embedding.weight", "token_embedding.weight", model["vocab_size"], width)
-        for index in range(model["num_blocks"]):
-            to, source = f"blocks.{index}.", f"xlstm_block_stack.blocks.{index}."
-            self._norm(to + "norm.weight", source + "xlstm_norm.weight", width)
-            if index in model["slstm_at"]:
-                self._slstm(to + "slstm.", source + "xlstm.")
-                self._norm(to + "ffn_norm.weight", source + "ffn_norm.weight", width)
-                self._feed_forward(to + "ffn.", source + "ffn.")
-            else:
-                self._mlstm(to + "mlstm.", source + "xlstm.")
-        if model["add_out_norm"]:
-            self._norm("out_norm.weight", "xlstm_block_stack.post_blocks_norm.weight", width)
-        head = self._source.take("lm_head.weight", model["vocab_size"], width, optional=model["tie_weights"])
-        self._source.finish()
-        if not model["tie_weights"]:
-            self._out["lm_head.weight"] = head
-        elif head is not None and not head.equal(self._out["embedding.weight"]):
-            raise ConvertError(EXIT_WEIGHTS, "weights: tie_weights is true but lm_head.weight is not the embedding")
-        return self._out
 
-    def _copy(self, to, source, *shape):
-        self._out[to] = self._source.take(source, *shape)
+def _norm(ours, theirs, width, **more):
+    return _Row(ours, theirs, (width,), lambda tensor: 1 + tensor, lambda tensor: tensor - 1, **more)
 
-    def _norm(self, to, source, width, optional=False):
-        weight = self._source.take(source, width, optional=optional)
-        if weight is not None:
-            self._out[to] = 1 + weight
 
-    def _bias(self, to, source, width):
-        """A projection's bias; zeros where this one has none but another projection of the model has."""
-        import torch
+def _bias(ours, theirs, width):
+    """A projection's bias; zeros where this one has none but another projection of the model has."""
+    import torch
 
-        bias = self._source.take(source, width, optional=True)
-        if self._model["bias"]:
-            self._out[to] = torch.zeros(width) if bias is None else bias
-        elif bias is not None:
-            raise ConvertError(EXIT_WEIGHTS, f"weights: {source} is there, but bias is false in the configuration")
+    return _Row(ours, theirs, (width,), absent=lambda: torch.zeros(width))
 
-    def _conv(self, to, source, width, kernel_size):
-        if kernel_size == 0:
-            return
-        weight = self._source.take(source + "weight", width, 1, kernel_size)
-        if weight is not None:
-            self._out[to + "weight"] = weight.squeeze(1)
-        self._copy(to + "bias", source + "bias", width)
 
-    def _mlstm(self, to, source):
-        model, options = self._model, self._model["mlstm"]
-        width, heads, size = model["embedding_dim"], model["num_heads"], options["qkv_proj_blocksize"]
-        multiple = options["round_proj_up_to_multiple_of"]
-        inner = math.ceil(options["proj_factor"] * width / multiple) * multiple
-        self._copy(to + "proj_up.weight", source + "proj_up.weight", 2 * inner, width)
-        self._bias(to + "proj_up.bias", source + "proj_up.bias", 2 * inner)
-        self._conv(to + "conv.", source + "conv1d.conv.", inner, options["conv1d_kernel_size"])
-        for name in ("q_proj", "k_proj", "v_proj"):
-            self._copy(f"{to}{name}.weight", f"{source}{name}.weight", inner // size, size, size)
-            self._bias(f"{to}{name}.bias", f"{source}{name}.bias", inner)
-        for name in ("igate", "fgate"):
-            self._copy(f"{to}{name}.weight", f"{source}mlstm_cell.{name}.weight", heads, 3 * inner)
-            self._copy(f"{to}{name}.bias", f"{source}mlstm_cell.{name}.bias", heads)
-        self._norm(to + "out_norm.weight", source + "mlstm_cell.outnorm.weight", inner)
-        self._copy(to + "skip", source + "learnable_skip", inner)
-        self._copy(to + "proj_down.weight", source + "proj_down.weight", width, inner)
-        self._bias(to + "proj_down.bias", source + "proj_down.bias", width)
+def _conv(ours, theirs, width, kernel_size):
+    if kernel_size > 0:
+        yield _Row(ours + "weight", theirs + "weight", (width, 1, kernel_size), lambda w: w.squeeze(1), lambda w: w.unsqueeze(1))
+        yield _Row(ours + "bias", theirs + "bias", (width,))
 
-    def _slstm(self, to, source):
-        import torch
 
-        width, heads = self._model["embedding_dim"], self._model["num_heads"]
-        size = width // heads
-        self._conv(to + "conv.", source + "conv1d.conv.", width, self._model["slstm"]["conv1d_kernel_size"])
-        for name, theirs in (("igate", "fgate"), ("fgate", "igate"), ("zgate", "zgate"), ("ogate", "ogate")):
-            self._copy(f"{to}{name}.weight", f"{source}{theirs}.weight", heads, size, size)
-        cuda = self._layout == "cuda"
-        shape = (heads, size, 4 * size) if cuda else (heads, 4 * size, size)
-        hint = " (the layout of the other sLSTM backend? See --slstm-layout)"
-        kernel = self._source.take(source + "slstm_cell._recurrent_kernel_", *shape, hint=hint)
-        if kernel is not None and cuda:
-            self._out[to + "recurrent"] = kernel.view(heads, size, 4, size).permute(2, 0, 3, 1).contiguous()
-        elif kernel is not None:
-            self._out[to + "recurrent"] = kernel.view(heads, 4, size, size).transpose(0, 1).contiguous()
-        bias = self._source.take(source + "slstm_cell._bias_", 4 * width)
-        if bias is not None:
-            bias = bias.view(heads, 4, size).transpose(0, 1) if cuda else bias.view(4, heads, size)
-            self._out[to + "bias"] = bias.contiguous()
-        self._out[to + "out_norm.weight"] = torch.ones(width)
-        self._norm(to + "out_norm.weight", source + "group_norm.weight", width, optional=True)
+def _round_up(options, width, multiple):
+    """The width of an up-projection; `multiple` names the setting it is rounded up to."""
+    return math.ceil(options["proj_factor"] * width / options[multiple]) * options[multiple]
 
-    def _feed_forward(self, to, source):
-        width, options = self._model["embedding_dim"], self._model["feed_forward"]
-        multiple = options["round_up_to_multiple_of"]
-        hidden = math.ceil(options["proj_factor"] * width / multiple) * multiple
-        self._copy(to + "proj_up.weight", source + "proj_up.weight", 2 * hidden, width)
-        self._bias(to + "proj_up.bias", source + "proj_up.bias", 2 * hidden)
-        self._copy(to + "proj_down.weight", source + "proj_down.weight", width, hidden)
-        self._bias(to + "proj_down.bias", source + "proj_down.bias", width)
+
+def _mlstm_rows(model, to, source):
+    options, width, heads = model["mlstm"], model["embedding_dim"], model["num_heads"]
+    size, inner = options["qkv_proj_blocksize"], _round_up(options, width, "round_proj_up_to_multiple_of")
+    yield _Row(to + "proj_up.weight", source + "proj_up.weight", (2 * inner, width))
+    yield from _conv(to + "conv.", source + "conv1d.conv.", inner, options["conv1d_kernel_size"])
+    for name in ("q_proj", "k_proj", "v_proj"):
+        yield _Row(f"{to}{name}.weight", f"{source}{name}.weight", (inner // size, size, size))
+    for name in ("igate", "fgate"):
+        yield _Row(f"{to}{name}.weight", f"{source}mlstm_cell.{name}.weight", (heads, 3 * inner))
+        yield _Row(f"{to}{name}.bias", f"{source}mlstm_cell.{name}.bias", (heads,))
+    yield _norm(to + "out_norm.weight", source + "mlstm_cell.outnorm.weight", inner)
+    yield _Row(to + "skip", source + "learnable_skip", (inner,))
+    yield _Row(to + "proj_down.weight", source + "proj_down.weight", (width, inner))
+    if model["bias"]:
+        lengths = {"proj_up": 2 * inner, "q_proj": inner, "k_proj": inner, "v_proj": inner, "proj_down": width}
+        for name, length in lengths.items():
+            yield _bias(f"{to}{name}.bias", f"{source}{name}.bias", length)
+
+
+def _slstm_rows(model, to, source, layout):
+    import torch
+
+    width, heads = model["embedding_dim"], model["num_heads"]
+    size = width // heads
+    yield from _conv(to + "conv.", source + "conv1d.conv.", width, model["slstm"]["conv1d_kernel_size"])
+    for name, theirs in (("igate", "fgate"), ("fgate", "igate"), ("zgate", "zgate"), ("ogate", "ogate")):
+        yield _Row(f"{to}{name}.weight", f"{source}{theirs}.weight", (heads, size, size))
+    kernel, bias = source + "slstm_cell._recurrent_kernel_", source + "slstm_cell._bias_"
+    hint = " (the layout of the other sLSTM backend? See --slstm-layout)"
+    if layout == "cuda":
+        yield _Row(to + "recurrent", kernel, (heads, size, 4 * size),
+                   lambda r: r.view(heads, size, 4, size).permute(2, 0, 3, 1),
+                   lambda r: r.permute(1, 3, 0, 2).reshape(heads, size, 4 * size), hint=hint)  # fmt: skip
+        yield _Row(to + "bias", bias, (4 * width,), lambda b: b.view(heads, 4, size).transpose(0, 1),
+                   lambda b: b.transpose(0, 1).reshape(-1))  # fmt: skip
+    else:
+        yield _Row(to + "recurrent", kernel, (heads, 4 * size, size),
+                   lambda r: r.view(heads, 4, size, size).transpose(0, 1),
+                   lambda r: r.transpose(0, 1).reshape(heads, 4 * size, size), hint=hint)  # fmt: skip
+        yield _Row(to + "bias", bias, (4 * width,), lambda b: b.view(4, heads, size), lambda b: b.reshape(-1))
+    yield _norm(to + "out_norm.weight", source + "group_norm.weight", width, absent=lambda: torch.ones(width))
+
+
+def _feed_forward_rows(model, to, source):
+    width = model["embedding_dim"]
+    hidden = _round_up(model["feed_forward"], width, "round_up_to_multiple_of")
+    for name, rows, columns in (("proj_up", 2 * hidden, width), ("proj_down", width, hidden)):
+        yield _Row(f"{to}{name}.weight", f"{source}{name}.weight", (rows, columns))
+        if model["bias"]:
+            yield _bias(f"{to}{name}.bias", f"{source}{name}.bias", rows)
+
+
+def _rows(model, layout):
+    """Every parameter of a model but the head's."""
+    width = model["embedding_dim"]
+    yield _Row("embedding.weight", "token_embedding.weight", (model["vocab_size"], width))
+    for index in range(model["num_blocks"]):
+        to, source = f"blocks.{index}.", f"xlstm_block_stack.blocks.{index}."
+        yield _norm(to + "norm.weight", source + "xlstm_norm.weight", width)
+        if index in model["slstm_at"]:
+            yield from _slstm_rows(model, to + "slstm.", source + "xlstm.", layout)
+            yield _norm(to + "ffn_norm.weight", source + "ffn_norm.weight", width)
+            yield from _feed_forward_rows(model, to + "ffn.", source + "ffn.")
+        else:
+            yield from _mlstm_rows(model, to + "mlstm.", source + "xlstm.")
+    if model["add_out_norm"]:
+        yield _norm("out_norm.weight", "xlstm_block_stack.post_blocks_norm.weight", width)
 
 
 def convert_xlstm(config, tensors, slstm_layout=None):
     """Configuration (nested dicts) and state_dict of an xLSTMLMModel -> (libxlstm's model settings, its tensors)."""
     model, layout = read_config(config)
-    return model, _Importer(tensors, model, slstm_layout or layout).run()
+    source, out = Weights({name: tensor.float() for name, tensor in tensors.items()}), {}
+    for row in _rows(model, slstm_layout or layout):
+        tensor = source.take(row.theirs, *row.shape, optional=row.absent is not None, hint=row.hint)
+        if tensor is not None:
+            out[row.ours] = row.read(tensor).contiguous()
+        elif row.absent is not None:
+            out[row.ours] = row.absent()
+    head = source.take("lm_head.weight", model["vocab_size"], model["embedding_dim"], optional=model["tie_weights"])
+    source.finish()
+    if not model["tie_weights"]:
+        out["lm_head.weight"] = head
+    elif head is not None and not head.equal(out["embedding.weight"]):
+        raise ConvertError(EXIT_WEIGHTS, "weights: tie_weights is true but lm_head.weight is not the embedding")
+    return model, out
+
+
+def export_config(model, seq_len, layout):
+    """libxlstm's `model` section -> xLSTMLMModelConfig as nested dicts."""
+    slstm_at, blocks = model["slstm_at"], model["num_blocks"]
+    mlstm, slstm, feed_forward = (model[name] for name in ("mlstm", "slstm", "feed_forward"))
+    fixed = {"kind": "xlstm", "input_features": 0, "output_logit_soft_cap": 0, "norm_eps": 1e-5, "mlstm_eps": 1e-6}
+    settings = [("", model, fixed)]
+    if len(slstm_at) < blocks:
+        fixed = {"up_projection": "pre", "input_gate": "exp", "normalize": True, "igate": "input", "fgate": "input"}
+        settings.append(("mlstm.", mlstm, fixed))
+    if slstm_at:
+        settings += [("slstm.", slstm, {"gate_proj": "headwise"}), ("feed_forward.", feed_forward, {"gated": True})]
+    for section, values, expected in settings:
+        for key, value in expected.items():
+            if values[key] != value:
+                raise ConvertError(EXIT_CONFIG, f"model.{section}{key}: {values[key]!r}; the xlstm package has {value!r} alone")
+    config = {
+        "vocab_size": model["vocab_size"],
+        "embedding_dim": model["embedding_dim"],
+        "num_blocks": blocks,
+        "context_length": seq_len,
+        "tie_weights": model["tie_weights"],
+        "dropout": model["dropout"],
+        "add_embedding_dropout": model["add_embedding_dropout"],
+        "add_post_blocks_norm": model["add_out_norm"],
+        "bias": model["bias"],
+        "slstm_at": slstm_at,
+    }
+    if len(slstm_at) < blocks:
+        if mlstm["conv1d_kernel_size"] == 0:
+            raise ConvertError(EXIT_CONFIG, "model.mlstm.conv1d_kernel_size: 0; the xlstm package's mLSTM has a convolution")
+        same = ("proj_factor", "round_proj_up_to_multiple_of", "conv1d_kernel_size", "qkv_proj_blocksize")
+        config["mlstm_block"] = {"mlstm": {"num_heads": model["num_heads"], **{key: mlstm[key] for key in same}}}
+    if slstm_at:
+        if slstm["cell"] not in ("slstm", "lstm"):
+            raise ConvertError(EXIT_CONFIG, f"model.slstm.cell: {slstm['cell']}; the xlstm package has slstm and lstm")
+        config["slstm_block"] = {
+            "slstm": {
+                "num_heads": model["num_heads"],
+                "backend": layout,
+                "dtype": "float32",
+                "function": slstm["cell"],
+                "gradient_recurrent_cut": slstm["recurrent_cut"],
+                **{key: slstm[key] for key in ("conv1d_kernel_size", "bias_init", "recurrent_weight_init")},
+            },
+            "feedforward": {
+                "proj_factor": feed_forward["proj_factor"],
+                "round_proj_up_to_multiple_of": feed_forward["round_up_to_multiple_of"],
+                "act_fn": {ours: theirs for theirs, ours in _ACTIVATIONS.items()}[feed_forward["act_fn"]],
+                "bias": model["bias"],
+            },
+        }
+    return config
+
+
+def export(source, folder, layout="vanilla"):
+    """A run or a checkpoint folder -> a folder with config.yaml, model.safetensors and the tokenizer, for xLSTMLMModel: the
+    sLSTM's weights as its backend `layout` has them. Returns its tensors by name."""
+    import yaml
+
+    import libxlstm
+    from libxlstm.scoring import Tokenizer
+
+    config, tensors, tokenizer = exported(source)
+    theirs = export_config(config["model"], config["data"]["seq_len"], layout)
+    renamed = {row.theirs: row.write(tensors[row.ours]).contiguous() for row in _rows(config["model"], layout)}
+    renamed["lm_head.weight"] = tensors.get("lm_head.weight", tensors["embedding.weight"])
+    with new_folder(folder):
+        if tokenizer != "bytes":
+            Tokenizer(tokenizer).save(os.path.join(folder, "tokenizer.json"))
+        libxlstm._C.save_safetensors(os.path.join(folder, "model.safetensors"), renamed)
+        with open(os.path.join(folder, "config.yaml"), "w", encoding="utf-8") as file:
+            yaml.safe_dump(theirs, file, sort_keys=False)
+    return renamed

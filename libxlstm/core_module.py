@@ -231,8 +231,8 @@ class CoreModule(torch.nn.Module):
 
     def _restore(self, kind, settings, training, tensors, trained, modes):
         """Makes what __getstate__ calls _core. The tensors are taken, not copied."""
-        with torch.random.fork_rng(devices=[]):  # some weights are drawn, which are then overwritten
-            CoreModule.__init__(self, getattr(load_module(), kind).undrawn(*settings))
+        CoreModule.__init__(self, getattr(load_module(), kind).undrawn(*settings))
+
         def fits(name, ours):
             return name in tensors and (tensors[name].shape == ours.shape or tensors[name].dtype == torch.int8)  # quantize()
 

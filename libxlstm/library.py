@@ -50,6 +50,11 @@ def _check_torch(library):
         )
 
 
+def as_yaml(settings):
+    """As the C++ side reads them. JSON is YAML, too, but for characters beyond U+FFFF, which it escapes in two halves."""
+    return json.dumps(settings, ensure_ascii=False)
+
+
 def load_operators():
     library = find("libxlstm_ops.so")
     _check_torch(library)

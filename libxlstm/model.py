@@ -1,7 +1,6 @@
 """The C++ models as torch.nn.Module."""
 
 import contextlib
-import json
 import numbers
 import os
 import tempfile
@@ -9,7 +8,7 @@ import tempfile
 import torch
 
 from .core_module import CoreModule
-from .library import load_module
+from .library import as_yaml, load_module
 
 
 class BlockStack(CoreModule):
@@ -32,7 +31,7 @@ class BlockStack(CoreModule):
         for name in self._ELSEWHERE:
             if name in settings:
                 raise TypeError(f"{name}: a setting of embedding or head, which a stack of blocks does not have")
-        super().__init__(load_module().make_stack(json.dumps({"model": settings})))  # JSON is YAML, too
+        super().__init__(load_module().make_stack(as_yaml({"model": settings})))
 
     def forward(self, x, state=None, reset=None, lengths=None, blocks=None):
         """x (B,T,D) floating, T >= 0 -> y (B,T,D) and the state after the last token: one list of tensors per block, new ones.
@@ -158,7 +157,8 @@ class Model(CoreModule):
         return merged.train(self.training)
 
     def save(self, folder):
-        """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32."""
+        """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32. A model that
+        is there is kept until the new one is whole."""
         self._check_parameters()
         with self._tokenizer_files() as tokenizer:
             self._core.save(str(folder), tokenizer)

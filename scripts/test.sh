@@ -2,10 +2,10 @@
 # Runs all tests; sets up everything they need first. Closes with `N passed, N failed, N skipped`.
 #
 #   ./scripts/test.sh                  all C++ tests (CTest) and Python tests (pytest)
-#   ./scripts/test.sh --label NAME     one part: simt cuda ops nn models data config train python faults
+#   ./scripts/test.sh --label NAME     one part: simt cuda core ops nn models data config train python faults
 #   ./scripts/test.sh --faults         the long fault suite: kill -9, flipped bits, full disks, signals
 set -euo pipefail
-labels='simt cuda ops nn models data config train python faults'
+labels='simt cuda core ops nn models data config train python faults'
 label= faults=short
 while [ $# -gt 0 ]; do
   case $1 in

@@ -38,7 +38,7 @@ struct Sizes {
         length(static_cast<double>(config.data.seq_len)),
         dim(static_cast<double>(config.model.embedding_dim)),
         heads(static_cast<double>(config.model.num_heads)) {
-    const auto built = models::make_language_model(config.model, at::kMeta);
+    const auto built = models::make_language_model(models::unrounded(config.model), at::kMeta);
     for (const auto& item : built->named_parameters()) {
       if (item.value().dim() != 2) continue;
       // blocks.3.ffn.proj_up.weight -> ffn.proj_up.weight; blocks of one name are alike
@@ -233,7 +233,7 @@ double state_bytes(const Sizes& s) {
 
 }  // namespace
 
-std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu) {
+std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu, int64_t processes) {
   const Sizes s(config, gpu);
   const models::ModelOptions& model = config.model;
   if (gpu && !s.documents && s.kind.may_use_cudnn) return std::nullopt;
@@ -256,7 +256,8 @@ std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu) 
       model.activation_checkpointing
           ? blocks * input + std::max(loss, largest - input + state_bytes(s) + moving)
           : slstm_blocks * slstm + (blocks - slstm_blocks) * other + blocks * state_bytes(s) + loss;
-  return static_cast<int64_t>(peak * static_cast<double>(micro_batch(config)) * s.length);
+  return static_cast<int64_t>(peak * static_cast<double>(micro_batch(config, processes)) *
+                              s.length);
 }
 
 }  // namespace xlstm::train

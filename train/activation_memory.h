@@ -10,6 +10,6 @@ namespace xlstm::train {
 /// what the blocks of csrc/nn do, and the gradients on their way through one block. `gpu`: there, not on the CPU. Of the
 /// convolutions of H3 and Hyena: as for sequences of one document. Nothing where it is not known: LSTMs that cuDNN
 /// computes keep what cuDNN decides.
-std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu);
+std::optional<int64_t> activation_bytes(const config::Config& config, bool gpu, int64_t processes);
 
 }  // namespace xlstm::train

@@ -1,5 +1,4 @@
 // xlstm-bench: how fast a model trains and decodes on this machine, without any data.
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/matmul.h>
@@ -24,6 +23,7 @@
 #include "train/flops.h"
 #include "train/generation_speed.h"
 #include "train/process_setup.h"
+#include "train/random_streams.h"
 #include "train/step_timer.h"
 #include "train/train_step.h"
 
@@ -203,8 +203,7 @@ int body(int argc, char** argv) {
   const at::Device device = choose_device(config.run.device, "run.device");
   use_own_stream(device);
 
-  at::Generator(at::globalContext().defaultGenerator(at::kCPU))
-      .set_current_seed(static_cast<uint64_t>(config.run.seed));
+  seed_random_streams(device, static_cast<uint64_t>(config.run.seed));
   const double start = monotonic_seconds();
   const auto model = models::make_language_model(config.model, device);
   model->train();

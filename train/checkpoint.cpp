@@ -2,15 +2,14 @@
 
 #include <sys/statvfs.h>
 #include <torch/version.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 #include <system_error>
 
@@ -68,6 +67,12 @@ void check_free_space(const std::string& folder, int64_t needed) {
   throw std::system_error(ENOSPC, std::generic_category(), folder + text);
 }
 
+/// A name beside `path` that no other thread of this machine takes for the same purpose.
+fs::path name_beside(const fs::path& path, const char* purpose) {
+  return path.parent_path() /
+         ("." + path.filename().string() + "." + purpose + "-" + std::to_string(::gettid()));
+}
+
 /// The folder being written: removed again unless commit() was reached.
 class Writer {
  public:
@@ -76,18 +81,11 @@ class Writer {
     fs::remove_all(folder_);
     fs::create_directory(folder_);
     failpoint("ckpt.after_mkdir", step_);
-    // "ckpt.write:N,ckpt.write_step:S" dies with exactly N bytes of step S written.
     if (const auto limit = failpoint_value("ckpt.write");
         limit && failpoint_at("ckpt.write_step", step_))
-      set_write_hook([left = static_cast<size_t>(*limit)](size_t size) mutable {
-        if (left == 0) failpoint("ckpt.write");
-        const size_t now = std::min(left, size);
-        left -= now;
-        return now;
-      });
+      bytes_to_live_ = static_cast<size_t>(*limit);
   }
   ~Writer() {
-    set_write_hook({});
     std::error_code ignored;
     if (!committed_) fs::remove_all(folder_, ignored);
   }
@@ -95,15 +93,19 @@ class Writer {
   Writer& operator=(const Writer&) = delete;
 
   void add(const std::string& name, const NamedTensors& tensors) {
-    const fs::path path = folder_ / name;
-    const std::string sha256 = save_safetensors(path.string(), tensors, {{"format", "pt"}});
-    manifest_.files.push_back({name, static_cast<int64_t>(fs::file_size(path)), sha256});
+    OutputFile file((folder_ / name).string());
+    int64_t bytes = 0;
+    const auto sink = [&](const void* data, size_t size) {
+      write(file, data, size);
+      bytes += static_cast<int64_t>(size);
+    };
+    const std::string sha256 = write_safetensors(sink, tensors, {{"format", "pt"}});
+    file.sync_and_close();
+    manifest_.files.push_back({name, bytes, sha256});
   }
 
   void add(const std::string& name, const std::string& text) {
-    OutputFile file((folder_ / name).string());
-    file.write(text);
-    file.sync_and_close();
+    write_whole(folder_ / name, text);
     manifest_.files.push_back({name, static_cast<int64_t>(text.size()), sha256_hex(text)});
   }
 
@@ -114,14 +116,32 @@ class Writer {
     sync_directory(
         (folder_.parent_path().empty() ? fs::path(".") : folder_.parent_path()).string());
     const std::string path = (folder_ / kManifestName).string();
-    OutputFile file(path + ".tmp");
-    file.write(format_manifest(manifest_));
-    file.sync_and_close();
+    write_whole(path + ".tmp", format_manifest(manifest_));
     failpoint("ckpt.before_rename", step_);
     if (::rename((path + ".tmp").c_str(), path.c_str()) != 0) fail(path);
     failpoint("ckpt.after_rename", step_);
     sync_directory(folder_.string());
     committed_ = true;
+  }
+
+  /// Renames the committed folder, over an earlier one if need be: until then that is as it was.
+  void move_to(const fs::path& path) {
+    committed_ = false;
+    const fs::path earlier = name_beside(path, "old");
+    if (::rename(folder_.c_str(), path.c_str()) != 0) {
+      if (errno != ENOTEMPTY && errno != EEXIST) fail(path);
+      fs::remove_all(earlier);  // of a crash
+      fs::rename(path, earlier);
+      try {
+        fs::rename(folder_, path);
+      } catch (...) {
+        fs::rename(earlier, path);
+        throw;
+      }
+    }
+    committed_ = true;
+    sync_directory(path.parent_path().string());
+    fs::remove_all(earlier);
   }
 
   /// Takes a committed folder's manifest away, durably: from then on it is no checkpoint.
@@ -130,17 +150,26 @@ class Writer {
   }
 
  private:
+  void write(OutputFile& file, const void* data, size_t size) {
+    const size_t now = std::min(bytes_to_live_, size);
+    file.write(data, now);
+    if (now < size) failpoint("ckpt.write");
+    bytes_to_live_ -= now;
+  }
+
+  void write_whole(const fs::path& path, const std::string& text) {
+    OutputFile file(path.string());
+    write(file, text.data(), text.size());
+    file.sync_and_close();
+  }
+
   fs::path folder_;
   int64_t step_;
+  /// "ckpt.write:N,ckpt.write_step:S" dies with exactly N bytes of step S written.
+  size_t bytes_to_live_ = std::numeric_limits<size_t>::max();
   Manifest manifest_;
   bool committed_ = false;
 };
-
-std::string read_bytes(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail(path);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
 
 void add_common_files(Writer& writer, const config::Config& config,
                       const TokenizerFiles& tokenizer) {
@@ -181,19 +210,10 @@ fs::path step_folder(const std::string& run_dir, int64_t step) {
   return fs::path(run_dir) / "ckpt" / name;
 }
 
-/// The step of a folder named step-%08d; -1 for any other name.
-int64_t step_of(const fs::path& folder) {
-  const std::string name = folder.filename().string();
-  if (name.size() < 13 || name.size() > 23 || name.rfind("step-", 0) != 0 ||
-      name.find_first_not_of("0123456789", 5) != std::string::npos)
-    return -1;
-  return std::stoll(name.substr(5));
-}
-
 /// The step that <run>/ckpt/best names, whether it is there or not; -1: none.
 int64_t named_best(const std::string& run_dir) {
   std::error_code ignored;
-  return step_of(fs::read_symlink(fs::path(run_dir) / "ckpt" / kBestName, ignored));
+  return checkpoint_step(fs::read_symlink(fs::path(run_dir) / "ckpt" / kBestName, ignored));
 }
 
 bool is_committed(const fs::path& folder) {
@@ -212,8 +232,9 @@ std::vector<StepFolder> step_folders(const std::string& run_dir) {
   std::vector<StepFolder> folders;
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(fs::path(run_dir) / "ckpt", error)) {
-    const int64_t step = step_of(entry.path());
-    if (step >= 0 && fs::is_directory(entry.symlink_status()))
+    const int64_t step = checkpoint_step(entry.path());
+    if (step >= 0 && entry.path() == step_folder(run_dir, step) &&
+        fs::is_directory(entry.symlink_status()))
       folders.push_back({step, entry.path(), is_committed(entry.path())});
   }
   std::sort(folders.begin(), folders.end(),
@@ -265,7 +286,7 @@ TokenizerFiles read_tokenizer(const std::string& spec) {
   TokenizerFiles files;
   for (const std::string& path : data::tokenizer_files(spec))
     files.emplace_back(single_file ? "tokenizer.json" : fs::path(path).filename().string(),
-                       read_bytes(path));
+                       read_file(path, ExitCode::kData));
   return files;
 }
 
@@ -289,8 +310,10 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
 
 void save_model_folder(const std::string& folder, const config::Config& config,
                        const NamedTensors& model_tensors) {
-  const fs::path path = fs::absolute(folder).lexically_normal();
-  if (fs::exists(path) && !fs::is_empty(path) && !fs::exists(path / kManifestName))
+  // A name with "/" behind it would be that of no link.
+  const fs::path path = (fs::absolute(folder).lexically_normal() / "").parent_path();
+  const bool is_free = !fs::exists(path) || (fs::is_directory(path) && fs::is_empty(path));
+  if (!is_free && !fs::exists(path / kManifestName))
     throw Error(ExitCode::kCheckpoint,
                 folder + ": exists and is not a model folder; choose another name");
   if (fs::is_symlink(path) || fs::exists(path / kTrainerName))
@@ -299,10 +322,18 @@ void save_model_folder(const std::string& folder, const config::Config& config,
   const TokenizerFiles tokenizer = read_tokenizer(config.data.tokenizer);
   fs::create_directories(path.parent_path());
   check_free_space(path.parent_path().string(), needed_bytes(tokenizer, {&model_tensors}));
-  Writer writer(path, 0);
+  Writer writer(name_beside(path, "tmp"), 0);
   writer.add(kModelName, model_tensors);
   add_common_files(writer, config, tokenizer);
   writer.commit();
+  writer.move_to(path);
+}
+
+int64_t checkpoint_step(const std::string& folder) {
+  const std::string name = fs::path(folder).filename();
+  if (name.size() < 6 || name.size() > 22 || !name.starts_with("step-")) return -1;
+  if (name.find_first_not_of("0123456789", 5) != std::string::npos) return -1;
+  return std::stoll(name.substr(5));
 }
 
 std::vector<std::string> list_checkpoints(const std::string& run_dir) {

@@ -50,7 +50,7 @@ NamedTensors named_model_tensors(const models::LanguageModel& model);
 /// A tokenizer's files as a checkpoint holds them, name and content. A single file is called tokenizer.json, whatever it
 /// was called, so that the folder is a tokenizer too.
 using TokenizerFiles = std::vector<std::pair<std::string, std::string>>;
-/// spec: as data::make_tokenizer takes it. Throws Error(kData), and std::system_error where a file cannot be read.
+/// spec: as data::make_tokenizer takes it. Throws Error(kData).
 TokenizerFiles read_tokenizer(const std::string& spec);
 
 /// Writes a committed checkpoint into <run_dir>/ckpt, which must be there, and returns its folder. On any file-system
@@ -60,13 +60,16 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
                             const models::LanguageModel& model, const NamedTensors& optimizer,
                             const TrainerState& state, const TokenizerFiles& tokenizer = {},
                             const NamedTensors& carried = {});
-/// The same of a model alone, at exactly `folder`, with the tokenizer that the settings name.
+/// The same of a model alone, at exactly `folder`, with the tokenizer that the settings name. A model that is there is kept
+/// until the new one is whole. Throws Error(kCheckpoint) where `folder` is anything else, or a link.
 void save_model_folder(const std::string& folder, const config::Config& config,
                        const NamedTensors& model_tensors);
 
 /// In a run's ckpt folder: the link to the checkpoint of the lowest held-out loss.
 constexpr const char* kBestName = "best";
 
+/// Of a folder named "step-00001000", or as people write it, "step-1000"; -1 for other names.
+int64_t checkpoint_step(const std::string& folder);
 /// Committed checkpoints of a run, oldest first, by step.
 std::vector<std::string> list_checkpoints(const std::string& run_dir);
 /// Deletes what keep_last and keep_every allow, and folders that were never committed; but neither the step `best` nor what
@@ -115,9 +118,11 @@ std::string other_model_settings(const CheckpointFolder& checkpoint,
 void warn_of_other_settings(const CheckpointFolder& checkpoint, const models::ModelOptions& options,
                             const std::function<void(const std::string&)>& warn);
 /// Throws Error(kCheckpoint) unless the checkpoint has exactly the tensors of `model`, which may be on device "meta":
-/// how many names, shapes and dtypes differ, and the first of them. float32 takes half precision too.
+/// how many names, shapes and dtypes differ, and the first of them. float32 takes half precision too, and what
+/// model.lora.base keeps in fewer bits takes any.
 void check_weights_fit(const models::LanguageModel& model, const CheckpointFolder& checkpoint);
-/// Loads weights; where they do not fit, throws as check_weights_fit does, and `model` keeps what it has.
+/// Loads weights, each rounded as it is read to what `model` keeps it in; where they do not fit, throws as check_weights_fit
+/// does, and `model` keeps what it has.
 void load_weights(models::LanguageModel& model, const CheckpointFolder& checkpoint);
 
 /// A model ready to run from a checkpoint folder, or from a run folder (its newest good checkpoint).
@@ -127,9 +132,11 @@ struct LoadedModel {
   std::string folder;     ///< of the checkpoint, by its own name where a link was given
   std::string tokenizer;  ///< spec for data::make_tokenizer, resolved to the folder's own copy
 };
-/// dtype: that of the model's parameters, to which the checkpoint's are rounded; beside them nothing of their size is held.
+/// dtype: that of the model's parameters but those that model.lora.base keeps in fewer bits; the checkpoint's are rounded to
+/// it, and beside them nothing of their size is held.
 /// overrides: settings in place of the checkpoint's, as config::load_config takes them; its tensors must fit still, and a
-/// warning on standard error tells where it is another function of them.
+/// warning on standard error tells where it is another function of them. Adapters that the checkpoint does not have are drawn;
+/// nothing else is.
 LoadedModel load_model(const std::string& folder_or_run, bool verify = true,
                        at::ScalarType dtype = at::kFloat,
                        const std::vector<std::string>& overrides = {});

@@ -1,5 +1,4 @@
 // Reading checkpoints back: everything is checked against the manifest first.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 
@@ -79,41 +78,56 @@ struct Mismatch {
   }
 };
 
-std::string shape_text(const at::Tensor& tensor) {
+std::string shape_text(at::IntArrayRef sizes) {
   std::string text = "(";
-  for (const int64_t size : tensor.sizes())
-    text += (text.size() > 1 ? "," : "") + std::to_string(size);
+  for (const int64_t size : sizes) text += (text.size() > 1 ? "," : "") + std::to_string(size);
   return text + ")";
 }
 
-/// Imported and rounded weights may be of half precision: the model's float32 holds each of their values.
-bool widens(at::ScalarType from, at::ScalarType to) {
-  return to == at::kFloat && (from == at::kBFloat16 || from == at::kHalf);
+/// Imported and rounded weights may be of half precision: the model's float32 holds each of their values. What model.lora.base
+/// keeps in fewer bits is rounded.
+bool converts(at::ScalarType from, at::ScalarType to) {
+  const bool fewer_bits = at::isReducedFloatingType(to) || to == at::kChar;
+  return from == at::kFloat ? fewer_bits
+                            : at::isReducedFloatingType(from) && (fewer_bits || to == at::kFloat);
+}
+
+/// in_features of the maps whose weights the model keeps in 8 bits, by the weight's name.
+std::map<std::string, int64_t> int8_maps(const models::LanguageModel& model) {
+  std::map<std::string, int64_t> maps;
+  for (const auto& module : model.named_modules("", /*include_self=*/false))
+    if (const auto* linear = module.value()->as<nn::Linear>();
+        linear != nullptr && linear->weight.scalar_type() == at::kChar)
+      maps.emplace(module.key() + ".weight", linear->in_features());
+  return maps;
 }
 
 /// Weights without adapters are taken by a model with fresh ones: it computes the same.
-Mismatch compare(const NamedTensors& expected, const std::map<std::string, at::Tensor>& found) {
+Mismatch compare(const models::LanguageModel& model,
+                 const std::map<std::string, at::Tensor>& found) {
+  const auto to_round = int8_maps(model);
   Mismatch bad;
   std::set<std::string> known;
   const bool adapted = std::any_of(found.begin(), found.end(),
                                    [](const auto& entry) { return nn::is_adapter(entry.first); });
-  for (const auto& [name, tensor] : expected) {
+  for (const auto& [name, tensor] : named_model_tensors(model)) {
     known.insert(name);
     const auto it = found.find(name);
+    std::vector<int64_t> sizes = tensor.sizes().vec();
+    if (it != found.end() && it->second.is_floating_point() && to_round.contains(name))
+      sizes.back() = to_round.at(name);
     if (it == found.end()) {
       if (adapted || !nn::is_adapter(name)) bad.note(bad.missing, name + " is missing");
     } else if (it->second.scalar_type() == at::kChar && tensor.is_floating_point()) {
-      bad.note(
-          bad.dtype,
-          name +
-              " has 8 bits, which xlstm-train does not train: name the folder that it was rounded "
-              "from, or adapt it in a loop of your own (libxlstm.load with dtype=torch.int8 "
-              "and model.lora)");
-    } else if (it->second.sizes() != tensor.sizes()) {
-      bad.note(bad.shape, name + " has shape " + shape_text(it->second) + ", the model's is " +
-                              shape_text(tensor));
+      bad.note(bad.dtype,
+               name +
+                   " has 8 bits, which nothing trains but adapters beside it (model.lora.rank with "
+                   "model.lora.base=int8): set these, or name the folder that it was rounded from");
+    } else if (it->second.sizes() != sizes) {
+      bad.note(bad.shape, name + " has shape " + shape_text(it->second.sizes()) +
+                              ", the model's is " + shape_text(sizes));
     } else if (it->second.scalar_type() != tensor.scalar_type() &&
-               !widens(it->second.scalar_type(), tensor.scalar_type())) {
+               !converts(it->second.scalar_type(), tensor.scalar_type())) {
       bad.note(bad.dtype, name + " is " + c10::toString(it->second.scalar_type()) +
                               ", the model's is " + c10::toString(tensor.scalar_type()));
     }
@@ -132,7 +146,7 @@ Mismatch compare(const NamedTensors& expected, const std::map<std::string, at::T
 void check_fit(const models::LanguageModel& model, const SafetensorsFile& weights,
                const CheckpointFolder& checkpoint) {
   const std::string path = checkpoint.file(kModelName);
-  const Mismatch bad = compare(named_model_tensors(model), weights.tensors);
+  const Mismatch bad = compare(model, weights.tensors);
   if (bad.noted == 0) return;
   const std::string others = other_model_settings(checkpoint, model.options());
   throw Error(ExitCode::kCheckpoint,
@@ -151,27 +165,46 @@ SafetensorsFile read_weights(const models::LanguageModel& model,
   return weights;
 }
 
-/// All but what has 8 bits, and adapters that the file does not have.
-void copy_weights(models::LanguageModel& model, const SafetensorsFile& weights) {
+/// All but adapters that the file does not have, one tensor after the other rounded to what the model keeps it in.
+void copy_weights(models::LanguageModel& model, const SafetensorsFile& weights,
+                  const CheckpointFolder& checkpoint) {
   const at::NoGradGuard no_grad;
   for (const auto& [name, tensor] : named_model_tensors(model)) {
     const auto stored = weights.tensors.find(name);
-    if (tensor.is_floating_point() && stored != weights.tensors.end()) tensor.copy_(stored->second);
+    if (stored == weights.tensors.end()) continue;
+    if (tensor.is_floating_point() || !stored->second.is_floating_point()) {
+      tensor.copy_(stored->second);
+      continue;
+    }
+    try {
+      tensor.copy_(ops::quantize_int8(stored->second));
+    } catch (const c10::Error& error) {
+      throw Error(ExitCode::kCheckpoint, checkpoint.file(kModelName) + ": " + name + ": " +
+                                             error.what_without_backtrace());
+    }
   }
 }
 
-/// The matrices of linear maps that the file keeps in 8 bits, with `all` those that may be kept so, too.
-void take_int8(models::LanguageModel& model, const SafetensorsFile& weights, bool all) {
+/// The matrices of linear maps that the file keeps in 8 bits, with `all` those that may be kept so, too, are so in the model:
+/// memory for them, as of all its weights.
+void keep_int8(models::LanguageModel& model, const SafetensorsFile& weights, bool all) {
   for (const auto& module : model.named_modules("", /*include_self=*/false)) {
     auto* linear = module.value()->as<nn::Linear>();
     const auto stored = weights.tensors.find(module.key() + ".weight");
     if (linear == nullptr || stored == weights.tensors.end() || !linear->weight.is_floating_point())
       continue;
-    if (linear->fits_int8(stored->second)) {
-      linear->take_int8(stored->second.clone());
-    } else if (all && linear->is_large() && stored->second.is_floating_point()) {
-      linear->take_int8(ops::quantize_int8(stored->second));
-    }
+    if (linear->fits_int8(stored->second) || (all && linear->is_large()))
+      linear->keep_in(at::kChar);
+  }
+}
+
+/// Those that the file does not have.
+void draw_fresh_adapters(models::LanguageModel& model, const SafetensorsFile& weights) {
+  for (const auto& module : model.named_modules("", /*include_self=*/false)) {
+    auto* linear = module.value()->as<nn::Linear>();
+    if (linear != nullptr && linear->lora_a.defined() &&
+        !weights.tensors.contains(module.key() + ".lora_a"))
+      linear->draw_adapter();
   }
 }
 
@@ -210,19 +243,6 @@ fs::path follow(const fs::path& given) {
   while (fs::is_symlink(folder)) folder = folder.parent_path() / fs::read_symlink(folder);
   return folder;
 }
-
-/// Building a model draws its initial weights; a caller's random stream must not notice.
-class KeepRandomState {
- public:
-  KeepRandomState() : state_(generator().get_state()) {}
-  ~KeepRandomState() { generator().set_state(state_); }
-  KeepRandomState(const KeepRandomState&) = delete;
-  KeepRandomState& operator=(const KeepRandomState&) = delete;
-
- private:
-  static at::Generator generator() { return at::detail::getDefaultCPUGenerator(); }
-  at::Tensor state_;
-};
 
 }  // namespace
 
@@ -325,7 +345,9 @@ void check_weights_fit(const models::LanguageModel& model, const CheckpointFolde
 }
 
 void load_weights(models::LanguageModel& model, const CheckpointFolder& checkpoint) {
-  copy_weights(model, read_weights(model, checkpoint));
+  const SafetensorsFile weights = read_weights(model, checkpoint);
+  copy_weights(model, weights, checkpoint);
+  draw_fresh_adapters(model, weights);
 }
 
 LoadedModel load_model(const std::string& folder_or_run, bool verify, at::ScalarType dtype,
@@ -338,15 +360,17 @@ LoadedModel load_model(const std::string& folder_or_run, bool verify, at::Scalar
   loaded.tokenizer = checkpoint_tokenizer(checkpoint, loaded.config);
   if (!overrides.empty())
     warn_of_other_settings(checkpoint, loaded.config.model, warn_on_standard_error);
-  const KeepRandomState keep_random_state;
-  const nn::SkipDrawing skip_drawing;
-  loaded.model = models::make_language_model(loaded.config.model);
   const SafetensorsFile weights = load_safetensors(checkpoint.file(kModelName));
-  take_int8(*loaded.model, weights, /*all=*/false);
-  check_fit(*loaded.model, weights, checkpoint);
-  take_int8(*loaded.model, weights, dtype == at::kChar);
-  nn::round_weights(*loaded.model, dtype);  // moves nothing: no page was touched yet
-  copy_weights(*loaded.model, weights);
+  {
+    const nn::SkipDrawing skip_drawing;  // until they are copied the weights may be anything
+    loaded.model = models::make_language_model(loaded.config.model);
+    keep_int8(*loaded.model, weights, /*all=*/false);
+    check_fit(*loaded.model, weights, checkpoint);
+    keep_int8(*loaded.model, weights, dtype == at::kChar);
+    nn::round_weights(*loaded.model, dtype);  // moves nothing: no page was touched yet
+  }
+  copy_weights(*loaded.model, weights, checkpoint);
+  draw_fresh_adapters(*loaded.model, weights);
   loaded.model->eval();
   return loaded;
 }

@@ -88,8 +88,6 @@ std::string one_line(std::string text) {
   return text;
 }
 
-std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
 int report(const char* program, const std::string& message, ExitCode code) {
   std::fflush(stdout);
   std::fprintf(stderr, "%s: error: %s\n", program, one_line(message).c_str());
@@ -99,7 +97,8 @@ int report(const char* program, const std::string& message, ExitCode code) {
 /// What an exception of torch says in its first line, without its backtrace.
 std::string short_message(const std::exception& error) {
   const auto* of_torch = dynamic_cast<const c10::Error*>(&error);
-  return of_torch != nullptr ? first_line(of_torch->what_without_backtrace()) : error.what();
+  return of_torch != nullptr ? config::first_line(of_torch->what_without_backtrace())
+                             : error.what();
 }
 
 int report_no_memory(const char* program, const std::exception& error, const std::string& advice) {

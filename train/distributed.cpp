@@ -50,8 +50,6 @@ int64_t whole_number(const char* name) {
   return *value;
 }
 
-std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
 /// Where the processes of a run come together before they can talk: a store of keys that process 0 or torchrun's agent serves.
 class MeetingPlace {
  public:
@@ -189,7 +187,7 @@ auto ProcessGroup::guarded(Work&& work) {
                                      std::to_string(place_.size) +
                                      ": another process failed or does not answer; its own "
                                      "message says why (here: " +
-                                     first_line(error.what()) + ")");
+                                     config::first_line(error.what()) + ")");
   }
 }
 

@@ -1,6 +1,5 @@
 #include "train/dry_run.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 
 #include <algorithm>
@@ -17,6 +16,7 @@
 #include "train/flops.h"
 #include "train/log.h"
 #include "train/metrics.h"
+#include "train/random_streams.h"
 #include "train/run_folder.h"
 #include "train/samples.h"
 #include "train/schedule.h"
@@ -83,22 +83,24 @@ void print_schedule(const config::Config& config) {
                                    : "length not given"));
 }
 
-/// Where the run would begin. Throws what a start would: settings or data that must not change, a checkpoint that is bad or
-/// not there.
-void print_start(const config::Config& config, bool fresh, bool held_run, TrainingData& data) {
+/// Where the run would begin, and the checkpoint that it would go on from. Throws what a start would: settings or data that
+/// must not change, a checkpoint that is bad or not there.
+std::optional<CheckpointFolder> print_start(const config::Config& config, bool fresh, bool held_run,
+                                            TrainingData& data) {
   const std::string folder = run_path(config.run);
   if (fresh) {
     print_line("start       at step 0; what " + folder + " holds is moved aside");
-    return;
+    return std::nullopt;
   }
-  const std::optional<CheckpointFolder> checkpoint = choose_checkpoint(config, held_run);
+  std::optional<CheckpointFolder> checkpoint = choose_checkpoint(config, held_run);
   if (!checkpoint) {
     print_line("start       at step 0, in " + folder);
-    return;
+    return std::nullopt;
   }
   const TrainerState state = state_to_go_on(*checkpoint, config, data);
   print_line("start       from " + checkpoint->path +
              (is_finished(config, state) ? ": this run is finished" : ""));
+  return checkpoint;
 }
 
 void print_data(const config::Config& config, const TrainingData& data) {
@@ -120,17 +122,17 @@ std::optional<CheckpointFolder> print_first_weights(const config::Config& config
   return weights;
 }
 
-/// One real optimizer step on the first batch. weights: those the run starts with where they are given.
+/// One real optimizer step on what one process takes of the first batch. weights: those the run starts or goes on with where they are not drawn.
 void run_one_step(const config::Config& config, const TrainingData& data, at::Device device,
                   const std::optional<CheckpointFolder>& weights) {
-  at::Generator(at::detail::getDefaultCPUGenerator())
-      .set_current_seed(static_cast<uint64_t>(config.run.seed));
-  const auto model = models::make_language_model(config.model, device);
+  seed_random_streams(device, static_cast<uint64_t>(config.run.seed));
+  const auto model = make_model(config, device);
   if (weights) load_weights(*model, *weights);
   model->train();
   AdamW optimizer(trained_parameters(*model), config.optim);
   TrainStep train_step(*model, optimizer, config);
-  const TrainBatch batch(data.train->batch(0, config.train.global_batch_size));
+  const TrainBatch batch(
+      data.train->batch(0, config.train.global_batch_size / place_from_environment().size));
   const double start = monotonic_seconds();
   std::optional<StepResult> done = train_step.run(batch, 1);
   if (!done) done = train_step.finish();
@@ -148,7 +150,7 @@ void run_one_step(const config::Config& config, const TrainingData& data, at::De
 }  // namespace
 
 ParameterCount count_parameters_by_part(const models::ModelOptions& options) {
-  const auto model = models::make_language_model(options, at::kMeta);
+  const auto model = models::make_language_model(models::unrounded(options), at::kMeta);
   const at::Tensor head = model->head_weight();
   ParameterCount count;
   for (const auto& [name, parameter] : named_parameters(*model)) {
@@ -162,10 +164,13 @@ ParameterCount count_parameters_by_part(const models::ModelOptions& options) {
 }
 
 MemoryEstimate estimate_memory(const config::Config& config) {
-  const ParameterCount count = count_parameters_by_part(config.model);
-  const int64_t weights = 4 * count.total(), trained = 4 * count.trained;
-  const int64_t sequences = config.train.global_batch_size / place_from_environment().size;
-  return {weights, trained, 2 * trained, activation_bytes(config, on_gpu(config)),
+  int64_t weights = 0;
+  for (const auto& parameter : models::make_language_model(config.model, at::kMeta)->parameters())
+    weights += static_cast<int64_t>(parameter.nbytes());
+  const int64_t trained = 4 * count_parameters_by_part(config.model).trained;
+  const int64_t processes = place_from_environment().size;
+  const int64_t sequences = config.train.global_batch_size / processes;
+  return {weights, trained, 2 * trained, activation_bytes(config, on_gpu(config), processes),
           config.train.carry_state ? state_bytes(config.model, sequences) : 0};
 }
 
@@ -207,7 +212,7 @@ std::string describe_run(const config::Config& config) {
       {"training_flops", given(length, training * static_cast<double>(steps * per_step))},
       {"memory_bytes", given(memory.activations.has_value(), memory.known())},
       {"activation_bytes", given(memory.activations.has_value(), memory.activations.value_or(0))},
-      {"micro_batch_size", micro_batch(config)},
+      {"micro_batch_size", micro_batch(config, place_from_environment().size)},
       {"tokens_per_step", per_step},
       {"steps", given(length, steps)},
       {"tokens", given(length, steps * per_step)},
@@ -243,12 +248,12 @@ void dry_run(const config::Config& given, bool fresh) {
   print_data(config, data);
   const SampleWriter checks_prompts(config, "");
   if (weights) check_first_tokenizer(*weights, config);
-  print_start(config, fresh, held_run, data);
+  const std::optional<CheckpointFolder> own = print_start(config, fresh, held_run, data);
   if (available >= 0 && memory.known() > available) {
     print_line("one step    not run: it would need more memory than there is");
     return;
   }
-  run_one_step(config, data, device, weights);
+  run_one_step(config, data, device, own ? own : weights);
 }
 
 }  // namespace xlstm::train

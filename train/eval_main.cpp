@@ -124,8 +124,9 @@ int body(int argc, char** argv) {
   const int64_t held_out_len = data::is_given(config.data.task) ? config.data.task.eval_len : 0;
   const int64_t seq_len =
       line.get_int("--seq-len", held_out_len > 0 ? held_out_len : config.data.seq_len, 1);
-  const int64_t batch_size = line.get_int(
-      "--batch-size", std::max<int64_t>(1, micro_batch(config) * config.data.seq_len / seq_len), 1);
+  const int64_t batch_size =
+      line.get_int("--batch-size",
+                   std::max<int64_t>(1, micro_batch(config, 1) * config.data.seq_len / seq_len), 1);
   const int64_t windows = line.get_int("--batches", 0, 0) *
                           (line.has("--batch-size") ? batch_size : config.train.global_batch_size);
 

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "csrc/core/error.h"
+#include "csrc/nn/layers.h"
 #include "train/log.h"
 #include "train/run_folder.h"
 #include "train/training_data.h"
@@ -41,6 +42,12 @@ void check_adapters(const config::Config& config) {
                 "model.lora.rank is " + std::to_string(config.model.lora.rank) +
                     ": adapters alone are trained, of the weights that train.init_from names; set "
                     "that, or model.lora.rank=0");
+}
+
+std::shared_ptr<models::LanguageModel> make_model(const config::Config& config, at::Device device) {
+  std::optional<nn::SkipDrawing> skip_drawing;
+  if (config.model.lora.rank > 0) skip_drawing.emplace();
+  return models::make_language_model(config.model, device);
 }
 
 bool takes_first_weights(const config::Config& config, bool fresh) {

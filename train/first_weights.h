@@ -1,6 +1,7 @@
 #pragma once
 // train.init_from: the weights of another run or of an imported model that a new run starts with. Everything else is
 // as in any new run: step 0, the first sample, an empty optimizer.
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -12,6 +13,10 @@ namespace xlstm::train {
 
 /// Throws Error(kConfig) where adapters of no given weights would be trained.
 void check_adapters(const config::Config& config);
+
+/// The model of a run. Where adapters alone are trained the other weights are not drawn: they are to be loaded, by
+/// load_first_weights() or from the run's own checkpoint.
+std::shared_ptr<models::LanguageModel> make_model(const config::Config& config, at::Device device);
 
 /// Whether the run would start, and with given weights: one that has a checkpoint goes on from that. fresh: it starts
 /// whatever its folder holds.

@@ -10,7 +10,7 @@ namespace {
 
 /// Of all matrices that a token meets, or of those alone that are not trained.
 int64_t matrix_weights(const models::ModelOptions& options, bool frozen_alone = false) {
-  const auto model = models::make_language_model(options, at::kMeta);
+  const auto model = models::make_language_model(models::unrounded(options), at::kMeta);
   const at::Tensor head = model->head_weight();
   int64_t weights = 0;
   for (const auto& item : model->named_parameters()) {
@@ -35,14 +35,9 @@ int64_t memory_numbers(models::LanguageModel& model, int64_t tokens) {
   return numbers;
 }
 
-}  // namespace
-
-double forward_flops_per_token(const models::ModelOptions& options, int64_t seq_len) {
-  const at::NoGradGuard no_grad;
-  // All blocks but the sLSTM's, which have no matrix memory, are alike: one shows what is in each.
-  const auto blocks =
-      static_cast<double>(options.num_blocks) - static_cast<double>(options.slstm_at.size());
-  models::ModelOptions one_block = options;
+/// What a token costs in the matrix memory, or the attention, of a block that is not the sLSTM's; these are alike.
+double memory_flops(const models::ModelOptions& options, int64_t seq_len) {
+  models::ModelOptions one_block = models::unrounded(options);
   one_block.num_blocks = one_block.vocab_size = 1;
   one_block.slstm_at.clear();
   const auto model = models::make_language_model(one_block, at::kCPU);
@@ -50,9 +45,18 @@ double forward_flops_per_token(const models::ModelOptions& options, int64_t seq_
   const int64_t after_one = memory_numbers(*model, 1);
   const int64_t growth = memory_numbers(*model, 2) - after_one;  // keys and values of a token
   const int64_t fixed = after_one - growth;
-  const double memory = 4 * static_cast<double>(fixed) +
-                        static_cast<double>(seq_len + 1) * static_cast<double>(growth);
-  return 2 * static_cast<double>(matrix_weights(options)) + blocks * memory;
+  return 4 * static_cast<double>(fixed) +
+         static_cast<double>(seq_len + 1) * static_cast<double>(growth);
+}
+
+}  // namespace
+
+double forward_flops_per_token(const models::ModelOptions& options, int64_t seq_len) {
+  const at::NoGradGuard no_grad;
+  const auto blocks = options.num_blocks - static_cast<int64_t>(options.slstm_at.size());
+  const double products = 2 * static_cast<double>(matrix_weights(options));
+  return blocks == 0 ? products
+                     : products + static_cast<double>(blocks) * memory_flops(options, seq_len);
 }
 
 double training_flops_per_token(const models::ModelOptions& options, int64_t seq_len) {

@@ -6,14 +6,11 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
-#include <filesystem>
-#include <fstream>
-#include <iostream>
-#include <iterator>
 #include <string>
 #include <system_error>
 
 #include "csrc/core/error.h"
+#include "csrc/core/file.h"
 #include "train/checkpoint.h"
 #include "train/command_line.h"
 #include "train/device.h"
@@ -48,21 +45,13 @@ const std::vector<OptionSpec> kOptions{
     {"--no-verify", "", "skip the checksums of the checkpoint"},
     {"--help", "", "show this"}};
 
-std::string read_all(std::istream& stream) { return {std::istreambuf_iterator<char>(stream), {}}; }
-
 std::string read_prompt(const CommandLine& line) {
   if (line.has("--prompt") && line.has("--prompt-file"))
     throw Error(ExitCode::kConfig, "--prompt and --prompt-file exclude each other; give one");
   if (line.has("--prompt")) return line.get("--prompt", "");
-  if (line.has("--prompt-file")) {
-    const std::string path = line.get("--prompt-file", "");
-    if (std::filesystem::is_directory(path))
-      throw Error(ExitCode::kData, path + ": a folder, expected the file of the prompt");
-    std::ifstream file(path, std::ios::binary);
-    if (!file) throw Error(ExitCode::kData, path + ": cannot open the prompt file; check its name");
-    return read_all(file);
-  }
-  return ::isatty(STDIN_FILENO) != 0 ? "" : read_all(std::cin);
+  if (line.has("--prompt-file")) return read_file(line.get("--prompt-file", ""), ExitCode::kData);
+  if (::isatty(STDIN_FILENO) != 0) return "";
+  return read_file(STDIN_FILENO, "standard input", ExitCode::kData);
 }
 
 SamplingOptions sampling_options(const CommandLine& line, const data::Tokenizer& tokenizer) {

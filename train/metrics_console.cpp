@@ -1,18 +1,14 @@
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 
 #include "csrc/core/progress.h"
 #include "train/log.h"
 #include "train/metrics.h"
+#include "train/step_timer.h"
 
 namespace xlstm::train {
 namespace {
-
-double now_seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 template <typename... Arguments>
 std::string format(const char* pattern, Arguments... arguments) {
@@ -87,7 +83,7 @@ void Console::step(const ConsoleStep& step, bool logged) {
   if (logged && plain_) print_line(format_step(step));
   if (logged) log_to_file(format_step(step));
   if (!bar_) return;
-  const double now = now_seconds();
+  const double now = monotonic_seconds();
   if (now - last_draw_ < 0.1 && step.step < step.total_steps) return;
   last_draw_ = now;
   show_bar(format_bar_line(step));

@@ -1,7 +1,6 @@
 #include "train/plot.h"
 
 #include <fcntl.h>
-#include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -12,8 +11,6 @@
 
 #include "csrc/data/child_process.h"
 #include "train/log.h"
-
-extern char** environ;
 
 namespace xlstm::train {
 namespace {
@@ -29,25 +26,14 @@ std::string package_parent() {
   return fs::exists(parent / "libxlstm" / "plot.py") ? parent.string() : "";
 }
 
-std::vector<char*> pointers(std::vector<std::string>& strings) {
-  std::vector<char*> result;
-  for (std::string& text : strings) result.push_back(text.data());
-  result.push_back(nullptr);
-  return result;
-}
-
 /// Runs a command with its output in `log_path`. Returns its exit status; -1 where it did not start
 /// or took too long.
-int run_command(std::vector<std::string> arguments, const std::string& log_path) {
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, log_path.c_str(),
-                                   O_WRONLY | O_CREAT | O_TRUNC, 0644);
-  posix_spawn_file_actions_adddup2(&actions, STDOUT_FILENO, STDERR_FILENO);
+int run_command(const std::vector<std::string>& arguments, const std::string& log_path) {
+  const int log = ::open(log_path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (log < 0) return -1;
   pid_t child = -1;
-  const int error = ::posix_spawnp(&child, arguments[0].c_str(), &actions, nullptr,
-                                   pointers(arguments).data(), environ);
-  posix_spawn_file_actions_destroy(&actions);
+  const int error = data::start_process(arguments, STDIN_FILENO, log, log, child);
+  ::close(log);
   if (error != 0) return -1;
   for (int waited_ms = 0; waited_ms < kTimeLimitMs; waited_ms += 20) {
     int status = 0;

@@ -96,13 +96,6 @@ bool repeats_last_start(const std::string& folder, const config::Config& config)
 
 }  // namespace
 
-int64_t checkpoint_step(const std::string& folder) {
-  const std::string name = fs::path(folder).filename();
-  if (name.size() < 6 || name.size() > 22 || name.rfind("step-", 0) != 0) return -1;
-  if (name.find_first_not_of("0123456789", 5) != std::string::npos) return -1;
-  return std::stoll(name.substr(5));
-}
-
 std::optional<CheckpointFolder> choose_checkpoint(const config::Config& config, bool held_run) {
   const std::string& resume = config.run.resume;
   const std::string folder = run_path(config.run);

@@ -73,9 +73,6 @@ std::string recorded_start_folder(const std::string& checkpoint);
 /// is missing or bad, or "never" meets a run.
 std::optional<CheckpointFolder> choose_checkpoint(const config::Config& config, bool held_run);
 
-/// Step of a checkpoint folder named "step-00001000"; -1 for other names.
-int64_t checkpoint_step(const std::string& folder);
-
 /// Moves checkpoints beyond `step` to <run>/ckpt/old-N: the run is about to write those steps anew. Within ckpt/, which may
 /// be a link to another disk. What was never committed stays for prune_checkpoints. Throws Error(kCheckpoint) where that fails.
 void set_aside_later_checkpoints(const RunFolder& folder, int64_t step);

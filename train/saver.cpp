@@ -107,8 +107,7 @@ bool Saver::name_best(int64_t step) {
 
 /// Of what is to be saved: finite, and the same in all processes.
 void Saver::check_weights(int64_t step) {
-  const NamedTensors parameters = named_parameters(model_);
-  if (const std::string bad = first_non_finite(parameters); !bad.empty()) {
+  if (const std::string bad = first_non_finite(trained_parameters(model_)); !bad.empty()) {
     throw Error(ExitCode::kNonFinite,
                 "step " + std::to_string(step) + ": parameter " + bad +
                     " is not finite after the update; no checkpoint of it is written. Lower "
@@ -117,7 +116,8 @@ void Saver::check_weights(int64_t step) {
   if (group_.place().alone()) return;
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> sums;
-  for (const auto& [name, parameter] : parameters) sums.push_back(parameter.sum(at::kDouble));
+  for (const auto& [name, parameter] : named_parameters(model_))
+    sums.push_back(parameter.sum(at::kDouble));
   const double own = at::stack(sums).sum().item<double>();
   const at::Tensor first = at::scalar_tensor(own, at::kDouble);
   group_.broadcast({first});

@@ -6,7 +6,7 @@
 namespace xlstm::train {
 
 /// Sequences of a forward pass where `processes` share each step.
-int64_t micro_batch(const config::Config& config, int64_t processes = 1);
+int64_t micro_batch(const config::Config& config, int64_t processes);
 
 /// Learning rate of update number `step`, 1 <= step <= total; a pure function of its arguments.
 ///

@@ -2,36 +2,13 @@
 
 #include <algorithm>
 
+#include "csrc/core/utf8.h"
+
 namespace xlstm::train {
 namespace {
 
 constexpr const char* kReplacement = "\xEF\xBF\xBD";
 constexpr size_t kContextIds = 6;
-
-struct Character {
-  size_t bytes;  ///< what to consume
-  bool valid;
-  bool unfinished;  ///< valid so far, more bytes needed
-};
-
-/// The character at the front of `text` by table 3-7 of the Unicode standard (no surrogates, no overlong forms).
-Character front_character(std::string_view text) {
-  const auto at = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
-  const unsigned char lead = at(0);
-  if (lead < 0x80) return {1, true, false};
-  if (lead < 0xC2 || lead > 0xF4) return {1, false, false};
-  const size_t length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-  for (size_t i = 1; i < length; ++i) {
-    if (i == text.size()) return {i, false, true};
-    unsigned char low = 0x80, high = 0xBF;
-    if (i == 1 && lead == 0xE0) low = 0xA0;
-    if (i == 1 && lead == 0xED) high = 0x9F;
-    if (i == 1 && lead == 0xF0) low = 0x90;
-    if (i == 1 && lead == 0xF4) high = 0x8F;
-    if (at(i) < low || at(i) > high) return {i, false, false};
-  }
-  return {length, true, false};
-}
 
 bool ends_with(std::string_view text, std::string_view end) {
   return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
@@ -45,9 +22,9 @@ std::string Utf8Stream::push(std::string_view bytes) {
   size_t next = 0;
   while (next < held_.size()) {
     const std::string_view rest = std::string_view(held_).substr(next);
-    const Character character = front_character(rest);
-    if (character.unfinished) break;
-    if (character.valid) {
+    const Utf8Character character = front_character(rest);
+    if (character.is == Utf8Character::kUnfinished) break;
+    if (character.is == Utf8Character::kValid) {
       text += rest.substr(0, character.bytes);
     } else {
       text += kReplacement;

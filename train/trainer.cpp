@@ -138,7 +138,7 @@ void Trainer::Impl::open() {
   if (leads()) samples_.emplace(config_, folder_->file("samples.jsonl"));
 
   seed_random_streams(device_, static_cast<uint64_t>(config_.run.seed));
-  model_ = models::make_language_model(config_.model, device_);
+  model_ = make_model(config_, device_);
   model_->train();
   optimizer_.emplace(trained_parameters(*model_), config_.optim, &*group_);
   recorder_.emplace(config_, total_steps_, device_,

@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 
 #include "csrc/config/field_reader.h"
 #include "csrc/config/schema.h"
 #include "csrc/config/text.h"
 #include "csrc/config/validate.h"
 #include "csrc/config/yaml_reader.h"
+#include "csrc/core/file.h"
+#include "csrc/core/utf8.h"
 
 namespace xlstm::config {
 namespace {
@@ -35,17 +36,12 @@ std::string read_text(const fs::path& path, const std::string& where) {
   const fs::file_status status = fs::status(path, ignored);
   const std::string name = "'" + path.string() + "'";  // never cut: the end tells files apart
   if (!fs::exists(status)) config_error(where, "", "no such file " + name + similar_file(path));
-  if (fs::is_directory(status))
-    config_error(where, "", name + " is a folder, expected a YAML file");
-  std::ifstream file(path, std::ios::binary);
-  std::string text;
   constexpr size_t kEnough = (size_t{1} << 20) + 1;  // the reader refuses more
-  text.resize(kEnough);
-  file.read(text.data(), static_cast<std::streamsize>(kEnough));
-  if (!file.is_open() || file.bad())
-    config_error(where, "", "cannot read " + name + "; check its permissions");
-  text.resize(static_cast<size_t>(file.gcount()));
-  return text;
+  try {
+    return read_file(path.string(), ExitCode::kConfig, kEnough);
+  } catch (const Error& error) {
+    config_error(where, "", error.what());
+  }
 }
 
 // Applies files and overrides to one Config, later over earlier.
@@ -116,7 +112,7 @@ class Loader {
     const bool is_text = std::holds_alternative<std::string*>(field.ref(config_));
     const bool is_quoted = !value.empty() && (value[0] == '"' || value[0] == '\'');
     if (!is_text || is_quoted) return read_yaml(value, origin);
-    if (find_invalid_utf8(value) != std::string::npos)
+    if (find_invalid_utf8(value) != value.size())
       config_error(origin.name, field.name, "not UTF-8 text");
     auto node = std::make_shared<YamlNode>();
     node->kind = YamlNode::Kind::kScalar;

@@ -52,6 +52,9 @@ std::vector<Field> model_fields() {
                   "low-rank adapters (LoRA) of this rank beside the large linear maps, and they "
                   "alone are trained; wants train.init_from; 0: none"),
       XLSTM_FIELD(model.lora.alpha, above(0), "they count alpha / rank"),
+      XLSTM_FIELD(model.lora.base, one_of({"float32", "bfloat16", "int8"}),
+                  "what the weights beside them, which nothing trains, are kept in; int8: 8 bits, "
+                  "one scale per row (QLoRA); the adapters are float32"),
       XLSTM_FIELD(model.max_positions, integers(1, kMaxSize),
                   "kind gpt: learned positions, the longest sequence"),
       XLSTM_FIELD(model.state_size, integers(2, 65536),

@@ -162,6 +162,8 @@ std::string in_quotes(std::string_view text) {
 
 std::string double_quoted(std::string_view text) { return '"' + escaped(text, '"') + '"'; }
 
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
 std::string join(const std::vector<std::string>& items, std::string_view separator) {
   std::string out;
   for (size_t i = 0; i < items.size(); ++i) {
@@ -169,31 +171,6 @@ std::string join(const std::vector<std::string>& items, std::string_view separat
     out += items[i];
   }
   return out;
-}
-
-size_t find_invalid_utf8(std::string_view text) {
-  size_t i = 0;
-  while (i < text.size()) {
-    const auto byte = [&](size_t k) { return static_cast<unsigned char>(text[i + k]); };
-    const unsigned char lead = byte(0);
-    const size_t length = lead < 0x80    ? 1
-                          : lead < 0xc2  ? 0
-                          : lead < 0xe0  ? 2
-                          : lead < 0xf0  ? 3
-                          : lead <= 0xf4 ? 4
-                                         : 0;
-    if (length == 0 || i + length > text.size()) return i;
-    for (size_t k = 1; k < length; ++k) {
-      if ((byte(k) & 0xc0) != 0x80) return i;
-    }
-    // Overlong forms, surrogates, beyond U+10FFFF.
-    if ((lead == 0xe0 && byte(1) < 0xa0) || (lead == 0xed && byte(1) > 0x9f) ||
-        (lead == 0xf0 && byte(1) < 0x90) || (lead == 0xf4 && byte(1) > 0x8f)) {
-      return i;
-    }
-    i += length;
-  }
-  return std::string_view::npos;
 }
 
 std::string closest_match(std::string_view word, const std::vector<std::string>& candidates) {

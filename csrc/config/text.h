@@ -22,11 +22,10 @@ std::string format_double(double value);
 std::string in_quotes(std::string_view text);
 /// "text" with YAML and JSON escapes; UTF-8 is kept.
 std::string double_quoted(std::string_view text);
+/// Without the line break.
+std::string first_line(const std::string& text);
 /// Joins with a separator.
 std::string join(const std::vector<std::string>& items, std::string_view separator);
-
-/// Byte offset of the first byte that is not valid UTF-8, or npos.
-size_t find_invalid_utf8(std::string_view text);
 
 /// The candidate a typist most likely meant (edit distance with transpositions, case ignored), or
 /// "".

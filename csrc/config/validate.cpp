@@ -272,7 +272,7 @@ void validate_schedule(const Config& config) {
   require(optim.warmup_steps <= steps || !must_fit_run(config, "optim.warmup_steps"), config,
           "optim.warmup_steps",
           "is " + to_string(optim.warmup_steps) + ", expected at most the " + to_string(steps) +
-              " steps of the run");
+              " steps of the run; one that is cut short has its steps on the command line");
   require(optim.schedule == "cosine" || optim.restarts == 0, config, "optim.restarts",
           "applies to optim.schedule cosine only, but the schedule is " + optim.schedule +
               "; remove it");
@@ -295,14 +295,19 @@ void validate_schedule(const Config& config) {
 
 void validate_model(const Config& config) {
   const auto& model = config.model;
-  require_divisible(config, "model.embedding_dim", "the width",
-                    static_cast<double>(model.embedding_dim), "model.num_heads", model.num_heads);
+  if (models::kind_named(model.kind).has_heads)
+    require_divisible(config, "model.embedding_dim", "the width",
+                      static_cast<double>(model.embedding_dim), "model.num_heads", model.num_heads);
   require(model.input_features == 0 || !model.tie_weights, config, "model.tie_weights",
           "expected false with model.input_features: there is no embedding");
   require(model.input_features == 0 || model.embedding_init_std == 0, config,
           "model.embedding_init_std",
           "expected 0 with model.input_features: there is no embedding");
   validate_own_settings(config);
+  require(model.lora.rank > 0 || model.lora.base == "float32", config, "model.lora.base",
+          "is " + model.lora.base +
+              ", but model.lora.rank 0 makes no adapters, beside which weights are kept so; set "
+              "model.lora.rank, or remove it");
   require(model.state_size % 2 == 0, config, "model.state_size",
           "is " + to_string(model.state_size) + ", expected an even number");
   if (model.kind == "xlstm") {

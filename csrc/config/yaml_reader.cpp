@@ -11,6 +11,7 @@
 
 #include "csrc/config/text.h"
 #include "csrc/core/error.h"
+#include "csrc/core/utf8.h"
 
 namespace xlstm::config {
 namespace {
@@ -173,7 +174,7 @@ void check_text(std::string_view text, const YamlOrigin& origin) {
     config_error(origin.at(1), "",
                  "larger than 1 MiB, expected a configuration; is this a data file?");
   }
-  if (const size_t bad = find_invalid_utf8(text); bad != std::string_view::npos) {
+  if (const size_t bad = find_invalid_utf8(text); bad != text.size()) {
     config_error(origin.at(line_of(text, bad)), "", "not UTF-8 text; save the file as UTF-8");
   }
   bool indentation = true;

@@ -5,16 +5,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <sstream>
 #include <system_error>
 #include <utility>
-
-#include "csrc/core/error.h"
 
 namespace xlstm {
 namespace {
@@ -23,11 +20,7 @@ namespace {
   throw std::system_error(errno, std::generic_category(), what);
 }
 
-std::function<size_t(size_t)> write_hook;
-
 }  // namespace
-
-void set_write_hook(std::function<size_t(size_t)> hook) { write_hook = std::move(hook); }
 
 OutputFile::OutputFile(const std::string& path)
     : path_(path), fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) {
@@ -41,7 +34,7 @@ OutputFile::~OutputFile() {
 void OutputFile::write(const void* data, size_t size_bytes) {
   const char* next = static_cast<const char*>(data);
   while (size_bytes > 0) {
-    const ssize_t count = ::write(fd_, next, write_hook ? write_hook(size_bytes) : size_bytes);
+    const ssize_t count = ::write(fd_, next, size_bytes);
     if (count < 0) {
       if (errno == EINTR) continue;
       fail(path_);
@@ -75,12 +68,35 @@ void write_file_atomically(const std::string& path, std::string_view bytes) {
   sync_directory(parent.empty() ? "." : parent.string());
 }
 
-std::string read_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw Error(ExitCode::kCheckpoint, path + ": cannot open: " + std::strerror(errno));
-  std::ostringstream text;
-  text << file.rdbuf();
-  return std::move(text).str();
+std::string read_file(const std::string& path, ExitCode code, size_t most) {
+  const struct Descriptor {
+    int fd;
+    ~Descriptor() {
+      if (fd >= 0) ::close(fd);
+    }
+  } file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (file.fd < 0) throw Error(code, path + ": cannot open: " + std::strerror(errno));
+  return read_file(file.fd, path, code, most);
+}
+
+std::string read_file(int descriptor, const std::string& name, ExitCode code, size_t most) {
+  constexpr size_t kLeast = size_t{1} << 16;
+  std::string bytes;
+  size_t size = 0;
+  while (size < most) {
+    if (size == bytes.size()) bytes.resize(std::min(most, std::max(kLeast, 2 * size)));
+    const ssize_t count = ::read(descriptor, bytes.data() + size, bytes.size() - size);
+    if (count == 0) break;
+    if (count > 0) {
+      size += static_cast<size_t>(count);
+    } else if (errno == EISDIR) {
+      throw Error(code, name + ": a folder, expected a file");
+    } else if (errno != EINTR) {
+      throw Error(code, name + ": cannot read: " + std::strerror(errno));
+    }
+  }
+  bytes.resize(size);
+  return bytes;
 }
 
 MappedFile::MappedFile(const std::string& path) {

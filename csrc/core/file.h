@@ -1,9 +1,10 @@
 #pragma once
-// Files that survive a crash: written whole, synced, and put in place by one rename.
+// Files that survive a crash, written whole, synced, and put in place by one rename; and files read whole.
 #include <cstddef>
-#include <functional>
 #include <string>
 #include <string_view>
+
+#include "csrc/core/error.h"
 
 namespace xlstm {
 
@@ -26,15 +27,16 @@ class OutputFile {
   int fd_ = -1;
 };
 
-/// For fault tests: asked before every write how many of the given bytes to pass to the system at once (at least 1).
-/// An empty hook removes it. Not for use while another thread writes.
-void set_write_hook(std::function<size_t(size_t size_bytes)> hook);
-
 void sync_directory(const std::string& path);
 /// Writes path.tmp, syncs it, renames it over `path`, syncs the folder: readers see the old file or the new one.
 void write_file_atomically(const std::string& path, std::string_view bytes);
-/// Whole file; throws Error(kCheckpoint) naming it.
-std::string read_file(const std::string& path);
+/// A file as a whole, or its first `most` bytes. Throws Error(code) naming it where it cannot be read to there, as a folder
+/// cannot.
+std::string read_file(const std::string& path, ExitCode code = ExitCode::kCheckpoint,
+                      size_t most = std::string::npos);
+/// The same of what is left of an open one, which messages call `name`.
+std::string read_file(int descriptor, const std::string& name, ExitCode code,
+                      size_t most = std::string::npos);
 
 /// Read-only memory map of a whole file. Throws Error(kData) naming the file.
 class MappedFile {

@@ -78,14 +78,14 @@ Json parse_header(const std::string& path, const char* begin, const char* end) {
 
 }  // namespace
 
-std::string save_safetensors(const std::string& path, const NamedTensors& tensors,
-                             const std::map<std::string, std::string>& metadata) {
+std::string write_safetensors(const ByteSink& sink, const NamedTensors& tensors,
+                              const std::map<std::string, std::string>& metadata) {
   Json header = Json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   size_t offset = 0;
   for (const auto& [name, tensor] : tensors) {
     if (header.contains(name))
-      throw Error(ExitCode::kCheckpoint, path + ": two tensors are named " + name);
+      throw Error(ExitCode::kCheckpoint, "safetensors: two tensors are named " + name);
     const size_t end = offset + tensor.nbytes();
     header[name] = {{"dtype", dtype_name(tensor.scalar_type())},
                     {"shape", tensor.sizes().vec()},
@@ -101,10 +101,9 @@ std::string save_safetensors(const std::string& path, const NamedTensors& tensor
     length >>= 8;
   }
 
-  OutputFile file(path);
   Sha256 hash;
   const auto put = [&](const void* data, size_t size) {
-    file.write(data, size);
+    sink(data, size);
     hash.update(data, size);
   };
   put(prefix, sizeof prefix);
@@ -113,8 +112,16 @@ std::string save_safetensors(const std::string& path, const NamedTensors& tensor
     const at::Tensor dense = entry.second.detach().to(at::kCPU).contiguous();
     put(dense.const_data_ptr(), dense.nbytes());
   }
-  file.sync_and_close();
   return hash.hex_digest();
+}
+
+std::string save_safetensors(const std::string& path, const NamedTensors& tensors,
+                             const std::map<std::string, std::string>& metadata) {
+  OutputFile file(path);
+  std::string sha256 = write_safetensors(
+      [&](const void* data, size_t size) { file.write(data, size); }, tensors, metadata);
+  file.sync_and_close();
+  return sha256;
 }
 
 SafetensorsFile load_safetensors(const std::string& path) {

@@ -2,6 +2,8 @@
 // The safetensors file format: 8-byte little-endian header length, JSON header, raw tensor bytes.
 #include <ATen/core/Tensor.h>
 
+#include <cstddef>
+#include <functional>
 #include <map>
 #include <string>
 #include <utility>
@@ -10,6 +12,11 @@
 namespace xlstm {
 
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+using ByteSink = std::function<void(const void* data, size_t size_bytes)>;
+
+/// The bytes of a file for `sink`, in pieces, and their sha256; tensors and metadata as below.
+std::string write_safetensors(const ByteSink& sink, const NamedTensors& tensors,
+                              const std::map<std::string, std::string>& metadata = {});
 
 /// Writes tensors (any device, any strides; float64/32/16, bfloat16, int64/32/16/8, uint8, bool) in the given order,
 /// synced to disk, and returns the sha256 of the file. Throws std::system_error from the file system.

@@ -27,20 +27,25 @@ bool is_program(const std::filesystem::path& path) { return ::access(path.c_str(
 
 }  // namespace
 
-ChildProcess::ChildProcess(std::vector<std::string> argv) {
-  int ends[2];
-  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0)
-    throw Error(ExitCode::kData, std::string("cannot open a socket pair: ") + std::strerror(errno));
+int start_process(std::vector<std::string> argv, int input, int output, int errors, pid_t& pid) {
   std::vector<char*> pointers;
-  for (auto& argument : argv) pointers.push_back(argument.data());
+  for (std::string& argument : argv) pointers.push_back(argument.data());
   pointers.push_back(nullptr);
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_adddup2(&actions, ends[1], STDIN_FILENO);
-  posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
-  const int error =
-      ::posix_spawnp(&pid_, argv[0].c_str(), &actions, nullptr, pointers.data(), environ);
+  posix_spawn_file_actions_adddup2(&actions, input, STDIN_FILENO);
+  posix_spawn_file_actions_adddup2(&actions, output, STDOUT_FILENO);
+  posix_spawn_file_actions_adddup2(&actions, errors, STDERR_FILENO);
+  const int error = ::posix_spawnp(&pid, pointers[0], &actions, nullptr, pointers.data(), environ);
   posix_spawn_file_actions_destroy(&actions);
+  return error;
+}
+
+ChildProcess::ChildProcess(const std::vector<std::string>& argv) {
+  int ends[2];
+  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0)
+    throw Error(ExitCode::kData, std::string("cannot open a socket pair: ") + std::strerror(errno));
+  const int error = start_process(argv, ends[1], ends[1], STDERR_FILENO, pid_);
   ::close(ends[1]);
   socket_ = ends[0];
   if (error != 0) {

@@ -8,11 +8,15 @@
 
 namespace xlstm::data {
 
+/// Starts argv[0], which is looked up in PATH, with these descriptors as its standard streams. Returns an error number, or 0
+/// and the process.
+int start_process(std::vector<std::string> argv, int input, int output, int errors, pid_t& pid);
+
 /// A child process whose standard input and output are one socket to this program; its standard error is ours.
 class ChildProcess {
  public:
   /// argv[0] is looked up in PATH. Throws Error(kData) when it cannot be started.
-  explicit ChildProcess(std::vector<std::string> argv);
+  explicit ChildProcess(const std::vector<std::string>& argv);
   /// Closes the socket (a well-behaved child ends then) and waits; after 5 seconds the child is killed.
   ~ChildProcess();
   ChildProcess(const ChildProcess&) = delete;

@@ -6,11 +6,11 @@
 
 #include "csrc/core/error.h"
 #include "csrc/core/file.h"
+#include "csrc/core/utf8.h"
 #include "csrc/data/byte_stream.h"
 #include "csrc/data/file_format.h"
 #include "csrc/data/jsonl.h"
 #include "csrc/data/text_source.h"
-#include "csrc/data/utf8.h"
 
 namespace xlstm::data {
 namespace {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "csrc/data/utf8.h"
+#include "csrc/core/utf8.h"
 
 namespace xlstm::data {
 namespace {

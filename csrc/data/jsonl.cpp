@@ -3,7 +3,7 @@
 #include <cctype>
 #include <cstring>
 
-#include "csrc/data/utf8.h"
+#include "csrc/core/utf8.h"
 
 namespace xlstm::data {
 namespace {

@@ -11,9 +11,9 @@
 #include "csrc/core/error.h"
 #include "csrc/core/progress.h"
 #include "csrc/core/sha256.h"
+#include "csrc/core/utf8.h"
 #include "csrc/data/prepare_job.h"
 #include "csrc/data/token_writer.h"
-#include "csrc/data/utf8.h"
 
 namespace xlstm::data {
 namespace {

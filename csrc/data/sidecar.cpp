@@ -1,11 +1,10 @@
 #include "csrc/data/sidecar.h"
 
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "csrc/core/error.h"
+#include "csrc/core/file.h"
 
 namespace xlstm::data {
 namespace {
@@ -91,10 +90,7 @@ std::optional<Sidecar> read_sidecar(const std::string& prefix) {
   const std::string path = prefix + ".meta.json";
   std::error_code missing;
   if (!std::filesystem::exists(path, missing)) return std::nullopt;
-  std::ifstream file(path, std::ios::binary);
-  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file) refuse(path, "cannot be read");
-  const Json json = Json::parse(text, nullptr, false);
+  const Json json = Json::parse(read_file(path, ExitCode::kData), nullptr, false);
   if (json.is_discarded() || !json.is_object()) refuse(path, "is not a JSON object");
   const Fields fields(json, path);
   if (fields.text("format") != kFormat)

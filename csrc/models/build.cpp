@@ -5,6 +5,7 @@
 #include <string>
 
 #include "csrc/models/model_kinds.h"
+#include "csrc/nn/linear.h"
 
 namespace xlstm::models {
 namespace {
@@ -16,20 +17,21 @@ std::string kind_names() {
   return names;
 }
 
+void one_of(const std::string& value, std::initializer_list<const char*> names,
+            const char* option) {
+  std::string expected;
+  for (const char* name : names) expected += std::string(expected.empty() ? "" : ", ") + name;
+  TORCH_CHECK(std::find(names.begin(), names.end(), value) != names.end(), "model.", option,
+              ": expected one of ", expected, ", got \"", value, "\"");
+}
+
 /// The gates' own names are checked here, so that the message says which gate.
 void check_gates(const ModelOptions& o) {
-  const auto one_of = [](const std::string& value, std::initializer_list<const char*> names,
-                         const char* option) {
-    std::string expected;
-    for (const char* name : names) expected += std::string(expected.empty() ? "" : ", ") + name;
-    TORCH_CHECK(std::find(names.begin(), names.end(), value) != names.end(), "model.mlstm.", option,
-                ": expected one of ", expected, ", got \"", value, "\"");
-  };
-  one_of(o.mlstm.up_projection, {"pre", "post"}, "up_projection");
-  one_of(o.mlstm.igate, {"input", "bias", "fixed"}, "igate");
-  one_of(o.mlstm.fgate, {"input", "bias", "fixed"}, "fgate");
-  one_of(o.mlstm.igate_bias_init, {"normal", "zeros"}, "igate_bias_init");
-  one_of(o.mlstm.fgate_bias_init, {"linspace", "open"}, "fgate_bias_init");
+  one_of(o.mlstm.up_projection, {"pre", "post"}, "mlstm.up_projection");
+  one_of(o.mlstm.igate, {"input", "bias", "fixed"}, "mlstm.igate");
+  one_of(o.mlstm.fgate, {"input", "bias", "fixed"}, "mlstm.fgate");
+  one_of(o.mlstm.igate_bias_init, {"normal", "zeros"}, "mlstm.igate_bias_init");
+  one_of(o.mlstm.fgate_bias_init, {"linspace", "open"}, "mlstm.fgate_bias_init");
   TORCH_CHECK(o.mlstm.igate != "fixed" || o.mlstm.igate_bias_init == "zeros",
               "model.mlstm.igate_bias_init: expected zeros for a fixed input gate, got \"",
               o.mlstm.igate_bias_init, "\"");
@@ -40,6 +42,13 @@ void check_gates(const ModelOptions& o) {
 }
 
 }  // namespace
+
+void adapt(torch::nn::Module& model, const ModelOptions::Lora& options) {
+  const at::ScalarType base = options.base == "int8"       ? at::kChar
+                              : options.base == "bfloat16" ? at::kBFloat16
+                                                           : at::kFloat;
+  nn::adapt_linear_maps(model, options.rank, options.alpha, base);
+}
 
 void check_options(const ModelOptions& o) {
   const auto positive = [](int64_t value, const char* name) {
@@ -62,6 +71,9 @@ void check_options(const ModelOptions& o) {
   kernel_size(o.mlstm.conv1d_kernel_size, "mlstm");
   kernel_size(o.slstm.conv1d_kernel_size, "slstm");
   check_gates(o);
+  one_of(o.lora.base, {"float32", "bfloat16", "int8"}, "lora.base");
+  TORCH_CHECK(o.lora.rank > 0 || o.lora.base == "float32",
+              "model.lora.base: expected float32 without adapters, got \"", o.lora.base, "\"");
   TORCH_CHECK(o.dropout >= 0 && o.dropout < 1, "model.dropout: expected 0 <= p < 1, got ",
               o.dropout);
   TORCH_CHECK(o.kind == "xlstm" || (!o.bias && o.slstm_at.empty()), "model.kind \"", o.kind,

@@ -110,7 +110,7 @@ bool decays(const std::string& name, const at::Tensor& parameter, bool of_embedd
 
 int64_t count_parameters(const ModelOptions& options) {
   int64_t count = 0;
-  for (const auto& parameter : make_language_model(options, at::kMeta)->parameters())
+  for (const auto& parameter : make_language_model(unrounded(options), at::kMeta)->parameters())
     count += parameter.numel();
   return count;
 }

@@ -16,6 +16,7 @@ struct ModelKind {
   /// Those of this kind alone, or whole sections of them, as the configuration names them.
   std::array<std::string_view, 5> own_settings = {};
   bool has_feed_forward = false;     ///< model.feed_forward applies
+  bool has_heads = true;             ///< model.num_heads applies
   std::string_view even_heads = "";  ///< why heads must have an even width; "": they need not
 
   // around the blocks
@@ -44,9 +45,9 @@ inline constexpr ModelKind kModelKinds[] = {
      .own_settings = {"model.qk_dim_factor", "model.v_dim_factor", "model.gate_soft_cap"},
      .has_feed_forward = true,
      .has_rms_norms = true},
-    {.name = "lstm", .dropped_branches = 1, .may_use_cudnn = true},
-    {.name = "lstm_residual", .dropped_branches = 1, .may_use_cudnn = true},
-    {.name = "lstm_block", .has_feed_forward = true, .may_use_cudnn = true},
+    {.name = "lstm", .has_heads = false, .dropped_branches = 1, .may_use_cudnn = true},
+    {.name = "lstm_residual", .has_heads = false, .dropped_branches = 1, .may_use_cudnn = true},
+    {.name = "lstm_block", .has_feed_forward = true, .has_heads = false, .may_use_cudnn = true},
     {.name = "llama",
      .has_feed_forward = true,
      .even_heads = kRotary,
@@ -58,8 +59,8 @@ inline constexpr ModelKind kModelKinds[] = {
      .learns_positions = true,
      .out_norm_has_bias = true,
      .state_grows = true},
-    {.name = "mamba", .has_rms_norms = true, .dropped_branches = 1},
-    {.name = "rwkv4", .norms_embedding = true, .out_norm_has_bias = true},
+    {.name = "mamba", .has_heads = false, .has_rms_norms = true, .dropped_branches = 1},
+    {.name = "rwkv4", .has_heads = false, .norms_embedding = true, .out_norm_has_bias = true},
     {.name = "rwkv5", .norms_embedding = true, .out_norm_has_bias = true},
     {.name = "rwkv6", .norms_embedding = true, .out_norm_has_bias = true},
     {.name = "linear_attention", .has_feed_forward = true, .has_rms_norms = true},
@@ -68,7 +69,11 @@ inline constexpr ModelKind kModelKinds[] = {
      .has_feed_forward = true,
      .even_heads = "queries and keys have half of it",
      .has_rms_norms = true},
-    {.name = "hgrn", .has_feed_forward = true, .learns_bounds = true, .has_rms_norms = true},
+    {.name = "hgrn",
+     .has_feed_forward = true,
+     .has_heads = false,
+     .learns_bounds = true,
+     .has_rms_norms = true},
     {.name = "hgrn2", .has_feed_forward = true, .learns_bounds = true, .has_rms_norms = true},
     {.name = "h3",
      .own_settings = {"model.state_size"},
@@ -77,6 +82,7 @@ inline constexpr ModelKind kModelKinds[] = {
     {.name = "hyena",
      .own_settings = {"model.filter_length"},
      .has_feed_forward = true,
+     .has_heads = false,
      .has_rms_norms = true,
      .state_grows = true},
 };

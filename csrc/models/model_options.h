@@ -30,6 +30,7 @@ struct ModelOptions {
   struct Lora {
     int64_t rank = 0;  ///< > 0: low-rank adapters of the linear maps are trained, and nothing else
     double alpha = 16;
+    std::string base = "float32";  ///< of the weights beside them | "bfloat16" | "int8"
   } lora;
 
   // kind "gpt"
@@ -84,6 +85,12 @@ struct ModelOptions {
   double v_dim_factor = 1.0;
   double gate_soft_cap = 15.0;  ///< input and forget gate pre-activations; 0: none
 };
+
+/// The same model with every weight in float32, of as many elements as it has numbers.
+inline ModelOptions unrounded(ModelOptions options) {
+  options.lora.base = "float32";
+  return options;
+}
 
 /// Whether the outputs are numbers, judged by their squared error; else they are logits of tokens.
 inline bool predicts_numbers(const ModelOptions& options) {

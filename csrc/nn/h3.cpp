@@ -1,5 +1,7 @@
 #include "csrc/nn/h3.h"
 
+#include "csrc/ops/full_precision.h"
+
 namespace xlstm::nn {
 
 H3::H3(const MixerOptions& options, int64_t state_size, at::Device device)
@@ -32,7 +34,7 @@ Result H3::forward(const at::Tensor& x, const State& state,
   const at::Tensor queries = q_->forward(x), keys = k_->forward(x), values = v_->forward(x);
   at::Tensor y, window, h;
   {
-    const FullFloat wide;
+    const ops::FullFloat wide;
     const auto by_head = [&](const at::Tensor& t) {
       return t.to(type).unflatten(-1, {heads, width}).permute({0, 2, 3, 1});  // (B,NH,DH,T)
     };

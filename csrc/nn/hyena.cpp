@@ -5,6 +5,7 @@
 
 #include "csrc/nn/long_convolution.h"
 #include "csrc/ops/causal_conv1d.h"
+#include "csrc/ops/full_precision.h"
 
 namespace xlstm::nn {
 namespace {
@@ -66,8 +67,7 @@ Hyena::Hyena(const MixerOptions& options, int64_t filter_length, at::Device devi
     uniform_init_(tensor, 1 / std::sqrt(static_cast<double>(kShortTaps)));
   filter_ = register_module("filter", std::make_shared<HyenaFilter>(dim, filter_length, device));
   skip_ = parameter("skip", {dim});
-  const at::NoGradGuard no_grad;
-  if (!device.is_meta()) skip_.normal_();
+  normal_init_(skip_, 1);
 }
 
 Result Hyena::forward(const at::Tensor& x, const State& state,
@@ -79,7 +79,7 @@ Result Hyena::forward(const at::Tensor& x, const State& state,
                                             optional_state(state, 0), reset);
   at::Tensor y, z, filter;
   {
-    const FullFloat wide;
+    const ops::FullFloat wide;
     const auto parts = mixed.to(type).chunk(3, -1);
     const at::Tensor now = parts[1] * parts[2];
     z = past > 0 ? at::cat({state[1].to(type), now}, 1) : now;

@@ -25,6 +25,7 @@ bool is_drawn(const at::Tensor& tensor) { return !tensor.is_meta() && !skip_draw
 
 SkipDrawing::SkipDrawing() : before_(std::exchange(skip_drawing, true)) {}
 SkipDrawing::~SkipDrawing() { skip_drawing = before_; }
+bool SkipDrawing::lives() { return skip_drawing; }
 
 void normal_init_(at::Tensor& tensor, double std) {
   at::NoGradGuard no_grad;
@@ -39,10 +40,12 @@ void wang_init_(at::Tensor& tensor, int64_t dim, int64_t num_blocks) {
   normal_init_(tensor, 2.0 / static_cast<double>(num_blocks) / std::sqrt(static_cast<double>(dim)));
 }
 
-void uniform_init_(at::Tensor& tensor, double bound) {
+void uniform_init_(at::Tensor& tensor, double low, double high) {
   at::NoGradGuard no_grad;
-  if (is_drawn(tensor)) tensor.uniform_(-bound, bound);
+  if (is_drawn(tensor)) tensor.uniform_(low, high);
 }
+
+void uniform_init_(at::Tensor& tensor, double bound) { uniform_init_(tensor, -bound, bound); }
 
 void orthogonal_init_(at::Tensor& tensor, double gain) {
   if (is_drawn(tensor)) torch::nn::init::orthogonal_(tensor, gain);

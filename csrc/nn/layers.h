@@ -60,23 +60,27 @@ class Block : public torch::nn::Module {
 };
 
 /// First weights. These leave tensors on the meta device alone, and those that draw (all but linspace_init_) every tensor
-/// while a SkipDrawing lives.
+/// while a SkipDrawing lives. Nothing else in modules draws weights.
 void normal_init_(at::Tensor& tensor, double std);
 /// N(0, 2 / (5 dim)): "Transformers without Tears", arXiv 1910.05895.
 void small_init_(at::Tensor& tensor, int64_t dim);
 /// N(0, (2 / (num_blocks sqrt(dim)))^2): the down-projections.
 void wang_init_(at::Tensor& tensor, int64_t dim, int64_t num_blocks);
+void uniform_init_(at::Tensor& tensor, double low, double high);
+/// Between -bound and bound.
 void uniform_init_(at::Tensor& tensor, double bound);
 /// gain times a matrix with orthonormal rows or columns, whichever are fewer.
 void orthogonal_init_(at::Tensor& tensor, double gain);
 /// Evenly spaced from `first` to `last` along the last dimension.
 void linspace_init_(at::Tensor& tensor, double first, double last);
 
-/// For models that this thread makes in order to load their weights: large ones take longer to draw than to read.
+/// For models that this thread makes in order to load their weights: large ones take longer to draw than to read, and a
+/// caller's random stream does not notice.
 class SkipDrawing {
  public:
   SkipDrawing();
   ~SkipDrawing();
+  static bool lives();  ///< on this thread
   SkipDrawing(const SkipDrawing&) = delete;
   SkipDrawing& operator=(const SkipDrawing&) = delete;
 

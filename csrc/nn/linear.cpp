@@ -1,12 +1,16 @@
 #include "csrc/nn/linear.h"
 
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "csrc/nn/layers.h"
+#include "csrc/ops/autocast.h"
 #include "csrc/ops/linear_int8.h"
 
 namespace xlstm::nn {
@@ -18,22 +22,64 @@ void visit_large_maps(torch::nn::Module& model, const F& f) {
     if (auto* linear = module->as<Linear>(); linear != nullptr && linear->is_large()) f(*linear);
 }
 
+/// The dtype of products with x: what autocast would convert it to, or its own.
+at::ScalarType product_dtype(const at::Tensor& x) {
+  const at::DeviceType device = x.device().type();
+  return ops::autocast_is_on(device) && x.scalar_type() != at::kDouble
+             ? at::autocast::get_autocast_dtype(device)
+             : x.scalar_type();
+}
+
+/// A linear map whose weight needs no gradient and has another dtype than x. at::linear would keep the converted weight until
+/// the backward pass; here that converts it again.
+class ConvertedLinear : public torch::autograd::Function<ConvertedLinear> {
+ public:
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
+                            const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+    ctx->save_for_backward({weight});
+    return at::linear(x, weight.to(x.scalar_type()), bias);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& gradients) {
+    const at::Tensor& dy = gradients[0];
+    const at::Tensor weight = ctx->get_saved_variables()[0];
+    return {at::matmul(dy, weight.to(dy.scalar_type())), at::Tensor(), at::Tensor()};
+  }
+};
+
 }  // namespace
 
 Linear::Linear(int64_t in_features, int64_t out_features, bool with_bias, at::Device device)
     : in_features_(in_features) {
   const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
-  weight = register_parameter("weight", at::zeros({out_features, in_features}, options));
+  const std::array sizes{out_features, in_features};
+  weight = register_parameter(
+      "weight", SkipDrawing::lives() ? at::empty(sizes, options) : at::zeros(sizes, options));
   if (with_bias) bias = register_parameter("bias", at::zeros({out_features}, options));
 }
 
 at::Tensor Linear::forward(const at::Tensor& x) const {
-  const auto added = bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
-  const at::Tensor y = weight.scalar_type() == at::kChar ? ops::linear_int8(x, weight, added)
-                                                         : at::linear(x, weight, added);
-  if (!lora_a.defined()) return y;
+  if (!lora_a.defined()) {
+    const auto added = bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
+    return weight.scalar_type() == at::kChar ? ops::linear_int8(x, weight, added)
+                                             : at::linear(x, weight, added);
+  }
+  const at::ScalarType type = product_dtype(x);
+  const at::Tensor input = x.to(type);  // once for both products that read it
+  return at::add(frozen_map(input), at::linear(at::linear(input, lora_a.to(type)), lora_b.to(type)),
+                 lora_scale_);
+}
+
+/// Of the map beside adapters; x in the dtype of the product.
+at::Tensor Linear::frozen_map(const at::Tensor& x) const {
   const at::ScalarType type = x.scalar_type();
-  return at::add(y, at::linear(at::linear(x, lora_a.to(type)), lora_b.to(type)), lora_scale_);
+  const auto added = bias.defined() ? std::optional<at::Tensor>(bias.to(type)) : std::nullopt;
+  if (weight.scalar_type() == at::kChar) return ops::linear_int8(x, weight, added);
+  const bool converts = weight.scalar_type() != type,
+             trains = weight.requires_grad() || (added && added->requires_grad());
+  if (converts && !trains && x.requires_grad() && at::GradMode::is_enabled())
+    return ConvertedLinear::apply(x, weight, added);
+  return at::linear(x, weight.to(type), added);
 }
 
 bool Linear::is_large() const {
@@ -45,9 +91,16 @@ void Linear::adapt(int64_t rank, double alpha) {
   lora_a = register_parameter("lora_a", at::empty({rank, in_features_}, weight.options()));
   lora_b = register_parameter("lora_b", at::zeros({weight.size(0), rank}, weight.options()));
   lora_scale_ = alpha / static_cast<double>(rank);
-  const at::NoGradGuard no_grad;  // drawn where weights are loaded, too: those have none as a rule
-  const double bound = 1 / std::sqrt(static_cast<double>(in_features_));
-  if (!lora_a.is_meta()) lora_a.uniform_(-bound, bound);
+  draw_adapter();
+}
+
+void Linear::draw_adapter() {
+  if (lora_a.is_meta() || SkipDrawing::lives()) return;
+  const at::NoGradGuard no_grad;
+  at::Tensor drawn =
+      at::empty(lora_a.sizes(), lora_a.options().device(at::kCPU));  // as all that is drawn
+  uniform_init_(drawn, 1 / std::sqrt(static_cast<double>(in_features_)));
+  lora_a.copy_(drawn);
 }
 
 at::Tensor Linear::merged_weight() const {
@@ -71,6 +124,17 @@ bool Linear::fits_int8(const at::Tensor& matrix) const {
          matrix.sizes() == at::IntArrayRef({weight.size(0), ops::int8_row_bytes(in_features_)});
 }
 
+void Linear::keep_in(at::ScalarType dtype) {
+  if (dtype == at::kChar) {
+    take_int8(SkipDrawing::lives() ? ops::zeros_int8(weight.size(0), in_features_, weight.device())
+                                   : ops::quantize_int8(weight));
+    return;
+  }
+  const at::NoGradGuard no_grad;
+  weight.set_requires_grad(false);
+  weight.set_data(weight.to(dtype));
+}
+
 at::Tensor Linear::weight_as(at::ScalarType dtype) const {
   return weight.scalar_type() == at::kChar ? ops::dequantize_int8(weight, in_features_, dtype)
                                            : weight.to(dtype);
@@ -92,18 +156,22 @@ void round_weights(torch::nn::Module& model, at::ScalarType dtype) {
     for (const auto& [linear, matrix] : rounded) linear->take_int8(matrix);
     dtype = at::kBFloat16;
   }
+  const auto widens = [dtype](const at::Tensor& parameter) {
+    return at::isReducedFloatingType(parameter.scalar_type()) && !at::isReducedFloatingType(dtype);
+  };
   for (auto& item : model.named_parameters())
-    if (item.value().is_floating_point() && !is_adapter(item.key()))
+    if (item.value().is_floating_point() && !is_adapter(item.key()) && !widens(item.value()))
       item.value().set_data(item.value().to(dtype));
   for (auto& buffer : model.buffers())
     if (buffer.is_floating_point()) buffer.set_data(buffer.to(dtype));
 }
 
-void adapt_linear_maps(torch::nn::Module& model, int64_t rank, double alpha) {
+void adapt_linear_maps(torch::nn::Module& model, int64_t rank, double alpha, at::ScalarType base) {
   for (auto& parameter : model.parameters()) parameter.set_requires_grad(false);
   bool any = false;
   visit_large_maps(model, [&](Linear& linear) {
     linear.adapt(rank, alpha);
+    linear.keep_in(base);
     any = true;
   });
   TORCH_CHECK(any, "lora.rank: expected 0, got ", rank,

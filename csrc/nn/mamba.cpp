@@ -44,8 +44,9 @@ void MambaBlock::init() {
   const at::NoGradGuard no_grad;
   a_log_.copy_(at::arange(1, kStates + 1, a_log_.options()).log().expand({inner_, kStates}));
   const double low = std::log(1e-3), high = std::log(1e-1);
-  const at::Tensor steps =
-      (at::rand_like(dt_proj_->bias) * (high - low) + low).exp().clamp_min(1e-4);
+  at::Tensor drawn = at::zeros_like(dt_proj_->bias);
+  uniform_init_(drawn, 0, 1);
+  const at::Tensor steps = (drawn * (high - low) + low).exp().clamp_min(1e-4);
   dt_proj_->bias.copy_(steps + at::log(-at::expm1(-steps)));  // softplus of it is steps
 }
 

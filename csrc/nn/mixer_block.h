@@ -1,8 +1,5 @@
 #pragma once
 // The block that the linear-attention models of the comparisons share: RMSNorm, a mixer of tokens, RMSNorm, SwiGLU.
-#include <ATen/Context.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-
 #include "csrc/nn/layers.h"
 #include "csrc/nn/xlstm_large.h"
 
@@ -49,12 +46,6 @@ struct GatedNormOptions {
 };
 at::Tensor gated_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
                       const at::Tensor& gate, const GatedNormOptions& options);
-
-/// While one lives, float32 products of this thread stay float32: no autocast, no TF32.
-struct FullFloat {
-  at::NoTF32Guard no_tf32;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
 
 /// Throws c10::Error unless num_heads heads divide `width`, which `what` names.
 void check_heads(int64_t width, int64_t num_heads, const char* what);

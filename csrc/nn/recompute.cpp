@@ -1,31 +1,17 @@
 #include "csrc/nn/recompute.h"
 
-#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
-#include <mutex>
+#include "csrc/nn/random_state.h"
 
 namespace xlstm::nn {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-/// The default generator of a device, its position taken and put back.
-at::Tensor random_state(at::Device device) {
-  at::Generator generator = at::globalContext().defaultGenerator(device);
-  std::lock_guard<std::mutex> lock(generator.mutex());
-  return generator.get_state();
-}
-
-void set_random_state(at::Device device, const at::Tensor& state) {
-  at::Generator generator = at::globalContext().defaultGenerator(device);
-  std::lock_guard<std::mutex> lock(generator.mutex());
-  generator.set_state(state);
-}
 
 /// Runs a scope with the random numbers of the forward pass; the stream goes on afterwards as if nothing happened.
 class RandomStateGuard {
@@ -36,7 +22,13 @@ class RandomStateGuard {
     set_random_state(device_, state);
   }
   ~RandomStateGuard() {
-    if (before_.defined()) set_random_state(device_, before_);
+    if (!before_.defined()) return;
+    try {
+      set_random_state(device_, before_);
+    } catch (
+        const std::exception& error) {  // a GPU that has failed: the backward pass says so, too
+      TORCH_WARN("random numbers repeat those of a recomputed block: ", error.what());
+    }
   }
   RandomStateGuard(const RandomStateGuard&) = delete;
   RandomStateGuard& operator=(const RandomStateGuard&) = delete;

@@ -29,8 +29,7 @@ ShiftSsm::ShiftSsm(int64_t dim, int64_t state_size, at::Device device) : state_s
   taps_ = register_parameter("taps", at::zeros({dim, state_size}, parameter_options(device)));
   skip_ = register_parameter("skip", at::zeros({dim}, parameter_options(device)));
   uniform_init_(taps_, 1 / std::sqrt(static_cast<double>(state_size)));
-  const at::NoGradGuard no_grad;
-  if (!device.is_meta()) skip_.normal_();
+  normal_init_(skip_, 1);
 }
 
 std::pair<at::Tensor, at::Tensor> ShiftSsm::forward(const at::Tensor& x, const at::Tensor& window,
@@ -118,8 +117,8 @@ DiagonalSsm::DiagonalSsm(int64_t num_heads, int64_t state_size, at::Device devic
 /// S4D-Lin: a_n = -1/2 + i pi n; steps spread logarithmically over [0.001, 0.1].
 void DiagonalSsm::init() {
   const at::NoGradGuard no_grad;
-  log_step_.uniform_(std::log(kLeastStep), std::log(kLargestStep));
-  skip_.normal_();
+  uniform_init_(log_step_, std::log(kLeastStep), std::log(kLargestStep));
+  normal_init_(skip_, 1);
   log_decay_.fill_(std::log(0.5));
   frequency_.copy_(at::arange(state_size_ / 2, frequency_.options()) * std::numbers::pi);
   input_.select(-1, 0).fill_(1);

@@ -9,6 +9,10 @@
 
 #include <initializer_list>
 #include <optional>
+#include <string_view>
+#include <type_traits>
+
+#include "csrc/ops/common.h"
 
 namespace xlstm::ops {
 
@@ -43,6 +47,29 @@ inline at::Tensor or_undefined(const OptionalTensor& tensor) {
 }
 inline OptionalTensor or_absent(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+/// The ADInplaceOrView kernel of an operator that writes to some arguments, below which `call` runs: as with torch's own, a
+/// graph that saved one of them sees that it was written, in inference mode too, and tensors made there stay there.
+template <class F>
+auto write_in_place(std::string_view op, std::initializer_list<NamedTensor> written,
+                    const F& call) {
+  for (const auto& [name, tensor] : written)
+    TORCH_CHECK(c10::InferenceMode::is_enabled() || !tensor->is_inference(), op, ": ", name,
+                ": made in inference mode and written outside it; clone() it first");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto mark = [&written] {
+    for (const auto& [name, tensor] : written)
+      if (!tensor->is_inference()) torch::autograd::impl::bump_version(*tensor);
+  };
+  if constexpr (std::is_void_v<decltype(call())>) {
+    call();
+    mark();
+  } else {
+    auto result = call();
+    mark();
+    return result;
+  }
 }
 
 /// In the backward of a Function: an ordinary backward pass skips the Autograd kernels; one with

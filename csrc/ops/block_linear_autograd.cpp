@@ -62,6 +62,7 @@ at::Tensor block_linear_meta(const at::Tensor& x, const at::Tensor& weight,
   check_block_linear_devices(x, weight, bias);
   TORCH_CHECK(weight.dim() == 3, "block_linear: weight: expected (NB,O,I), got ", weight.dim(),
               " dimensions");
+  TORCH_CHECK(x.dim() >= 1, "block_linear: x: expected (...,NB*I), got no dimension");
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.back() = weight.sym_size(0) * weight.sym_size(1);
   return at::empty_symint(sizes, x.options());

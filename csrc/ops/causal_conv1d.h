@@ -8,7 +8,7 @@ namespace xlstm::ops {
 
 /// Depthwise causal convolution: y_t = act(bias + sum_j weight[:, j] x_{t-W+1+j}), act = SiLU where silu, else identity.
 /// x (B,T,C) weight (C,W) 2 <= W <= 8, bias (C), state0 (B,W-1,C): the inputs before the first token, oldest first (zero
-/// where absent). reset (B,T) bool: the window is empty before that token. cu_seqlens (N+1) int32: B must be 1, states
+/// where absent). reset (B,T) bool: the window is empty before that token. cu_seqlens (N+1) integers: B must be 1, states
 /// are (N,W-1,C). Returns y (B,T,C) and the state: the last W-1 inputs (zeros before a reset), in x's dtype. On CUDA the
 /// values of cu_seqlens are not checked: that would wait for the device.
 std::tuple<at::Tensor, at::Tensor> causal_conv1d(const at::Tensor& x, const at::Tensor& weight,

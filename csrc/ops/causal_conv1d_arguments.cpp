@@ -77,6 +77,7 @@ CausalConv1dSizes check_causal_conv1d_step(const at::Tensor& x, const at::Tensor
   check_state(kStepOp, "state", state, sizes);
   check_dtype(kStepOp, "state", state, x.scalar_type());
   at::assert_no_internal_overlap(state);
+  at::assert_no_overlap(state, x);
   return sizes;
 }
 

@@ -76,7 +76,7 @@ class CausalConv1dStep : public torch::autograd::Function<CausalConv1dStep> {
  public:
   static at::Tensor forward(AutogradContext*, const at::Tensor& x, const at::Tensor& weight,
                             const OptionalTensor& bias, at::Tensor state, bool silu) {
-    at::AutoDispatchBelowADInplaceOrView guard;
+    const at::AutoDispatchBelowAutograd guard;
     return causal_conv1d_step(x, weight, bias, state, silu);
   }
 
@@ -89,15 +89,15 @@ at::Tensor causal_conv1d_step_autograd(const at::Tensor& x, const at::Tensor& we
                                        const OptionalTensor& bias, at::Tensor& state, bool silu) {
   TORCH_CHECK(!recording(state),
               "causal_conv1d_step: state: is changed in place and cannot require a gradient");
-  at::Tensor y;
-  if (recording(x, weight, bias)) {
-    y = CausalConv1dStep::apply(x, weight, bias, state, silu);
-  } else {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    y = causal_conv1d_step(x, weight, bias, state, silu);
-  }
-  state.unsafeGetTensorImpl()->bump_version();
-  return y;
+  if (recording(x, weight, bias)) return CausalConv1dStep::apply(x, weight, bias, state, silu);
+  const at::AutoDispatchBelowAutograd guard;
+  return causal_conv1d_step(x, weight, bias, state, silu);
+}
+
+at::Tensor causal_conv1d_step_in_place(const at::Tensor& x, const at::Tensor& weight,
+                                       const OptionalTensor& bias, at::Tensor& state, bool silu) {
+  return write_in_place("causal_conv1d_step", {{"state", state}},
+                        [&] { return causal_conv1d_step(x, weight, bias, state, silu); });
 }
 
 CausalConv1dOutputs causal_conv1d_meta(const at::Tensor& x, const at::Tensor& weight,
@@ -158,6 +158,10 @@ TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
   m.impl("causal_conv1d", causal_conv1d_autograd);
   m.impl("causal_conv1d_step", causal_conv1d_step_autograd);
   m.impl("causal_conv1d_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(xlstm, ADInplaceOrView, m) {
+  m.impl("causal_conv1d_step", causal_conv1d_step_in_place);
 }
 
 TORCH_LIBRARY_IMPL(xlstm, Meta, m) {

@@ -45,11 +45,12 @@ inline void check_reset(std::string_view op, const std::optional<at::Tensor>& re
   check_dtype(op, "reset", *reset, at::kBool);
 }
 
-/// (N+1) int32 for a batch of one packed row.
+/// (N+1) int32 or int64 for a batch of one packed row.
 inline void check_cu_seqlens(std::string_view op, const at::Tensor& cu_seqlens,
                              const c10::SymInt& batch) {
   check_rank(op, "cu_seqlens", cu_seqlens, 1);
-  check_dtype(op, "cu_seqlens", cu_seqlens, at::kInt);
+  TORCH_CHECK(cu_seqlens.scalar_type() == at::kInt || cu_seqlens.scalar_type() == at::kLong, op,
+              ": cu_seqlens: expected int32 or int64, got ", cu_seqlens.scalar_type());
   TORCH_CHECK(cu_seqlens.sym_size(0) >= 1, op,
               ": cu_seqlens: expected at least one entry (0), got none");
   TORCH_CHECK(batch == 1, op, ": cu_seqlens: expected B = 1 (one packed row), got B = ", batch);

@@ -19,6 +19,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include "csrc/ops/full_precision.h"
+
 #include <algorithm>
 #include <limits>
 
@@ -30,12 +32,6 @@ using at::Tensor;
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 constexpr double kLowest =
     -1e4;  // e^g is zero from here on, and differences of sums stay exact to 1e-10
-
-/// Neither TF32 nor an autocast region around the caller may touch the products.
-struct FullPrecision {
-  at::NoTF32Guard no_tf32;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
 
 /// Operations are recorded even where the Autograd keys are excluded, which grad mode does not bring back: an ordinary
 /// backward pass runs below them.
@@ -147,7 +143,7 @@ void each_slab(const GatedChunks& in, const F& f) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> gated_linear_attention_chunks(const GatedChunks& in) {
-  const FullPrecision precision;
+  const FullFloat precision;
   std::vector<Tensor> h, states;
   each_slab(in, [&](int64_t, const GatedChunks& slab) {
     auto [y, state] = one_slab(slab);
@@ -158,7 +154,7 @@ std::tuple<Tensor, Tensor> gated_linear_attention_chunks(const GatedChunks& in) 
 
 std::vector<Tensor> gated_linear_attention_chunks_backward(const GatedChunks& in, const Tensor& dh,
                                                            const Tensor& dstate) {
-  const FullPrecision precision;
+  const FullFloat precision;
   const Recording with_graph(c10::impl::tls_local_dispatch_key_set());
   std::vector<std::vector<Tensor>> parts(6);
   each_slab(in, [&](int64_t first, GatedChunks slab) {

@@ -43,7 +43,12 @@ inline cuda::View view_of(const at::Tensor& x) {
   return {kernel_data(x), x.stride(0), x.stride(1), x.stride(2), x.dim() == 4 ? x.stride(3) : 1};
 }
 
-/// Where the kernels of a recurrence find the documents: reset (B,T) bool, cu_seqlens contiguous.
+/// cu_seqlens as the kernels read it.
+inline std::optional<at::Tensor> kernel_offsets(const std::optional<at::Tensor>& cu_seqlens) {
+  return cu_seqlens ? std::optional(cu_seqlens->to(at::kInt).contiguous()) : std::nullopt;
+}
+
+/// Where the kernels of a recurrence find the documents: reset (B,T) bool, cu_seqlens from kernel_offsets.
 template <class Inputs>
 void set_documents(Inputs& in, const std::optional<at::Tensor>& reset,
                    const std::optional<at::Tensor>& cu_seqlens) {

@@ -254,6 +254,13 @@ Tensor linear_int8_generic(const Tensor& x, const Tensor& weight, const Optional
   return at::linear(x, dequantize_int8(weight, x.size(-1), x.scalar_type()), added);
 }
 
+Tensor zeros_int8(int64_t out_features, int64_t in_features, at::Device device) {
+  const Tensor matrix = at::zeros({out_features, int8_row_bytes(in_features)},
+                                  at::TensorOptions().dtype(at::kChar).device(device));
+  columns_of(matrix).fill_(in_features);
+  return matrix;
+}
+
 Tensor quantize_int8(const Tensor& weight) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("xlstm::quantize_int8", "")

@@ -14,6 +14,9 @@ constexpr int64_t int8_row_bytes(int64_t in_features) { return (in_features + 15
 /// A row without a number of at least 1.5e-36 is kept as zeros. Throws where a row holds inf or NaN.
 at::Tensor quantize_int8(const at::Tensor& weight);
 
+/// quantize_int8 of zeros (out_features,in_features), which need not be there: memory for a matrix that is yet to be loaded.
+at::Tensor zeros_int8(int64_t out_features, int64_t in_features, at::Device device);
+
 /// What quantize_int8 kept of a matrix with in_features = I columns: weight (O,R) int8 -> (O,I) in a floating dtype.
 at::Tensor dequantize_int8(const at::Tensor& weight, int64_t in_features,
                            at::ScalarType dtype = at::kFloat);

@@ -9,7 +9,7 @@ namespace xlstm::ops {
 
 struct MlstmOptions {
   std::optional<at::Tensor> reset;       ///< (B,T) bool: the state is empty before that token
-  std::optional<at::Tensor> cu_seqlens;  ///< (N+1) int32; B must be 1; states are then (N,...)
+  std::optional<at::Tensor> cu_seqlens;  ///< (N+1) integers; B must be 1; states are then (N,...)
   std::string_view input_gate = "exp";   ///< "exp" | "sigmoid"
   bool normalize = true;                 ///< false: h is not divided
   std::optional<double> scale;           ///< applied to q; default DQK^-1/2

@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
+#include <initializer_list>
 
 #include "csrc/ops/common.h"
 #include "csrc/ops/rows.h"
@@ -74,11 +75,12 @@ void check_numbers(std::string_view op, double eps, const std::optional<double>&
 }
 
 /// What is written must not be what is read, or written twice.
-void check_apart(const MlstmStepArguments& a) {
-  at::assert_no_overlap(a.c, a.n), at::assert_no_overlap(a.c, a.m), at::assert_no_overlap(a.n, a.m);
-  for (const at::Tensor& state : {a.c, a.n, a.m})
-    for (const at::Tensor& input : {a.q, a.k, a.v, a.igate, a.fgate})
-      at::assert_no_overlap(state, input);
+void check_apart(std::initializer_list<at::Tensor> written,
+                 std::initializer_list<at::Tensor> read) {
+  for (auto one = written.begin(); one != written.end(); ++one) {
+    for (auto other = written.begin(); other != one; ++other) at::assert_no_overlap(*one, *other);
+    for (const at::Tensor& input : read) at::assert_no_overlap(*one, input);
+  }
 }
 
 }  // namespace
@@ -193,7 +195,7 @@ MlstmSizes check_mlstm_step_arguments(const MlstmStepArguments& a, std::string_v
   is_sigmoid_input_gate(op, a.input_gate);
   check_step_states(op, a.c, a.n, a.m, sizes, a.q);
   check_numbers(op, a.eps, a.scale);
-  check_apart(a);
+  check_apart({a.c, a.n, a.m}, {a.q, a.k, a.v, a.igate, a.fgate});
   return sizes;
 }
 
@@ -201,6 +203,8 @@ MlstmSizes check_mlstm_lazy_arguments(const MlstmLazyArguments& a) {
   const MlstmSizes sizes = check_mlstm_step_arguments(a, a.kName);
   check_ring_devices(a.kName, a.ring, a.q.device());
   check_ring(a.kName, a.ring, sizes, a.q);
+  check_apart({a.ring.keys, a.ring.values, a.ring.gates, a.ring.count},
+              {a.q, a.k, a.v, a.igate, a.fgate, a.c, a.n, a.m});
   return sizes;
 }
 
@@ -212,6 +216,7 @@ MlstmSizes check_mlstm_fold_arguments(const MlstmFoldArguments& a) {
   check_step_states(a.kName, a.c, a.n, a.m, sizes, a.ring.keys);
   check_ring(a.kName, a.ring, sizes, a.ring.keys);
   is_sigmoid_input_gate(a.kName, a.input_gate);
+  check_apart({a.c, a.n, a.m, a.ring.count}, {a.ring.keys, a.ring.values, a.ring.gates});
   return sizes;
 }
 

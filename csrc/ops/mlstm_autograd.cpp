@@ -110,7 +110,7 @@ class MlstmStep : public torch::autograd::Function<MlstmStep<Arguments, kOp>> {
   static at::Tensor forward(AutogradContext*, const at::Tensor&, const at::Tensor&,
                             const at::Tensor&, const at::Tensor&, const at::Tensor&,
                             const Arguments& a) {
-    at::AutoDispatchBelowADInplaceOrView guard;
+    const at::AutoDispatchBelowAutograd guard;
     return kOp(a);
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -125,53 +125,40 @@ void check_states_without_gradient(const Arguments& a) {
               ": c, n, m: expected states without gradient, which are written in place");
 }
 
-/// As torch's own functions that work in place.
-template <class Arguments>
-void check_writable(const Arguments& a) {
-  if (c10::InferenceMode::is_enabled()) return;
-  for (const auto& [name, tensor] : {std::pair("c", a.c), std::pair("n", a.n), std::pair("m", a.m)})
-    TORCH_CHECK(!tensor.is_inference(), Arguments::kName, ": ", name,
-                ": made in inference mode and written outside it; clone() it first");
-}
-
-/// A graph that saved one of these sees that it was written.
-void mark_written(std::initializer_list<at::Tensor> tensors) {
-  for (const at::Tensor& tensor : tensors)
-    if (!tensor.is_inference()) torch::autograd::impl::bump_version(tensor);
-}
-
 template <class Arguments, auto kOp>
-at::Tensor step_below_autograd(const Arguments& a) {
+at::Tensor step_autograd(const Arguments& a) {
   check_states_without_gradient(a);
-  check_writable(a);
-  at::Tensor h;
-  if (recording(a.q, a.k, a.v, a.igate, a.fgate)) {
-    h = MlstmStep<Arguments, kOp>::apply(a.q, a.k, a.v, a.igate, a.fgate, a);
-  } else {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    h = kOp(a);
-  }
-  mark_written({a.c, a.n, a.m});
-  return h;
-}
-
-at::Tensor step_autograd(const MlstmStepArguments& a) {
-  return step_below_autograd<MlstmStepArguments, step_op>(a);
-}
-
-at::Tensor lazy_autograd(const MlstmLazyArguments& a) {
-  const at::Tensor h = step_below_autograd<MlstmLazyArguments, lazy_op>(a);
-  mark_written({a.ring.keys, a.ring.values, a.ring.gates, a.ring.count});
-  return h;
+  if (recording(a.q, a.k, a.v, a.igate, a.fgate))
+    return MlstmStep<Arguments, kOp>::apply(a.q, a.k, a.v, a.igate, a.fgate, a);
+  const at::AutoDispatchBelowAutograd guard;
+  return kOp(a);
 }
 
 void fold_autograd(const MlstmFoldArguments& a) {
   check_states_without_gradient(a);
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    fold_op(a);
-  }
-  mark_written({a.c, a.n, a.m, a.ring.count});
+  const at::AutoDispatchBelowAutograd guard;
+  fold_op(a);
+}
+
+at::Tensor step_in_place(const MlstmStepArguments& a) {
+  return write_in_place(a.kName, {{"c", a.c}, {"n", a.n}, {"m", a.m}}, [&] { return step_op(a); });
+}
+
+at::Tensor lazy_in_place(const MlstmLazyArguments& a) {
+  return write_in_place(a.kName,
+                        {{"c", a.c},
+                         {"n", a.n},
+                         {"m", a.m},
+                         {"keys", a.ring.keys},
+                         {"values", a.ring.values},
+                         {"gates", a.ring.gates},
+                         {"count", a.ring.count}},
+                        [&] { return lazy_op(a); });
+}
+
+void fold_in_place(const MlstmFoldArguments& a) {
+  write_in_place(a.kName, {{"c", a.c}, {"n", a.n}, {"m", a.m}, {"count", a.ring.count}},
+                 [&] { fold_op(a); });
 }
 
 // ---- Autocast: q, k, v in the autocast type; gates and states keep full precision ---------------------------------
@@ -384,9 +371,15 @@ TORCH_LIBRARY_IMPL(xlstm, Autograd, m) {
   m.impl("mlstm_chunkwise", mlstm_kernel<chunkwise_autograd>);
   m.impl("mlstm_chunkwise_forward", mlstm_kernel<forward_autograd>);
   m.impl("mlstm_chunkwise_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("mlstm_step", mlstm_step_kernel<step_autograd>);
-  m.impl("mlstm_step_lazy", mlstm_lazy_kernel<lazy_autograd>);
+  m.impl("mlstm_step", mlstm_step_kernel<step_autograd<MlstmStepArguments, step_op>>);
+  m.impl("mlstm_step_lazy", mlstm_lazy_kernel<step_autograd<MlstmLazyArguments, lazy_op>>);
   m.impl("mlstm_fold", mlstm_fold_kernel<fold_autograd>);
+}
+
+TORCH_LIBRARY_IMPL(xlstm, ADInplaceOrView, m) {
+  m.impl("mlstm_step", mlstm_step_kernel<step_in_place>);
+  m.impl("mlstm_step_lazy", mlstm_lazy_kernel<lazy_in_place>);
+  m.impl("mlstm_fold", mlstm_fold_kernel<fold_in_place>);
 }
 
 TORCH_LIBRARY_IMPL(xlstm, AutocastCPU, m) {

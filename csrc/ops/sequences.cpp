@@ -6,8 +6,8 @@ namespace xlstm::ops {
 
 std::vector<int64_t> sequence_starts(std::string_view op, const at::Tensor& cu_seqlens,
                                      int64_t time) {
-  const at::Tensor plain = cu_seqlens.to(at::kCPU).contiguous();
-  const int32_t* const data = plain.const_data_ptr<int32_t>();
+  const at::Tensor plain = cu_seqlens.to(at::kCPU, at::kLong).contiguous();
+  const int64_t* const data = plain.const_data_ptr<int64_t>();
   const std::vector<int64_t> starts(data, data + plain.numel());
   TORCH_CHECK(starts.front() == 0 && starts.back() == time, op,
               ": cu_seqlens: expected to go from 0 to T = ", time, ", got ", starts.front(), " to ",

@@ -7,7 +7,7 @@
 
 namespace xlstm::ops {
 
-/// First token of every sequence of a packed row of `time` tokens, and the end. Reads cu_seqlens (N+1) int32, which waits for
+/// First token of every sequence of a packed row of `time` tokens, and the end. Reads cu_seqlens (N+1), which waits for
 /// its device. Throws c10::Error where it does not rise from 0 to T.
 std::vector<int64_t> sequence_starts(std::string_view op, const at::Tensor& cu_seqlens,
                                      int64_t time);

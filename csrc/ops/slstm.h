@@ -9,7 +9,7 @@ namespace xlstm::ops {
 
 struct SlstmOptions {
   std::optional<at::Tensor> reset;       ///< (B,T) bool: the state is empty before that token
-  std::optional<at::Tensor> cu_seqlens;  ///< (N+1) int32; B must be 1; states are then (N,NH,DH)
+  std::optional<at::Tensor> cu_seqlens;  ///< (N+1) integers; B must be 1; states are then (N,NH,DH)
   std::string_view cell = "slstm";       ///< "slstm" | "slstm_expf" | "lstm"
   bool recompute = false;                ///< the backward pass computes the gates again
   double recurrent_clip = 0;   ///< bound of the gradient that flows back through r; 0: none

@@ -54,7 +54,8 @@ struct Call {
   Call(const Arguments& arguments, const SlstmSizes& sizes, at::ScalarType dtype)
       : a(arguments), problem(problem_of(sizes, dtype)) {
     a.r = a.r.contiguous();
-    for (OptionalTensor* x : {&a.y0, &a.c0, &a.n0, &a.m0, &a.cu_seqlens}) *x = contiguous(*x);
+    for (OptionalTensor* x : {&a.y0, &a.c0, &a.n0, &a.m0}) *x = contiguous(*x);
+    a.cu_seqlens = kernel_offsets(a.cu_seqlens);
     problem.cell = kernel_cell(a.cell);
     problem.r_dtype = kernel_dtype(a.r.scalar_type());
     in.r = kernel_data(a.r);

@@ -289,10 +289,14 @@ PYBIND11_MODULE(_C, m) {
   define<PyModel>(m, "Model", "What a libxlstm.Model stands for, and is documented there.")
       .def("loss", &PyModel::loss, no_lock())
       .def("hidden", &PyModel::hidden, no_lock())
-      .def("embed",
-           [](const PyModel& self, const at::Tensor& ids) { return self.module().embed(ids); })
-      .def("logits",
-           [](const PyModel& self, const at::Tensor& h) { return self.module().logits(h); })
+      .def(
+          "embed",
+          [](const PyModel& self, const at::Tensor& ids) { return self.module().embed(ids); },
+          no_lock())
+      .def(
+          "logits",
+          [](const PyModel& self, const at::Tensor& h) { return self.module().logits(h); },
+          no_lock())
       .def("merge_lora", &PyModel::merged, no_lock())
       .def_property_readonly("tokenizer", &PyModel::tokenizer)
       .def(

@@ -96,7 +96,7 @@ def our_training_step(vocab, dim, blocks, slstm_at, ids, targets):
     return _step(model, optimizer, lambda: model.loss(ids, targets))
 
 
-def xlstm_training_step(vocab, dim, blocks, slstm_at, ids, targets):
+def xlstm_model(vocab, dim, blocks, slstm_at, time, device):
     from xlstm import (
         FeedForwardConfig,
         mLSTMBlockConfig,
@@ -108,20 +108,25 @@ def xlstm_training_step(vocab, dim, blocks, slstm_at, ids, targets):
     )
 
     # On a GPU as the package is by itself: its CUDA code in bfloat16, biases and sums in float32.
-    types = {} if ids.is_cuda else dict.fromkeys(("dtype", *(f"dtype_{part}" for part in "wrsbga")), "float32")
-    slstm_layer = sLSTMLayerConfig(backend="cuda" if ids.is_cuda else "vanilla", num_heads=4, conv1d_kernel_size=4, **types)
+    cuda = device.type == "cuda"
+    types = {} if cuda else dict.fromkeys(("dtype", *(f"dtype_{part}" for part in "wrsbga")), "float32")
+    slstm_layer = sLSTMLayerConfig(backend="cuda" if cuda else "vanilla", num_heads=4, conv1d_kernel_size=4, **types)
     model = xLSTMLMModel(
         xLSTMLMModelConfig(
             vocab_size=vocab,
             embedding_dim=dim,
             num_blocks=blocks,
-            context_length=ids.shape[1],
+            context_length=time,
             slstm_at=slstm_at,
             mlstm_block=mLSTMBlockConfig(mlstm=mLSTMLayerConfig(num_heads=4)),
             slstm_block=sLSTMBlockConfig(slstm=slstm_layer, feedforward=FeedForwardConfig(proj_factor=1.3)),
         ))
     model.reset_parameters()
-    model.to(ids.device)
+    return model.to(device)
+
+
+def xlstm_training_step(vocab, dim, blocks, slstm_at, ids, targets):
+    model = xlstm_model(vocab, dim, blocks, slstm_at, ids.shape[1], ids.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     return _step(model, optimizer,
                  lambda: torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten()))

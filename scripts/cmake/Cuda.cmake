@@ -1,8 +1,11 @@
 # Decides whether the CUDA kernels are built (XLSTM_CUDA: AUTO | ON | OFF) and enables the language only then. Sets
 # XLSTM_WITH_CUDA and gives `torch_cuda_wheel` (TorchWheel.cmake) the toolkit's headers. Nothing here needs a GPU or a driver.
 set(XLSTM_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (where nvcc and a CUDA build of torch are) | ON | OFF")
-set(XLSTM_CUDA_ARCHITECTURES "80-real;90a-real;80-virtual" CACHE STRING
-  "targets of nvcc: sm_80 and sm_90a code, and PTX for everything later")
+set(_targets "80-real;90a-real;80-virtual")  # sm_80 and sm_90a code, and PTX for everything later
+if(CMAKE_CUDA_ARCHITECTURES)
+  set(_targets "${CMAKE_CUDA_ARCHITECTURES}")
+endif()
+set(XLSTM_CUDA_ARCHITECTURES "${_targets}" CACHE STRING "targets of nvcc; the kernels of Hopper want 90a")
 # cuda_obstacle(<variable>): why the kernels cannot be built here; empty: they can.
 function(cuda_obstacle variable)
   set(${variable} "" PARENT_SCOPE)
@@ -41,9 +44,7 @@ endif()
 
 set(CMAKE_CUDA_COMPILER ${XLSTM_NVCC})
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # linked by name below
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES ${XLSTM_CUDA_ARCHITECTURES})
-endif()
+set(CMAKE_CUDA_ARCHITECTURES ${XLSTM_CUDA_ARCHITECTURES})
 if(CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
   set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
 endif()

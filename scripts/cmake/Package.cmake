@@ -2,7 +2,7 @@
 # names, for find_package(libxlstm). The plain install is what setup.py packs, so this one has a component of its own:
 #   cmake --install build --component cpp --prefix PREFIX
 set(_models xlstm_options xlstm_ops xlstm_nn xlstm_models)
-set(_inference xlstm_core xlstm_data xlstm_config xlstm_inference)
+set(_inference xlstm_base xlstm_core xlstm_data xlstm_config xlstm_inference)
 set(_parts models)
 if(XLSTM_BUILD_TRAIN)
   list(APPEND _parts inference)

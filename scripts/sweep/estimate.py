@@ -2,11 +2,11 @@
 
 The operations are the model's own (train/flops.h), three times the forward pass, counted by `xlstm-train --describe`; what
 the device achieves is its rate times a utilisation (MFU). The defaults are those of one measured training step: xLSTM[1:0] with
-125 M parameters, 4 x 2048 tokens, bfloat16, on an H200 (scripts/bench/results/gpu_2026-11-26.json): 127,951 tokens/s are 15.4 %
-of what its matrix product gives, 764 TFLOP/s. No other kind of model was measured, nor one with sLSTM layers: what is printed
-names those that were not. Held-out evaluations, measures after training and saving are not counted. Models of a few million
-parameters and those with sLSTM layers, which go through time step by step, reach less than that step did: give them their own
-utilisation or a least time per step, or read their hours as a lower bound.
+125 M parameters, 4 x 2048 tokens, bfloat16, on an H200 (scripts/bench/results/gpu_model_h200.json): 179,708 tokens/s are 20.8 %
+of what its matrix product gives, 794 TFLOP/s. The same run has 25.9 % of [1:0] 350M, 15.2 and 16.8 % of [7:1] 125M and 350M; no
+other kind of model was measured, and what is printed names those that are not [1:0]. Held-out evaluations, measures after training
+and saving are not counted. Models of a few million parameters and those with sLSTM layers, which go through time step by step,
+reach less than that step did: give them their own utilisation or a least time per step, or read their hours as a lower bound.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import json
 from .describe import described
 from .execution import SweepError
 
-PEAK_TFLOPS = 764.0
-MFU_PERCENT = 15.4
+PEAK_TFLOPS = 794.0
+MFU_PERCENT = 20.8
 
 
 @dataclasses.dataclass
@@ -71,9 +71,9 @@ class Device:
         own = "".join(f", {model} {percent:g} %" for model, percent in self.mfu.items() if model)
         least = f", at least {self.step_ms:g} ms a step" if self.step_ms else ""
         return (f"One GPU of {self.peak_tflops:g} TFLOP/s at {self.mfu[None]:g} % utilisation{own}{least} (--peak-tflops, "
-                f"--mfu, --step-ms); evaluations and saving left out.\n{MFU_PERCENT:g} % were measured at one model, xLSTM[1:0] of "
-                "125 M parameters; no other kind's utilisation is known. Small\nmodels and sLSTM layers stay below that: theirs "
-                "are lower bounds.")
+                f"--mfu, --step-ms); evaluations and saving left out.\n{MFU_PERCENT:g} % were measured of xLSTM[1:0] with 125 M "
+                "parameters, 15.2 % of [7:1]; no other kind's utilisation is known. Small\nmodels and sLSTM layers stay below "
+                "the former: theirs are lower bounds.")
 
 
 def hours_text(hours):
@@ -90,7 +90,7 @@ def aligned(rows):
 
 
 def not_measured(experiment, found, device):
-    """Labels of the models whose utilisation is neither given nor that of the one which was measured, mLSTM blocks alone."""
+    """Labels of the models whose utilisation is neither given nor the default's, that of mLSTM blocks alone."""
     def measured(cost):
         kind, slstm = (experiment.setting(f"model.{key}", cost.case, cost.model) for key in ("kind", "slstm_at"))
         return kind in (None, "xlstm") and not slstm
@@ -134,7 +134,7 @@ def estimate_text(experiment, found, device, before=None):
         lines += [f"  {model}: {hours_text(sum(hours))}" for model, hours in by_model.items()]
     lines.append(f"  in all: {hours_text(sum(map(sum, by_model.values())))}")
     if unknown := not_measured(experiment, found, device):
-        lines.append(f"  utilisation never measured: {', '.join(unknown)}")
+        lines.append(f"  other models than the one whose utilisation is taken: {', '.join(unknown)}")
     for other, count in (before or {}).items():
         lines.append(f"  counted there, too: {count} of these runs are runs of {other}, but each experiment trains its own")
     if left_out:

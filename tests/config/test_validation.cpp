@@ -47,6 +47,9 @@ TEST_CASE("model sizes that do not fit together") {
   };
   for (const Case& each : cases) CHECK(parse_message(each.yaml) == each.message);
   CHECK(parse_message("model: {slstm_at: [3, 0, 1, 2], mlstm: {qkv_proj_blocksize: 7}}") == "");
+  for (const std::string kind :
+       {"lstm", "lstm_residual", "lstm_block", "mamba", "rwkv4", "hgrn", "hyena"})  // without heads
+    CHECK(parse_message("model: {embedding_dim: 66, kind: " + kind + "}") == "");
 }
 
 TEST_CASE("gates and the place of the up-projection") {
@@ -197,10 +200,12 @@ TEST_CASE("what a training run needs") {
       {data + "train: {max_steps: 500}\noptim: {learning_rate: 1e-5}",
        "optim.min_lr (default): is 1.0e-04, expected at most optim.learning_rate 1.0e-05"},
       {data + "train: {max_steps: 50}",
-       "optim.warmup_steps (default): is 100, expected at most the 50 steps of the run"},
+       "optim.warmup_steps (default): is 100, expected at most the 50 steps of the run; "
+       "one that is cut short has its steps on the command line"},
       {data + "train: {max_steps: 100}", ""},
       {data + "train: {max_tokens: 8192}\noptim: {warmup_steps: 3}",
-       "f.yaml:3: optim.warmup_steps: is 3, expected at most the 2 steps of the run"},
+       "f.yaml:3: optim.warmup_steps: is 3, expected at most the 2 steps of the run; one "
+       "that is cut short has its steps on the command line"},
       {data + "train: {max_steps: 500}\noptim: {decay_steps: 5}",
        "f.yaml:3: optim.decay_steps: applies to optim.schedule wsd only, but the schedule is "
        "cosine; remove it"},
@@ -277,7 +282,7 @@ TEST_CASE("the command line may cut a run short of its warm-up") {
   CHECK(message({"optim.schedule=wsd", "train.max_steps=3"}) == "");
   CHECK(message({"optim.warmup_steps=501"}) ==
         "override 'optim.warmup_steps=501': optim.warmup_steps: is 501, expected at most the 500 "
-        "steps of the run");
+        "steps of the run; one that is cut short has its steps on the command line");
   CHECK(message({"train.max_steps=3", "optim.warmup_steps=4"}) != "");
 }
 

@@ -1,10 +1,33 @@
 // Settings that reach the blocks, first weights, places of dropout, learned positions.
+#include <ATen/CPUGeneratorImpl.h>
+
+#include "csrc/nn/layers.h"
 #include "tests/models/models.h"
 
 namespace xlstm::models {
 namespace {
 
 using namespace tests;
+
+TEST_CASE("what is made to be loaded draws nothing") {
+  std::vector<ModelOptions> all;
+  for (const auto& [name, model] : all_models()) all.push_back(model->options());
+  ModelOptions adapted = small_options();
+  adapted.embedding_dim = 64, adapted.lora.rank = 2;
+  all.push_back(adapted);
+  const auto stream = [] { return at::detail::getDefaultCPUGenerator().get_state(); };
+  for (const ModelOptions& options : all) {
+    INFO(options.kind << " with adapters of rank " << options.lora.rank);
+    const at::Tensor before = stream();
+    {
+      const nn::SkipDrawing skip_drawing;
+      make_language_model(options);
+    }
+    CHECK(at::equal(stream(), before));
+    make_language_model(options);
+    CHECK_FALSE(at::equal(stream(), before));
+  }
+}
 
 TEST_CASE("settings of the blocks reach them") {
   const at::Tensor ids = random_ids(2, 9);

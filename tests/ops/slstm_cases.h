@@ -81,7 +81,7 @@ inline ops::SlstmArguments slstm_arguments(const SlstmCase& s, at::ScalarType ty
     a.m0 = state();
   }
   if (s.resets) a.reset = at::rand({s.batch, s.time}).lt(0.2);
-  if (!s.cu_seqlens.empty()) a.cu_seqlens = at::tensor(s.cu_seqlens, at::kInt);
+  if (!s.cu_seqlens.empty()) a.cu_seqlens = at::tensor(s.cu_seqlens, at::kLong);
   return a;
 }
 

@@ -123,7 +123,7 @@ TEST_CASE("mLSTM: the fused sweep agrees with the generic path", "[mlstm]") {
                  .dv = 16,
                  .states = false,
                  .resets = false},
-                type, at::tensor({0, 0, 63, 64, 130, 200}, at::kInt));
+                type, at::tensor({0, 0, 63, 64, 130, 200}, at::kLong));
   }
 }
 

@@ -25,10 +25,8 @@ double largest_difference(const Tensor& a, const Tensor& b) {
 /// The operator's kernel for devices that have none of their own, on CPU tensors.
 template <class F, class... Arguments>
 auto elsewhere(const char* name, const Arguments&... arguments) {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow((std::string("xlstm::") + name).c_str(), "")
-      .typed<F>()
-      .redispatch(c10::DispatchKeySet(c10::DispatchKey::CUDA), arguments...);
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>().redispatch(
+      c10::DispatchKeySet(c10::DispatchKey::CUDA), arguments...);
 }
 
 }  // namespace
@@ -119,10 +117,10 @@ TEST_CASE("int8: few rows are computed as each by itself, strided ones as packed
 TEST_CASE("int8: ATen's calls keep the same bits as the kernels", "[int8]") {
   at::manual_seed(4);
   const Tensor weight = at::randn({19, 77}), kept = quantize_int8(weight);
-  CHECK(at::equal(elsewhere<Tensor(const Tensor&)>("quantize_int8", weight), kept));
+  CHECK(at::equal(elsewhere<Tensor(const Tensor&)>("xlstm::quantize_int8", weight), kept));
   for (const at::ScalarType type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf})
     CHECK(at::equal(elsewhere<Tensor(const Tensor&, c10::SymInt, at::ScalarType)>(
-                        "dequantize_int8", kept, c10::SymInt(77), type),
+                        "xlstm::dequantize_int8", kept, c10::SymInt(77), type),
                     dequantize_int8(kept, 77, type)));
 }
 

@@ -110,7 +110,7 @@ TEST_CASE("mlstm_kernels hands every view, state and option to the kernels") {
 TEST_CASE("mlstm_kernels with packed sequences, another scale, and float64 gates") {
   const Problem p({.batch = 1, .time = 50, .heads = 2, .dqk = 5, .dv = 7, .states = false});
   MlstmArguments a = strided_arguments(p, {});
-  a.cu_seqlens = at::tensor({0, 9, 0, 9, 7, 9, 40, 9, 50, 9}, at::kInt).slice(0, 0, 10, 2);
+  a.cu_seqlens = at::tensor({0, 9, 0, 9, 7, 9, 40, 9, 50, 9}, at::kLong).slice(0, 0, 10, 2);
   a.scale = 0.7;
   check_both_directions(a, p.dh.to(at::kFloat), {}, {});
   a.igate = a.igate.to(at::kDouble);  // exact in float32: the kernels read float32

@@ -1,4 +1,4 @@
-"""The xlstm package's small models, imported: the same logits from the same weights."""
+"""The xlstm package's small models, imported and exported: the same logits from the same weights."""
 
 import contextlib
 import io
@@ -116,6 +116,7 @@ def check_logits(model, folder):
         {"slstm_at": "all", "mlstm_block": None, "add_post_blocks_norm": False},
         {"slstm_block__slstm__conv1d_kernel_size": 4, "slstm_block__slstm__function": "lstm"},
         {"slstm_block__feedforward__act_fn": "swish", "slstm_block__feedforward__bias": True},
+        {"slstm_block__feedforward__act_fn": "relu^2"},
         {"mlstm_block__mlstm__proj_factor": 1.5, "mlstm_block__mlstm__round_proj_up_dim_up": False,
          "mlstm_block__mlstm__round_proj_up_to_multiple_of": 32},
         {"slstm_block__slstm__group_norm_weight": False},
@@ -267,3 +268,92 @@ def test_unreadable_files(tmp_path, capsys):
     assert convert.main(["--from", "xlstm", *files, "--out", str(tmp_path / "out")]) == 4
     told = capsys.readouterr().err
     assert "absent.safetensors" in told and "save_file" not in told
+
+
+def export(folder, out, *more):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+        code = convert.main(["--to", "xlstm", "--weights", str(folder), "--out", str(out), *more])
+    return code, output.getvalue()
+
+
+def make_ours(**changes):
+    torch.manual_seed(3)
+    settings = {"vocab_size": VOCABULARY, "embedding_dim": 32, "num_blocks": 3, "slstm_at": [1], **changes}
+    model = libxlstm.make_model({"model": settings, "data": {"seq_len": LENGTH}}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"slstm_at": [], "tie_weights": True, "mlstm": {"proj_factor": 1.5, "round_proj_up_to_multiple_of": 32}},
+        {"slstm_at": [0, 1, 2], "add_out_norm": False, "slstm": {"conv1d_kernel_size": 0, "cell": "lstm"}},
+        {"bias": True, "feed_forward": {"act_fn": "relu2"}},
+    ],
+)
+def test_exported_logits_are_ours(changes, tmp_path):
+    ours = make_ours(**changes)
+    ours.save(str(tmp_path / "ours"))
+    code, said = export(tmp_path / "ours", tmp_path / "theirs")
+    assert code == 0, said
+    config = yaml.safe_load((tmp_path / "theirs" / "config.yaml").read_text())
+    assert config["context_length"] == LENGTH
+    theirs = make_model(config)
+    tensors = safetensors_torch.load_file(tmp_path / "theirs" / "model.safetensors")
+    theirs.load_state_dict(tensors, strict=True)
+    check_logits(theirs, tmp_path / "ours")
+
+    done = run_tool(tmp_path, config, tensors)  # and back
+    assert done.returncode == 0, done.stderr
+    back = dict(libxlstm.load(tmp_path / "out").named_parameters())
+    assert back.keys() == dict(ours.named_parameters()).keys()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(back[name], parameter, rtol=1e-6, atol=1e-6)
+
+
+def test_export_in_the_other_layout(tmp_path):
+    make_ours().save(str(tmp_path / "ours"))
+    assert export(tmp_path / "ours", tmp_path / "cuda", "--slstm-layout", "cuda")[0] == 0
+    assert export(tmp_path / "ours", tmp_path / "vanilla")[0] == 0
+    config = yaml.safe_load((tmp_path / "vanilla" / "config.yaml").read_text())
+    model = make_model(config)
+    model.load_state_dict(safetensors_torch.load_file(tmp_path / "vanilla" / "model.safetensors"))
+    tensors = safetensors_torch.load_file(tmp_path / "cuda" / "model.safetensors")
+    for name, expected in to_cuda_layout(model, config, state_dict_of(model)).items():
+        assert torch.equal(tensors[name], expected), name
+    assert yaml.safe_load((tmp_path / "cuda" / "config.yaml").read_text())["slstm_block"]["slstm"]["backend"] == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"kind": "llama", "slstm_at": []}, "model.kind: 'llama'"),
+        ({"mlstm": {"up_projection": "post"}}, "model.mlstm.up_projection: 'post'; the xlstm package has 'pre' alone"),
+        ({"mlstm": {"conv1d_kernel_size": 0}}, "model.mlstm.conv1d_kernel_size: 0"),
+        ({"slstm": {"cell": "slstm_expf"}}, "model.slstm.cell: slstm_expf"),
+        ({"feed_forward": {"gated": False}}, "model.feed_forward.gated: False"),
+    ],
+)
+def test_what_the_package_does_not_have_is_named(changes, part, tmp_path):
+    make_ours(**changes).save(str(tmp_path / "ours"))
+    code, said = export(tmp_path / "ours", tmp_path / "theirs")
+    assert code == 2 and part in said and not (tmp_path / "theirs").exists()
+
+
+def test_export_keeps_what_is_there_and_merges_adapters(tmp_path):
+    ours = make_ours(embedding_dim=64, lora={"rank": 2})
+    ours.save(str(tmp_path / "ours"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    code, said = export(tmp_path / "ours", tmp_path / "full")
+    assert code == 4 and "not empty" in said and (tmp_path / "full" / "mine").read_text() == "mine"
+    assert export(tmp_path / "ours", tmp_path / "theirs")[0] == 0
+    theirs = make_model(yaml.safe_load((tmp_path / "theirs" / "config.yaml").read_text()))
+    theirs.load_state_dict(safetensors_torch.load_file(tmp_path / "theirs" / "model.safetensors"))
+    ours.merge_lora().save(str(tmp_path / "merged"))
+    check_logits(theirs, tmp_path / "merged")

@@ -153,7 +153,7 @@ def test_numbers_names_and_files_that_cannot_be_used(run, tmp_path):
         assert f"{options[0]} must be at most" in program("xlstm-eval", run.path, *options, check=2).stderr
     assert "--threads must be at most" in program("xlstm-generate", run.path, "--threads", 200_000, check=2).stderr
     done = program("xlstm-generate", run.path, "--prompt-file", tmp_path, check=3)
-    assert f"{tmp_path}: a folder, expected the file of the prompt" in done.stderr
+    assert f"{tmp_path}: a folder, expected a file" in done.stderr
     config = tmp_path / "vectors.yaml"
     config.write_text("model: {input_features: 4}\n")
     assert "model.input_features is 4: only models that read tokens" in program("xlstm-bench", config, check=2).stderr

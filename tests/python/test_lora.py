@@ -117,6 +117,24 @@ def test_weights_are_rounded_and_adapters_are_not(base, dtype, tmp_path):
         assert torch.equal(again(tokens)[0], logits)
 
 
+def test_fresh_adapters_alone_are_drawn(base, tmp_path):
+    torch.manual_seed(5)
+    first = libxlstm.load(base.path, settings=SETTINGS)
+    second, behind = libxlstm.load(base.path, settings=SETTINGS), torch.get_rng_state()
+    drawn = [name for name in adapters(first) if name.endswith("lora_a")]
+    assert drawn
+    for name in drawn:
+        a, b = first.get_parameter(name), second.get_parameter(name)
+        bound = a.size(1) ** -0.5
+        assert 0.9 * bound < a.abs().max() <= bound and not torch.equal(a, b), name
+    first.save(tmp_path / "adapted")
+    again = libxlstm.load(tmp_path / "adapted")
+    assert torch.equal(torch.get_rng_state(), behind)
+    assert all(torch.equal(again.get_parameter(name), first.get_parameter(name)) for name in adapters(first))
+    torch.manual_seed(5)
+    assert torch.equal(libxlstm.load(base.path, settings=SETTINGS).get_parameter(drawn[0]), first.get_parameter(drawn[0]))
+
+
 def kinds():
     """Every kind of model, small, with large linear maps."""
     for kind in ("xlstm", "xlstm_large", "llama", "gpt", "mamba", "rwkv4", "rwkv6", "hgrn", "gla", "retnet", "h3", "hyena"):

@@ -1,5 +1,8 @@
 """What may be done with a model beside calling it: its parts, its hidden vectors, arguments as they come, other settings."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_models import make_model, random_ids
@@ -222,3 +225,17 @@ def test_a_checkpoint_with_other_settings(tmp_path, capfd):
                               ({"model": {"dropout": 2}}, "model.dropout")):
         with pytest.raises(libxlstm.Error, match=message):
             libxlstm.load(tmp_path / "model", settings=settings)
+
+
+def test_a_lack_of_memory_is_no_wrong_setting():
+    program = """
+import resource, libxlstm
+own = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (own + 2**28, -1))
+try:
+    libxlstm.make_model({"model": {"num_blocks": 2, "embedding_dim": 8192}})
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.startswith("RuntimeError") and "allocate memory" in done.stdout, done.stderr

@@ -302,6 +302,17 @@ def test_settings_as_a_dictionary():
         libxlstm.make_model({"model": {"embeding_dim": 32}})
 
 
+@pytest.mark.parametrize("name", ["caf\u00e9", "\U0001f600 model", "a\x7f\x85b", "\u2028\ufeff", "\"\\", "line\nbreak\ttab"])
+def test_settings_of_any_characters(name, tmp_path):
+    model = libxlstm.make_model({"model": yaml.safe_load(YAML)["model"], "run": {"name": "a", "out_dir": f"runs/{name}"}})
+    assert yaml.safe_load(model.config)["run"]["out_dir"] == f"runs/{name}"
+    model.save(tmp_path / "model")
+    again = libxlstm.load(tmp_path / "model", settings={"run": {"out_dir": f"again/{name}"}})
+    assert yaml.safe_load(again.config)["run"]["out_dir"] == f"again/{name}"
+    with pytest.raises(libxlstm.Error, match="kind"):
+        libxlstm.BlockStack(kind=name)
+
+
 def test_copies(tmp_path):
     model = make_model().to(torch.float64).eval()
     model.lm_head.requires_grad_(False)
@@ -332,6 +343,27 @@ def test_loading_leaves_the_generator_alone(kind, tmp_path):
     state = torch.get_rng_state()
     libxlstm.load(tmp_path / "model")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_loading_leaves_the_draws_of_other_threads_alone(tmp_path):
+    """Copies, too: each number of the stream comes once, in its order."""
+    make_model().save(tmp_path / "model")
+    torch.manual_seed(4)
+    expected = [torch.rand(()).item() for _ in range(30_000)]
+    model, drawn = make_model(), []
+
+    def load():
+        for _ in range(20):
+            libxlstm.load(tmp_path / "model")
+            copy.deepcopy(model)
+
+    torch.manual_seed(4)
+    thread = threading.Thread(target=load)
+    thread.start()
+    while thread.is_alive() and len(drawn) < len(expected):
+        drawn.append(torch.rand(()).item())
+    thread.join()
+    assert len(drawn) > 100 and drawn == expected[: len(drawn)]
 
 
 def test_a_copy_drops_what_the_model_does():

@@ -103,6 +103,23 @@ def test_gated_scan_compiles_whatever_the_strides(time):
     assert strides("cpu") == strides("meta")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cu_seqlens_are_integers_of_either_size(dtype):
+    """flash-attn's are int32, flash-linear-attention's int64."""
+    make = lambda *shape: torch.randn(*shape, dtype=dtype, requires_grad=True)  # noqa: E731
+    calls = {
+        ops.mlstm_chunkwise: (make(1, 9, 2, 4), make(1, 9, 2, 4), make(1, 9, 2, 4), make(1, 9, 2), make(1, 9, 2)),
+        ops.slstm: (make(1, 9, 4, 2, 4), make(4, 2, 4, 4), make(4, 2, 4)),
+        ops.causal_conv1d: (make(1, 9, 4), make(4, 3)),
+    }
+    for call, inputs in calls.items():
+        results = []
+        for integers in (torch.int32, torch.int64):
+            out = call(*inputs, cu_seqlens=torch.tensor([0, 2, 2, 9], dtype=integers))
+            results.append([out[0], *torch.autograd.grad(out[0].square().sum(), inputs), *(x.detach() for x in out[1:])])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), call
+
+
 def test_gated_linear_attention_in_chunks_has_its_backward_operator():
     q, k, v = (torch.randn(1, 5, 1, 2, dtype=torch.double, requires_grad=True) for _ in range(3))
     g = -torch.rand_like(q)
@@ -152,6 +169,62 @@ def test_states_that_are_written_in_place():
         ops.mlstm_step(*step[:5], *made)
     with pytest.raises(RuntimeError, match="inference mode"), torch.no_grad():
         ops.mlstm_step(*step[:5], *made)
+
+
+def in_place_calls():
+    """Operator -> what it reads and what it writes, the number of what it writes first."""
+    k = torch.randn(1, 1, 2)
+    step = [torch.randn(1, 1, 2) for _ in range(3)] + [torch.randn(1, 1) for _ in range(2)]
+    state = lambda: [torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2), torch.zeros(1, 1)]  # noqa: E731
+    ring = lambda: [torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2),  # noqa: E731
+                    torch.zeros(1, 1, dtype=torch.int32)]  # fmt: skip
+    return {
+        "mlstm_step": (step, state()),
+        "mlstm_step_lazy": (step, state() + ring()),
+        "mlstm_fold": ([], state() + ring()),
+        "causal_conv1d_step": ([k[0], torch.randn(2, 4), None], [torch.zeros(1, 3, 2)]),
+    }
+
+
+@pytest.mark.parametrize("operator", in_place_calls())
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_graph_sees_what_was_written(operator, mode):
+    read, written = in_place_calls()[operator]
+    scale = torch.ones((), requires_grad=True)
+    y = (scale * written[0]).sum()
+    with mode():
+        getattr(ops, operator)(*read, *written)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("operator", in_place_calls())
+def test_what_inference_mode_made_is_not_written_outside_it(operator):
+    with torch.inference_mode():
+        read, written = in_place_calls()[operator]
+        before = [x.clone() for x in written]
+    with pytest.raises(RuntimeError, match=f"{operator}: .*made in inference mode"):
+        getattr(ops, operator)(*read, *written)
+    assert all(torch.equal(x, y) for x, y in zip(written, before))
+
+
+def test_what_is_written_lies_apart():
+    state = torch.zeros(1, 3, 2)
+    with pytest.raises(RuntimeError, match="memory"):
+        ops.causal_conv1d_step(state[:, 2], torch.randn(2, 4), None, state)
+    read, (c, n, m, keys, values, gates, count) = in_place_calls()["mlstm_step_lazy"]
+    short = [x[:, :, :2].contiguous() for x in (values, gates)]
+    for ring in ((keys, keys, gates), (keys, values, keys), (c, *short)):
+        with pytest.raises(RuntimeError, match="memory"):
+            ops.mlstm_step_lazy(*read, c, n, m, *ring, count)
+    with pytest.raises(RuntimeError, match="memory"):
+        ops.mlstm_fold(c, n, m, c, *short, count)
+
+
+def test_tensors_without_dimensions_are_an_error_on_meta_too():
+    for device in ("cpu", "meta"):
+        with pytest.raises(RuntimeError, match="block_linear: x: expected"):
+            ops.block_linear(torch.zeros((), device=device), torch.zeros(2, 3, 3, device=device))
 
 
 @pytest.mark.parametrize("operator, option, values", [

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_accelerate import accelerated, make_large, stand_ins
+from test_accelerate import random_ids as random_tokens
 from test_block_stack import Regression
 from test_models import make_model, random_ids
 from test_scoring import make_yaml, train_tokenizer
@@ -39,6 +41,17 @@ def test_adapters_and_weights_of_8_bits(copied):
     for (name, ours), theirs in zip(stack.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
         assert ours.requires_grad == theirs.requires_grad == name.endswith(("lora_a", "lora_b"))
+    assert torch.equal(stack(x)[0], twin(x)[0])
+
+
+@pytest.mark.parametrize("copied", [pickled, saved])
+@pytest.mark.parametrize("base", ["bfloat16", "int8"])
+def test_adapters_beside_rounded_weights(copied, base):
+    torch.manual_seed(1)
+    stack = libxlstm.BlockStack(embedding_dim=64, num_blocks=2, num_heads=2, lora={"rank": 2, "base": base}).eval()
+    twin, x = copied(stack), torch.randn(2, 5, 64)
+    for (name, ours), theirs in zip(stack.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
     assert torch.equal(stack(x)[0], twin(x)[0])
 
 
@@ -283,3 +296,13 @@ def test_spawned_processes_take_a_model(tmp_path):
     script = tmp_path / "spawn.py"
     script.write_text(SPAWN)
     subprocess.run([sys.executable, script], check=True, timeout=500, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("copied", [pickled, saved])
+def test_accelerated_models_of_other_packages(copied):
+    ours = accelerated(make_large())
+    twin, ids = copied(ours), random_tokens(2, 7)
+    assert stand_ins(twin) == stand_ins(ours)
+    with torch.no_grad():
+        assert torch.equal(twin(ids)[0], ours(ids)[0])
+    assert not stand_ins(libxlstm.accelerate(twin, enabled=False))

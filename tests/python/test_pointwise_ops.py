@@ -239,7 +239,7 @@ ERRORS = [
     (lambda: ops.causal_conv1d(x3, w24, None, torch.zeros(2, 2, 4)), r"state0: expected .* = \[2, 1, 4\], got \[2, 2, 4\]"),
     (lambda: ops.causal_conv1d(x3, w24, reset=torch.zeros(2, 3)), "reset: expected dtype Bool, got Float"),
     (lambda: ops.causal_conv1d(x3, w24, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32)), "expected B = 1"),
-    (lambda: ops.causal_conv1d(x3[:1], w24, cu_seqlens=torch.tensor([0, 3])), "cu_seqlens: expected dtype Int, got Long"),
+    (lambda: ops.causal_conv1d(x3[:1], w24, cu_seqlens=torch.tensor([0.0, 3.0])), "cu_seqlens: expected int32 or int64, got Float"),
     (lambda: ops.causal_conv1d(x3[:1], w24, cu_seqlens=torch.tensor([0, 2], dtype=torch.int32)), "from 0 to T = 3"),
     (lambda: ops.causal_conv1d(x3[:1], w24, cu_seqlens=torch.tensor([0, 4, 3], dtype=torch.int32)), "4 before 3"),
     (lambda: ops.causal_conv1d(x3.int(), w24), "x: expected float32, float64, bfloat16 or float16, got Int"),

@@ -1,4 +1,4 @@
-"""README.md: its Python runs as it stands, and the files and options that it names are there."""
+"""README.md and the guides that it names: their Python runs as it stands, and the files and options that they name are there."""
 
 import re
 import subprocess
@@ -13,7 +13,9 @@ import libxlstm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from tiny_run import BIN, ROOT, environment  # noqa: E402
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = {name: (ROOT / name).read_text(encoding="utf-8") for name in sorted(set(re.findall(r"\((\w[\w/]*/README\.md)\)", README)))}
+TEXT = "\n".join([README, *GUIDES.values()])
 PROGRAMS = {name: [BIN / name] for name in ("xlstm-train", "xlstm-generate", "xlstm-eval", "xlstm-data", "xlstm-bench")} | {
     "python -m libxlstm.convert": [sys.executable, "-m", "libxlstm.convert"],
     "python -m libxlstm.plot": [sys.executable, "-m", "libxlstm.plot"],
@@ -23,11 +25,15 @@ PROGRAMS = {name: [BIN / name] for name in ("xlstm-train", "xlstm-generate", "xl
 
 
 def commands():
-    """Every command of the README: the lines of its plain blocks and what stands in backticks within its text."""
+    """Every command: the lines of plain blocks and what stands in backticks within the text."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
     blocks = [block for language, block in fenced if not language]
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)
     return [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`]+)`", prose)
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def test_its_python_runs(tmp_path, monkeypatch):
@@ -37,11 +43,15 @@ def test_its_python_runs(tmp_path, monkeypatch):
     prepare = [BIN / "xlstm-data", "prepare", "corpus.txt", "--output", "data/corpus"]
     assert subprocess.run(prepare, capture_output=True, env=environment()).returncode == 0
     names = {}
-    operators, model, data, stack = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    operators, model = blocks(README, "python")
     exec(operators, names)
     assert names["h"].shape == (2, 100, 4, 128) and names["c"].shape == (2, 4, 64, 128)
     exec(model, names)
     assert names["ids"].shape == (1, 1) and names["logits"].shape == (1, 1, 256)
+    names = {}
+    hidden, data, stack, _ = blocks(GUIDES["libxlstm/README.md"], "python")
+    exec(hidden, names)
+    assert names["y"].shape == names["first"].shape == names["last"].shape == (4, 65, 32)
     exec(data, names)
     assert names["ids"].shape == names["targets"].shape == names["reset"].shape == (4, 64)
     exec(stack, names)
@@ -50,8 +60,18 @@ def test_its_python_runs(tmp_path, monkeypatch):
     assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True) if b.dim() > 1)
 
 
+def test_its_line_for_transformers_runs(tmp_path, monkeypatch):
+    from test_accelerate import make_transformers, stand_ins
+
+    make_transformers().save_pretrained(tmp_path / "xLSTM-7b")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(blocks(GUIDES["libxlstm/README.md"], "python")[-1], names)
+    assert stand_ins(names["model"])
+
+
 def test_its_files_exist():
-    named = set(re.findall(r"\b(?:configs|scripts|csrc|tests|train)/[\w./-]+\w", TEXT))
+    named = set(re.findall(r"\b(?:configs|scripts|csrc|cuda|libxlstm|tests|train)/[\w./-]+\w", TEXT))
     assert len(named) > 20
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
 
@@ -79,7 +99,7 @@ def test_its_options_exist(offered):
 
 
 def test_its_sweep_is_one(tmp_path):
-    (block,) = re.findall(r"^```yaml\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    (block,) = blocks(GUIDES["scripts/reproduce/README.md"], "yaml")
     folder = tmp_path / "experiments" / "heads"
     folder.mkdir(parents=True)
     (folder / "experiment.yaml").write_text(block)
@@ -88,6 +108,19 @@ def test_its_sweep_is_one(tmp_path):
                           cwd=tmp_path, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     assert "four" in done.stdout and "eight" in done.stdout
+
+
+def test_its_fine_tuning_begins(tmp_path):
+    """With a small model in the place of the published one."""
+    (block,) = blocks(GUIDES["train/README.md"], "yaml")
+    (tmp_path / "tune.yaml").write_text(block)
+    (tmp_path / "chat.jsonl").write_text('{"text": [{"text": "User: hi\\n", "loss": false}, {"text": "Hello!\\n"}]}\n' * 2000)
+    model = libxlstm.make_model({"model": {"kind": "xlstm_large", "embedding_dim": 128, "num_blocks": 2, "num_heads": 2}})
+    model.save(tmp_path / "runs" / "xlstm-7b")
+    done = subprocess.run([BIN / "xlstm-train", "tune.yaml", "--dry-run"], cwd=tmp_path, capture_output=True, text=True,
+                          env=environment())  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "all tensors fit" in done.stdout and "one step " in done.stdout
 
 
 def test_the_table_names_all_operators():

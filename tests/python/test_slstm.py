@@ -409,7 +409,7 @@ def test_second_derivative_is_an_error():
         ({name: torch.zeros(2, 2, 4).half() for name in STATE_NAMES}, "y0: expected dtype Float, got Half"),
         ({"reset": torch.zeros(2, 5)}, "reset: expected dtype Bool, got Float"),
         ({"reset": torch.zeros(5, 2, dtype=torch.bool)}, r"reset: expected \(B,T\) = \[2, 5\], got \[5, 2\]"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: expected dtype Int, got Long"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, "cu_seqlens: expected int32 or int64, got Float"),
         ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, r"cu_seqlens: expected B = 1 \(one packed row\), got B = 2"),
         (
             {"wx": torch.zeros(1, 5, 4, 2, 4), "cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)},

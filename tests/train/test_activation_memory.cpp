@@ -83,7 +83,7 @@ void check_estimate(const config::Config& config) {
   INFO(model.kind << ", fused " << model.fused << ", " << config.train.dtype << ", documents "
                   << config.data.reset_state_at_document);
   const auto measured = static_cast<double>(peak_of_step(config, 4) - peak_of_step(config, 2));
-  const auto estimate = train::activation_bytes(config, false);
+  const auto estimate = train::activation_bytes(config, false, 1);
   REQUIRE(estimate.has_value());
   CHECK(static_cast<double>(*estimate) == Approx(measured).epsilon(kTolerance));
 }
@@ -153,16 +153,42 @@ TEST_CASE("activations of xLSTM's variants") {
   });
 }
 
+TEST_CASE("activations beside adapters, whatever the frozen weights are kept in") {
+  for (const char* kind : {"xlstm", "xlstm_large", "llama"}) {
+    for (const char* base : {"float32", "bfloat16", "int8"}) {
+      for (const char* dtype : {"float32", "bfloat16"}) {
+        INFO("base " << base);
+        config::Config config = small(kind);
+        config.model.lora.rank = 2, config.model.lora.base = base, config.train.dtype = dtype;
+        check_estimate(config);
+      }
+    }
+  }
+}
+
+TEST_CASE("frozen weights are converted for each product and not kept so until the backward pass") {
+  for (const char* base : {"float32", "bfloat16", "int8"}) {
+    for (const char* dtype : {"float32", "bfloat16"}) {
+      INFO("base " << base << ", " << dtype);
+      config::Config config = small("xlstm_large");
+      config.model.embedding_dim = 256, config.data.seq_len = 4;
+      config.model.lora.rank = 2, config.model.lora.base = base, config.train.dtype = dtype;
+      const int64_t in_bfloat16 = 2 * models::count_parameters(config.model);
+      CHECK(peak_of_step(config, 1) < in_bfloat16 / 2);
+    }
+  }
+}
+
 TEST_CASE("kinds differ in what they keep, and what cuDNN keeps is not known") {
   std::vector<int64_t> estimates;
   for (const std::string& kind : kKinds)
-    estimates.push_back(*train::activation_bytes(small(kind), false));
+    estimates.push_back(*train::activation_bytes(small(kind), false, 1));
   std::sort(estimates.begin(), estimates.end());
   CHECK(std::adjacent_find(estimates.begin(), estimates.end()) == estimates.end());
 
   config::Config lstm = small("lstm");
-  CHECK(train::activation_bytes(lstm, true).has_value());
+  CHECK(train::activation_bytes(lstm, true, 1).has_value());
   lstm.data.reset_state_at_document = false;
-  CHECK(!train::activation_bytes(lstm, true).has_value());
-  CHECK(train::activation_bytes(lstm, false).has_value());
+  CHECK(!train::activation_bytes(lstm, true, 1).has_value());
+  CHECK(train::activation_bytes(lstm, false, 1).has_value());
 }

@@ -314,6 +314,7 @@ TEST_CASE("list and prune keep what they promise") {
   fs::create_directories(run / "ckpt/step-00000035");  // never committed
   write(run / "ckpt/step-00000035/model.safetensors", "half");
   fs::create_directories(run / "ckpt/notes");
+  fs::copy(run / "ckpt/step-00000010", run / "ckpt/step-7");  // somebody's copy
   fs::create_directories(run / "elsewhere");
   write(run / "elsewhere/precious", "x");
   fs::create_directory_symlink(run / "elsewhere", run / "ckpt/step-00000005");
@@ -328,6 +329,7 @@ TEST_CASE("list and prune keep what they promise") {
   CHECK(steps() == "20 40 50 ");
   CHECK_FALSE(fs::exists(run / "ckpt/step-00000035"));
   CHECK(fs::exists(run / "ckpt/notes"));
+  CHECK(fs::exists(run / "ckpt/step-7" / kManifestName));
   CHECK(fs::exists(run / "elsewhere/precious"));
 
   fs::resize_file(run / "ckpt/step-00000050/model.safetensors",

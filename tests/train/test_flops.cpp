@@ -50,6 +50,9 @@ TEST_CASE("operations of a token: every kind of model") {
     INFO(kind);
     CHECK(train::forward_flops_per_token(options, 64) >= 2.0 * 11 * 64);
   }
+  models::ModelOptions odd = small("xlstm");  // no mLSTM of this width has five heads
+  odd.embedding_dim = 100, odd.num_heads = 5, odd.slstm_at = {0, 1};
+  CHECK(train::forward_flops_per_token(odd, 64) > 0);
   models::ModelOptions numbers = small("xlstm");
   numbers.input_features = 3, numbers.vocab_size = 1;
   CHECK(train::forward_flops_per_token(numbers, 64) > 0);

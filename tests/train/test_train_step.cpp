@@ -1,8 +1,12 @@
 // A training step: exact accumulation, the guard before the update, and its random streams.
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <chrono>
 #include <cstdlib>
+#include <functional>
+#include <future>
 #include <map>
+#include <mutex>
 #include <set>
 
 #include "tests/support/catch.h"
@@ -83,6 +87,22 @@ TEST_CASE("a batch without a target has the loss 0 and gradients of 0") {
         0);
   for (const auto& [name, parameter] : named_parameters(*model))
     if (parameter.grad().defined()) CHECK(parameter.grad().abs().max().item<double>() == 0);
+}
+
+TEST_CASE("a random stream is not touched while another thread has it") {
+  TrainerState state;
+  store_random_streams(at::kCPU, state);
+  at::Generator generator = at::detail::getDefaultCPUGenerator();
+  for (const std::function<void()>& touch :
+       {std::function<void()>([] { seed_random_streams(at::kCPU, 1); }),
+        std::function<void()>([&] { store_random_streams(at::kCPU, state); }),
+        std::function<void()>([&] { restore_random_streams(at::kCPU, state); })}) {
+    std::unique_lock lock(generator.mutex());
+    auto done = std::async(std::launch::async, touch);
+    CHECK(done.wait_for(std::chrono::milliseconds(50)) == std::future_status::timeout);
+    lock.unlock();
+    done.get();
+  }
 }
 
 /// A GPU runs ahead of the host: what follows a bad step must do nothing until the host has seen it.
