@@ -280,8 +280,13 @@ class Judge:
         return prompts
 
     def _continue(self, prompts, stops, max_tokens, choose):
-        ids, texts = [[] for _ in prompts], [""] * len(prompts)
+        ids = [[] for _ in prompts]
+        near = 1 + max((len(stop.encode()) for stop in stops), default=0)  # tokens that hold a stop: each is a byte at least
         alive = list(range(len(prompts)))  # the prompts that the rows of the state belong to
+
+        def has_stop(tokens):
+            return cut_at(self.tokenizer.decode(tokens), stops)[1]
+
         logits, state = self._read(prompts)
         for step in range(max_tokens):
             tokens = choose(logits[:, : self.tokenizer.vocab_size])
@@ -290,8 +295,7 @@ class Judge:
                 if token == self.tokenizer.eos_id:
                     continue
                 ids[index].append(token)
-                texts[index], stopped = cut_at(self.tokenizer.decode(ids[index]), stops)
-                if not stopped:
+                if not (stops and has_stop(ids[index][-near:]) and has_stop(ids[index])):
                     going.append(place)
             if not going or step + 1 == max_tokens:
                 break
@@ -300,7 +304,7 @@ class Judge:
                 tokens, state, alive = tokens[rows], self._select(state, rows), [alive[place] for place in going]
             logits, state = self.model(tokens.unsqueeze(1), state)
             logits = logits[:, -1]
-        return texts
+        return [cut_at(self.tokenizer.decode(tokens), stops)[0] for tokens in ids]
 
     def _score_rows(self, logits, state, rows, continuations):
         """Row `rows[i]` of the logits (B,V) and of the state goes on with continuations[i]."""

@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
-#include <iostream>
 #include <nlohmann/json.hpp>
 #include <system_error>
 
@@ -252,13 +251,13 @@ bool looks_good(const fs::path& folder) {
   }
 }
 
-void remove_folder(const StepFolder& folder) {
+void remove_folder(const StepFolder& folder, const Warn& warn) {
   try {
     Writer::uncommit(folder.path);
     failpoint("ckpt.prune", folder.step);
     fs::remove_all(folder.path);
   } catch (const std::system_error& error) {
-    std::cerr << "warning: cannot delete an old checkpoint: " << error.what() << std::endl;
+    warn("cannot delete an old checkpoint: " + std::string(error.what()));
   }
 }
 
@@ -344,7 +343,7 @@ std::vector<std::string> list_checkpoints(const std::string& run_dir) {
 }
 
 void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t keep_every,
-                       int64_t best) {
+                       int64_t best, const Warn& warn) {
   const int64_t named = named_best(run_dir);
   int64_t kept = 0;
   bool newest = true;
@@ -352,7 +351,7 @@ void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t ke
   std::reverse(folders.begin(), folders.end());
   for (const StepFolder& folder : folders) {
     if (!folder.committed) {
-      remove_folder(folder);
+      remove_folder(folder, warn);
       continue;
     }
     const bool major = (keep_every > 0 && folder.step % keep_every == 0) || folder.step == best ||
@@ -360,7 +359,7 @@ void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t ke
     const bool recent = kept < std::max<int64_t>(keep_last, 1);
     if (recent && looks_good(folder.path))
       ++kept;  // a damaged one does not count, so a good one stays
-    if (!newest && !recent && !major) remove_folder(folder);
+    if (!newest && !recent && !major) remove_folder(folder, warn);
     newest = false;
   }
 }

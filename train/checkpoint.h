@@ -65,6 +65,9 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
 void save_model_folder(const std::string& folder, const config::Config& config,
                        const NamedTensors& model_tensors);
 
+/// Takes a warning.
+using Warn = std::function<void(const std::string& message)>;
+
 /// In a run's ckpt folder: the link to the checkpoint of the lowest held-out loss.
 constexpr const char* kBestName = "best";
 
@@ -73,9 +76,9 @@ int64_t checkpoint_step(const std::string& folder);
 /// Committed checkpoints of a run, oldest first, by step.
 std::vector<std::string> list_checkpoints(const std::string& run_dir);
 /// Deletes what keep_last and keep_every allow, and folders that were never committed; but neither the step `best` nor what
-/// <run>/ckpt/best names. A failed delete is only logged.
+/// <run>/ckpt/best names. `warn` is told of what cannot be deleted.
 void prune_checkpoints(const std::string& run_dir, int64_t keep_last, int64_t keep_every,
-                       int64_t best = -1);
+                       int64_t best, const Warn& warn);
 
 /// Makes <run>/ckpt/best a relative link to the checkpoint of that step, by one rename, and returns whether it is one. Where
 /// there is no such checkpoint, a link that leads nowhere is removed. Throws std::system_error where no link can be made.
@@ -97,8 +100,7 @@ CheckpointFolder open_checkpoint(const std::string& folder, bool verify);
 /// The checkpoint that a folder is, or the newest good one of a run's folder; `warn` is told of each bad one that is
 /// passed over. A link to a checkpoint is followed at once: a run that trains may soon let it name another one. Throws
 /// Error(kCheckpoint) where there is none.
-CheckpointFolder find_checkpoint(const std::string& folder_or_run, bool verify,
-                                 const std::function<void(const std::string&)>& warn);
+CheckpointFolder find_checkpoint(const std::string& folder_or_run, bool verify, const Warn& warn);
 
 /// The settings of the run that wrote it.
 config::Config checkpoint_config(const CheckpointFolder& checkpoint);

@@ -256,8 +256,7 @@ CheckpointFolder open_checkpoint(const std::string& folder, bool verify) {
   return checkpoint;
 }
 
-CheckpointFolder find_checkpoint(const std::string& folder_or_run, bool verify,
-                                 const std::function<void(const std::string&)>& warn) {
+CheckpointFolder find_checkpoint(const std::string& folder_or_run, bool verify, const Warn& warn) {
   const fs::path given(folder_or_run);
   if (!fs::is_directory(given))
     throw Error(ExitCode::kCheckpoint,

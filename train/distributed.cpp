@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <stop_token>
@@ -38,13 +39,16 @@ std::string variable(const char* name) {
   return value != nullptr ? value : "";
 }
 
-int64_t whole_number(const char* name) {
+int64_t whole_number(const char* name, int64_t least = 0,
+                     int64_t most = std::numeric_limits<int>::max()) {
   const std::string text = variable(name);
   const auto value = config::parse_int(text);
-  if (!value || *value < 0)
+  if (!value || *value < least || *value > most)
     throw Error(ExitCode::kConfig,
                 std::string("WORLD_SIZE is set, but ") + name + " is " +
-                    (text.empty() ? "not" : config::in_quotes(text)) +
+                    (text.empty() ? "not"
+                                  : config::in_quotes(text) + ", expected " +
+                                        std::to_string(least) + " to " + std::to_string(most)) +
                     "; torchrun sets both: torchrun --nproc-per-node N --no-python xlstm-train "
                     "CONFIG.yaml (unset WORLD_SIZE for one process)");
   return *value;
@@ -56,7 +60,7 @@ class MeetingPlace {
   MeetingPlace(const ProcessPlace& place, const std::function<void()>& poll)
       : place_(place),
         host_(variable("MASTER_ADDR").empty() ? "localhost" : variable("MASTER_ADDR")),
-        port_(whole_number("MASTER_PORT")),
+        port_(whole_number("MASTER_PORT", 1, 65535)),
         poll_(poll) {}
 
   /// The store, once all have come to it.

@@ -86,7 +86,7 @@ void Saver::tidy(int64_t best_step) {
   const int64_t best = config_.ckpt.keep_best ? best_step : -1;
   if (best >= 0) name_best(best);
   try {
-    prune_checkpoints(run_dir_, config_.ckpt.keep_last, config_.ckpt.keep_every, best);
+    prune_checkpoints(run_dir_, config_.ckpt.keep_last, config_.ckpt.keep_every, best, log_warning);
   } catch (const std::system_error& error) {
     log_warning("old checkpoints are not deleted: " + std::string(error.what()));
   }

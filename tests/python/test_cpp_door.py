@@ -61,6 +61,7 @@ def build(tmp_path_factory):
 
 
 def test_program_needs_models_and_operators_alone(build):
+    assert {path.name for path in build.iterdir()} & {"lib", "bin"} == set(), "these are the project's own"
     targets = run("ninja", "-C", build, "-t", "query", "mine")
     assert "libxlstm_models.a" in targets and "libxlstm_ops.so" in targets
     assert "libxlstm_core" not in targets

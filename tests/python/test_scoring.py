@@ -220,6 +220,22 @@ def test_generation_is_greedy_decoding_step_by_step(kind):
     assert first == [judge.tokenizer.decode(expected[0][:expected[0].index(judge.tokenizer.eos_id)])]
 
 
+def test_a_token_costs_the_same_however_long_the_text_is(monkeypatch):
+    judge, decoded = make_judge(), []
+    whole, decode = judge.generate([random_ids(5, 1)], max_tokens=200)[0], judge.tokenizer.decode
+    monkeypatch.setattr(judge.tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    stop = "a stop that never comes, of many characters \u20ac"
+    assert judge.generate([random_ids(5, 1)], until=[stop], max_tokens=200) == [whole]
+    assert max(decoded[:-1]) < 60 and sum(decoded) < 200 * 60
+
+
+def test_a_stop_of_several_tokens_is_found(monkeypatch):
+    judge = make_judge()
+    text = [*"one ".encode(), *"\u20ac stop".encode(), *b"not this"]
+    monkeypatch.setattr("libxlstm.scoring.draw", lambda logits, *_, ids=iter(text): torch.tensor([next(ids)]))
+    assert judge.generate([[1]], until=["never", "\u20ac stop"], max_tokens=len(text)) == ["one "]
+
+
 def test_prompts_leave_room_where_positions_are_learned():
     judge = make_judge("gpt")
     prompts = [random_ids(60, 1), random_ids(53, 2)]  # 53 and the first 11 of 12 new tokens are 64

@@ -86,6 +86,8 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
+void no_warning(const std::string& message) { FAIL(message); }
+
 /// Puts a manifest with these files in place, with a right checksum of its own.
 void forge_manifest(const std::string& folder, const std::vector<ManifestEntry>& files,
                     int64_t version = 1) {
@@ -325,7 +327,7 @@ TEST_CASE("list and prune keep what they promise") {
     return text;
   };
   CHECK(steps() == "10 20 30 40 50 ");
-  prune_checkpoints(run.string(), 2, 20);
+  prune_checkpoints(run.string(), 2, 20, -1, no_warning);
   CHECK(steps() == "20 40 50 ");
   CHECK_FALSE(fs::exists(run / "ckpt/step-00000035"));
   CHECK(fs::exists(run / "ckpt/notes"));
@@ -334,10 +336,25 @@ TEST_CASE("list and prune keep what they promise") {
 
   fs::resize_file(run / "ckpt/step-00000050/model.safetensors",
                   100);  // damaged: does not count as kept
-  prune_checkpoints(run.string(), 1, 0);
+  prune_checkpoints(run.string(), 1, 0, -1, no_warning);
   CHECK(steps() == "40 50 ");
-  prune_checkpoints(run.string(), 0, 0);
+  prune_checkpoints(run.string(), 0, 0, -1, no_warning);
   CHECK(steps() == "40 50 ");
+}
+
+TEST_CASE("the caller is told of a checkpoint that cannot be deleted") {
+  const testing::TemporaryFolder run;
+  for (const int64_t step : {10, 20, 30}) save_step(run.string(), step);
+  const fs::path manifest = run / "ckpt/step-00000010" / kManifestName;
+  fs::remove(manifest);
+  fs::create_directories(manifest / "a folder in its place");
+  std::vector<std::string> told;
+  prune_checkpoints(run.string(), 1, 0, -1,
+                    [&](const std::string& message) { told.push_back(message); });
+  REQUIRE(told.size() == 1);
+  CHECK(contains(told[0], "cannot delete an old checkpoint: "));
+  CHECK(contains(told[0], manifest.string()));
+  CHECK_FALSE(fs::exists(run / "ckpt/step-00000020"));
 }
 
 TEST_CASE("the best evaluation is the first of the lowest finite losses") {
@@ -377,13 +394,13 @@ TEST_CASE("ckpt/best names one checkpoint, which is kept, and is none of its own
     CHECK(load_model((run / given).string()).folder == (run / "ckpt/step-00000010").string());
   }
 
-  prune_checkpoints(root, 1, 0, /*best=*/20);  // as where no link could be made to it
+  prune_checkpoints(root, 1, 0, /*best=*/20, no_warning);  // as where no link could be made to it
   CHECK(list_checkpoints(root).size() == 3);
   CHECK_FALSE(fs::exists(run / "ckpt/step-00000030"));
   fs::create_directory_symlink("step-00000030", run / "ckpt/best.tmp");  // of a crash
   CHECK(name_best_checkpoint(root, 20));
   CHECK(fs::read_symlink(link) == "step-00000020");
-  prune_checkpoints(root, 1, 0);
+  prune_checkpoints(root, 1, 0, -1, no_warning);
   CHECK_FALSE(fs::exists(run / "ckpt/step-00000010"));
 
   CHECK_FALSE(name_best_checkpoint(root, 50));  // its save has failed

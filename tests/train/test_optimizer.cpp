@@ -258,6 +258,21 @@ TEST_CASE("three processes share the state, and update as one does") {
   }
 }
 
+TEST_CASE("a port that is none is refused") {
+  const ProcessesHere here;
+  for (const char* port : {"70000", "65536", "4294967297", "0", "x"}) {
+    ::setenv("MASTER_PORT", port, 1);
+    try {
+      here.run(2, [](train::ProcessGroup&) {});
+      FAIL("met at port " << port);
+    } catch (const Error& error) {
+      CHECK(error.code == ExitCode::kConfig);
+      CHECK(std::string(error.what()).find("MASTER_PORT is '" + std::string(port)) !=
+            std::string::npos);
+    }
+  }
+}
+
 TEST_CASE("a state of another model is refused by name") {
   AdamW optimizer(some_parameters(), {});
   const auto message_of = [&](const NamedTensors& state) -> std::string {
