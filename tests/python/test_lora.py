@@ -1,8 +1,6 @@
 """Low-rank adapters (model.lora): what they compute, that they alone are trained, and what becomes of them."""
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 import libxlstm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from tiny_run import TinyRun, program, sha256, stop  # noqa: E402
+from tiny_run import TinyRun, program, sha256  # noqa: E402
 
 LORA = ("model.embedding_dim=128", "model.lora.rank=3", "model.lora.alpha=6")
 SETTINGS = {"model": {"lora": {"rank": 3, "alpha": 6}}}
@@ -229,13 +227,7 @@ def test_an_interrupted_run_has_the_same_adapters(base, tune):
     run.train(*options, check=0)
     expected = run.fingerprint()
     other = TinyRun(run.folder.parent / "other", base.shared, steps=40, every=10)
-    process = other.start(*options)
-    try:
-        other.wait_for_step(process, 15)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 75
-    finally:
-        stop(process)
+    other.interrupt(15, *options)
     other.train(*options, check=0)
     assert other.fingerprint() == expected
 

@@ -4,7 +4,6 @@ of xlstm-train do with it all that they do without."""
 import copy
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from test_lora import LORA, adapters, base, batch, kinds  # noqa: F401
 import libxlstm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from tiny_run import TinyRun, program, stop  # noqa: E402
+from tiny_run import TinyRun, program  # noqa: E402
 
 ops = torch.ops.xlstm
 KEPT = {"bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -218,13 +217,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(base, tune, kept, dtype):  # n
     run, options = tune(kept, "whole", steps=40)
     run.train(*options, *more, check=0)
     other, options = tune(kept, "stopped", steps=40)
-    process = other.start(*options, *more)
-    try:
-        other.wait_for_step(process, 15)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 75
-    finally:
-        stop(process)
+    other.interrupt(15, *options, *more)
     shown = other.train(*options, *more, "--dry-run", check=0).stdout
     assert "would not be read" in shown and "one step" in shown
     other.train(*options, *more, check=0)

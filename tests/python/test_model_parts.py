@@ -1,7 +1,10 @@
 """What may be done with a model beside calling it: its parts, its hidden vectors, arguments as they come, other settings."""
 
+import copy
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -239,3 +242,19 @@ except Exception as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.startswith("RuntimeError") and "allocate memory" in done.stdout, done.stderr
+
+
+def test_a_model_that_is_dropped_is_freed_at_once():
+    """Without a collection, which does not come: few objects of Python's are made."""
+    gc.disable()
+    try:
+        for make in (make_model, lambda: copy.deepcopy(make_model()),
+                     lambda: libxlstm.BlockStack(embedding_dim=16, num_blocks=1, num_heads=2)):
+            model = make()
+            with torch.no_grad():
+                model(random_ids(1, 3) if isinstance(model, libxlstm.Model) else torch.randn(1, 3, 16))
+            alive = weakref.ref(model)
+            del model
+            assert alive() is None
+    finally:
+        gc.enable()

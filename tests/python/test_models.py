@@ -1,12 +1,10 @@
 """The C++ models seen from Python."""
 
 import copy
-import gc
 import os
 import subprocess
 import sys
 import threading
-import weakref
 from pathlib import Path
 
 import pytest
@@ -336,36 +334,6 @@ def test_copies(tmp_path):
     assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["xlstm", "rwkv4", "h3", "hyena"])
-def test_loading_leaves_the_generator_alone(kind, tmp_path):
-    settings = {"kind": kind, "embedding_dim": 16, "num_blocks": 1, "num_heads": 2}
-    libxlstm.make_model({"model": settings}).save(tmp_path / "model")
-    state = torch.get_rng_state()
-    libxlstm.load(tmp_path / "model")
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_loading_leaves_the_draws_of_other_threads_alone(tmp_path):
-    """Copies, too: each number of the stream comes once, in its order."""
-    make_model().save(tmp_path / "model")
-    torch.manual_seed(4)
-    expected = [torch.rand(()).item() for _ in range(30_000)]
-    model, drawn = make_model(), []
-
-    def load():
-        for _ in range(20):
-            libxlstm.load(tmp_path / "model")
-            copy.deepcopy(model)
-
-    torch.manual_seed(4)
-    thread = threading.Thread(target=load)
-    thread.start()
-    while thread.is_alive() and len(drawn) < len(expected):
-        drawn.append(torch.rand(()).item())
-    thread.join()
-    assert len(drawn) > 100 and drawn == expected[: len(drawn)]
-
-
 def test_a_copy_drops_what_the_model_does():
     model = libxlstm.make_model({"model": {"embedding_dim": 16, "num_blocks": 1, "num_heads": 2, "dropout": 0.5}})
     ids = random_ids(2, 9) % 256
@@ -513,19 +481,3 @@ def test_losses_check_their_targets():
     targets[:, 3:] = float("nan")
     loss = numbers.loss(x, targets)
     torch.testing.assert_close(loss, numbers.loss(x[:, :3], targets[:, :3]))
-
-
-def test_a_model_that_is_dropped_is_freed_at_once():
-    """Without a collection, which does not come: few objects of Python's are made."""
-    gc.disable()
-    try:
-        for make in (make_model, lambda: copy.deepcopy(make_model()),
-                     lambda: libxlstm.BlockStack(embedding_dim=16, num_blocks=1, num_heads=2)):
-            model = make()
-            with torch.no_grad():
-                model(random_ids(1, 3) if isinstance(model, libxlstm.Model) else torch.randn(1, 3, 16))
-            alive = weakref.ref(model)
-            del model
-            assert alive() is None
-    finally:
-        gc.enable()

@@ -105,6 +105,16 @@ class TinyRun:
             assert time.time() < end, f"step {step} not reached in {timeout} s"
             time.sleep(0.005)
 
+    def interrupt(self, step, *overrides):
+        """Trains until `step` is done and asks to stop: status 75."""
+        process = self.start(*overrides)
+        try:
+            self.wait_for_step(process, step)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 75
+        finally:
+            stop(process)
+
     def losses(self):
         """(step, exact loss) of every training line, in file order: duplicates and gaps would show."""
         return [(m["step"], m["train/loss_hex"]) for m in self.metrics() if "train/loss_hex" in m]
