@@ -253,6 +253,23 @@ void ProcessGroup::sum(const std::vector<at::Tensor>& tensors) {
 
 bool ProcessGroup::any(bool value) { return sum(int64_t{value}) > 0; }
 
+// The names of torch 2.11, which later ones still know.
+void ProcessGroup::all_gather(at::Tensor whole, at::Tensor part) {
+  if (place_.alone()) {
+    whole.copy_(part);
+    return;
+  }
+  guarded([&] { impl_->of(whole)._allgather_base(whole, part)->wait(); });
+}
+
+void ProcessGroup::reduce_scatter(at::Tensor part, at::Tensor whole) {
+  if (place_.alone()) {
+    part.copy_(whole);
+    return;
+  }
+  guarded([&] { impl_->of(whole)._reduce_scatter_base(part, whole)->wait(); });
+}
+
 void ProcessGroup::broadcast(const std::vector<at::Tensor>& tensors,
                              const std::vector<int64_t>& from) {
   if (place_.alone()) return;

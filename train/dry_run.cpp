@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 
+#include "csrc/nn/layers.h"
 #include "train/activation_memory.h"
 #include "train/carried_state.h"
 #include "train/device.h"
@@ -58,15 +59,25 @@ void print_model(const config::Config& config) {
   if (count.trained < count.total()) print_line("  trained   " + format_parameters(count.trained));
 }
 
-void print_memory(const MemoryEstimate& memory, int64_t available, bool shard) {
+void print_memory(const MemoryEstimate& memory, int64_t available, const config::Config& config) {
+  const ProcessPlace place = place_from_environment();
   print_line("memory      " + format_gib(memory.known()) +
-             (memory.activations ? " estimated (" : " and the activations (") +
+             (memory.activations ? " estimated" : " and the activations") +
+             (place.alone() ? "" : " in each of " + std::to_string(place.size) + " processes") +
+             " (" +
              (available >= 0 ? format_gib(available) + " available)" : "available: unknown)"));
+  const char* divided = config.train.shard_weights
+                            ? "; several processes divide all but the activations"
+                        : config.optim.shard ? "; several processes divide the optimizer"
+                                             : "";
   print_line("  weights " + format_gib(memory.weights) + ", gradients " +
              format_gib(memory.gradients) + ", optimizer " + format_gib(memory.optimizer) +
-             (shard ? " (divided among the processes)" : "") + ", activations " +
-             (memory.activations ? format_gib(*memory.activations) : "unknown") +
-             (memory.carried > 0 ? ", carried states " + format_gib(memory.carried) : ""));
+             ", activations " + (memory.activations ? format_gib(*memory.activations) : "unknown") +
+             (memory.carried > 0 ? ", carried states " + format_gib(memory.carried) : "") +
+             (memory.whole_weights > 0
+                  ? ", to save " + format_gib(memory.whole_weights) + " in place of the last two"
+                  : "") +
+             (place.alone() ? divided : ""));
 }
 
 void print_schedule(const config::Config& config) {
@@ -164,14 +175,37 @@ ParameterCount count_parameters_by_part(const models::ModelOptions& options) {
 }
 
 MemoryEstimate estimate_memory(const config::Config& config) {
-  int64_t weights = 0;
-  for (const auto& parameter : models::make_language_model(config.model, at::kMeta)->parameters())
-    weights += static_cast<int64_t>(parameter.nbytes());
-  const int64_t trained = 4 * count_parameters_by_part(config.model).trained;
+  const auto model = models::make_language_model(config.model, at::kMeta);
   const int64_t processes = place_from_environment().size;
   const int64_t sequences = config.train.global_batch_size / processes;
-  return {weights, trained, 2 * trained, activation_bytes(config, on_gpu(config), processes),
-          config.train.carry_state ? state_bytes(config.model, sequences) : 0};
+  const auto bytes_of = [](const torch::nn::Module& module) {
+    int64_t bytes = 0;
+    for (const auto& parameter : module.parameters())
+      bytes += static_cast<int64_t>(parameter.nbytes());
+    return bytes;
+  };
+  MemoryEstimate memory;
+  memory.weights = bytes_of(*model);
+  memory.gradients = 4 * count_parameters_by_part(config.model).trained;
+  memory.optimizer = 2 * memory.gradients;
+  memory.activations = activation_bytes(config, on_gpu(config), processes);
+  if (config.train.carry_state) memory.carried = state_bytes(config.model, sequences);
+  if (processes == 1) return memory;
+  if (config.optim.shard || config.train.shard_weights) memory.optimizer /= processes;
+  if (!config.train.shard_weights) return memory;
+  // Of each block a part, and one block whole: its weights, then its gradients and where they are put together.
+  int64_t blocks = 0, largest = 0;
+  for (const auto& module : model->modules(/*include_self=*/false)) {
+    if (module->as<nn::Block>() == nullptr) continue;
+    const int64_t block = bytes_of(*module);
+    blocks += block;
+    largest = std::max(largest, block);
+  }
+  const int64_t elsewhere = blocks - blocks / processes;
+  memory.whole_weights = blocks;
+  memory.weights -= elsewhere;
+  memory.gradients += 2 * largest - elsewhere;
+  return memory;
 }
 
 namespace {
@@ -229,7 +263,7 @@ void dry_run(const config::Config& given, bool fresh) {
   const MemoryEstimate memory = estimate_memory(config);
   const at::Device device = choose_device(config.run.device, "run.device");
   const int64_t available = available_memory_bytes(device);
-  print_memory(memory, available, config.optim.shard);
+  print_memory(memory, available, config);
   print_schedule(config);
   const bool held_run = has_data(config) && finds_run(config.run, fresh);
   const std::optional<CheckpointFolder> weights = print_first_weights(config, fresh);
@@ -251,6 +285,11 @@ void dry_run(const config::Config& given, bool fresh) {
   const std::optional<CheckpointFolder> own = print_start(config, fresh, held_run, data);
   if (available >= 0 && memory.known() > available) {
     print_line("one step    not run: it would need more memory than there is");
+    return;
+  }
+  if (config.train.shard_weights && !place_from_environment().alone()) {
+    print_line(
+        "one step    not run: it takes all processes, which have a part of the weights each");
     return;
   }
   run_one_step(config, data, device, own ? own : weights);

@@ -1,4 +1,5 @@
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -16,14 +17,16 @@ struct ParameterCount {
 /// Counts without allocating: any size.
 ParameterCount count_parameters_by_part(const models::ModelOptions& options);
 
-/// Bytes a training step needs. Weights, gradients and optimizer state are exact, activations an
+/// Bytes that one process needs. Weights, gradients and optimizer state are exact, activations an
 /// estimate (train/activation_memory.h), which not every model has.
 struct MemoryEstimate {
   int64_t weights = 0, gradients = 0, optimizer = 0;
   std::optional<int64_t> activations;
-  int64_t carried = 0;  ///< states, with train.carry_state
+  int64_t carried = 0;        ///< states, with train.carry_state
+  int64_t whole_weights = 0;  ///< beside those of a step, to save and evaluate divided ones
   int64_t known() const {
-    return weights + gradients + optimizer + activations.value_or(0) + carried;
+    return weights + optimizer + carried +
+           std::max(gradients + activations.value_or(0), whole_weights);
   }
 };
 MemoryEstimate estimate_memory(const config::Config& config);

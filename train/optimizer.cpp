@@ -39,11 +39,12 @@ std::optional<at::Tensor> given(const at::Tensor& tensor) {
 }  // namespace
 
 AdamW::AdamW(const NamedTensors& parameters, const config::OptimConfig& options,
-             ProcessGroup* group)
+             ProcessGroup* group, ShardedWeights* weights)
     : options_(options),
       group_(group),
       place_(group != nullptr ? group->place() : ProcessPlace{}),
-      sharded_(options.shard && !place_.alone()) {
+      weights_(weights),
+      sharded_((options.shard || weights != nullptr) && !place_.alone()) {
   const at::Device device = parameters.empty() ? at::kCPU : parameters.front().second.device();
   step_ = at::zeros({1}, at::TensorOptions().dtype(at::kFloat).device(device));
   for (const auto& [name, tensor] : parameters) {
@@ -52,6 +53,7 @@ AdamW::AdamW(const NamedTensors& parameters, const config::OptimConfig& options,
         {name,
          tensor,
          models::decays(name, tensor, options.weight_decay_on_embedding) ? options.weight_decay : 0,
+         weights != nullptr && weights->parts(tensor) != nullptr,
          {}});
   }
   std::stable_partition(parameters_.begin(), parameters_.end(), [&](const Parameter& parameter) {
@@ -60,12 +62,19 @@ AdamW::AdamW(const NamedTensors& parameters, const config::OptimConfig& options,
   divide();
 }
 
-/// Of all elements in a row each process has an equal part.
+/// Of all elements in a row each process has an equal part, but where the weights are divided already.
 void AdamW::divide() {
+  const at::NoGradGuard no_grad;
   const int64_t owners = sharded_ ? place_.size : 1;
   int64_t total = 0, start = 0;
-  for (const Parameter& parameter : parameters_) total += parameter.tensor.numel();
+  for (const Parameter& parameter : parameters_)
+    if (!parameter.divided) total += parameter.tensor.numel();
   for (Parameter& parameter : parameters_) {
+    if (parameter.divided) {
+      for (const HeldPart& part : *weights_->parts(parameter.tensor))
+        parameter.pieces.push_back({part.owner, part.begin, part.end, part.weights, {}});
+      continue;
+    }
     const int64_t count = parameter.tensor.numel();
     const auto begin_of = [&](int64_t owner) {
       const int64_t at = std::clamp<int64_t>(total * owner / owners - start, 0, count);
@@ -75,17 +84,28 @@ void AdamW::divide() {
       Piece piece{sharded_ ? owner : place_.rank,
                   begin_of(owner),
                   owner + 1 == owners ? count : begin_of(owner + 1),
+                  {},
                   {}};
       if (piece.begin == piece.end && owners > 1) continue;
-      if (own(piece)) {
-        for (at::Tensor& moment : piece.moments)
-          moment = at::zeros(part_of(parameter.tensor, piece.begin, piece.end).sizes(),
-                             parameter.tensor.options().requires_grad(false));
-      }
+      if (own(piece)) piece.weights = part_of(parameter.tensor, piece.begin, piece.end);
       parameter.pieces.push_back(std::move(piece));
     }
     start += count;
   }
+  for (Parameter& parameter : parameters_) {
+    for (Piece& piece : parameter.pieces) {
+      if (!own(piece)) continue;
+      for (at::Tensor& moment : piece.moments)
+        moment = at::zeros(piece.weights.sizes(), piece.weights.options().requires_grad(false));
+    }
+  }
+}
+
+/// Undefined where there is none.
+at::Tensor AdamW::gradient(const Parameter& parameter, const Piece& piece) const {
+  if (parameter.divided) return piece.weights.grad();
+  const at::Tensor& whole = parameter.tensor.grad();
+  return whole.defined() ? part_of(whole.contiguous(), piece.begin, piece.end) : whole;
 }
 
 void AdamW::step(const at::Tensor& learning_rate, const at::Tensor& divisor,
@@ -105,13 +125,13 @@ void AdamW::update(double weight_decay, const at::Tensor& rate, const at::Tensor
                    const at::Tensor& skip) {
   std::vector<at::Tensor> tensors, gradients, exp_avgs, exp_avg_sqs;
   for (const Parameter& parameter : parameters_) {
-    const at::Tensor& gradient = parameter.tensor.grad();
-    if (parameter.weight_decay != weight_decay || !gradient.defined()) continue;
-    const at::Tensor dense = gradient.contiguous();
+    if (parameter.weight_decay != weight_decay) continue;
     for (const Piece& piece : parameter.pieces) {
       if (!own(piece)) continue;
-      tensors.push_back(part_of(parameter.tensor, piece.begin, piece.end));
-      gradients.push_back(part_of(dense, piece.begin, piece.end));
+      const at::Tensor of_piece = gradient(parameter, piece);
+      if (!of_piece.defined()) continue;
+      tensors.push_back(piece.weights);
+      gradients.push_back(of_piece);
       exp_avgs.push_back(piece.moments[0]);
       exp_avg_sqs.push_back(piece.moments[1]);
     }
@@ -123,12 +143,12 @@ void AdamW::update(double weight_decay, const at::Tensor& rate, const at::Tensor
                     /*amsgrad=*/false, /*maximize=*/false, given(divisor), given(skip));
 }
 
-/// Every process's updated elements go to the others.
+/// Every process's updated elements go to the others, of parameters that all hold.
 void AdamW::exchange() {
   std::vector<at::Tensor> parts;
   std::vector<int64_t> owners;
   for (const Parameter& parameter : parameters_) {
-    if (!parameter.tensor.grad().defined()) continue;
+    if (parameter.divided || !parameter.tensor.grad().defined()) continue;
     for (const Piece& piece : parameter.pieces) {
       parts.push_back(part_of(parameter.tensor.detach(), piece.begin, piece.end));
       owners.push_back(piece.owner);
@@ -139,6 +159,7 @@ void AdamW::exchange() {
 
 void AdamW::zero_grad() {
   for (Parameter& parameter : parameters_) parameter.tensor.mutable_grad() = at::Tensor();
+  if (weights_ != nullptr) weights_->zero_grad();
 }
 
 int64_t AdamW::steps() const { return static_cast<int64_t>(step_.item<float>()); }

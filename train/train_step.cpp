@@ -9,6 +9,7 @@
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -43,17 +44,6 @@ at::Tensor to_device(const at::Tensor& host, at::Device device) {
 
 at::TensorOptions host_numbers(at::Device device) {
   return at::TensorOptions().dtype(at::kDouble).pinned_memory(!device.is_cpu());
-}
-
-/// Zeros for the parameters that the backward pass did not reach: their norm is zero, and they are not updated.
-std::vector<at::Tensor> gradients_of(const NamedTensors& parameters) {
-  std::vector<at::Tensor> gradients;
-  gradients.reserve(parameters.size());
-  for (const auto& [name, parameter] : parameters) {
-    const at::Tensor& gradient = parameter.grad();
-    gradients.push_back(gradient.defined() ? gradient : at::zeros({1}, parameter.options()));
-  }
-  return gradients;
 }
 
 /// Not what recomputes dropout: it sets the generator back to where the forward pass was, which torch 2.11 lets happen in a
@@ -92,17 +82,24 @@ std::string first_non_finite(const NamedTensors& tensors) {
 }
 
 TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const config::Config& config,
-                     ProcessGroup* group)
+                     ProcessGroup* group, const ShardedWeights* weights)
     : model_(model),
       optimizer_(optimizer),
       config_(config),
       group_(group != nullptr && !group->place().alone() ? group : nullptr),
+      weights_(weights),
       parameters_(trained_parameters(model)),
       total_steps_(total_steps(config)),
       device_(model.head_weight().device()),
       halted_(at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device_))),
       may_record_(may_be_recorded(config) && group_ == nullptr && !device_.is_cpu() &&
                   StepGraph::available()) {
+  if (weights != nullptr) {
+    std::vector<double> divided;
+    for (const auto& [name, parameter] : parameters_)
+      divided.push_back(weights->parts(parameter) != nullptr ? 1 : 0);
+    divided_ = at::tensor(divided).to(device_, at::kBool);
+  }
   if (config.train.carry_state) carried_.emplace(model, config, group_);
 }
 
@@ -172,7 +169,8 @@ at::Tensor TrainStep::accumulate(const Inputs& inputs) {
   return sum;
 }
 
-/// Which parameters have a gradient depends on the model alone: it is the same ones everywhere.
+/// Which parameters have a gradient depends on the model alone: it is the same ones everywhere. Those of divided weights are
+/// summed already.
 void TrainStep::sum_over_processes(at::Tensor& loss) {
   std::vector<at::Tensor> sums{loss};
   for (auto& [name, parameter] : parameters_) {
@@ -182,6 +180,25 @@ void TrainStep::sum_over_processes(at::Tensor& loss) {
     sums.push_back(gradient);
   }
   group_->sum(sums);
+}
+
+/// L2 norm of each parameter's gradient, float64; zero where the backward pass did not reach it: it is not updated. Of
+/// divided weights each process has a part of the squares.
+at::Tensor TrainStep::gradient_norms() {
+  std::vector<at::Tensor> gradients;
+  for (const auto& [name, parameter] : parameters_) {
+    at::Tensor gradient = parameter.grad();
+    const auto* parts = weights_ != nullptr ? weights_->parts(parameter) : nullptr;
+    if (parts != nullptr)
+      for (const HeldPart& part : *parts)
+        if (part.weights.defined()) gradient = part.weights.grad();
+    gradients.push_back(gradient.defined() ? gradient : at::zeros({1}, parameter.options()));
+  }
+  const at::Tensor norms = norms_of(gradients);
+  if (weights_ == nullptr) return norms;
+  const at::Tensor squares = norms.square();
+  group_->sum(std::vector<at::Tensor>{squares});
+  return at::where(divided_, squares.sqrt(), norms);
 }
 
 double TrainStep::accumulate_gradients(const TrainBatch& batch) {
@@ -201,7 +218,7 @@ at::Tensor TrainStep::work(int64_t step) {
     parameters_.front().second.mutable_grad().fill_(std::numeric_limits<float>::quiet_NaN());
   }
   const at::NoGradGuard no_grad;
-  const at::Tensor norms = norms_of(gradients_of(parameters_));
+  const at::Tensor norms = gradient_norms();
   const at::Tensor norm = norms.norm();
   // 3 finite check, before anything is changed
   const at::Tensor bad = at::isfinite(loss + norm).logical_not().to(at::kFloat);

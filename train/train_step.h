@@ -12,6 +12,7 @@
 #include "train/distributed.h"
 #include "train/optimizer.h"
 #include "train/prefetch.h"
+#include "train/sharded_weights.h"
 #include "train/step_graph.h"
 
 namespace xlstm::train {
@@ -37,9 +38,9 @@ struct StepResult {
 /// that all of them do the same update. Their steps are not recorded.
 class TrainStep {
  public:
-  /// group: the processes that train together; null for one.
+  /// group: the processes that train together; null for one. weights: what they have divided among them; null for nothing.
   TrainStep(models::LanguageModel& model, AdamW& optimizer, const config::Config& config,
-            ProcessGroup* group = nullptr);
+            ProcessGroup* group = nullptr, const ShardedWeights* weights = nullptr);
   /// Does one step and returns the oldest result that is known by now and was not returned before: that of this step on
   /// a CPU, that of the one before on a GPU (none at first). batch: this process's share of the samples from
   /// first_sample on.
@@ -67,6 +68,7 @@ class TrainStep {
   at::Tensor work(int64_t step);
   at::Tensor accumulate(const Inputs& inputs);
   void sum_over_processes(at::Tensor& loss);
+  at::Tensor gradient_norms();
   void run_or_replay(int64_t step);
   void record(int64_t step);
   Pending send(StepResult result) const;
@@ -76,7 +78,9 @@ class TrainStep {
   AdamW& optimizer_;
   const config::Config& config_;
   ProcessGroup* group_;  ///< null where there is one process
+  const ShardedWeights* weights_;
   NamedTensors parameters_;
+  at::Tensor divided_;  ///< bool, whether each is one of divided weights
   int64_t total_steps_;
   at::Device device_;
   Inputs inputs_;

@@ -30,6 +30,7 @@
 #include "train/samples.h"
 #include "train/saver.h"
 #include "train/schedule.h"
+#include "train/sharded_weights.h"
 #include "train/signals.h"
 #include "train/step_timer.h"
 #include "train/train_step.h"
@@ -76,6 +77,10 @@ class Trainer::Impl {
   ExitCode finish();
   void print_result() const;
   bool leads() const { return group_->place().leads(); }
+  /// What looks at the weights outside a step keeps it meanwhile.
+  ShardedWeights::Whole whole_weights() {
+    return ShardedWeights::Whole(sharded_ ? &*sharded_ : nullptr);
+  }
   bool due(int64_t every) const {
     return finished() || (every > 0 && state_.step > 0 && state_.step % every == 0);
   }
@@ -90,6 +95,7 @@ class Trainer::Impl {
   TrainingData data_;
   std::shared_ptr<models::LanguageModel> model_;
   at::Device device_ = at::kCPU;
+  std::optional<ShardedWeights> sharded_;  ///< with train.shard_weights and several processes
   std::optional<AdamW> optimizer_;
   std::optional<Recorder> recorder_;
   std::optional<Saver> saver_;
@@ -140,10 +146,12 @@ void Trainer::Impl::open() {
   seed_random_streams(device_, static_cast<uint64_t>(config_.run.seed));
   model_ = make_model(config_, device_);
   model_->train();
-  optimizer_.emplace(trained_parameters(*model_), config_.optim, &*group_);
+  if (config_.train.shard_weights && !place.alone()) sharded_.emplace(*model_, *group_);
+  ShardedWeights* const sharded = sharded_ ? &*sharded_ : nullptr;
+  optimizer_.emplace(trained_parameters(*model_), config_.optim, &*group_, sharded);
   recorder_.emplace(config_, total_steps_, device_,
                     options_.quiet || !leads() ? "off" : config_.log.console);
-  train_step_.emplace(*model_, *optimizer_, config_, &*group_);
+  train_step_.emplace(*model_, *optimizer_, config_, &*group_, sharded);
   saver_.emplace(config_, leads() ? folder_->path() : "", *model_, *optimizer_,
                  train_step_->carried(), device_, *group_, *recorder_);
   saver_->check_free_disk();
@@ -178,6 +186,7 @@ void Trainer::Impl::open_data() {
 }
 
 void Trainer::Impl::resume_or_start() {
+  const auto whole = whole_weights();
   state_.data_fingerprint = data_.train->fingerprint();
   Resumed resumed;
   if (leads()) {
@@ -289,7 +298,8 @@ void Trainer::Impl::announce() const {
       (group_->place().alone()
            ? ""
            : " in each of " + std::to_string(group_->place().size) + " processes") +
-      (config_.optim.shard && !group_->place().alone()
+      (sharded_ ? " | weights in parts" : "") +
+      ((config_.optim.shard || sharded_) && !group_->place().alone()
            ? " | " +
                  format_number("%.1f MiB", static_cast<double>(optimizer_->bytes()) / (1 << 20)) +
                  " of the optimizer's state in each"
@@ -373,7 +383,10 @@ void Trainer::Impl::report() {
 /// Saves what was evaluated where it is the best so far, or the end: the weights are still those.
 void Trainer::Impl::evaluate_now() {
   settle();
-  evaluator_->evaluate(state_, [this] { stop_if_asked(); });
+  {
+    const auto whole = whole_weights();
+    evaluator_->evaluate(state_, [this] { stop_if_asked(); });
+  }
   const bool best = config_.ckpt.keep_best && state_.best.step == state_.step;
   if (best || finished()) save(finished());
   if (!ends_early()) return;
@@ -385,12 +398,14 @@ void Trainer::Impl::evaluate_now() {
 
 void Trainer::Impl::write_samples() {
   settle();
+  const auto whole = whole_weights();
   work_alone(*group_, [&](const auto& poll) { samples_->write(*model_, state_.step, poll); });
 }
 
 /// last: nothing comes after this step.
 void Trainer::Impl::save(bool last) {
   settle();
+  const auto whole = whole_weights();
   saver_->save(state_, last);
 }
 

@@ -60,7 +60,8 @@ struct TrainConfig {
   bool cuda_graph = true;          ///< on a GPU: record the step once, then replay it
   /// Each sequence of a batch goes on where that of the batch before ended, with its state.
   bool carry_state = false;
-  std::string init_from;  ///< run or checkpoint whose weights a new run has; "": it draws
+  bool shard_weights = false;  ///< several processes: each holds its part of the blocks' weights
+  std::string init_from;       ///< run or checkpoint whose weights a new run has; "": it draws
 };
 
 struct OptimConfig {

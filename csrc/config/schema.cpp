@@ -40,6 +40,10 @@ std::vector<Field> training_fields() {
           "each sequence of a batch goes on in the text where that of the batch before ended, with "
           "the state it left (truncated backpropagation through time); false: sequences from "
           "anywhere, each from an empty state")),
+      XLSTM_FIELD(train.shard_weights, any(),
+                  "several processes: each holds an equal part of the blocks' weights, their "
+                  "gradients and the optimizer's state (FSDP, ZeRO stage 3), and has those of a "
+                  "block whole only while it computes; wants model.activation_checkpointing"),
       per_machine(XLSTM_FIELD(
           train.init_from, any(),
           "folder of a run or checkpoint whose weights a new run starts with; empty: drawn")),

@@ -192,6 +192,18 @@ void validate_carried_state(const Config& config) {
               ", whose state grows with every token");
 }
 
+/// Weights come and go with the passes of a block, which are those of a recomputed one.
+void validate_sharded_weights(const Config& config) {
+  if (!config.train.shard_weights) return;
+  require(config.model.activation_checkpointing, config, "train.shard_weights",
+          "expected false with model.activation_checkpointing false: a block's weights are there "
+          "only while it computes, so that its activations are computed again; set "
+          "model.activation_checkpointing=true, or remove it");
+  require(config.model.lora.rank == 0, config, "train.shard_weights",
+          "expected false with model.lora.rank " + to_string(config.model.lora.rank) +
+              ": the weights beside adapters stay whole; model.lora.base=int8 makes them small");
+}
+
 void validate_data(const Config& config) {
   const auto& data = config.data;
   const bool text = !data.text.empty(), prepared = !data.train.empty();
@@ -335,6 +347,7 @@ void validate_for_training(const Config& config) {
   validate_data(config);
   validate_held_out(config);
   validate_carried_state(config);
+  validate_sharded_weights(config);
   validate_schedule(config);
 }
 

@@ -45,6 +45,20 @@ struct BlockOptions {
   int64_t num_blocks = 1;   ///< of the whole model
 };
 
+/// The parameters of a block that has its own memory for them during its passes alone (nn::checkpoint()), as where each of
+/// several processes holds a part of them.
+class PassingParameters {
+ public:
+  virtual ~PassingParameters() = default;
+  /// Before a pass: makes the parameters' memory and fills it. Calls may nest.
+  virtual void fetch() = 0;
+  /// After it.
+  virtual void release() = 0;
+  /// Takes the gradients of a backward pass, one for each of the block's parameters, undefined where it reached none. The
+  /// parameters' own grad() stays undefined.
+  virtual void take_gradients(const std::vector<at::Tensor>& gradients) = 0;
+};
+
 /// A residual block of a causal model.
 class Block : public torch::nn::Module {
  public:
@@ -57,6 +71,8 @@ class Block : public torch::nn::Module {
                  bool fused = true);
   /// Parameters that forward uses and another module owns.
   virtual std::vector<at::Tensor> outer_parameters() const { return {}; }
+  /// Null where the parameters always have memory. Otherwise the block runs by nn::checkpoint() alone.
+  std::shared_ptr<PassingParameters> passing;
 };
 
 /// First weights. These leave tensors on the meta device alone, and those that draw (all but linspace_init_) every tensor

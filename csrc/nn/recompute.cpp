@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
+
 #include "csrc/nn/random_state.h"
 
 namespace xlstm::nn {
@@ -74,10 +76,11 @@ class AutocastGuard {
 /// What the backward pass needs besides tensors. Tensor inputs of the node: x, the state, the block's
 /// parameters and those it borrows.
 struct Call : torch::CustomClassHolder {
-  Call(std::shared_ptr<Block> block_, size_t num_state_, std::optional<at::Tensor> reset_,
-       bool fused_, bool draws, at::Device device)
+  Call(std::shared_ptr<Block> block_, size_t num_state_, size_t num_parameters_,
+       std::optional<at::Tensor> reset_, bool fused_, bool draws, at::Device device)
       : block(std::move(block_)),
         num_state(num_state_),
+        num_parameters(num_parameters_),
         reset(std::move(reset_)),
         fused(fused_),
         autocast(device.type()) {
@@ -94,7 +97,7 @@ struct Call : torch::CustomClassHolder {
     return outputs;
   }
   std::shared_ptr<Block> block;
-  size_t num_state;
+  size_t num_state, num_parameters;
   std::optional<at::Tensor> reset;
   bool fused;
   Autocast autocast;
@@ -107,6 +110,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     ctx->set_materialize_grads(false);  // states are large and mostly without a gradient
     ctx->save_for_backward(inputs.vec());
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+    const Fetched fetched(call->block->passing);
     return call->run(inputs.vec());
   }
 
@@ -114,8 +118,23 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     const auto capsule = ctx->saved_data["call"].toCapsule();
     const Call& call = static_cast<const Call&>(*capsule);
     variable_list inputs = ctx->get_saved_variables();
-    const variable_list recomputed = recompute(call, inputs);
+    variable_list result = gradients(call, inputs, grads);
+    if (const auto& passing = call.block->passing) {
+      const auto first = result.begin() + static_cast<int64_t>(1 + call.num_state);
+      const auto last = first + static_cast<int64_t>(call.num_parameters);
+      passing->take_gradients({first, last});
+      std::fill(first, last, at::Tensor());
+    }
+    result.emplace_back();  // stands for `call`
+    return result;
+  }
 
+ private:
+  /// Of the inputs, undefined where none is wanted or reached.
+  static variable_list gradients(const Call& call, variable_list& inputs,
+                                 const variable_list& grads) {
+    const Fetched fetched(call.block->passing);
+    const variable_list recomputed = recompute(call, inputs);
     variable_list outputs, output_grads, wanted;
     for (size_t i = 0; i < recomputed.size(); ++i) {
       if (!grads[i].defined() || !recomputed[i].requires_grad()) continue;
@@ -125,7 +144,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     for (const auto& input : inputs) {
       if (input.requires_grad()) wanted.push_back(input);
     }
-    variable_list result(inputs.size() + 1);  // the last one stands for `call`
+    variable_list result(inputs.size());
     if (outputs.empty() || wanted.empty()) return result;
     const variable_list found =
         torch::autograd::grad(outputs, wanted, output_grads, /*retain_graph=*/std::nullopt,
@@ -137,7 +156,6 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     return result;
   }
 
- private:
   /// Replaces x and the state in `inputs` by leaves of a graph of its own and runs the block on them. The parameters
   /// stay: the block holds them, and grad() stops at them.
   static variable_list recompute(const Call& call, variable_list& inputs) {
@@ -154,14 +172,18 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
 
 Result checkpoint(const std::shared_ptr<Block>& block, const at::Tensor& x, const State& state,
                   const std::optional<at::Tensor>& reset, bool fused, bool draws) {
-  if (!at::GradMode::is_enabled()) return block->forward(x, state, reset, fused);
+  if (!at::GradMode::is_enabled()) {
+    const Fetched fetched(block->passing);
+    return block->forward(x, state, reset, fused);
+  }
   variable_list inputs = {x};
   inputs.insert(inputs.end(), state.begin(), state.end());
-  for (auto& parameter : block->parameters()) inputs.push_back(parameter);
+  const variable_list parameters = block->parameters();
+  inputs.insert(inputs.end(), parameters.begin(), parameters.end());
   for (auto& parameter : block->outer_parameters()) inputs.push_back(parameter);
-  auto outputs = Checkpoint::apply(
-      at::TensorList(inputs),
-      c10::make_intrusive<Call>(block, state.size(), reset, fused, draws, x.device()));
+  auto outputs = Checkpoint::apply(at::TensorList(inputs),
+                                   c10::make_intrusive<Call>(block, state.size(), parameters.size(),
+                                                             reset, fused, draws, x.device()));
   return {outputs[0], State(outputs.begin() + 1, outputs.end())};
 }
 

@@ -7,8 +7,26 @@ namespace xlstm::nn {
 /// the same autocast setting and the same random numbers. Gradients reach x, the state tensors and the block's
 /// parameters through the ordinary graph, so grad() and accumulation behave as without it. Only a hook on a parameter
 /// tensor itself is also called for the recomputed graph. No second derivative. `draws`: whether the block may draw random
-/// numbers; where it does not, no generator is asked, which a CUDA graph cannot record.
+/// numbers; where it does not, no generator is asked, which a CUDA graph cannot record. Where the block's parameters are
+/// `passing` they have memory during each of the two passes, and their gradients go to that.
 Result checkpoint(const std::shared_ptr<Block>& block, const at::Tensor& x, const State& state,
                   const std::optional<at::Tensor>& reset, bool fused = true, bool draws = true);
+
+/// The parameters of a block have their values while one lives.
+class Fetched {
+ public:
+  explicit Fetched(std::shared_ptr<PassingParameters> parameters)
+      : parameters_(std::move(parameters)) {
+    if (parameters_) parameters_->fetch();
+  }
+  ~Fetched() {
+    if (parameters_) parameters_->release();
+  }
+  Fetched(Fetched&&) = default;
+  Fetched& operator=(Fetched&&) = delete;
+
+ private:
+  std::shared_ptr<PassingParameters> parameters_;
+};
 
 }  // namespace xlstm::nn

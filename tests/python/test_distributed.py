@@ -145,6 +145,91 @@ def test_one_of_those_that_share_the_optimizer_is_killed_while_saving(setup):  #
     assert fingerprint(run, 12) == fingerprint(run.parent / "whole", 12)
 
 
+RECOMPUTED = "model.activation_checkpointing=true"
+DIVIDED = "train.shard_weights=true"  # what of the norm is summed where differs: without clipping no bit does
+UNCLIPPED = "train.grad_clip=0"
+
+
+@pytest.mark.parametrize("options", [[], ["train.dtype=bfloat16", "train.carry_state=true", "model.dropout=0.1"]])
+def test_divided_weights_have_the_same_bits(setup, options):  # noqa: F811
+    config, run = setup
+    options = [*options, RECOMPUTED, UNCLIPPED, "sample.every=6"]
+    for name, more in (("whole", []), ("divided", [DIVIDED])):
+        ended = together(config, *options, *more, f"run.name={name}")
+        assert [status for _, _, status in ended] == [0, 0], ended
+        assert ("weights in parts" in ended[0][0]) == bool(more)
+    whole, divided = run.parent / "whole", run.parent / "divided"
+    assert losses(divided) == losses(whole) and len(losses(divided)) == 12
+    for step in (8, 12):
+        assert fingerprint(divided, step) == fingerprint(whole, step)
+    held_out = [[r["val/loss"] for r in records(folder) if "val/loss" in r] for folder in (divided, whole)]
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 3
+    assert records(divided, "samples.jsonl") == records(whole, "samples.jsonl")
+
+
+def test_weights_divided_among_four_differ_by_rounding_alone(setup):  # noqa: F811
+    config, run = setup
+    assert train(config, "run.name=alone").returncode == 0
+    assert [status for _, _, status in together(config, RECOMPUTED, DIVIDED, size=4)] == [0] * 4
+    here, alone = (records(folder) for folder in (run, run.parent / "alone"))
+    for number in ("train/loss", "train/grad_norm", "val/loss"):
+        values = [[r[number] for r in of if number in r] for of in (here, alone)]
+        assert values[0] and values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_who_divides_the_weights_may_change_from_start_to_start(setup):  # noqa: F811
+    config, run = setup
+    options, stop = [RECOMPUTED, UNCLIPPED, TWO_MICRO_BATCHES], "trainer.raise_sigterm:{}"
+    assert train(config, *options, "run.name=alone").returncode == 0
+    assert [status for _, _, status in together(config, *options, DIVIDED, failpoint=stop.format(3))] == [75, 75]
+    assert train(config, *options, DIVIDED, failpoint=stop.format(5)).returncode == 75
+    assert [status for _, _, status in together(config, *options, DIVIDED, failpoint=stop.format(7))] == [75, 75]
+    assert [status for _, _, status in together(config, *options, failpoint=stop.format(9))] == [75, 75]
+    ended = together(config, *options, DIVIDED, failpoint="ckpt.before_rename:12", failing=0)
+    assert ended[0][2] < 0 and ended[1][2] == 6, ended
+    assert [status for _, _, status in together(config, *options, DIVIDED)] == [0, 0]
+    assert losses(run) == losses(run.parent / "alone")
+    assert fingerprint(run, 12) == fingerprint(run.parent / "alone", 12)
+
+
+def test_divided_weights_that_begin_with_given_ones(setup):  # noqa: F811
+    config, run = setup
+    assert train(config, "run.name=given", "train.max_steps=4").returncode == 0
+    options = [RECOMPUTED, UNCLIPPED, f"train.init_from={run.parent / 'given'}", "train.max_steps=4"]
+    assert train(config, *options, TWO_MICRO_BATCHES, "run.name=alone").returncode == 0
+    assert [status for _, _, status in together(config, *options, DIVIDED)] == [0, 0]
+    assert fingerprint(run, 4) == fingerprint(run.parent / "alone", 4)
+
+
+def test_what_divided_weights_take(setup):  # noqa: F811
+    config, _ = setup
+    env = {**os.environ, "XLSTM_PYTHON": sys.executable, "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
+
+    def memory(*options, env=env):
+        command = [PROGRAM, config, "model.embedding_dim=256", "model.num_blocks=12", RECOMPUTED, *options, "--dry-run"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stdout.splitlines() if line.startswith("  weights"))
+        numbers = re.findall(r"(weights|gradients|optimizer|save) ([\d.]+) MiB", line)
+        return {name: float(number) for name, number in numbers}, done.stdout
+
+    whole, _ = memory()
+    optimizer, _ = memory("optim.shard=true")
+    divided, out = memory(DIVIDED)
+    assert "in each of 4 processes" in out and "one step    not run: it takes all processes" in out
+    assert optimizer == {**whole, "optimizer": pytest.approx(whole["optimizer"] / 4, abs=0.1)}
+    assert divided["optimizer"] == optimizer["optimizer"]
+    for name in ("weights", "gradients"):
+        assert whole[name] / 4 < divided[name] < whole[name] / 2
+    assert whole["weights"] * 0.9 < divided["save"] < whole["weights"]
+    alone, out = memory(DIVIDED, env={**env, "WORLD_SIZE": "1"})
+    assert alone == whole and "several processes divide all but the activations" in out
+    for options, message in ((["model.activation_checkpointing=false"], "set model.activation_checkpointing=true"),
+                             (["model.lora.rank=2", "train.init_from=x"], "the weights beside adapters stay whole")):
+        done = train(config, RECOMPUTED, DIVIDED, *options)
+        assert done.returncode == 2 and "train.shard_weights" in done.stderr and message in done.stderr, done.stderr
+
+
 @under_torchrun
 def test_torchrun(setup):  # noqa: F811
     config, run = setup

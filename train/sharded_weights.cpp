@@ -1,0 +1,167 @@
+#include "train/sharded_weights.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace xlstm::train {
+namespace {
+
+/// Parameters and parts begin at multiples of this many elements, where kernels find them aligned as memory of their own is.
+constexpr int64_t kAlignment = 64;
+
+int64_t aligned(int64_t elements) { return (elements + kAlignment - 1) / kAlignment * kAlignment; }
+
+}  // namespace
+
+/// The parameters of one block in a row, of which each process holds as many elements.
+class ShardedWeights::Unit : public nn::PassingParameters {
+ public:
+  Unit(std::vector<at::Tensor> parameters, ProcessGroup& group)
+      : group_(group), parameters_(std::move(parameters)) {
+    const at::NoGradGuard no_grad;
+    int64_t end = 0;
+    for (const at::Tensor& parameter : parameters_) {
+      begins_.push_back(end);
+      end += aligned(parameter.numel());
+    }
+    const int64_t processes = group.place().size;
+    share_ = aligned((end + processes - 1) / processes);
+    whole_ = zeros(processes * share_);
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      const at::Tensor here = place_of(i, whole_);
+      here.copy_(parameters_[i]);
+      parameters_[i].set_data(here);
+    }
+    own_ = own_part().clone();
+    drop();
+  }
+
+  /// Of parameter i.
+  std::vector<HeldPart> parts(size_t i) {
+    std::vector<HeldPart> parts;
+    const int64_t first = begins_[i], last = first + parameters_[i].numel();
+    for (int64_t owner = first / share_; owner * share_ < last; ++owner) {
+      const int64_t begin = std::max(first, owner * share_),
+                    end = std::min(last, (owner + 1) * share_);
+      HeldPart part{owner, begin - first, end - first, {}};
+      if (owner == group_.place().rank) {
+        part.weights = own_.slice(0, begin - owner * share_, end - owner * share_);
+        if (end - begin == last - first) part.weights = part.weights.view(parameters_[i].sizes());
+        held_.emplace_back(i, part.weights);
+      }
+      parts.push_back(std::move(part));
+    }
+    return parts;
+  }
+
+  void fetch() override {
+    if (fetched_++ > 0) return;
+    const at::NoGradGuard no_grad;
+    c10::StorageImpl& storage = *whole_.storage().unsafeGetStorageImpl();
+    const size_t bytes = static_cast<size_t>(whole_.numel()) * whole_.element_size();
+    storage.set_data_ptr_noswap(storage.allocator()->allocate(bytes));
+    storage.set_nbytes(bytes);
+    group_.all_gather(whole_, own_);
+  }
+
+  void release() override {
+    if (--fetched_ == 0) drop();
+  }
+
+  /// What the fetched weights are by now is held.
+  void keep_changes() {
+    const at::NoGradGuard no_grad;
+    own_.copy_(own_part());
+  }
+
+  void take_gradients(const std::vector<at::Tensor>& gradients) override {
+    const at::NoGradGuard no_grad;
+    const at::Tensor all = zeros(whole_.numel()), sum = at::empty({share_}, own_.options());
+    for (size_t i = 0; i < gradients.size(); ++i)
+      if (gradients[i].defined()) place_of(i, all).copy_(gradients[i]);
+    group_.reduce_scatter(sum, all);
+    if (gradient_.defined()) {
+      gradient_.add_(sum);
+      return;
+    }
+    gradient_ = sum;
+    for (auto& [i, weights] : held_)
+      if (gradients[i].defined())
+        weights.mutable_grad() =
+            gradient_.narrow(0, weights.storage_offset(), weights.numel()).view_as(weights);
+  }
+
+  void zero_grad() {
+    gradient_ = at::Tensor();
+    for (auto& [i, weights] : held_) weights.mutable_grad() = at::Tensor();
+  }
+
+ private:
+  at::Tensor zeros(int64_t elements) const {
+    return at::zeros({elements}, parameters_.front().options().requires_grad(false));
+  }
+  /// Where parameter i is in a row of all of them.
+  at::Tensor place_of(size_t i, const at::Tensor& row) const {
+    return row.narrow(0, begins_[i], parameters_[i].numel()).view(parameters_[i].sizes());
+  }
+  at::Tensor own_part() const { return whole_.narrow(0, group_.place().rank * share_, share_); }
+  /// The memory goes, the tensors stay: the parameters, and what autograd has saved of them, find the next memory by
+  /// themselves.
+  void drop() {
+    c10::StorageImpl& storage = *whole_.storage().unsafeGetStorageImpl();
+    storage.set_data_ptr_noswap(at::DataPtr(nullptr, storage.device()));
+    storage.set_nbytes(size_t{0});
+  }
+
+  ProcessGroup& group_;
+  std::vector<at::Tensor> parameters_;
+  std::vector<int64_t> begins_;  ///< of each in the row
+  int64_t share_ = 0;            ///< elements that a process holds
+  at::Tensor whole_;             ///< the row, whose memory comes and goes
+  at::Tensor own_, gradient_;    ///< of this process; the latter undefined without gradients
+  std::vector<std::pair<size_t, at::Tensor>> held_;  ///< number of a parameter, what of it is here
+  int64_t fetched_ = 0;
+};
+
+ShardedWeights::ShardedWeights(models::LanguageModel& model, ProcessGroup& group) {
+  for (const auto& module : model.modules(/*include_self=*/false)) {
+    const auto block = std::dynamic_pointer_cast<nn::Block>(module);
+    if (!block) continue;
+    const std::vector<at::Tensor> parameters = block->parameters();
+    auto unit = std::make_shared<Unit>(parameters, group);
+    for (size_t i = 0; i < parameters.size(); ++i)
+      parts_[parameters[i].unsafeGetTensorImpl()] = unit->parts(i);
+    block->passing = unit;
+    blocks_.push_back(block);
+    units_.push_back(std::move(unit));
+  }
+}
+
+ShardedWeights::~ShardedWeights() {
+  for (const auto& block : blocks_) block->passing = nullptr;
+}
+
+const std::vector<HeldPart>* ShardedWeights::parts(const at::Tensor& parameter) const {
+  const auto found = parts_.find(parameter.unsafeGetTensorImpl());
+  return found == parts_.end() ? nullptr : &found->second;
+}
+
+void ShardedWeights::zero_grad() {
+  for (const auto& unit : units_) unit->zero_grad();
+}
+
+ShardedWeights::Whole::Whole(ShardedWeights* weights) : weights_(weights) {
+  if (weights == nullptr) return;
+  for (const auto& unit : weights->units_) fetched_.emplace_back(unit);
+}
+
+ShardedWeights::Whole::~Whole() {
+  if (weights_ == nullptr) return;
+  for (const auto& unit : weights_->units_) unit->keep_changes();
+}
+
+}  // namespace xlstm::train
