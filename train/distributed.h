@@ -45,10 +45,12 @@ class ProcessGroup {
   /// Dense tensors of one device, in place. On a GPU it is enqueued on the current stream.
   void sum(const std::vector<at::Tensor>& tensors);
   bool any(bool value);
-  /// `whole` becomes the parts of all processes in a row; dense, of size() times the elements of `part`.
-  void all_gather(at::Tensor whole, at::Tensor part);
-  /// `part` becomes this process's of the sum of all wholes.
-  void reduce_scatter(at::Tensor part, at::Tensor whole);
+  /// Waits for what has been begun: the current stream of a GPU does, the host with tensors of the CPU.
+  using Wait = std::function<void()>;
+  /// `whole` becomes the parts of all processes in a row; dense tensors. Only begins it.
+  [[nodiscard]] Wait all_gather(at::Tensor whole, at::Tensor part);
+  /// `part` becomes this process's of the sum of all wholes. Only begins it.
+  [[nodiscard]] Wait reduce_scatter(at::Tensor part, at::Tensor whole);
   /// Those of process 0 for all, in place; or each those of the process that `from` names for it. Dense tensors.
   void broadcast(const std::vector<at::Tensor>& tensors, const std::vector<int64_t>& from = {});
   std::string broadcast(const std::string& text);

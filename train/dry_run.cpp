@@ -193,7 +193,7 @@ MemoryEstimate estimate_memory(const config::Config& config) {
   if (processes == 1) return memory;
   if (config.optim.shard || config.train.shard_weights) memory.optimizer /= processes;
   if (!config.train.shard_weights) return memory;
-  // Of each block a part, and one block whole: its weights, then its gradients and where they are put together.
+  // Of each block a part, and whole the weights of one and of the next, the gradients of one and of the one before.
   int64_t blocks = 0, largest = 0;
   for (const auto& module : model->modules(/*include_self=*/false)) {
     if (module->as<nn::Block>() == nullptr) continue;
@@ -203,7 +203,7 @@ MemoryEstimate estimate_memory(const config::Config& config) {
   }
   const int64_t elsewhere = blocks - blocks / processes;
   memory.whole_weights = blocks;
-  memory.weights -= elsewhere;
+  memory.weights += 2 * largest - elsewhere;
   memory.gradients += 2 * largest - elsewhere;
   return memory;
 }

@@ -22,7 +22,8 @@ struct HeldPart {
 };
 
 /// Of each block's weights a process holds the elements of its part alone. During a pass of the block (nn::checkpoint())
-/// it has them all, collected from the processes; behind the backward pass the gradients are summed, each part where it is held.
+/// it has them all, collected from the processes while the block before computes; behind the backward pass the gradients
+/// are summed, each part where it is held.
 /// What is no block's (embedding, head, out norm) stays whole everywhere. Every function is called by all processes
 /// together.
 class ShardedWeights {
@@ -51,10 +52,14 @@ class ShardedWeights {
 
   /// In the order of their elements; null for a parameter that is whole.
   const std::vector<HeldPart>* parts(const at::Tensor& parameter) const;
+  /// Behind the backward passes: waits for sums of gradients that are on their way, and drops what was fetched ahead in vain.
+  void finish_gradients();
   void zero_grad();
 
  private:
+  class Reduction;
   class Unit;
+  std::unique_ptr<Reduction> reduction_;
   std::vector<std::shared_ptr<nn::Block>> blocks_;
   std::vector<std::shared_ptr<Unit>> units_;  ///< one for each block
   std::map<const void*, std::vector<HeldPart>> parts_;

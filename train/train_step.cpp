@@ -82,7 +82,7 @@ std::string first_non_finite(const NamedTensors& tensors) {
 }
 
 TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const config::Config& config,
-                     ProcessGroup* group, const ShardedWeights* weights)
+                     ProcessGroup* group, ShardedWeights* weights)
     : model_(model),
       optimizer_(optimizer),
       config_(config),
@@ -180,6 +180,7 @@ void TrainStep::sum_over_processes(at::Tensor& loss) {
     sums.push_back(gradient);
   }
   group_->sum(sums);
+  if (weights_ != nullptr) weights_->finish_gradients();
 }
 
 /// L2 norm of each parameter's gradient, float64; zero where the backward pass did not reach it: it is not updated. Of

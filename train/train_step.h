@@ -40,7 +40,7 @@ class TrainStep {
  public:
   /// group: the processes that train together; null for one. weights: what they have divided among them; null for nothing.
   TrainStep(models::LanguageModel& model, AdamW& optimizer, const config::Config& config,
-            ProcessGroup* group = nullptr, const ShardedWeights* weights = nullptr);
+            ProcessGroup* group = nullptr, ShardedWeights* weights = nullptr);
   /// Does one step and returns the oldest result that is known by now and was not returned before: that of this step on
   /// a CPU, that of the one before on a GPU (none at first). batch: this process's share of the samples from
   /// first_sample on.
@@ -78,7 +78,7 @@ class TrainStep {
   AdamW& optimizer_;
   const config::Config& config_;
   ProcessGroup* group_;  ///< null where there is one process
-  const ShardedWeights* weights_;
+  ShardedWeights* weights_;
   NamedTensors parameters_;
   at::Tensor divided_;  ///< bool, whether each is one of divided weights
   int64_t total_steps_;

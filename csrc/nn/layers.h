@@ -50,8 +50,10 @@ struct BlockOptions {
 class PassingParameters {
  public:
   virtual ~PassingParameters() = default;
-  /// Before a pass: makes the parameters' memory and fills it. Calls may nest.
-  virtual void fetch() = 0;
+  enum class Pass { kForward, kBackward };
+  /// Before a pass: makes the parameters' memory and fills it. Calls may nest. What the pass of the model comes to next may be
+  /// fetched ahead.
+  virtual void fetch(Pass pass) = 0;
   /// After it.
   virtual void release() = 0;
   /// Takes the gradients of a backward pass, one for each of the block's parameters, undefined where it reached none. The

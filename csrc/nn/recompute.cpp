@@ -110,7 +110,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     ctx->set_materialize_grads(false);  // states are large and mostly without a gradient
     ctx->save_for_backward(inputs.vec());
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
-    const Fetched fetched(call->block->passing);
+    const Fetched fetched(call->block->passing, PassingParameters::Pass::kForward);
     return call->run(inputs.vec());
   }
 
@@ -133,7 +133,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
   /// Of the inputs, undefined where none is wanted or reached.
   static variable_list gradients(const Call& call, variable_list& inputs,
                                  const variable_list& grads) {
-    const Fetched fetched(call.block->passing);
+    const Fetched fetched(call.block->passing, PassingParameters::Pass::kBackward);
     const variable_list recomputed = recompute(call, inputs);
     variable_list outputs, output_grads, wanted;
     for (size_t i = 0; i < recomputed.size(); ++i) {
@@ -173,7 +173,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
 Result checkpoint(const std::shared_ptr<Block>& block, const at::Tensor& x, const State& state,
                   const std::optional<at::Tensor>& reset, bool fused, bool draws) {
   if (!at::GradMode::is_enabled()) {
-    const Fetched fetched(block->passing);
+    const Fetched fetched(block->passing, PassingParameters::Pass::kForward);
     return block->forward(x, state, reset, fused);
   }
   variable_list inputs = {x};

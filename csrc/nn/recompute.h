@@ -15,9 +15,10 @@ Result checkpoint(const std::shared_ptr<Block>& block, const at::Tensor& x, cons
 /// The parameters of a block have their values while one lives.
 class Fetched {
  public:
-  explicit Fetched(std::shared_ptr<PassingParameters> parameters)
+  /// parameters: null where they always have them.
+  Fetched(std::shared_ptr<PassingParameters> parameters, PassingParameters::Pass pass)
       : parameters_(std::move(parameters)) {
-    if (parameters_) parameters_->fetch();
+    if (parameters_) parameters_->fetch(pass);
   }
   ~Fetched() {
     if (parameters_) parameters_->release();
