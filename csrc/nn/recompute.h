@@ -4,11 +4,11 @@
 namespace xlstm::nn {
 
 /// block->forward(x, state, reset, fused) that keeps only its inputs and computes the rest again in the backward pass, under
-/// the same autocast setting and the same random numbers. Gradients reach x, the state tensors and the block's
-/// parameters through the ordinary graph, so grad() and accumulation behave as without it. Only a hook on a parameter
-/// tensor itself is also called for the recomputed graph. No second derivative. `draws`: whether the block may draw random
-/// numbers; where it does not, no generator is asked, which a CUDA graph cannot record. Where the block's parameters are
-/// `passing` they have memory during each of the two passes, and their gradients go to that.
+/// the same autocast setting, in the same mode and with the same random numbers. Gradients reach x, the state tensors and
+/// the block's parameters through the ordinary graph, so grad(), accumulation and hooks behave as without it. No second
+/// derivative. `draws`: whether the block may draw random numbers; where it does not, no generator is asked, which a CUDA
+/// graph cannot record. Where the block's parameters are `passing` they have memory during each of the two passes, and
+/// their gradients go to that.
 Result checkpoint(const std::shared_ptr<Block>& block, const at::Tensor& x, const State& state,
                   const std::optional<at::Tensor>& reset, bool fused = true, bool draws = true);
 

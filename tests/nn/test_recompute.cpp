@@ -155,6 +155,73 @@ TEST_CASE(
     CHECK(at::equal(parameters[i].grad(), 2 * plain[i]));
 }
 
+template <class Work>
+std::string message_of(const Work& work) {
+  try {
+    work();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST_CASE("hooks on the parameters and inputs of a checkpointed block are called once") {
+  torch::manual_seed(13);
+  const auto block = named_block<MlstmBlock>("", mlstm_options()).block;
+  const at::Tensor x = random_input(2, 5).set_requires_grad(true);
+  int called = 0;
+  auto tensors = block->parameters();
+  tensors.push_back(x);
+  for (auto& tensor : tensors)
+    tensor.register_hook([&called](const at::Tensor& gradient) {
+      ++called;
+      return gradient * 2;
+    });
+  const auto gradients = [&](bool checkpointed) {
+    called = 0;
+    for (auto& tensor : tensors) tensor.mutable_grad() = at::Tensor();
+    (checkpointed ? checkpoint(block, x, {}, {}) : block->forward(x, {}, {}))
+        .first.sum()
+        .backward();
+    CHECK(called == static_cast<int>(tensors.size()));
+    std::vector<at::Tensor> found;
+    for (const auto& tensor : tensors) found.push_back(tensor.grad());
+    return found;
+  };
+  check_equal(gradients(true), gradients(false));
+}
+
+TEST_CASE("what changes between the passes of a checkpointed block changes no gradient") {
+  auto options = mlstm_options();
+  options.dropout = 0.5;
+  torch::manual_seed(14);
+  const auto block = named_block<MlstmBlock>("dropout", options).block;
+  const at::Tensor x = random_input(5, 7).set_requires_grad(true);
+  const at::Tensor reset = at::zeros({5, 7}, at::kBool);
+  const auto passes = [&](const auto& between) {
+    torch::manual_seed(15);
+    const at::Tensor loss = checkpoint(block, x, {}, reset).first.sum();
+    between();
+    return torch::autograd::grad({loss}, {x})[0];
+  };
+  const at::Tensor expected = passes([] {});
+  CHECK(at::equal(passes([&] { block->eval(); }), expected));
+  CHECK_FALSE(block->is_training());  // as the caller left it
+  block->train();
+  const std::string message = message_of([&] { passes([&] { reset.fill_(true); }); });
+  CHECK(message.find("modified by an inplace operation") != std::string::npos);
+}
+
+TEST_CASE("a checkpointed block has no second derivative, and says so") {
+  torch::manual_seed(16);
+  const auto block = named_block<MlstmBlock>("", mlstm_options()).block;
+  const at::Tensor x = random_input(2, 5).set_requires_grad(true);
+  const at::Tensor loss = checkpoint(block, x, {}, {}).first.sum();
+  const std::string message =
+      message_of([&] { torch::autograd::grad({loss}, {x}, {}, true, /*create_graph=*/true); });
+  CHECK(message.find("second derivatives are not implemented") != std::string::npos);
+}
+
 TEST_CASE("without gradients a checkpointed block is the block") {
   torch::manual_seed(12);
   at::NoGradGuard no_grad;
