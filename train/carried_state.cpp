@@ -18,14 +18,6 @@
 namespace xlstm::train {
 namespace {
 
-/// The state after no token.
-models::ModelState empty_state(models::LanguageModel& model, int64_t sequences) {
-  const at::NoGradGuard no_grad;
-  const nn::NoDropout no_dropout;
-  const auto options = at::TensorOptions().dtype(at::kLong).device(model.head_weight().device());
-  return model.hidden(at::zeros({sequences, 0}, options), {}, {}).second;
-}
-
 int64_t bytes_of(const models::ModelState& state) {
   int64_t bytes = 0;
   for (const auto& block : state)
@@ -54,16 +46,24 @@ constexpr const char* kOther = ": they belong to another model, batch or train.d
 
 }  // namespace
 
+models::ModelState empty_state(models::LanguageModel& model, int64_t sequences, bool bfloat16) {
+  const at::NoGradGuard no_grad;
+  const nn::NoDropout no_dropout;
+  const at::Tensor weight = model.head_weight();
+  const AutocastGuard autocast(weight.device().type(), bfloat16);
+  const at::Tensor none =
+      at::zeros({sequences, 0, model.options().embedding_dim}, weight.options());
+  return model.blocks().forward(none).second;
+}
+
 CarriedState::CarriedState(models::LanguageModel& model, const config::Config& config,
                            ProcessGroup* group)
     : group_(group),
       place_(group != nullptr ? group->place() : ProcessPlace{}),
       sequences_(config.train.global_batch_size / place_.size) {
-  // In the types that a step's states have.
-  const AutocastGuard autocast(model.head_weight().device().type(),
-                               config.train.dtype == "bfloat16");
-  state_ = empty_state(model, sequences_);
-  empty_ = empty_state(model, 1);
+  const bool bfloat16 = config.train.dtype == "bfloat16";
+  state_ = empty_state(model, sequences_, bfloat16);
+  empty_ = empty_state(model, 1, bfloat16);
 }
 
 /// Calls function(block, tensor's number, tensor) in order.

@@ -44,6 +44,9 @@ class CarriedState {
   models::ModelState state_, empty_;  ///< of all sequences; of one
 };
 
+/// The state after no token, in the types that a step's states have.
+models::ModelState empty_state(models::LanguageModel& model, int64_t sequences, bool bfloat16);
+
 /// Bytes of the states of so many sequences. Counts without allocating.
 int64_t state_bytes(const models::ModelOptions& options, int64_t sequences);
 

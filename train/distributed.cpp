@@ -299,17 +299,18 @@ std::string ProcessGroup::broadcast(const std::string& text) {
   return all;
 }
 
-void ProcessGroup::send(const at::Tensor& tensor, int64_t to) {
-  guarded([&] {
-    std::vector<at::Tensor> one{tensor};
-    impl_->host->send(one, static_cast<int>(to), /*tag=*/0)->wait();
-  });
+void ProcessGroup::send(const at::Tensor& tensor, int64_t to) { begin_send(tensor, to)(); }
+
+ProcessGroup::Wait ProcessGroup::begin_send(const at::Tensor& tensor, int64_t to) {
+  std::vector<at::Tensor> one{tensor};
+  auto work = guarded([&] { return impl_->of(tensor).send(one, static_cast<int>(to), /*tag=*/0); });
+  return [this, work, tensor] { guarded([&] { work->wait(); }); };
 }
 
 void ProcessGroup::receive(const at::Tensor& tensor, int64_t from) {
   guarded([&] {
     std::vector<at::Tensor> one{tensor};
-    impl_->host->recv(one, static_cast<int>(from), /*tag=*/0)->wait();
+    impl_->of(tensor).recv(one, static_cast<int>(from), /*tag=*/0)->wait();
   });
 }
 

@@ -54,8 +54,10 @@ class ProcessGroup {
   /// Those of process 0 for all, in place; or each those of the process that `from` names for it. Dense tensors.
   void broadcast(const std::vector<at::Tensor>& tensors, const std::vector<int64_t>& from = {});
   std::string broadcast(const std::string& text);
-  /// A dense tensor of the CPU for process `to`, which calls receive() with one like it.
+  /// A dense tensor for process `to`, which calls receive() with one like it.
   void send(const at::Tensor& tensor, int64_t to);
+  /// Only begins it; several to one process arrive in their order.
+  [[nodiscard]] Wait begin_send(const at::Tensor& tensor, int64_t to);
   void receive(const at::Tensor& tensor, int64_t from);
   void barrier();
 

@@ -87,7 +87,12 @@ void print_schedule(const config::Config& config) {
              " tokens: " + std::to_string(config.train.global_batch_size) + " sequences of " +
              format_thousands(config.data.seq_len) + " in micro batches of " +
              std::to_string(micro_batch(config, processes)) +
-             (processes > 1 ? " in each of " + std::to_string(processes) + " processes" : ""));
+             (processes > 1 ? " in each of " + std::to_string(processes) + " processes" : "") +
+             (config.train.sequence_parallel > 1
+                  ? ", segments of " +
+                        format_thousands(config.data.seq_len / config.train.sequence_parallel) +
+                        " tokens"
+                  : ""));
   print_line("whole run   " + (has_length(config)
                                    ? format_thousands(steps) + " steps, " +
                                          format_thousands(steps * per_step) + " tokens"
@@ -143,7 +148,7 @@ void run_one_step(const config::Config& config, const TrainingData& data, at::De
   AdamW optimizer(trained_parameters(*model), config.optim);
   TrainStep train_step(*model, optimizer, config);
   const TrainBatch batch(
-      data.train->batch(0, config.train.global_batch_size / place_from_environment().size));
+      data.train->batch(0, sequences_of_process(config, place_from_environment().size)));
   const double start = monotonic_seconds();
   std::optional<StepResult> done = train_step.run(batch, 1);
   if (!done) done = train_step.finish();
@@ -177,7 +182,9 @@ ParameterCount count_parameters_by_part(const models::ModelOptions& options) {
 MemoryEstimate estimate_memory(const config::Config& config) {
   const auto model = models::make_language_model(config.model, at::kMeta);
   const int64_t processes = place_from_environment().size;
-  const int64_t sequences = config.train.global_batch_size / processes;
+  const int64_t sequences = sequences_of_process(config, processes);
+  config::Config segment = config;
+  if (processes > 1) segment.data.seq_len /= config.train.sequence_parallel;
   const auto bytes_of = [](const torch::nn::Module& module) {
     int64_t bytes = 0;
     for (const auto& parameter : module.parameters())
@@ -188,7 +195,7 @@ MemoryEstimate estimate_memory(const config::Config& config) {
   memory.weights = bytes_of(*model);
   memory.gradients = 4 * count_parameters_by_part(config.model).trained;
   memory.optimizer = 2 * memory.gradients;
-  memory.activations = activation_bytes(config, on_gpu(config), processes);
+  memory.activations = activation_bytes(segment, on_gpu(config), processes);
   if (config.train.carry_state) memory.carried = state_bytes(config.model, sequences);
   if (processes == 1) return memory;
   if (config.optim.shard || config.train.shard_weights) memory.optimizer /= processes;
@@ -287,9 +294,9 @@ void dry_run(const config::Config& given, bool fresh) {
     print_line("one step    not run: it would need more memory than there is");
     return;
   }
-  if (config.train.shard_weights && !place_from_environment().alone()) {
-    print_line(
-        "one step    not run: it takes all processes, which have a part of the weights each");
+  const bool shared = config.train.shard_weights || config.train.sequence_parallel > 1;
+  if (shared && !place_from_environment().alone()) {
+    print_line("one step    not run: it takes all processes, which have a part of it each");
     return;
   }
   run_one_step(config, data, device, own ? own : weights);

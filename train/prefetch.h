@@ -15,7 +15,9 @@ namespace xlstm::train {
 /// A batch of global samples as tensors that share its memory, or in pinned memory of their own that a GPU reads while
 /// the host goes on.
 struct TrainBatch {
-  explicit TrainBatch(data::Batch&& source, bool pinned = false);
+  /// segment: which of so many equal ones of each sequence; the targets that count are those of the segment.
+  explicit TrainBatch(data::Batch&& source, bool pinned = false, int64_t segment = 0,
+                      int64_t segments = 1);
   TrainBatch(const TrainBatch&) = delete;
   TrainBatch& operator=(const TrainBatch&) = delete;
   data::Batch host;
@@ -27,9 +29,9 @@ struct TrainBatch {
 class Prefetcher {
  public:
   /// Batches of `batch_size` samples from first_sample on; `stride`: from one's first sample to the next one's, where
-  /// other processes read what is between (0: none).
+  /// other processes read what is between (0: none). segment, segments: as TrainBatch has them.
   Prefetcher(const data::SampleSource& source, int64_t first_sample, int64_t batch_size,
-             bool pinned = false, int64_t stride = 0);
+             bool pinned = false, int64_t stride = 0, int64_t segment = 0, int64_t segments = 1);
   ~Prefetcher();
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;
@@ -39,7 +41,7 @@ class Prefetcher {
  private:
   void work();
   const data::SampleSource& source_;
-  int64_t next_sample_, batch_size_, stride_;
+  int64_t next_sample_, batch_size_, stride_, segment_, segments_;
   bool pinned_;
   std::mutex mutex_;
   std::condition_variable changed_;

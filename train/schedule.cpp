@@ -15,9 +15,14 @@ double share_of_part(int64_t done, int64_t steps, int64_t parts) {
 
 }  // namespace
 
+int64_t sequences_of_process(const config::Config& config, int64_t processes) {
+  return config.train.global_batch_size /
+         std::max<int64_t>(1, processes / config.train.sequence_parallel);
+}
+
 int64_t micro_batch(const config::Config& config, int64_t processes) {
   return config.train.micro_batch_size > 0 ? config.train.micro_batch_size
-                                           : config.train.global_batch_size / processes;
+                                           : sequences_of_process(config, processes);
 }
 
 double learning_rate(const config::OptimConfig& options, int64_t step, int64_t total) {

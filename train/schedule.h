@@ -5,6 +5,8 @@
 
 namespace xlstm::train {
 
+/// Sequences of a step that a process computes; with train.sequence_parallel several processes a segment each.
+int64_t sequences_of_process(const config::Config& config, int64_t processes);
 /// Sequences of a forward pass where `processes` share each step.
 int64_t micro_batch(const config::Config& config, int64_t processes);
 

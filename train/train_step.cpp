@@ -100,6 +100,8 @@ TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const confi
       divided.push_back(weights->parts(parameter) != nullptr ? 1 : 0);
     divided_ = at::tensor(divided).to(device_, at::kBool);
   }
+  if (config.train.sequence_parallel > 1 && group_ != nullptr)
+    relay_.emplace(model, config, *group_);
   if (config.train.carry_state) carried_.emplace(model, config, group_);
 }
 
@@ -145,6 +147,7 @@ at::Tensor TrainStep::accumulate(const Inputs& inputs) {
   // Sums per micro batch, divided by the targets of all of them: masked tokens do not shift the
   // weights.
   at::Tensor sum;
+  const SequenceRelay::Scope segments(relay_ ? &*relay_ : nullptr);
   for (int64_t first = 0; first < batch_size; first += micro) {
     const int64_t rows = std::min(micro, batch_size - first);
     const auto part = [&](const at::Tensor& tensor) { return tensor.narrow(0, first, rows); };
@@ -161,8 +164,10 @@ at::Tensor TrainStep::accumulate(const Inputs& inputs) {
         loss = model_.loss(ids, targets, reset, "sum");
       }
     }
+    if (relay_) loss = relay_->with_sent(loss);
     loss.backward(inputs.scalars.select(0, 0).to(loss.scalar_type()));
     if (carried_) carried_->store(first, carried, loss);
+    if (relay_) relay_->finish();
     const at::Tensor value = loss.detach().to(at::kDouble);
     sum = sum.defined() ? sum + value : value;
   }
@@ -293,8 +298,7 @@ std::optional<StepResult> TrainStep::run(const TrainBatch& batch, int64_t step,
   StepResult result;
   result.step = step;
   result.first_sample = first_sample;
-  const int64_t processes = group_ != nullptr ? group_->place().size : 1;
-  result.last_sample = first_sample + processes * batch.host.batch_size - 1;
+  result.last_sample = first_sample + config_.train.global_batch_size - 1;
   result.learning_rate = learning_rate(config_.optim, step, total_steps_);  // 5
   result.targets = set_inputs(batch, result.learning_rate);
   run_or_replay(step);

@@ -12,6 +12,7 @@
 #include "train/distributed.h"
 #include "train/optimizer.h"
 #include "train/prefetch.h"
+#include "train/sequence_relay.h"
 #include "train/sharded_weights.h"
 #include "train/step_graph.h"
 
@@ -89,6 +90,7 @@ class TrainStep {
   std::deque<Pending> pending_;
   StepGraph graph_;
   std::optional<CarriedState> carried_;
+  std::optional<SequenceRelay> relay_;
   bool may_record_;
   int64_t runs_ = 0;
 };

@@ -90,6 +90,7 @@ class Trainer::Impl {
   config::Config config_;
   TrainerOptions options_;
   int64_t total_steps_;
+  BatchShare share_{};
   std::optional<ProcessGroup> group_;
   std::optional<RunFolder> folder_;  ///< of the process that leads, as all that writes
   TrainingData data_;
@@ -127,11 +128,7 @@ ExitCode Trainer::Impl::run() {
 /// Everything that can fail for outer reasons comes before the first step.
 void Trainer::Impl::open() {
   const ProcessPlace place = place_from_environment();
-  if (config_.train.global_batch_size % place.size != 0)
-    throw Error(ExitCode::kConfig,
-                "train.global_batch_size " + std::to_string(config_.train.global_batch_size) +
-                    " cannot be shared by " + std::to_string(place.size) +
-                    " processes; make it a multiple of " + std::to_string(place.size));
+  share_ = share_of_batch(config_, place);
   if (!place.leads()) set_console_verbosity(Verbosity::kQuiet);
   if (config_.run.device != "cpu") take_own_gpu(place);
   device_ = choose_device(config_.run.device, "run.device");
@@ -319,10 +316,9 @@ void Trainer::Impl::announce() const {
 
 void Trainer::Impl::train() {
   if (finished()) return;
-  const ProcessPlace& place = group_->place();
-  const int64_t global = config_.train.global_batch_size, share = global / place.size;
-  Prefetcher prefetcher(*data_.train, state_.samples_consumed + place.rank * share, share,
-                        !device_.is_cpu(), global);
+  Prefetcher prefetcher(*data_.train, state_.samples_consumed + share_.first, share_.sequences,
+                        !device_.is_cpu(), config_.train.global_batch_size, share_.segment,
+                        share_.segments);
   while (!finished()) {
     one_step(prefetcher);                           // 1 to 7
     if (due(config_.ckpt.every)) save(finished());  // 8: nothing that comes now can lose it

@@ -60,8 +60,9 @@ struct TrainConfig {
   bool cuda_graph = true;          ///< on a GPU: record the step once, then replay it
   /// Each sequence of a batch goes on where that of the batch before ended, with its state.
   bool carry_state = false;
-  bool shard_weights = false;  ///< several processes: each holds its part of the blocks' weights
-  std::string init_from;       ///< run or checkpoint whose weights a new run has; "": it draws
+  int64_t sequence_parallel = 1;  ///< processes that have a segment of each sequence
+  bool shard_weights = false;     ///< several processes: each holds its part of the blocks' weights
+  std::string init_from;          ///< run or checkpoint whose weights a new run has; "": it draws
 };
 
 struct OptimConfig {

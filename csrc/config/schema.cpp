@@ -40,6 +40,9 @@ std::vector<Field> training_fields() {
           "each sequence of a batch goes on in the text where that of the batch before ended, with "
           "the state it left (truncated backpropagation through time); false: sequences from "
           "anywhere, each from an empty state")),
+      XLSTM_FIELD(train.sequence_parallel, integers(1, 4096),
+                  "processes that compute each sequence together, a segment of data.seq_len / this "
+                  "many tokens each: for sequences that are too long for one GPU"),
       XLSTM_FIELD(train.shard_weights, any(),
                   "several processes: each holds an equal part of the blocks' weights, their "
                   "gradients and the optimizer's state (FSDP, ZeRO stage 3), and has those of a "

@@ -204,6 +204,27 @@ void validate_sharded_weights(const Config& config) {
               ": the weights beside adapters stay whole; model.lora.base=int8 makes them small");
 }
 
+/// Segments are as long, and a state of one size goes from one to the next.
+void validate_sequence_parallel(const Config& config) {
+  const char* const name = "train.sequence_parallel";
+  const int64_t segments = config.train.sequence_parallel;
+  if (segments == 1) return;
+  require(config.data.seq_len % segments == 0, config, name,
+          "is " + to_string(segments) + ", expected a divisor of data.seq_len " +
+              to_string(config.data.seq_len));
+  require(
+      !models::kind_named(config.model.kind).state_grows, config, name,
+      "expected 1 with model.kind " + config.model.kind + ", whose state grows with every token");
+  require(
+      !config.train.carry_state, config, name,
+      "expected 1 with train.carry_state: the state behind a sequence is in another process than "
+      "the one that begins the next");
+  require(
+      !config.train.shard_weights, config, name,
+      "expected 1 with train.shard_weights: processes that are at different blocks cannot collect "
+      "the weights of one");
+}
+
 void validate_data(const Config& config) {
   const auto& data = config.data;
   const bool text = !data.text.empty(), prepared = !data.train.empty();
@@ -348,6 +369,7 @@ void validate_for_training(const Config& config) {
   validate_held_out(config);
   validate_carried_state(config);
   validate_sharded_weights(config);
+  validate_sequence_parallel(config);
   validate_schedule(config);
 }
 

@@ -61,7 +61,10 @@ std::pair<at::Tensor, ModelState> BlockStack::forward(const at::Tensor& x, const
   ModelState next(blocks_.size());
   nn::Residual stream(x, options_.fused);
   for (size_t i = 0; i < blocks_.size(); ++i) {
-    const BlockState& block_state = state.empty() ? BlockState{} : state[i];
+    const auto position = static_cast<int64_t>(i);
+    const BlockState block_state = relay != nullptr ? relay->receive(position, x.size(0))
+                                   : state.empty()  ? BlockState{}
+                                                    : state[i];
     if (options_.activation_checkpointing) {
       at::Tensor y;
       std::tie(y, next[i]) = nn::checkpoint(blocks_[i], stream.sum(), block_state, reset,
@@ -70,9 +73,10 @@ std::pair<at::Tensor, ModelState> BlockStack::forward(const at::Tensor& x, const
     } else {
       next[i] = blocks_[i]->advance(stream, block_state, reset);
     }
+    if (relay != nullptr) relay->send(position, next[i]);
     if (!outputs) continue;
     for (size_t k = 0; k < outputs->blocks.size(); ++k)
-      if (outputs->blocks[k] == static_cast<int64_t>(i)) outputs->vectors[k] = stream.sum();
+      if (outputs->blocks[k] == position) outputs->vectors[k] = stream.sum();
   }
   at::Tensor y = out_norm_ ? stream.normed(*out_norm_) : stream.sum();
   if (outputs && !out_norm_) y = y.clone();  // which may be among them: each may be changed

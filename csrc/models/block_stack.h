@@ -27,6 +27,16 @@ struct BlockOutputs {
   std::vector<at::Tensor> vectors;  ///< (B,T,D) of each, in the same order
 };
 
+/// Where the tokens before and behind those of a pass are computed elsewhere: takes the state that each block begins with, and
+/// gives the one it ends with, to autograd as to the reader.
+class StateRelay {
+ public:
+  virtual ~StateRelay() = default;
+  /// Of so many sequences; empty at their beginning.
+  virtual BlockState receive(int64_t block, int64_t sequences) = 0;
+  virtual void send(int64_t block, const BlockState& state) = 0;
+};
+
 /// The blocks of a model and the norm behind them: vectors in, vectors out. Parts: lower_bounds (hgrn, hgrn2), blocks,
 /// out_norm (with the option add_out_norm). Of the options those of embedding and head do not count.
 class BlockStack : public torch::nn::Module {
@@ -44,6 +54,8 @@ class BlockStack : public torch::nn::Module {
   void check(int64_t batch, int64_t length, const ModelState& state,
              const std::optional<at::Tensor>& reset) const;
   const ModelOptions& options() const { return options_; }
+  /// Null where a pass has the state that it is given. Not owned.
+  StateRelay* relay = nullptr;
 
  private:
   const ModelOptions options_;

@@ -47,6 +47,7 @@ class LanguageModel : public torch::nn::Module {
   /// (V,D) weight of the output head (the embedding's where tied).
   virtual at::Tensor head_weight() const = 0;
   virtual const ModelOptions& options() const = 0;
+  virtual BlockStack& blocks() = 0;
 
  private:
   at::Tensor loss_behind(const at::Tensor& h, const at::Tensor& targets,

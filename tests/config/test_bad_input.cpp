@@ -203,7 +203,7 @@ TEST_CASE("lists") {
       {"model: {slstm_at: [1,]}\ntrain: {x: 1}",
        "f.yaml:2: train.x: unknown key; known are global_batch_size, "
        "micro_batch_size, max_steps, max_tokens, grad_clip, dtype, nonfinite, cuda_graph, "
-       "carry_state, shard_weights, init_from"},
+       "carry_state, sequence_parallel, shard_weights, init_from"},
       {"data: {train: x}",
        "f.yaml:1: data.train: got 'x', expected list of {path, weight}; write [{path: PREFIX}]"},
       {"data: {train: [x]}",
