@@ -63,6 +63,7 @@ class Trainer::Impl {
                    const std::string& changed = "");
   bool is_complete() const;
   void share_state(const Resumed& resumed);
+  std::string describe_processes() const;
   void announce() const;
   void train();
   void one_step(Prefetcher& prefetcher);
@@ -286,22 +287,26 @@ Trainer::Impl::Resumed Trainer::Impl::load(const CheckpointFolder& checkpoint) {
   return resumed;
 }
 
+/// What several processes have, each.
+std::string Trainer::Impl::describe_processes() const {
+  std::string text = " in each of " + std::to_string(group_->place().size) + " processes";
+  if (share_.segments > 1)
+    text +=
+        " | segments of " + format_thousands(config_.data.seq_len / share_.segments) + " tokens";
+  if (sharded_) text += " | weights in parts";
+  if (config_.optim.shard || sharded_)
+    text += " | " +
+            format_number("%.1f MiB", static_cast<double>(optimizer_->bytes()) / (1 << 20)) +
+            " of the optimizer's state in each";
+  return text;
+}
+
 void Trainer::Impl::announce() const {
   if (!leads()) return;
   const double count = static_cast<double>(models::count_parameters(config_.model));
-  log_info(
-      "run " + folder_->path() + " | " + format_count(count) + " parameters | " +
-      describe(device_) +
-      (group_->place().alone()
-           ? ""
-           : " in each of " + std::to_string(group_->place().size) + " processes") +
-      (sharded_ ? " | weights in parts" : "") +
-      ((config_.optim.shard || sharded_) && !group_->place().alone()
-           ? " | " +
-                 format_number("%.1f MiB", static_cast<double>(optimizer_->bytes()) / (1 << 20)) +
-                 " of the optimizer's state in each"
-           : "") +
-      " | " + config_.train.dtype);
+  log_info("run " + folder_->path() + " | " + format_count(count) + " parameters | " +
+           describe(device_) + (group_->place().alone() ? "" : describe_processes()) + " | " +
+           config_.train.dtype);
   log_info("data " + describe_data(config_, data_, total_steps_) + " | " +
            std::to_string(total_steps_) + " steps of " +
            format_thousands(tokens_per_step(config_)) + " tokens");

@@ -230,6 +230,73 @@ def test_what_divided_weights_take(setup):  # noqa: F811
         assert done.returncode == 2 and "train.shard_weights" in done.stderr and message in done.stderr, done.stderr
 
 
+def numbers(run, *names):
+    return [[r[name] for r in records(run) if name in r] for name in names]
+
+
+@pytest.mark.parametrize("options, size", [([], 2), (["train.micro_batch_size=1", RECOMPUTED, "optim.shard=true"], 4)])
+def test_segments_of_sequences_differ_from_whole_ones_by_rounding_alone(setup, options, size):  # noqa: F811
+    config, run = setup
+    assert train(config, "run.name=alone").returncode == 0
+    ended = together(config, "train.sequence_parallel=2", *options, size=size)
+    assert [status for _, _, status in ended] == [0] * size, ended
+    assert "segments of 8 tokens" in ended[0][0]
+    measured = "train/loss", "train/grad_norm", "val/loss"
+    for here, alone in zip(numbers(run, *measured), numbers(run.parent / "alone", *measured), strict=True):
+        assert here and here == pytest.approx(alone, rel=1e-4)
+
+
+def test_who_computes_segments_may_change_from_start_to_start(setup):  # noqa: F811
+    config, run = setup
+    assert train(config, "run.name=alone").returncode == 0
+    segments, stop = "train.sequence_parallel={}", "trainer.raise_sigterm:{}"
+    assert [status for _, _, status in together(config, segments.format(2), failpoint=stop.format(3))] == [75, 75]
+    assert train(config, failpoint=stop.format(5)).returncode == 75
+    assert [status for _, _, status in together(config, segments.format(4), size=4, failpoint=stop.format(8))] == [75] * 4
+    assert [status for _, _, status in together(config)] == [0, 0]
+    here, alone = (numbers(folder, "train/loss") for folder in (run, run.parent / "alone"))
+    assert len(here[0]) == 12 and here[0] == pytest.approx(alone[0], rel=1e-4)
+
+
+def test_segments_in_bfloat16_with_dropout(setup):  # noqa: F811
+    config, run = setup
+    options = ["train.sequence_parallel=2", "train.dtype=bfloat16", "model.dropout=0.1"]
+    assert [status for _, _, status in together(config, *options)] == [0, 0]
+    options.append("run.name=again")
+    assert [status for _, _, status in together(config, *options, failpoint="trainer.raise_sigterm:6")] == [75, 75]
+    assert [status for _, _, status in together(config, *options)] == [0, 0]
+    assert losses(run) == losses(run.parent / "again")
+
+
+def test_one_of_those_that_share_a_sequence_is_killed(setup):  # noqa: F811
+    config, run = setup
+    processes = start(config, "train.sequence_parallel=2", "train.max_steps=100000")
+    wait_for_step(run, 8)
+    processes[1].kill()
+    ended = finish(processes)
+    assert ended[0][2] == 6 and "process 0 of 2: another process failed" in ended[0][1], ended
+
+
+def test_what_segments_need(setup):  # noqa: F811
+    config, _ = setup
+    for options, message in ((["train.sequence_parallel=3"], "expected a divisor of data.seq_len 16"),
+                             (["train.sequence_parallel=2"], "start them by torchrun"),
+                             (["train.sequence_parallel=2", "train.carry_state=true"], "the state behind a sequence"),
+                             (["train.sequence_parallel=2", RECOMPUTED, DIVIDED], "cannot collect the weights"),
+                             (["train.sequence_parallel=2", "model.kind=llama", "model.slstm_at=[]"], "state grows")):
+        done = train(config, *options)
+        assert done.returncode == 2 and "train.sequence_parallel" in done.stderr and message in done.stderr, done.stderr
+    activations = []
+    env = {**os.environ, "XLSTM_PYTHON": sys.executable, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for options in ([], ["train.sequence_parallel=2"]):
+        done = subprocess.run([PROGRAM, config, *options, "--dry-run"], capture_output=True, text=True, timeout=120, env=env)
+        assert done.returncode == 0 and ("one step    not run" in done.stdout) == bool(options), done.stderr
+        batch = re.search(r"micro batches of (\d+)", done.stdout)[1]
+        activations.append((batch, re.search(r"activations ([\d.]+ MiB)", done.stdout)[1]))
+    assert activations[0][1] == activations[1][1]  # twice the sequences, half of each
+    assert [batch for batch, _ in activations] == ["2", "4"]
+
+
 @under_torchrun
 def test_torchrun(setup):  # noqa: F811
     config, run = setup
