@@ -298,7 +298,9 @@ std::optional<StepResult> TrainStep::run(const TrainBatch& batch, int64_t step,
   StepResult result;
   result.step = step;
   result.first_sample = first_sample;
-  result.last_sample = first_sample + config_.train.global_batch_size - 1;
+  const int64_t processes = group_ != nullptr ? group_->place().size : 1;
+  const int64_t groups = std::max<int64_t>(1, processes / config_.train.sequence_parallel);
+  result.last_sample = first_sample + groups * batch.host.batch_size - 1;
   result.learning_rate = learning_rate(config_.optim, step, total_steps_);  // 5
   result.targets = set_inputs(batch, result.learning_rate);
   run_or_replay(step);
