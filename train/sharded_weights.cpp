@@ -35,7 +35,7 @@ class ShardedWeights::Reduction {
 };
 
 /// The parameters of one block in a row, of which each process holds as many elements.
-class ShardedWeights::Unit : public nn::PassingParameters {
+class ShardedWeights::Unit : public nn::TransientParameters {
  public:
   Unit(std::vector<at::Tensor> parameters, ProcessGroup& group, Reduction& reduction)
       : group_(group), reduction_(reduction), parameters_(std::move(parameters)) {
@@ -181,7 +181,7 @@ ShardedWeights::ShardedWeights(models::LanguageModel& model, ProcessGroup& group
     auto unit = std::make_shared<Unit>(parameters, group, *reduction_);
     for (size_t i = 0; i < parameters.size(); ++i)
       parts_[parameters[i].unsafeGetTensorImpl()] = unit->parts(i);
-    block->passing = unit;
+    block->transient = unit;
     if (!units_.empty()) {
       unit->before = units_.back().get();
       units_.back()->after = unit.get();
@@ -192,7 +192,7 @@ ShardedWeights::ShardedWeights(models::LanguageModel& model, ProcessGroup& group
 }
 
 ShardedWeights::~ShardedWeights() {
-  for (const auto& block : blocks_) block->passing = nullptr;
+  for (const auto& block : blocks_) block->transient = nullptr;
 }
 
 const std::vector<HeldPart>* ShardedWeights::parts(const at::Tensor& parameter) const {
@@ -212,7 +212,7 @@ void ShardedWeights::zero_grad() {
 ShardedWeights::Whole::Whole(ShardedWeights* weights) : weights_(weights) {
   if (weights == nullptr) return;
   for (const auto& unit : weights->units_)
-    fetched_.emplace_back(unit, nn::PassingParameters::Pass::kForward);
+    fetched_.emplace_back(unit, nn::TransientParameters::Pass::kForward);
 }
 
 ShardedWeights::Whole::~Whole() {

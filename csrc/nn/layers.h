@@ -47,9 +47,9 @@ struct BlockOptions {
 
 /// The parameters of a block that has its own memory for them during its passes alone (nn::checkpoint()), as where each of
 /// several processes holds a part of them.
-class PassingParameters {
+class TransientParameters {
  public:
-  virtual ~PassingParameters() = default;
+  virtual ~TransientParameters() = default;
   enum class Pass { kForward, kBackward };
   /// Before a pass: makes the parameters' memory and fills it. Calls may nest. What the pass of the model comes to next may be
   /// fetched ahead.
@@ -74,7 +74,7 @@ class Block : public torch::nn::Module {
   /// Parameters that forward uses and another module owns.
   virtual std::vector<at::Tensor> outer_parameters() const { return {}; }
   /// Null where the parameters always have memory. Otherwise the block runs by nn::checkpoint() alone.
-  std::shared_ptr<PassingParameters> passing;
+  std::shared_ptr<TransientParameters> transient;
 };
 
 /// First weights. These leave tensors on the meta device alone, and those that draw (all but linspace_init_) every tensor

@@ -157,7 +157,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     saved.push_back(reset.value_or(at::Tensor()));
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
-    const Fetched fetched(call->block->passing, PassingParameters::Pass::kForward);
+    const Fetched fetched(call->block->transient, TransientParameters::Pass::kForward);
     return call->run(inputs.vec(), reset);
   }
 
@@ -170,10 +170,10 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     const at::Tensor reset = inputs.back();
     inputs.pop_back();
     variable_list result = gradients(call, inputs, reset, grads);
-    if (const auto& passing = call.block->passing) {
+    if (const auto& transient = call.block->transient) {
       const auto first = result.begin() + static_cast<int64_t>(1 + call.num_state);
       const auto last = first + static_cast<int64_t>(call.num_parameters);
-      passing->take_gradients({first, last});
+      transient->take_gradients({first, last});
       std::fill(first, last, at::Tensor());
     }
     result.resize(result.size() + 2);  // `reset` and `call` have none
@@ -184,7 +184,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
   /// Of the inputs, undefined where none is wanted or reached.
   static variable_list gradients(const Call& call, variable_list& inputs, const at::Tensor& reset,
                                  const variable_list& grads) {
-    const Fetched fetched(call.block->passing, PassingParameters::Pass::kBackward);
+    const Fetched fetched(call.block->transient, TransientParameters::Pass::kBackward);
     const HooksAside hooks_aside(inputs);
     const variable_list recomputed = recompute(call, inputs, reset);
     variable_list outputs, output_grads, wanted;
@@ -226,7 +226,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
 Result checkpoint(const std::shared_ptr<Block>& block, const at::Tensor& x, const State& state,
                   const std::optional<at::Tensor>& reset, bool fused, bool draws) {
   if (!at::GradMode::is_enabled()) {
-    const Fetched fetched(block->passing, PassingParameters::Pass::kForward);
+    const Fetched fetched(block->transient, TransientParameters::Pass::kForward);
     return block->forward(x, state, reset, fused);
   }
   variable_list inputs = {x};
