@@ -125,6 +125,15 @@ class CoreModule(torch.nn.Module):
             raise TypeError("state: expected None or what a call returned, a list of tensors for each block")
         return function(inputs, state, reset, lengths, *more)
 
+    def _check_dtype(self, name, x, part):
+        """Of floating x, which autocast may convert: the dtype must be that of a part's parameters."""
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+            return
+        own = next(tensor.dtype for of, *_, tensor in self._own if of.startswith(part) and tensor.is_floating_point())
+        if x.dtype != own:
+            raise TypeError(f"{name}: expected {own}, as the parameters are, got {x.dtype}; convert it, or the module by "
+                            f".to({x.dtype})")
+
     def _call_with_blocks(self, function, blocks, *given):
         """The same of a function that also gives the vectors behind single blocks, where they are wanted."""
         if blocks is None:
@@ -275,6 +284,7 @@ def _change_in_place(module, fn):
 
 def _is_state(state):
     try:
-        return all(isinstance(tensor, torch.Tensor) for block in state for tensor in block)
+        return all(not isinstance(block, torch.Tensor) and all(isinstance(tensor, torch.Tensor) for tensor in block)
+                   for block in state)
     except TypeError:
         return False
