@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -292,12 +293,22 @@ def test_it_is_a_module(tmp_path):
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_settings_as_a_dictionary():
+def test_settings_as_a_dictionary(tmp_path):
     torch.manual_seed(1)
     model = libxlstm.make_model(yaml.safe_load(YAML))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make_model().parameters(), strict=True))
     with pytest.raises(libxlstm.Error, match="embeding_dim.*embedding_dim"):
         libxlstm.make_model({"model": {"embeding_dim": 32}})
+    stack = libxlstm.BlockStack(embedding_dim=np.int64(32), num_blocks=torch.tensor(2), num_heads=2, slstm_at=range(2))
+    assert "blocks.1.slstm" in dict(stack.named_modules()) and stack(torch.ones(1, 3, 32))[0].shape == (1, 3, 32)
+    with pytest.raises(TypeError, match="settings: expected numbers, texts, lists and dictionaries, got <object"):
+        libxlstm.BlockStack(embedding_dim=object())
+    make_model().save(tmp_path / "model")
+    for make in (lambda **settings: libxlstm.make_model({"model": settings}), libxlstm.BlockStack,
+                 lambda **settings: libxlstm.load(tmp_path / "model", settings={"model": {"lora": settings["lora"]}})):
+        with pytest.raises(libxlstm.Error, match="lora.rank: expected 0, got 2") as caught:
+            make(embedding_dim=32, num_blocks=1, num_heads=2, lora={"rank": 2})
+        assert caught.value.code == 2
 
 
 @pytest.mark.parametrize("name", ["caf\u00e9", "\U0001f600 model", "a\x7f\x85b", "\u2028\ufeff", "\"\\", "line\nbreak\ttab"])
