@@ -22,16 +22,26 @@ class _Part(torch.nn.Module):
     def __delattr__(self, name):
         _refuse(name)
 
+    def forward(self, *_, **__):
+        raise NotImplementedError("a part of this module holds parameters and computes nothing by itself: call the module, "
+                                  "whose blocks=[...] gives what is behind single blocks, or Model.hidden() and logits()")
+
+
+class _PartList(_Part):
+    """Parts by number, as in a torch.nn.ModuleList: len(blocks), blocks[0], blocks[-2:], which is a list."""
+
+    def __len__(self):
+        return len(self._modules)
+
     def __getitem__(self, index):
-        """blocks[0], as of a torch.nn.ModuleList."""
-        return self._modules[str(range(len(self._modules))[index])]
+        return list(self._modules.values())[index]
 
 
 def _refuse(name):
     raise AttributeError(
         f"{name}: a part of this module holds parameters and computes nothing by itself, so that nothing can be put in its "
-        "place, added to it or hooked. Change parameters in place (torch.no_grad(); parameter.copy_(values)), and build on "
-        "Model.hidden() or on a BlockStack"
+        "place, added to it or hooked, as FSDP, pruning and parametrizations would. Change parameters in place "
+        "(torch.no_grad(); parameter.copy_(values)), and build on Model.hidden(), a BlockStack or torch.ops.xlstm"
     )
 
 
@@ -75,9 +85,9 @@ class CoreModule(torch.nn.Module):
         for name, tensor in core.named_parameters():
             *path, key = name.split(".")
             part = self
-            for step in path:
+            for step, below in zip(path, [*path[1:], ""]):
                 if step not in part._modules:
-                    part.add_module(step, _Part())
+                    part.add_module(step, _PartList() if below.isdigit() else _Part())
                     self._parts.append((None if part is self else part, step, part._modules[step]))
                 part = part._modules[step]
             tensor._is_param = True  # isinstance(tensor, torch.nn.Parameter), whose constructor takes copies alone
@@ -111,6 +121,9 @@ class CoreModule(torch.nn.Module):
 
     def _call(self, function, inputs, state, reset, lengths, *more):
         """function of the core, of arguments as they may come."""
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg="libxlstm's models compute in C++, which fullgraph=True and torch.export do not "
+                                          "take: write a torch.nn.Module of torch.ops.xlstm for them")
         self._check_parameters()
         if not isinstance(inputs, torch.Tensor):
             inputs = torch.as_tensor(inputs, device=self._own[0][3].device)
@@ -275,7 +288,11 @@ def _change_in_place(module, fn):
         for parameter in module._parameters.values():
             if parameter is None:
                 continue
-            parameter.data = fn(parameter)
+            changed = fn(parameter)
+            if not torch._has_compatible_shallow_copy_type(parameter, changed):
+                raise TypeError(f"a parameter on {parameter.device} cannot become a {changed.layout} tensor on "
+                                f"{changed.device}: it stays the C++ module's own tensor, with memory on the CPU or a GPU")
+            parameter.data = changed
             if parameter.grad is not None:
                 parameter.grad.data = fn(parameter.grad)
         for key, buffer in module._buffers.items():

@@ -22,9 +22,9 @@ class BlockStack(CoreModule):
 
     settings: those of `model` in a configuration, but those of embedding and head: `xlstm-train --help` lists them with their
     defaults. Blocks are residual and a norm follows the last (add_out_norm=False: none); positions that gpt learns and the norm
-    in front of rwkv4 to rwkv6 belong to the embedding. First weights are torch's random generator's (torch.manual_seed), float32
-    and on the CPU whatever torch.set_default_dtype and torch.device say; to() moves them. Raises libxlstm.Error naming the
-    setting that is wrong.
+    in front of rwkv4 to rwkv6 belong to the embedding. First weights are torch's random generator's (torch.manual_seed),
+    float32 and on the CPU whatever torch.set_default_dtype and torch.device say; to() moves them. Raises libxlstm.Error naming
+    the setting that is wrong.
     """
 
     _ELSEWHERE = ("vocab_size", "input_features", "tie_weights", "embedding_init_std", "output_logit_soft_cap",

@@ -137,8 +137,9 @@ def test_to_moves_the_parameters_in_place(tmp_path):
         with pytest.raises(error, match=message):
             model.to(**wrong)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    with pytest.raises(RuntimeError, match="incompatible tensor type"):
-        model.to("meta")
+    for change in (lambda: model.to("meta"), lambda: model.to_empty(device="meta")):
+        with pytest.raises(TypeError, match="a parameter on cpu cannot become a torch.strided tensor on meta"):
+            change()
     assert model(ids)[0].device.type == "cpu"
 
     model.save(tmp_path / "model")
@@ -401,6 +402,21 @@ def test_compile_leaves_a_call_as_it_is():
     torch._dynamo.reset()
     with torch.no_grad():
         assert torch.equal(torch.compile(model, backend="eager")(ids)[0], model(ids)[0])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="write a torch.nn.Module of torch.ops.xlstm"):
+        torch.compile(model, backend="eager", fullgraph=True)(ids)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="write a torch.nn.Module of torch.ops.xlstm"):
+        torch.export.export(model, (ids,), strict=True)
+
+
+def test_parts_by_number():
+    model = make_model()
+    assert len(model.blocks) == 3 and model.blocks[-1] is model.blocks[2]
+    assert model.blocks[0:2] == list(model.blocks)[:2] == [model.blocks[0], model.blocks[1]]
+    with pytest.raises(IndexError):
+        model.blocks[3]
+    for part, x in ((model.blocks[0], torch.ones(1, 2, 32)), (model.lm_head, torch.ones(32))):
+        with pytest.raises(NotImplementedError, match="holds parameters and computes nothing by itself: call the module"):
+            part(x)
 
 
 def test_a_folder_of_transformers_is_pointed_to_the_converter(tmp_path):
