@@ -67,7 +67,7 @@ def _overrides(settings, section=""):
 
 
 def make_model(settings):
-    """A freshly initialised Model (torch.manual_seed decides), on the CPU and in train mode.
+    """A freshly initialised Model (torch.manual_seed decides), float32, on the CPU and in train mode; to() moves it.
 
     settings: a configuration as the programs take it, as YAML or a dictionary, of which model counts:
     {"model": {"embedding_dim": 256, "num_blocks": 8, "slstm_at": [1]}}; `xlstm-train --help` lists all of it. Raises

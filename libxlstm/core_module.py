@@ -1,6 +1,7 @@
 """A C++ module as a torch.nn.Module."""
 
 import copy
+import copyreg
 import operator
 
 import torch
@@ -21,16 +22,26 @@ class _Part(torch.nn.Module):
     def __delattr__(self, name):
         _refuse(name)
 
+    def forward(self, *_, **__):
+        raise NotImplementedError("a part of this module holds parameters and computes nothing by itself: call the module, "
+                                  "whose blocks=[...] gives what is behind single blocks, or Model.hidden() and logits()")
+
+
+class _PartList(_Part):
+    """Parts by number, as in a torch.nn.ModuleList: len(blocks), blocks[0], blocks[-2:], which is a list."""
+
+    def __len__(self):
+        return len(self._modules)
+
     def __getitem__(self, index):
-        """blocks[0], as of a torch.nn.ModuleList."""
-        return self._modules[str(range(len(self._modules))[index])]
+        return list(self._modules.values())[index]
 
 
 def _refuse(name):
     raise AttributeError(
         f"{name}: a part of this module holds parameters and computes nothing by itself, so that nothing can be put in its "
-        "place, added to it or hooked. Change parameters in place (torch.no_grad(); parameter.copy_(values)), and build on "
-        "Model.hidden() or on a BlockStack"
+        "place, added to it or hooked, as FSDP, pruning and parametrizations would. Change parameters in place "
+        "(torch.no_grad(); parameter.copy_(values)), and build on Model.hidden(), a BlockStack or torch.ops.xlstm"
     )
 
 
@@ -57,8 +68,8 @@ class CoreModule(torch.nn.Module):
     an error. torch.compile leaves a call as it is.
 
     A pickle (torch.save(module), which torch.load reads with weights_only off, multiprocessing, joblib ...) holds settings,
-    values, what trains and in which mode, and the tokenizer of a model; no gradients. An optimizer that is pickled beside the
-    module does not come back as that of its copy: make one of the copy's parameters and give it the other's state_dict().
+    values, what trains and in which mode, and the tokenizer of a model; no gradients. What refers to its parameters, such as a
+    layer that shares one or an optimizer, refers to those of the copy if it is pickled or copied together with the module.
     """
 
     _of_core = ()  # names of what the C++ module has
@@ -66,6 +77,7 @@ class CoreModule(torch.nn.Module):
     def __init__(self, core):
         """core: what this stands for, of libxlstm._C."""
         super().__init__()
+        copyreg.pickle(type(core), _reduce_core)
         self._core = core
         # What holds something is None where it is this module: one that refers to itself is not freed when it is dropped.
         self._parts = []  # (module that holds it, its name there, part)
@@ -73,9 +85,9 @@ class CoreModule(torch.nn.Module):
         for name, tensor in core.named_parameters():
             *path, key = name.split(".")
             part = self
-            for step in path:
+            for step, below in zip(path, [*path[1:], ""]):
                 if step not in part._modules:
-                    part.add_module(step, _Part())
+                    part.add_module(step, _PartList() if below.isdigit() else _Part())
                     self._parts.append((None if part is self else part, step, part._modules[step]))
                 part = part._modules[step]
             tensor._is_param = True  # isinstance(tensor, torch.nn.Parameter), whose constructor takes copies alone
@@ -109,6 +121,9 @@ class CoreModule(torch.nn.Module):
 
     def _call(self, function, inputs, state, reset, lengths, *more):
         """function of the core, of arguments as they may come."""
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg="libxlstm's models compute in C++, which fullgraph=True and torch.export do not "
+                                          "take: write a torch.nn.Module of torch.ops.xlstm for them")
         self._check_parameters()
         if not isinstance(inputs, torch.Tensor):
             inputs = torch.as_tensor(inputs, device=self._own[0][3].device)
@@ -122,6 +137,15 @@ class CoreModule(torch.nn.Module):
         if state is not None and not _is_state(state):
             raise TypeError("state: expected None or what a call returned, a list of tensors for each block")
         return function(inputs, state, reset, lengths, *more)
+
+    def _check_dtype(self, name, x, part):
+        """Of floating x, which autocast may convert: the dtype must be that of a part's parameters."""
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+            return
+        own = next(tensor.dtype for of, *_, tensor in self._own if of.startswith(part) and tensor.is_floating_point())
+        if x.dtype != own:
+            raise TypeError(f"{name}: expected {own}, as the parameters are, got {x.dtype}; convert it, or the module by "
+                            f".to({x.dtype})")
 
     def _call_with_blocks(self, function, blocks, *given):
         """The same of a function that also gives the vectors behind single blocks, where they are wanted."""
@@ -191,60 +215,40 @@ class CoreModule(torch.nn.Module):
         return twin
 
     def __deepcopy__(self, memo):
-        if any(id(tensor) in memo for *_, tensor in self._own):
-            raise RuntimeError("copy.deepcopy: what refers to this module's parameters (an optimizer?) was copied before it, "
-                               "to tensors that the copied C++ module does not have; name the module first")
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
+        for *_, tensor in self._own:  # without gradients, as a torch.nn.Parameter is copied
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         state = self.__getstate__()
-        core = state.pop("_core")
-        twin._restore(**{**core, "tensors": {name: tensor.clone() for name, tensor in core["tensors"].items()}})
-        for (*_, theirs), (*_, ours) in zip([*twin._own, *twin._parts], [*self._own, *self._parts], strict=True):
+        twin._restore(copy.deepcopy(state.pop("_core"), memo), state.pop("_modes"))
+        for (*_, theirs), (*_, ours) in zip(twin._parts, self._parts, strict=True):
             memo[id(ours)] = theirs
         twin.__setstate__(copy.deepcopy(state, memo))
         return twin
 
     def __getstate__(self):
-        """For pickle: what makes the C++ module anew, as _core, and what a torch.nn.Module has besides."""
+        """For pickle: the C++ module, which _reduce_core makes anew, and what a torch.nn.Module has besides."""
         self._check_parameters()
         state = {key: value for key, value in self.__dict__.items() if key not in ("_parts", "_own", "_of_core")}
         for key in ("_parameters", "_modules"):
             state[key] = {name: value for name, value in state[key].items() if name not in self._of_core}
-        state["_core"] = {
-            "kind": type(self._core).__name__, "settings": self._core.settings(), "training": self._core.training,
-            "tensors": {name: tensor.detach() for name, *_, tensor in self._own},
-            "trained": [tensor.requires_grad for *_, tensor in self._own],
-            "modes": [part.training for *_, part in self._parts],
-        }
-        return state
+        return {**state, "_modes": [part.training for *_, part in self._parts]}
 
     def __setstate__(self, state):
         state = dict(state)
-        core = state.pop("_core", None)
-        if core is not None:
-            self._restore(**core)
+        if "_core" in state:
+            self._restore(state.pop("_core"), state.pop("_modes"))
         for key, value in state.items():
             if key in ("_parameters", "_modules"):
                 self.__dict__[key].update(value)
             else:
                 self.__dict__[key] = value
 
-    def _restore(self, kind, settings, training, tensors, trained, modes):
-        """Makes what __getstate__ calls _core. The tensors are taken, not copied."""
-        CoreModule.__init__(self, getattr(load_module(), kind).undrawn(*settings))
-
-        def fits(name, ours):
-            return name in tensors and (tensors[name].shape == ours.shape or tensors[name].dtype == torch.int8)  # quantize()
-
-        if len(tensors) != len(self._own) or not all(fits(name, tensor) for name, *_, tensor in self._own):
-            raise RuntimeError("the pickled module has other parameters than one that is made of its settings here: another "
-                               "version of libxlstm wrote it; read it there, and pass on its save(folder) or state_dict()")
-        for (name, _, _, tensor), trains in zip(self._own, trained, strict=True):
-            tensor.requires_grad_(trains)  # first: integers require none
-            tensor.data = tensors[name]
+    def _restore(self, core, modes):
+        CoreModule.__init__(self, core)
         for (*_, part), mode in zip(self._parts, modes, strict=True):
             part.training = mode
-        self._core.train(training)
 
     def extra_repr(self):
         return f"{self._core.describe()}, {self.num_parameters} parameters"
@@ -253,12 +257,42 @@ class CoreModule(torch.nn.Module):
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
+def _reduce_core(core):
+    """For pickle and copy."""
+    return _make_core, (type(core).__name__, core.settings(), core.training, dict(core.named_parameters()))
+
+
+def _make_core(kind, settings, training, tensors):
+    """What _reduce_core was given. The tensors are taken, not copied, and these very objects become its parameters, so that
+    what else refers to them (a layer that shares one, an optimizer) refers to its parameters."""
+    core = getattr(load_module(), kind).undrawn(*settings)
+    own = dict(core.named_parameters())
+
+    def fits(name):
+        return tensors[name].shape == own[name].shape or tensors[name].dtype == torch.int8  # quantize()
+
+    if own.keys() != tensors.keys() or not all(map(fits, own)):
+        raise RuntimeError("the pickled module has other parameters than one that is made of its settings here: another "
+                           "version of libxlstm wrote it; read it there, and pass on its save(folder) or state_dict()")
+    for name, tensor in own.items():
+        given = tensors[name]
+        tensor.requires_grad_(given.requires_grad)  # first: integers require none
+        tensor.data = given
+        torch._C._swap_tensor_impl(tensor, given)  # the C++ module's tensor goes by the Python object that was given
+    core.train(training)
+    return core
+
+
 def _change_in_place(module, fn):
     with torch.no_grad():
         for parameter in module._parameters.values():
             if parameter is None:
                 continue
-            parameter.data = fn(parameter)
+            changed = fn(parameter)
+            if not torch._has_compatible_shallow_copy_type(parameter, changed):
+                raise TypeError(f"a parameter on {parameter.device} cannot become a {changed.layout} tensor on "
+                                f"{changed.device}: it stays the C++ module's own tensor, with memory on the CPU or a GPU")
+            parameter.data = changed
             if parameter.grad is not None:
                 parameter.grad.data = fn(parameter.grad)
         for key, buffer in module._buffers.items():
@@ -267,6 +301,7 @@ def _change_in_place(module, fn):
 
 def _is_state(state):
     try:
-        return all(isinstance(tensor, torch.Tensor) for block in state for tensor in block)
+        return all(not isinstance(block, torch.Tensor) and all(isinstance(tensor, torch.Tensor) for tensor in block)
+                   for block in state)
     except TypeError:
         return False

@@ -1,8 +1,10 @@
 """Prepared token files for training loops of one's own."""
 
 import itertools
+import operator
 import os
 
+from .arguments import integer
 from .library import load_module
 
 
@@ -17,7 +19,8 @@ class TokenData:
 
     A sample is a window of seq_len tokens with those that follow as targets, of which prompts do not count. Windows overlap by
     the one token, every epoch visits each once, and sample i is the same whenever and in whatever batch it is read: step s of a
-    run with train.global_batch_size B reads batch(s * B, B). Nothing is read before it is asked for.
+    run with train.global_batch_size B reads batch(s * B, B). Nothing is read before it is asked for. It is a map-style dataset
+    for torch.utils.data.DataLoader, too, whose workers open the files anew, as every pickle and copy does.
 
     Raises libxlstm.Error naming the file or the setting that is wrong.
     """
@@ -29,13 +32,30 @@ class TokenData:
         weights = [1.0] * len(prefixes) if weights is None else [float(weight) for weight in weights]
         if len(weights) != len(prefixes):
             raise ValueError(f"weights: expected one for each of the {len(prefixes)} token files, got {len(weights)}")
+        integer("seq_len", seq_len), integer("seed", seed, 0, 2**64 - 1), integer("streams", streams)
         self.prefixes, self.seq_len = prefixes, seq_len
-        self._core = load_module().TokenData(prefixes, weights, seq_len, seed, shuffle, streams, reset_state_at_document,
-                                             mask_loss_across_documents)  # fmt: skip
+        self._arguments = (prefixes, weights, seq_len, seed, bool(shuffle), streams, bool(reset_state_at_document),
+                           bool(mask_loss_across_documents))  # fmt: skip
+        self._core = load_module().TokenData(*self._arguments)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_core"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._core = load_module().TokenData(*self._arguments)
 
     def __len__(self):
         """Samples of one pass over all files."""
         return self._core.samples_per_epoch
+
+    def __getitem__(self, sample):
+        """ids, targets and reset of one sample, each (seq_len), as batch() has them; negative ones count from the end."""
+        index = operator.index(sample)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample: expected one from {-len(self)} to {len(self) - 1}, got {index}")
+        ids, targets, reset = self.batch(index % len(self), 1)
+        return ids[0], targets[0], reset[0]
 
     @property
     def num_tokens(self):
@@ -57,7 +77,7 @@ class TokenData:
         True where a sample or a document begins: what model.loss(ids, targets, reset=reset) takes. On the CPU. Samples from
         len(self) on are those of further epochs.
         """
-        return self._core.batch(first_sample, count)
+        return self._core.batch(integer("first_sample", first_sample), integer("count", count))
 
     def batches(self, batch_size, first=0, steps=None):
         """batch(first, batch_size), the next one, ..., epoch after epoch: `steps` of them, or (None) without end."""

@@ -52,7 +52,15 @@ def _check_torch(library):
 
 def as_yaml(settings):
     """As the C++ side reads them. JSON is YAML, too, but for characters beyond U+FFFF, which it escapes in two halves."""
-    return json.dumps(settings, ensure_ascii=False)
+
+    def plain(value):
+        if hasattr(value, "tolist"):  # of numpy and torch
+            return value.tolist()
+        if isinstance(value, (range, set, frozenset)):
+            return sorted(value)
+        raise TypeError(f"settings: expected numbers, texts, lists and dictionaries, got {value!r}")
+
+    return json.dumps(settings, ensure_ascii=False, default=plain)
 
 
 def load_operators():

@@ -1,5 +1,6 @@
 """The C++ models as torch.nn.Module."""
 
+import collections.abc
 import contextlib
 import numbers
 import os
@@ -7,6 +8,7 @@ import tempfile
 
 import torch
 
+from .arguments import integer, number
 from .core_module import CoreModule
 from .library import as_yaml, load_module
 
@@ -20,8 +22,9 @@ class BlockStack(CoreModule):
 
     settings: those of `model` in a configuration, but those of embedding and head: `xlstm-train --help` lists them with their
     defaults. Blocks are residual and a norm follows the last (add_out_norm=False: none); positions that gpt learns and the norm
-    in front of rwkv4 to rwkv6 belong to the embedding. First weights are torch's random generator's (torch.manual_seed). Raises
-    libxlstm.Error naming the setting that is wrong.
+    in front of rwkv4 to rwkv6 belong to the embedding. First weights are torch's random generator's (torch.manual_seed),
+    float32 and on the CPU whatever torch.set_default_dtype and torch.device say; to() moves them. Raises libxlstm.Error naming
+    the setting that is wrong.
     """
 
     _ELSEWHERE = ("vocab_size", "input_features", "tie_weights", "embedding_init_std", "output_logit_soft_cap",
@@ -46,10 +49,7 @@ class BlockStack(CoreModule):
         blocks, positions as Python counts them: a list of the residual stream (B,T,D) behind each of these blocks, before
         the last norm, comes third: y, state, (first, last) = stack(x, blocks=[0, -1]).
         """
-        own = next(tensor.dtype for *_, tensor in self._own if tensor.is_floating_point())
-        other = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != own
-        if other and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x: expected {own}, as the parameters are, got {x.dtype}; convert x, or the stack by .to({x.dtype})")
+        self._check_dtype("x", x, "blocks")
         return self._call_with_blocks(self._core, blocks, x, state, reset, lengths)
 
 
@@ -100,18 +100,30 @@ class Model(CoreModule):
         if (ids is None) == (embeddings is None):
             raise TypeError("hidden: expected either ids or embeddings")
         inputs, embedded = (ids, False) if embeddings is None else (embeddings, True)
+        self._check_dtype("embeddings", embeddings, "blocks")
         return self._call_with_blocks(
             lambda *given: self._core.hidden(embedded, *given), blocks, inputs, state, reset, lengths)
 
     def embed(self, ids):
         """ids (B,T) -> (B,T,D): what hidden() takes as embeddings."""
-        self._check_parameters()
-        return self._core.embed(ids)
+        return self._call(lambda ids, *_: self._core.embed(ids), ids, None, None, None)
 
     def logits(self, hidden):
         """hidden (...,D) -> (...,V), float32 or float64."""
-        self._check_parameters()
-        return self._core.logits(hidden)
+        self._check_dtype("hidden", hidden, "lm_head" if "lm_head" in self._modules else "embedding")
+        return self._call(lambda hidden, *_: self._core.logits(hidden), hidden, None, None, None)
+
+    def _call(self, function, inputs, *rest):
+        try:
+            return super()._call(function, inputs, *rest)
+        except IndexError:
+            if "embedding" not in self._modules:
+                raise
+            ids, count = torch.as_tensor(inputs), self.embedding.weight.shape[0]
+            outside = ids[(ids < 0) | (ids >= count)]
+            if outside.numel() == 0:
+                raise
+            raise IndexError(f"ids: expected ids from 0 to {count - 1}, got {outside[0]}, which is out of range") from None
 
     def generate(self, prompt, max_new_tokens=256, temperature=0.8, top_k=0, top_p=1.0, seed=42, stop_token=None,
                  vocab_size=None, on_token=None):
@@ -120,23 +132,28 @@ class Model(CoreModule):
         constant time and memory per token, without dropout, the same for the same seed on every platform. Side by side rounds
         otherwise than one by one, which in bfloat16 and with weights of 8 bits may let texts part.
 
-        temperature 0: greedy. top_k: from so many of the likeliest, 0: all; top_p: from the likeliest that hold this
-        probability. seed: prompt i has seed + i. stop_token: the end, which is the last id then; -1: none. vocab_size: only ids
-        below it, where the model's vocabulary is padded. Where they are not given they are those of self.tokenizer, if there is
-        one. on_token(id), of several prompts on_token(i, id), is called with each
-        id at once. Raises libxlstm.Error.
+        temperature 0: greedy. top_k: from so many of the likeliest, 0 or None: all; top_p: from the likeliest that hold this
+        probability, None: all. seed: prompt i has seed + i. stop_token: the end, which is the last id then; -1: none.
+        vocab_size: only ids below it, where the model's vocabulary is padded. Where these two are not given they are those of
+        self.tokenizer, if there is one. on_token(id), of several prompts on_token(i, id), is called with each id at once.
+        Raises libxlstm.Error, or ValueError where an argument is not of its kind.
         """
         self._check_parameters()
-        prompts = prompt.tolist() if isinstance(prompt, torch.Tensor) else [prompt] if isinstance(prompt, str) else list(prompt)
+        prompt = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+        if isinstance(prompt, str) or not isinstance(prompt, collections.abc.Iterable):
+            _ids(prompt)  # says what is wrong
+        prompts = list(prompt)
         several = any(not isinstance(ids, numbers.Integral) for ids in prompts)
         prompts = [_ids(ids) for ids in (prompts if several else [prompts])]
         if not several and on_token is not None:
             told, on_token = on_token, lambda _, id: told(id)
-        for name, value, low in (("max_new_tokens", max_new_tokens, 0), ("seed", seed, 0), ("vocab_size", vocab_size, 1),
-                                 ("stop_token", stop_token, -1)):
-            absent = value is None and name in ("vocab_size", "stop_token")
-            if not absent and not (isinstance(value, numbers.Integral) and value >= low):
-                raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
+        integer("max_new_tokens", max_new_tokens, 0), integer("seed", seed, 0, 2**64 - 1)
+        for name, value, low in (("vocab_size", vocab_size, 1), ("stop_token", stop_token, -1)):
+            if value is not None:
+                integer(name, value, low)
+        temperature = number("temperature", temperature)
+        top_k = 0 if top_k is None else integer("top_k", top_k)
+        top_p = 1.0 if top_p is None else number("top_p", top_p)
         if None in (stop_token, vocab_size) and self.tokenizer is not None:
             stop_token = self.tokenizer.eos_id if stop_token is None else stop_token
             vocab_size = self.tokenizer.vocab_size if vocab_size is None else vocab_size

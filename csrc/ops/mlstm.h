@@ -22,10 +22,10 @@ struct MlstmOptions {
 ///   m_t = max(logsig(f_t) + m_{t-1}, i_t)   C_t = f' C_{t-1} + i' k_t v_t^T   n_t = f' n_{t-1} + i' k_t
 ///   h_t = C_t^T (scale q_t) / (max(|n_t . scale q_t|, exp(-m_t)) + eps)
 /// q,k (B,T,NH,DQK)  v (B,T,NH,DV)  igate,fgate (B,T,NH) pre-activations; any strides; T >= 0.
-/// c0 (B,NH,DQK,DV) n0 (B,NH,DQK) m0 (B,NH): float32 (float64 for float64 inputs), zero where absent.
+/// c0 (B,NH,DQK,DV) n0 (B,NH,DQK) m0 (B,NH): float32 (float64 for float64 inputs), all or none, which is zero.
 /// Returns h (B,T,NH,DV) in q's dtype and the states c, n, m after the last token, shaped as c0, n0, m0.
-/// input_gate "sigmoid": logsig(i_t) in place of i_t, and every m is 0, m0 too. normalize = false: h_t = C_t^T (scale q_t),
-/// meant for the sigmoid gate (with "exp" it is h relative to e^m).
+/// input_gate "sigmoid": logsig(i_t) in place of i_t, and every m is 0, m0 too, which may be absent. normalize = false:
+/// h_t = C_t^T (scale q_t), meant for the sigmoid gate (with "exp" it is h relative to e^m); n0 may be absent.
 /// Gradients are exact with m detached: m carries no gradient and dm0 = 0; the path eps -> m is left out, which
 /// is nothing at eps = 0 and at most 1e-3 of the gate gradients in extreme gates at 1e-6.
 /// A forget gate whose logarithm is below -1e8 forgets everything, whatever the input gate. Numbers that are not finite in

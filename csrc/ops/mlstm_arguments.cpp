@@ -30,6 +30,16 @@ void check_state(std::string_view op, std::string_view name, const at::Tensor& s
   check_dtype(op, name, state, accumulate_type(q.scalar_type()));
 }
 
+/// What is missing would count as zero: another state than the one that was meant.
+void check_whole_state(const MlstmArguments& a) {
+  const bool given = a.c0.has_value(), sigmoid = a.input_gate == "sigmoid";
+  TORCH_CHECK(
+      (a.n0.has_value() == given || !a.normalize) && (a.m0.has_value() == given || sigmoid), kOp,
+      ": c0, n0 and m0: expected all or none (n0 may be absent with normalize=False, m0 with "
+      "input_gate=\"sigmoid\"), got",
+      given ? " c0" : "", a.n0 ? " n0" : "", a.m0 ? " m0" : "");
+}
+
 /// c, n and m as a step writes them; dtypes `like` q.
 void check_step_states(std::string_view op, const at::Tensor& c, const at::Tensor& n,
                        const at::Tensor& m, const MlstmSizes& sizes, const at::Tensor& like) {
@@ -159,6 +169,7 @@ MlstmSizes check_mlstm_arguments(const MlstmArguments& a) {
   if (a.n0)
     check_state(kOp, "n0", *a.n0, {count, sizes.num_heads, sizes.dqk}, "(B or N,NH,DQK)", a.q);
   if (a.m0) check_state(kOp, "m0", *a.m0, {count, sizes.num_heads}, "(B or N,NH)", a.q);
+  check_whole_state(a);
   return sizes;
 }
 

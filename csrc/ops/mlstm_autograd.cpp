@@ -62,21 +62,22 @@ void fold_op(const MlstmFoldArguments& a) {
 
 class MlstmChunkwise : public torch::autograd::Function<MlstmChunkwise> {
  public:
-  /// The tensors of `a` that may have gradients, and all of it.
+  /// The tensors of `a` that may have gradients, all of it, and the results, of which what has none stays outside the graph
+  /// (compiled autograd takes no node that marks outputs as not differentiable).
   static variable_list forward(AutogradContext* ctx, const at::Tensor&, const at::Tensor&,
                                const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                               const MlstmArguments& a) {
+                               const MlstmArguments& a, MlstmResults& results) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [h, c, n, m, product] = mlstm_forward_op(a);
+    results = mlstm_forward_op(a);
+    const auto& [h, c, n, m, product] = results;
     save_mlstm(ctx, a, h, product);
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({m, product});
-    return {h, c, n, m, product};
+    return {h, c, n};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    constexpr size_t kInputs = 9;
+    constexpr size_t kInputs = 10;
     variable_list result(kInputs);
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     const SavedMlstm saved =
@@ -89,9 +90,12 @@ class MlstmChunkwise : public torch::autograd::Function<MlstmChunkwise> {
 };
 
 MlstmResults forward_autograd(const MlstmArguments& a) {
+  MlstmResults results;
   const variable_list out =
-      MlstmChunkwise::apply(a.q, a.k, a.v, a.igate, a.fgate, a.c0, a.n0, a.m0, a);
-  return {out[0], out[1], out[2], out[3], out[4]};
+      MlstmChunkwise::apply(a.q, a.k, a.v, a.igate, a.fgate, a.c0, a.n0, a.m0, a, results);
+  auto& [h, c, n, m, product] = results;
+  h = out[0], c = out[1], n = out[2];
+  return results;
 }
 
 MlstmOutputs chunkwise_autograd(const MlstmArguments& a) {

@@ -3,6 +3,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 
+#include <functional>
 #include <vector>
 
 #include "csrc/ops/autocast.h"
@@ -62,10 +63,12 @@ void compute_gates(MlstmArguments& a, const Tensor& weight, const Tensor& bias) 
 
 class MlstmGated : public torch::autograd::Function<MlstmGated> {
  public:
-  /// The tensors of `a` that may have gradients, with what its gates are made from, and all of it but the gates.
+  /// The tensors of `a` that may have gradients, with what its gates are made from, all of it but the gates, and the final
+  /// m, which has no gradient and stays outside the graph, as in mlstm_chunkwise.
   static variable_list forward(AutogradContext* ctx, const Tensor&, const Tensor&, const Tensor&,
                                const Tensor& weight, const Tensor& bias, const OptionalTensor&,
-                               const OptionalTensor&, const OptionalTensor&, MlstmArguments a) {
+                               const OptionalTensor&, const OptionalTensor&, MlstmArguments a,
+                               std::reference_wrapper<Tensor> final_m) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor low = weight.to(a.q.scalar_type());
     compute_gates(a, low, bias);
@@ -75,12 +78,12 @@ class MlstmGated : public torch::autograd::Function<MlstmGated> {
     ctx->saved_data["weight_type"] = weight.scalar_type();
     ctx->saved_data["bias_type"] = bias.scalar_type();
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({m});
-    return {h, c, n, m};
+    final_m.get() = m;
+    return {h, c, n};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    constexpr size_t kInputs = 9;
+    constexpr size_t kInputs = 10;
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined())
       return variable_list(kInputs);
     const SavedMlstm saved = saved_mlstm(ctx);  // before the guards, as in mlstm_chunkwise
@@ -93,7 +96,7 @@ class MlstmGated : public torch::autograd::Function<MlstmGated> {
     add_to_inputs(result, low, saved);
     result[3] = weight_gradient(low, saved.in).to(ctx->saved_data["weight_type"].toScalarType());
     result[4] = gates.sum(1).to(ctx->saved_data["bias_type"].toScalarType());
-    result.emplace_back();  // of `a`
+    result.resize(kInputs);
     return result;
   }
 
@@ -164,8 +167,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlstm_gated(const Tensor& q, const Te
   check_gates(a, weight, bias);
   const WithoutAutocast no_autocast;
   if (recording(a.q, a.k, a.v, weight, bias, a.c0, a.n0, a.m0)) {
-    const variable_list out = MlstmGated::apply(a.q, a.k, a.v, weight, bias, a.c0, a.n0, a.m0, a);
-    return {out[0], out[1], out[2], out[3]};
+    Tensor m;
+    const variable_list out =
+        MlstmGated::apply(a.q, a.k, a.v, weight, bias, a.c0, a.n0, a.m0, a, std::ref(m));
+    return {out[0], out[1], out[2], m};
   }
   compute_gates(a, weight.to(a.q.scalar_type()), bias);
   return mlstm_chunkwise(a.q, a.k, a.v, a.igate, a.fgate, a.c0, a.n0, a.m0, options);

@@ -46,12 +46,15 @@ SlstmGradients slstm_backward_op(const SlstmBackwardArguments& a) {
 
 class SlstmFunction : public torch::autograd::Function<SlstmFunction> {
  public:
-  /// The tensors of `a` that may have gradients, and all of it.
+  /// The tensors of `a` that may have gradients, all of it, and the results, of which what has none stays outside the graph
+  /// (compiled autograd takes no node that marks outputs as not differentiable).
   static variable_list forward(AutogradContext* ctx, const at::Tensor&, const at::Tensor&,
                                const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-                               const OptionalTensor&, const SlstmArguments& a) {
+                               const OptionalTensor&, const SlstmArguments& a,
+                               SlstmResults& results) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, y_last, c, n, m, gates, checkpoints] = slstm_forward_op(a);
+    results = slstm_forward_op(a);
+    const auto& [y, y_last, c, n, m, gates, checkpoints] = results;
     ctx->set_materialize_grads(false);
     const at::Tensor none;
     ctx->save_for_backward({y, gates, checkpoints, a.recompute ? a.wx : none, a.r,
@@ -64,10 +67,8 @@ class SlstmFunction : public torch::autograd::Function<SlstmFunction> {
     ctx->saved_data["recurrent_cut"] = a.recurrent_cut;
     ctx->saved_data["b_dtype"] = static_cast<int64_t>(a.b.scalar_type());
     ctx->saved_data["gate_dim"] = slstm_gate_dim(a.wx);
-    variable_list constant{m, gates, checkpoints};  // y does not depend on m
-    if (slstm_cell(a.cell) == cpu::SlstmCell::kLstm) constant.push_back(n);
-    ctx->mark_non_differentiable(constant);
-    return {y, y_last, c, n, m, gates, checkpoints};
+    if (slstm_cell(a.cell) == cpu::SlstmCell::kLstm) return {y, y_last, c};
+    return {y, y_last, c, n};  // y does not depend on m
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -80,7 +81,7 @@ class SlstmFunction : public torch::autograd::Function<SlstmFunction> {
     SlstmBackwardArguments a{or_absent(grads[0]),
                              or_absent(grads[1]),
                              or_absent(grads[2]),
-                             or_absent(grads[3]),
+                             grads.size() > 3 ? or_absent(grads[3]) : std::nullopt,
                              saved[0],
                              saved[1],
                              saved[2],
@@ -97,7 +98,7 @@ class SlstmFunction : public torch::autograd::Function<SlstmFunction> {
                              ctx->saved_data["recurrent_clip"].toDouble(),
                              ctx->saved_data["recurrent_cut"].toBool(),
                              ctx->saved_data["gate_dim"].toInt()};
-    if (slstm_cell(a.cell) == cpu::SlstmCell::kLstm) a.dn = a.n0 = a.m0 = std::nullopt;
+    if (slstm_cell(a.cell) == cpu::SlstmCell::kLstm) a.n0 = a.m0 = std::nullopt;
     auto [dwx, dr, db, dy0, dc0, dn0] = slstm_backward_op(a);
     const auto b_dtype = static_cast<at::ScalarType>(ctx->saved_data["b_dtype"].toInt());
     const at::Tensor none;
@@ -107,13 +108,18 @@ class SlstmFunction : public torch::autograd::Function<SlstmFunction> {
             a.y0 ? dy0 : none,
             a.c0 ? dc0 : none,
             a.n0 ? dn0 : none,
+            none,
             none};
   }
 };
 
 SlstmResults slstm_forward_autograd(const SlstmArguments& a) {
-  const variable_list out = SlstmFunction::apply(a.wx, a.r, a.b, a.y0, a.c0, a.n0, a);
-  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
+  SlstmResults results;
+  const variable_list out = SlstmFunction::apply(a.wx, a.r, a.b, a.y0, a.c0, a.n0, a, results);
+  auto& [y, y_last, c, n, m, gates, checkpoints] = results;
+  y = out[0], y_last = out[1], c = out[2];
+  if (out.size() > 3) n = out[3];
+  return results;
 }
 
 SlstmOutputs slstm_autograd(const SlstmArguments& given) {

@@ -8,6 +8,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <functional>
+
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/common.h"
 #include "csrc/ops/cpu/recurrence_params.h"
@@ -169,16 +171,19 @@ Gradients wkv_backward_op(const OptionalTensor& dy, const OptionalTensor& da,
 
 class Wkv : public torch::autograd::Function<Wkv> {
  public:
+  /// final_p has no gradient and stays outside the graph: compiled autograd takes no node that marks outputs as not
+  /// differentiable.
   static variable_list forward(AutogradContext* ctx, const at::Tensor& k, const at::Tensor& v,
                                const at::Tensor& w, const at::Tensor& u, const OptionalTensor& a0,
                                const OptionalTensor& b0, const OptionalTensor& p0,
-                               const OptionalTensor& reset) {
+                               const OptionalTensor& reset,
+                               std::reference_wrapper<at::Tensor> final_p) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward(
         {k, v, w, u, or_undefined(a0), or_undefined(b0), or_undefined(p0), or_undefined(reset)});
     auto [y, a, b, p] = wkv(k, v, w, u, a0, b0, p0, reset);
-    ctx->mark_non_differentiable({p});
-    return {y, a, b, p};
+    final_p.get() = p;
+    return {y, a, b};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& d) {
     const variable_list s = ctx->get_saved_variables();
@@ -187,7 +192,8 @@ class Wkv : public torch::autograd::Function<Wkv> {
         wkv_backward_op(or_absent(d[0]), or_absent(d[1]), or_absent(d[2]), s[0], s[1], s[2], s[3],
                         or_absent(s[4]), or_absent(s[5]), or_absent(s[6]), or_absent(s[7]));
     const at::Tensor none;
-    return {dk, dv, dw, du, s[4].defined() ? da0 : none, s[5].defined() ? db0 : none, none, none};
+    return {dk,   dv,   dw,  du, s[4].defined() ? da0 : none, s[5].defined() ? db0 : none,
+            none, none, none};
   }
 };
 
@@ -195,8 +201,9 @@ Outputs wkv_autograd(const at::Tensor& k, const at::Tensor& v, const at::Tensor&
                      const at::Tensor& u, const OptionalTensor& a0, const OptionalTensor& b0,
                      const OptionalTensor& p0, const OptionalTensor& reset) {
   if (recording(k, v, w, u, a0, b0)) {
-    const variable_list out = Wkv::apply(k, v, w, u, a0, b0, p0, reset);
-    return {out[0], out[1], out[2], out[3]};
+    at::Tensor p;
+    const variable_list out = Wkv::apply(k, v, w, u, a0, b0, p0, reset, std::ref(p));
+    return {out[0], out[1], out[2], p};
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
   return wkv(k, v, w, u, a0, b0, p0, reset);

@@ -220,22 +220,34 @@ class PyTokenData {
   xlstm::data::Dataset dataset_;
 };
 
+/// make(), where what modules refuse of their settings is an Error, as what the configuration refuses.
+template <class Make>
+auto built(const Make& make) {
+  try {
+    return make();
+  } catch (const c10::ValueError& error) {
+    throw xlstm::Error(xlstm::ExitCode::kConfig, error.msg());
+  }
+}
+
 PyModel load(const std::string& checkpoint_dir, bool verify, at::ScalarType dtype,
              const std::vector<std::string>& overrides) {
-  auto loaded = xlstm::train::load_model(checkpoint_dir, verify, dtype, overrides);
+  auto loaded =
+      built([&] { return xlstm::train::load_model(checkpoint_dir, verify, dtype, overrides); });
   return PyModel(std::move(loaded.model), std::move(loaded.config), std::move(loaded.folder),
                  std::move(loaded.tokenizer));
 }
 
 PyModel make_model(const std::string& yaml) {
   auto config = xlstm::config::parse_config(yaml, "<string>");
-  auto model = xlstm::models::make_language_model(config.model);
+  auto model = built([&] { return xlstm::models::make_language_model(config.model); });
   std::string tokenizer = config.data.tokenizer;
   return PyModel(std::move(model), std::move(config), "", std::move(tokenizer));
 }
 
 PyStack make_stack(const std::string& yaml) {
-  return PyStack(xlstm::config::parse_config(yaml, "<arguments>").model);
+  const auto config = xlstm::config::parse_config(yaml, "<arguments>");
+  return built([&] { return PyStack(config.model); });
 }
 
 xlstm::NamedTensors named_tensors(const py::dict& tensors) {

@@ -217,8 +217,8 @@ TEST_CASE("a reset gives no gradient to the first forget gate, nor to the state 
   const auto d = at::TensorOptions().dtype(at::kDouble);
   const Tensor c0 = at::randn({1, 1, 4, 4}, d).requires_grad_(),
                n0 = at::randn({1, 1, 4}, d).requires_grad_();
-  const Tensor f = in.f.clone().requires_grad_();
-  const Tensor h = std::get<0>(mlstm_chunkwise(in.q, in.k, in.v, in.i, f, c0, n0, {}, options));
+  const Tensor f = in.f.clone().requires_grad_(), m0 = at::zeros({1, 1}, d);
+  const Tensor h = std::get<0>(mlstm_chunkwise(in.q, in.k, in.v, in.i, f, c0, n0, m0, options));
   const auto g = torch::autograd::grad({h.sum()}, {f, c0, n0});
   CHECK(g[0].select(1, 0).item<double>() == 0);
   CHECK(g[0].abs().max().item<double>() > 0);

@@ -132,9 +132,6 @@ def test_m0_gets_zero_and_m_has_no_gradient():
     assert c.requires_grad and not m.requires_grad
     (gradient,) = torch.autograd.grad(h.sum(), states[2])
     assert torch.equal(gradient, torch.zeros_like(states[2]))
-    h = chunkwise(*inputs, None, None, states[2])[0]
-    (gradient,) = torch.autograd.grad(h.sum(), states[2])
-    assert torch.equal(gradient, torch.zeros_like(states[2]))
 
 
 def test_second_derivative_is_a_clear_error():
@@ -308,6 +305,21 @@ def test_step_has_no_derivative():
         h.sum().backward()
     with pytest.raises(RuntimeError, match="mlstm_step: c, n, m: expected states without gradient"):
         step(*inputs, *leaves(state))
+
+
+@pytest.mark.parametrize("gate", ["exp", "sigmoid"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_part_of_a_state_is_an_error(gate, normalize):
+    inputs, (c, n, m) = make(), make_states()
+    needed = "c" + "n" * normalize + "m" * (gate == "exp")
+    for given in ("", "c", "n", "m", "cn", "cm", "nm", "cnm"):
+        states = [state if name in given else None for name, state in zip("cnm", (c, n, m))]
+        if len(set(given) & set(needed)) in (0, len(needed)):
+            chunkwise(*inputs, *states, input_gate=gate, normalize=normalize)
+            continue
+        got = ", got" + "".join(f" {name}0" for name in given)
+        with pytest.raises(RuntimeError, match=f"mlstm_chunkwise: c0, n0 and m0: expected all or none.*{got}$"):
+            chunkwise(*inputs, *states, input_gate=gate, normalize=normalize)
 
 
 def test_errors_name_the_argument():

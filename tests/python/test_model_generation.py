@@ -104,9 +104,17 @@ def test_generation_beside_training():
 
 def test_arguments_of_generate_and_load(tmp_path):
     model = make_model()
-    for name, wrong in (("seed", -1), ("seed", None), ("max_new_tokens", -1), ("vocab_size", -1), ("stop_token", 1.5)):
+    for name, wrong in (("seed", -1), ("seed", None), ("seed", 2**64), ("max_new_tokens", -1), ("max_new_tokens", 2**63),
+                        ("vocab_size", -1), ("stop_token", 1.5), ("stop_token", [1]), ("top_k", 1.5), ("top_k", "a")):
         with pytest.raises(ValueError, match=f"{name}: expected an integer"):
             model.generate([1], **{name: wrong})
+    for name, wrong in (("temperature", "a"), ("temperature", None), ("top_p", "0.5"), ("top_p", [])):
+        with pytest.raises(ValueError, match=f"{name}: expected a number"):
+            model.generate([1], **{name: wrong})
+    for prompt in (1, torch.tensor(1)):
+        with pytest.raises(ValueError, match=r"prompt: expected ids \(T\), or several such, got torch.int64 of shape \(\)"):
+            model.generate(prompt)
+    assert model.generate([1], 9, top_k=None, top_p=None) == model.generate([1], 9)
     with torch.device("meta"):
         assert len(model.generate([1, 2], 3)) == 3
     with pytest.raises(ValueError, match="dtype: expected one of torch.float32"):

@@ -188,16 +188,29 @@ def test_arguments_as_they_come():
     expected = model(ids)[0]
     for given in (ids.tolist(), ids.numpy(), ids.int(), ids.short()):
         assert torch.equal(model(given)[0], expected)
+        assert torch.equal(model.embed(given), model.embed(ids))
+    y = model.hidden(ids)[0].detach()
+    assert torch.equal(model.logits(y.numpy()), model.logits(y))
     reset = torch.zeros(2, 7, dtype=torch.bool)
     reset[:, 3] = True
     assert torch.equal(model(ids, reset=reset.long())[0], model(ids, reset=reset)[0])
-    for state in ([None] * 3, 5, [[1.0]]):
+    for state in ([None] * 3, 5, [[1.0]], [torch.zeros(3)], torch.zeros(3, 2)):
         with pytest.raises(TypeError, match="state: expected None or what a call returned"):
             model(ids, state)
     with pytest.raises(ValueError, match="model.tokenizer.encode"):
         model.generate("text")
     with pytest.raises(TypeError, match=r"x: expected torch.float32.*got torch.float64"):
         libxlstm.BlockStack(embedding_dim=32, num_blocks=1)(torch.ones(1, 2, 32, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"embeddings: expected torch.float32.*got torch.float64"):
+        model.hidden(embeddings=y.double())
+    with pytest.raises(TypeError, match=r"hidden: expected torch.float32.*got torch.bfloat16"):
+        model.logits(y.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        model.hidden(embeddings=y.bfloat16()), model.logits(y.bfloat16())
+    for call in (model, model.embed, lambda ids: model.loss(ids, ids), lambda ids: model.hidden(ids.tolist())):
+        for outside in (300, -1):
+            with pytest.raises(IndexError, match=f"ids: expected ids from 0 to 299, got {outside}"):
+                call(torch.tensor([[1, outside, 2]]))
 
 
 def test_parameter_groups():

@@ -7,7 +7,7 @@ from test_devices import OPERATORS, arguments
 from test_forward_mode import OPERATORS as DIFFERENTIABLE
 from torch.utils.checkpoint import checkpoint
 
-import libxlstm  # noqa: F401  registers the operators
+import libxlstm
 
 ops = torch.ops.xlstm
 NAN = float("nan")
@@ -50,7 +50,10 @@ FREE = {("linear_cross_entropy", "weight"): {0}, ("linear_cross_entropy_backward
         ("dequantize_int8", "weight"): {0}, ("slstm_backward", "gates"): {0, 1, 2, 3, 4}}  # fmt: skip
 
 
-@pytest.mark.parametrize("operator", sorted(set(DIFFERENTIABLE) - {"mlstm_step", "causal_conv1d_step"}))
+WITH_GRADIENTS = sorted(set(DIFFERENTIABLE) - {"mlstm_step", "causal_conv1d_step"})
+
+
+@pytest.mark.parametrize("operator", WITH_GRADIENTS)
 def test_recomputed_alone_in_the_backward_pass(operator):
     call, given = getattr(ops, operator), DIFFERENTIABLE[operator]()
     given = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]
@@ -67,6 +70,43 @@ def test_recomputed_alone_in_the_backward_pass(operator):
         checkpoint(run, *given, use_reentrant=reentrant).square().sum().backward()
         for leaf, other in zip(leaves, expected, strict=True):
             torch.testing.assert_close(leaf.grad, other, rtol=0, atol=0)
+
+
+def check_compiled_autograd(loss, leaves):
+    """loss() is recorded as it is, and its backward pass compiled."""
+    expected = torch.autograd.grad(loss(), leaves)
+    torch._dynamo.reset()
+    recorded = loss()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(recorded.backward, backend="eager")()
+    for leaf, other in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, other)
+
+
+@pytest.mark.parametrize("operator", [*WITH_GRADIENTS, "slstm as lstm"])
+def test_compiled_autograd_takes_what_was_recorded(operator):
+    name, *lstm = operator.split(" as ")
+    given = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+             for x in DIFFERENTIABLE[name]()]
+
+    def loss():
+        out = getattr(ops, name)(*given, **{"cell": cell for cell in lstm})
+        return sum(x.square().sum() for x in (out if isinstance(out, tuple) else [out]) if x.requires_grad)
+
+    check_compiled_autograd(loss, [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_autograd_takes_blocks(autocast):
+    torch.manual_seed(2)
+    stack = libxlstm.BlockStack(embedding_dim=16, num_blocks=2, num_heads=2, slstm_at=[1])
+    x = torch.randn(2, 9, 16, requires_grad=True)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return stack(x)[0].square().sum()
+
+    check_compiled_autograd(loss, [x, *stack.parameters()])
 
 
 def test_gated_scan_lets_nothing_past_a_reset():

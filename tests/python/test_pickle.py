@@ -1,6 +1,7 @@
 """Models and stacks as pickles: copies on this machine and others, torch.save, processes."""
 
 import copy
+import copyreg
 import io
 import pickle
 import shutil
@@ -157,6 +158,64 @@ def test_tied_weights_stay_one():
     assert all(p.grad is not None for p in other.parameters()) and model.embedding.weight.grad is None
 
 
+class Tied(torch.nn.Module):
+    """A head of one's own that shares the embedding, before or behind the model."""
+
+    def __init__(self, head_first):
+        super().__init__()
+        model, head = make_model(), torch.nn.Linear(32, 300, bias=False)
+        head.weight = model.embedding.weight
+        parts = {"head": head, "model": model, "table": model.embedding}
+        for name in sorted(parts, reverse=not head_first):
+            self.add_module(name, parts[name])
+
+
+@pytest.mark.parametrize("copying", [pickled, saved, copy.deepcopy])
+@pytest.mark.parametrize("head_first", [True, False])
+def test_what_shares_parameters_shares_those_of_the_copy(copying, head_first):
+    net, ids = Tied(head_first), random_ids(2, 9)
+    net.model.loss(ids, ids).backward()
+    other = copying(net)
+    weight = other.model.embedding.weight
+    assert other.head.weight is weight and other.table.weight is weight
+    assert all(isinstance(p, torch.nn.Parameter) and p.grad is None for p in other.parameters())
+    assert len(list(other.parameters())) == len(list(net.parameters()))
+    other.model.loss(ids, ids).backward()
+    torch.testing.assert_close(other.head.weight.grad, net.head.weight.grad)
+    with torch.no_grad():
+        other.head.weight.fill_(2)
+    assert (other.model.embed(ids) == 2).all() and not (net.head.weight == 2).any()
+
+
+@pytest.mark.parametrize("copying", [pickled, saved, copy.deepcopy])
+@pytest.mark.parametrize("model_first", [True, False])
+def test_an_optimizer_goes_on_with_the_copy(copying, model_first):
+    model, ids = make_model(), random_ids(2, 9)
+    optimizer = torch.optim.AdamW(model.param_groups(), lr=1e-2)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        loss = model.loss(ids, ids)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    step(model, optimizer)
+    both = copying((model, optimizer) if model_first else (optimizer, model))
+    other = both if model_first else both[::-1]
+    assert [step(model, optimizer) for _ in range(3)] == [step(*other) for _ in range(3)]
+
+
+@pytest.mark.parametrize("copying", [pickled, copy.deepcopy])
+def test_shallow_copies_stay_one_module(copying):
+    model = make_model()
+    one, other = copying([model, copy.copy(model)])
+    assert all(a is b for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    with torch.no_grad():
+        one.embedding.weight.zero_()
+    assert (other.embed(random_ids(1, 5)) == 0).all()
+
+
 @pytest.mark.parametrize("copying", [pickled, saved, copy.deepcopy])
 def test_what_a_subclass_has_goes_along(copying):
     stack = Scaled()
@@ -227,11 +286,11 @@ def test_a_replaced_parameter_is_not_pickled():
 
 
 def test_parameters_of_another_version_are_an_error():
-    state = make_model().__getstate__()
-    state["_core"]["tensors"].pop("out_norm.weight")
-    other = libxlstm.Model.__new__(libxlstm.Model)
+    core = make_model()._core
+    make, (*settings, tensors) = copyreg.dispatch_table[type(core)](core)
+    tensors.pop("out_norm.weight")
     with pytest.raises(RuntimeError, match="another version of libxlstm"):
-        other.__setstate__(state)
+        make(*settings, tensors)
 
 
 def test_bytes_go_along(tmp_path):
@@ -269,7 +328,8 @@ import sys, torch, libxlstm
 
 def work(rank, model, stack, ids, results):
     with torch.no_grad():
-        results.put([rank, model(ids)[0].tolist(), model.tokenizer is None, stack.training])
+        trained = [p.requires_grad for p in stack.parameters()]
+        results.put([rank, model(ids)[0].tolist(), model.tokenizer is None, stack.training, trained])
         if rank == 1:
             model.out_norm.weight.fill_(7)
 
@@ -277,6 +337,8 @@ if __name__ == "__main__":
     torch.manual_seed(1)
     model = libxlstm.make_model({"model": {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2}})
     stack = libxlstm.BlockStack(embedding_dim=32, num_blocks=1, num_heads=2).eval()
+    stack.out_norm.requires_grad_(False)
+    trained = [p.requires_grad for p in stack.parameters()]
     ids = torch.randint(256, (1, 5))
     with torch.no_grad():
         expected = model(ids)[0].tolist()
@@ -285,7 +347,7 @@ if __name__ == "__main__":
     for rank in range(2):
         process = spawn.Process(target=work, args=(rank, model, stack, ids, results))
         process.start()
-        assert results.get() == [rank, expected, True, False]
+        assert results.get() == [rank, expected, True, False, trained]
         process.join()
         assert process.exitcode == 0
     assert (model.out_norm.weight == 7).all()  # memory is shared, as that of other modules

@@ -1,5 +1,6 @@
 """libxlstm.TokenData: prepared token files in Python, in the order in which the trainer visits them."""
 
+import copy
 import json
 import subprocess
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_data import MASK, XLSTM_DATA, mix64, permute, read_megatron, run, write_jsonl
+from test_pickle import pickled
 
 import libxlstm
 
@@ -100,7 +102,39 @@ def test_token_data_is_what_the_trainer_reads(two_files, tmp_path):
         assert losses == pytest.approx(own, abs=1e-5) and len(set(losses)) == 6
 
 
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_token_data_is_a_map_style_dataset(two_files):
+    data = libxlstm.TokenData(two_files, 16, seed=3, weights=[2, 1])
+    wanted = data.batch(0, len(data))
+    for i in (0, 5, len(data) - 1, -1, -len(data)):
+        assert same(data[i], [x[i] for x in wanted])
+    for i in (len(data), -len(data) - 1):
+        with pytest.raises(IndexError, match=f"sample: expected one from {-len(data)} to {len(data) - 1}, got {i}"):
+            data[i]
+    assert len(list(data)) == len(data)
+    loader = torch.utils.data.DataLoader(data, batch_size=8, num_workers=2, multiprocessing_context="spawn")
+    for step, batch in zip(range(3), loader):
+        assert same(batch, data.batch(8 * step, 8))
+
+
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy, pickled])
+def test_copies_of_token_data(two_files, copying):
+    data = libxlstm.TokenData(two_files, 16, 9, False, [1, 3], 4, False, False)
+    data.note = "mine"
+    other = copying(data)
+    assert repr(other) == repr(data) and other.note == "mine" and same(other.batch(3, 7), data.batch(3, 7))
+
+
 def test_token_data_names_what_is_wrong(two_files):
+    for wrong in ({"seq_len": 16.5}, {"seq_len": None}, {"seed": -1}, {"seed": 2**64}, {"streams": "4"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected an integer"):
+            libxlstm.TokenData(two_files, **{"seq_len": 16} | wrong)
+    for place, name in enumerate(("first_sample", "count")):
+        with pytest.raises(ValueError, match=f"{name}: expected an integer, got 0.5"):
+            libxlstm.TokenData(two_files, 16).batch(*([0.5, 1] if place == 0 else [1, 0.5]))
     with pytest.raises(libxlstm.Error, match="nope.idx: no such file"):
         libxlstm.TokenData("nope", 16)
     with pytest.raises(libxlstm.Error, match="a.bin: .* tokens, but a window"):
