@@ -282,6 +282,7 @@ Trainer::Impl::Resumed Trainer::Impl::load(const CheckpointFolder& checkpoint) {
 
 void Trainer::Impl::announce() const {
   if (!leads()) return;
+  config::warn_of_settings_without_effect(config_, log_warning);
   const double count = static_cast<double>(models::count_parameters(config_.model));
   log_info(
       "run " + folder_->path() + " | " + format_count(count) + " parameters | " +
