@@ -175,7 +175,7 @@ class Model(CoreModule):
 
     def save(self, folder):
         """Writes a checkpoint folder for load() and the programs, tokenizer included. float64 is rounded to float32. A model that
-        is there is kept until the new one is whole."""
+        is there is kept until the new one is whole, which takes its place in one step where the file system can exchange names."""
         self._check_parameters()
         with self._tokenizer_files() as tokenizer:
             self._core.save(str(folder), tokenizer)

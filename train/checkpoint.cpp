@@ -123,24 +123,18 @@ class Writer {
     committed_ = true;
   }
 
-  /// Renames the committed folder, over an earlier one if need be: until then that is as it was.
+  /// Renames the committed folder, over an earlier one if need be. At each moment one of them is at `path`, but for the
+  /// time between two renames where the file system cannot exchange names.
   void move_to(const fs::path& path) {
     committed_ = false;
-    const fs::path earlier = name_beside(path, "old");
+    fs::path earlier;
     if (::rename(folder_.c_str(), path.c_str()) != 0) {
       if (errno != ENOTEMPTY && errno != EEXIST) fail(path);
-      fs::remove_all(earlier);  // of a crash
-      fs::rename(path, earlier);
-      try {
-        fs::rename(folder_, path);
-      } catch (...) {
-        fs::rename(earlier, path);
-        throw;
-      }
+      earlier = take_place_of(path);
     }
     committed_ = true;
     sync_directory(path.parent_path().string());
-    fs::remove_all(earlier);
+    if (!earlier.empty()) fs::remove_all(earlier);
   }
 
   /// Takes a committed folder's manifest away, durably: from then on it is no checkpoint.
@@ -149,6 +143,25 @@ class Writer {
   }
 
  private:
+  /// Returns where the folder that was there is now.
+  fs::path take_place_of(const fs::path& path) const {
+    if (!failpoint_value("ckpt.no_exchange") && exchange_paths(folder_, path)) {
+      failpoint("ckpt.replacing");
+      return folder_;
+    }
+    const fs::path earlier = name_beside(path, "old");
+    fs::remove_all(earlier);  // of a crash
+    fs::rename(path, earlier);
+    failpoint("ckpt.replacing");
+    try {
+      fs::rename(folder_, path);
+    } catch (...) {
+      fs::rename(earlier, path);
+      throw;
+    }
+    return earlier;
+  }
+
   void write(OutputFile& file, const void* data, size_t size) {
     const size_t now = std::min(bytes_to_live_, size);
     file.write(data, now);

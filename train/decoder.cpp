@@ -64,6 +64,16 @@ const at::Tensor& Decoder::next(const at::Tensor& tokens) {
   return logits_;
 }
 
+void Decoder::drop(int64_t row) {
+  const int64_t last = ids_.size(0) - 1;
+  ids_ = ids_.narrow(0, 0, last);
+  for (auto& block : state_)
+    for (at::Tensor& tensor : block) {
+      if (row != last) tensor[row].copy_(tensor[last]);
+      tensor = tensor.narrow(0, 0, last);
+    }
+}
+
 void Decoder::advance() {
   if (may_record_ && tokens_ == kTokensBeforeRecording) record();
   if (graph_.recorded()) {

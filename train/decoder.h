@@ -21,6 +21,8 @@ class Decoder {
   /// Takes a token of each sequence (B,1), on any device, and returns the logits of the next ones (B,V) on the model's device, which the
   /// next call may overwrite.
   const at::Tensor& next(const at::Tensor& tokens);
+  /// Goes on without a sequence, whose row the last one takes. On a CPU: a recorded step would go on with all rows.
+  void drop(int64_t row);
 
  private:
   void advance();

@@ -266,6 +266,7 @@ std::string describe_run(const config::Config& config) {
 void dry_run(const config::Config& given, bool fresh) {
   config::Config config = given;
   check_adapters(config);
+  config::warn_of_settings_without_effect(config, log_warning);
   print_model(config);
   const MemoryEstimate memory = estimate_memory(config);
   const at::Device device = choose_device(config.run.device, "run.device");

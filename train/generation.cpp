@@ -83,6 +83,20 @@ void repeat(int64_t batch, at::Tensor& logits, models::ModelState& state) {
     for (at::Tensor& tensor : block) tensor = rows(tensor);
 }
 
+/// Goes on without the prompts that have ended; the last row takes the place of each.
+void drop_ended(const std::vector<bool>& ended, Decoder& decoder, std::vector<size_t>& rows,
+                at::Tensor& tokens) {
+  for (size_t row = rows.size(); row-- > 0;) {
+    if (!ended[rows[row]]) continue;
+    const auto last = static_cast<int64_t>(rows.size()) - 1, here = static_cast<int64_t>(row);
+    decoder.drop(here);
+    tokens[here].copy_(tokens[last]);
+    tokens = tokens.narrow(0, 0, last);
+    rows[row] = rows.back();
+    rows.pop_back();
+  }
+}
+
 int64_t argmax(at::ArrayRef<double> logits, size_t count) {
   return std::max_element(logits.begin(), logits.begin() + static_cast<std::ptrdiff_t>(count)) -
          logits.begin();
@@ -188,22 +202,27 @@ std::vector<std::vector<int64_t>> generate_batch(
   auto [logits, state] = read_prompts(model, one_prompt ? Prompts{prompts.front()} : prompts);
   if (one_prompt && batch > 1) repeat(batch, logits, state);
   Decoder decoder(model, std::move(state), {}, batch);
-  const at::Tensor tokens = at::zeros({batch, 1}, at::kLong);
-  std::vector<bool> ended(prompts.size());  // these go on, unheard
+  const bool drops = model.head_weight().is_cpu();  // else rows that have ended go on, unheard
+  at::Tensor tokens = at::zeros({batch, 1}, at::kLong);
+  std::vector<size_t> rows(prompts.size());  // the prompt of each row of the decoder
+  std::iota(rows.begin(), rows.end(), size_t{0});
+  std::vector<bool> ended(prompts.size());
   for (int64_t count = 1;; ++count) {
     const at::Tensor known = logits.to(at::kCPU).to(at::kDouble).contiguous();  // waits
     const auto width = static_cast<size_t>(known.size(1));
-    for (size_t i = 0; i < prompts.size(); ++i) {
+    for (size_t row = 0; row < rows.size(); ++row) {
+      const size_t i = rows[row];
       if (ended[i]) continue;
-      const int64_t id = samplers[i].draw({known.const_data_ptr<double>() + i * width, width});
+      const int64_t id = samplers[i].draw({known.const_data_ptr<double>() + row * width, width});
       generated[i].push_back(id);
       if (on_token) on_token(i, id);
       ended[i] = id == options.stop_token;
-      tokens.mutable_data_ptr<int64_t>()[i] = id;
+      tokens.mutable_data_ptr<int64_t>()[row] = id;
     }
     if (count == options.max_new_tokens ||
         std::find(ended.begin(), ended.end(), false) == ended.end())
       return generated;
+    if (drops) drop_ended(ended, decoder, rows, tokens);
     logits = decoder.next(tokens);
   }
 }

@@ -303,6 +303,7 @@ std::string Trainer::Impl::describe_processes() const {
 
 void Trainer::Impl::announce() const {
   if (!leads()) return;
+  config::warn_of_settings_without_effect(config_, log_warning);
   const double count = static_cast<double>(models::count_parameters(config_.model));
   log_info("run " + folder_->path() + " | " + format_count(count) + " parameters | " +
            describe(device_) + (group_->place().alone() ? "" : describe_processes()) + " | " +

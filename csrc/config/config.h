@@ -3,6 +3,7 @@
 // its dotted name, type, range and description; YAML files and command-line overrides are checked
 // against it.
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -144,6 +145,9 @@ Config parse_config(const std::string& yaml, const std::string& name);
 /// not consistently described: length, batches, data, schedule. A length given as an override may be
 /// shorter than the warm-up of the file.
 void validate_for_training(const Config& config);
+/// Tells `warn`, at most once, of the settings that are not as they are by default and have no effect in this model.
+void warn_of_settings_without_effect(const Config& config,
+                                     const std::function<void(const std::string&)>& warn);
 /// Every setting with its value, as YAML that load_config reads back to an equal Config.
 std::string print_config(const Config& config);
 /// Every setting: dotted name, type, default, range or choices, and what it does.

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <variant>
 #include <vector>
 
@@ -26,6 +27,12 @@ struct Limits {
   std::vector<std::string> choices;          ///< text; "step-N" stands for step- and a number
 };
 
+/// When a setting has an effect.
+struct Condition {
+  bool (*holds)(const Config&) = nullptr;  ///< null: always
+  std::string_view otherwise;              ///< why it has none
+};
+
 struct Field {
   std::string name;  ///< dotted, as the path of the member in Config
   FieldRef (*ref)(Config&);
@@ -35,6 +42,7 @@ struct Field {
   bool identity = false;
   /// Processes of one run may have different values: where a machine has its files, how many threads it has.
   bool per_machine = false;
+  Condition has_effect = {};  ///< else it is taken all the same, with a warning
 };
 
 struct Section {

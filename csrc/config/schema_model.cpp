@@ -10,11 +10,57 @@ std::vector<std::string> kind_choices() {
   return choices;
 }
 
+bool has_slstm(const Config& config) { return !config.model.slstm_at.empty(); }
+
+bool has_mlstm(const Config& config) {
+  const auto& model = config.model;
+  return model.kind == "xlstm_large" ||
+         (model.kind == "xlstm" && static_cast<int64_t>(model.slstm_at.size()) < model.num_blocks);
+}
+
+/// Settings, or all of a section, that models without something take all the same, since configurations share them. Heads
+/// are none of these: comparisons give all kinds the same number.
+struct Rule {
+  std::string_view name;
+  Condition condition;
+};
+constexpr Rule kRules[] = {
+    {"model.add_embedding_dropout",
+     {[](const Config& config) { return config.model.dropout > 0; }, "model.dropout is 0"}},
+    {"model.chunk_size",
+     {[](const Config& config) {
+        const std::string& kind = config.model.kind;
+        return has_mlstm(config) || kind == "linear_attention" || kind == "retnet";
+      },
+      "there is no mLSTM cell"}},
+    {"model.mlstm_eps",
+     {[](const Config& config) { return has_mlstm(config) && config.model.mlstm.normalize; },
+      "there is no mLSTM cell with a normaliser"}},
+    {"model.lora.alpha",
+     {[](const Config& config) { return config.model.lora.rank > 0; }, "model.lora.rank is 0"}},
+    {"model.mlstm", {has_mlstm, "there is no mLSTM block"}},
+    {"model.slstm", {has_slstm, "there is no sLSTM block"}},
+    {"model.feed_forward",
+     {[](const Config& config) {
+        const auto& model = config.model;
+        return model.kind != "xlstm" || has_slstm(config) || model.mlstm.up_projection == "post";
+      },
+      "there is no block with a feed-forward layer"}},
+};
+
+std::vector<Field> with_conditions(std::vector<Field> fields) {
+  for (Field& field : fields)
+    for (const Rule& rule : kRules)
+      if (field.name == rule.name || parent_of(field.name) == rule.name)
+        field.has_effect = rule.condition;
+  return fields;
+}
+
 }  // namespace
 
 /// All of them identities of a run, unless it is said beside one that it may change.
 std::vector<Field> model_fields() {
-  return {
+  return with_conditions({
       XLSTM_FIELD(
           model.kind, one_of(kind_choices()),
           "xlstm: blocks of arXiv 2405.04517; xlstm_large: the 7B block of arXiv 2503.13427; the "
@@ -129,7 +175,7 @@ std::vector<Field> model_fields() {
                   "kind xlstm: activation (the others have a fixed one); relu2: ReLU squared"),
       XLSTM_FIELD(model.feed_forward.gated, any(),
                   "kind xlstm: act(gate) * up in front of the last matrix; false: act(up)"),
-  };
+  });
 }
 
 }  // namespace xlstm::config

@@ -360,6 +360,19 @@ void validate_tokens(const Config& config) {
               to_string(kMaxTokens) + " tokens that a run may have");
 }
 
+void warn_of_settings_without_effect(const Config& config,
+                                     const std::function<void(const std::string&)>& warn) {
+  std::vector<std::string> found;
+  for (const Field& field : schema()) {
+    const Condition& has_effect = field.has_effect;
+    if (has_effect.holds == nullptr || has_effect.holds(config) || is_default(config, field.name))
+      continue;
+    found.push_back(field.name + "=" + value_of(config, field.name) + " (" +
+                    std::string(has_effect.otherwise) + ")");
+  }
+  if (!found.empty()) warn("settings without effect: " + join(found, ", "));
+}
+
 void validate_for_training(const Config& config) {
   const std::string& name = config.run.name;
   require(name.find('/') == std::string::npos && name != "." && name != "..", config, "run.name",

@@ -68,6 +68,10 @@ void write_file_atomically(const std::string& path, std::string_view bytes) {
   sync_directory(parent.empty() ? "." : parent.string());
 }
 
+bool exchange_paths(const std::string& a, const std::string& b) {
+  return ::renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) == 0;
+}
+
 std::string read_file(const std::string& path, ExitCode code, size_t most) {
   const struct Descriptor {
     int fd;

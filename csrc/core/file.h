@@ -30,6 +30,8 @@ class OutputFile {
 void sync_directory(const std::string& path);
 /// Writes path.tmp, syncs it, renames it over `path`, syncs the folder: readers see the old file or the new one.
 void write_file_atomically(const std::string& path, std::string_view bytes);
+/// Lets two paths change places in one step. False where that cannot be done, as by some file systems.
+bool exchange_paths(const std::string& a, const std::string& b);
 /// A file as a whole, or its first `most` bytes. Throws Error(code) naming it where it cannot be read to there, as a folder
 /// cannot.
 std::string read_file(const std::string& path, ExitCode code = ExitCode::kCheckpoint,

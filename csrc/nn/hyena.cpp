@@ -83,8 +83,8 @@ Result Hyena::forward(const at::Tensor& x, const State& state,
     const auto parts = mixed.to(type).chunk(3, -1);
     const at::Tensor now = parts[1] * parts[2];
     z = past > 0 ? at::cat({state[1].to(type), now}, 1) : now;
-    const bool remembered = past > 0 && (length == 0 || is_decode_step(x, reset));
-    filter = remembered ? at::cat({state[2].to(type), filter_->forward(past, length)})
+    const bool remembered = past > 0 && x.size(0) > 0 && (length == 0 || is_decode_step(x, reset));
+    filter = remembered ? at::cat({state[2][0].to(type), filter_->forward(past, length)})
                         : filter_->forward(0, past + length);
     if (length == 1) {
       if (reset) z = at::cat({z.narrow(1, 0, past).masked_fill(reset->unsqueeze(-1), 0), now}, 1);
@@ -101,7 +101,7 @@ Result Hyena::forward(const at::Tensor& x, const State& state,
     }
     y = (parts[0] * (y + skip_.to(type) * now)).to(mixed.scalar_type());
   }
-  return {out_->forward(y), {window, z, filter}};
+  return {out_->forward(y), {window, z, filter.unsqueeze(0).expand({x.size(0), -1, -1})}};
 }
 
 }  // namespace xlstm::nn

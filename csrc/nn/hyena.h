@@ -22,8 +22,9 @@ class HyenaFilter : public torch::nn::Module {
 
 /// x1, x2, v = conv3(W_in x);  z = x2 v;  y = W_out (x1 (k * z + skip z)), * the causal convolution over all of the past.
 /// A sequence by FFT. The state keeps what the convolution reads, as attention does: the last tokens of conv3 (B,2,3D), z of
-/// all tokens (B,S,D), and k of as many distances (S,D), so that decoding a token costs S D multiplications and one row of
-/// the filter. That k is only read without gradients; whatever is given more than one token computes it again.
+/// all tokens (B,S,D), and k of as many distances (B,S,D), the same memory for each sequence, so that decoding a token costs
+/// S D multiplications and one row of the filter. That k is only read without gradients; whatever is given more than one
+/// token computes it again.
 class Hyena : public Mixer {
  public:
   Hyena(const MixerOptions& options, int64_t filter_length, at::Device device);

@@ -11,6 +11,7 @@
 
 #include "csrc/nn/layers.h"
 #include "csrc/ops/autocast.h"
+#include "csrc/ops/converted_linear.h"
 #include "csrc/ops/linear_int8.h"
 
 namespace xlstm::nn {
@@ -37,13 +38,25 @@ class ConvertedLinear : public torch::autograd::Function<ConvertedLinear> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
                             const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
     ctx->save_for_backward({weight});
-    return at::linear(x, weight.to(x.scalar_type()), bias);
+    return product(x, weight, bias);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& gradients) {
     const at::Tensor& dy = gradients[0];
     const at::Tensor weight = ctx->get_saved_variables()[0];
-    return {at::matmul(dy, weight.to(dy.scalar_type())), at::Tensor(), at::Tensor()};
+    const at::Tensor dx =
+        ops::converted_linear_backward(dy, weight.size(1), rows_in(dy.scalar_type(), weight));
+    return {dx, at::Tensor(), at::Tensor()};
+  }
+  /// What forward() computes.
+  static at::Tensor product(const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias) {
+    return ops::converted_linear(x, weight.size(0), bias, rows_in(x.scalar_type(), weight));
+  }
+
+ private:
+  static ops::ConvertedRows rows_in(at::ScalarType dtype, const at::Tensor& weight) {
+    return [=](int64_t first, int64_t count) { return weight.narrow(0, first, count).to(dtype); };
   }
 };
 
@@ -75,11 +88,12 @@ at::Tensor Linear::frozen_map(const at::Tensor& x) const {
   const at::ScalarType type = x.scalar_type();
   const auto added = bias.defined() ? std::optional<at::Tensor>(bias.to(type)) : std::nullopt;
   if (weight.scalar_type() == at::kChar) return ops::linear_int8(x, weight, added);
-  const bool converts = weight.scalar_type() != type,
-             trains = weight.requires_grad() || (added && added->requires_grad());
-  if (converts && !trains && x.requires_grad() && at::GradMode::is_enabled())
-    return ConvertedLinear::apply(x, weight, added);
-  return at::linear(x, weight.to(type), added);
+  const bool trains = weight.requires_grad() || (added && added->requires_grad());
+  const bool records = at::GradMode::is_enabled();
+  if (weight.scalar_type() == type || (trains && records))
+    return at::linear(x, weight.to(type), added);
+  return x.requires_grad() && records ? ConvertedLinear::apply(x, weight, added)
+                                      : ConvertedLinear::product(x, weight, added);
 }
 
 bool Linear::is_large() const {

@@ -7,8 +7,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -16,6 +14,7 @@
 
 #include "csrc/ops/autograd_support.h"
 #include "csrc/ops/common.h"
+#include "csrc/ops/converted_linear.h"
 #include "csrc/ops/cpu/linear_int8_params.h"
 #include "csrc/ops/linear_int8_generic.h"
 #include "csrc/ops/rows.h"
@@ -102,22 +101,11 @@ Tensor dequantize_any(const Tensor& weight, int64_t in_features, at::ScalarType 
   return values.copy_(matrix.narrow(1, 0, in_features)).mul_(scales_of(matrix));
 }
 
-/// linear_int8_generic by blocks of the matrix: memory of a whole one would be the system's anew each time, which costs more
-/// than the conversion.
-Tensor linear_in_blocks(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  constexpr int64_t kBlock = 1 << 22;  // elements
-  const int64_t out = weight.size(0), in = x.size(-1);
-  const int64_t block = std::max<int64_t>(64, kBlock / std::max<int64_t>(1, in));
-  if (out <= block) return linear_int8_generic(x, weight, bias);
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = out;
-  const Tensor y = at::empty(sizes, x.options());
-  for (int64_t o = 0; o < out; o += block) {
-    const int64_t count = std::min(block, out - o);
-    const OptionalTensor added = bias ? OptionalTensor(bias->narrow(0, o, count)) : std::nullopt;
-    y.narrow(-1, o, count).copy_(linear_int8_generic(x, weight.narrow(0, o, count), added));
-  }
-  return y;
+/// Rows of the matrix in a dtype to multiply with.
+ConvertedRows dequantized_rows(const Tensor& weight, int64_t in_features, at::ScalarType dtype) {
+  return [=](int64_t first, int64_t count) {
+    return dequantize_int8(weight.narrow(0, first, count), in_features, dtype);
+  };
 }
 
 Int8Matrix matrix_of(const Tensor& weight, int64_t in_features) {
@@ -164,7 +152,7 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   check_linear_int8(x, weight, bias);
   const int64_t in = x.size(-1), rows = in > 0 ? x.numel() / in : 0;
   if (x.scalar_type() == at::kDouble || rows == 0 || rows > kFewRows || weight.size(0) == 0)
-    return linear_in_blocks(x, weight, bias);
+    return linear_int8_generic(x, weight, bias);
   const Tensor inputs = x.to(at::kFloat).contiguous(), matrix = weight.contiguous(),
                biases = parameter(bias, at::kFloat);
   std::vector<int64_t> sizes = x.sizes().vec();
@@ -196,9 +184,10 @@ class LinearInt8 : public torch::autograd::Function<LinearInt8> {
                                                  const torch::autograd::variable_list& gradients) {
     const Tensor& dy = gradients[0];
     const Tensor weight = ctx->get_saved_variables()[0];
+    const int64_t in = ctx->saved_data["in"].toInt();
     Tensor dx, dbias;
     if (ctx->needs_input_grad(0))
-      dx = at::matmul(dy, dequantize_int8(weight, ctx->saved_data["in"].toInt(), dy.scalar_type()));
+      dx = converted_linear_backward(dy, in, dequantized_rows(weight, in, dy.scalar_type()));
     if (!ctx->saved_data["bias"].isNone() && ctx->needs_input_grad(2))
       dbias = dy.sum_to_size({dy.size(-1)}).to(ctx->saved_data["bias"].toScalarType());
     return {dx, Tensor(), dbias};
@@ -251,7 +240,8 @@ void check_linear_int8(const Tensor& x, const Tensor& weight, const OptionalTens
 
 Tensor linear_int8_generic(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const OptionalTensor added = bias ? OptionalTensor(bias->to(x.scalar_type())) : std::nullopt;
-  return at::linear(x, dequantize_int8(weight, x.size(-1), x.scalar_type()), added);
+  return converted_linear(x, weight.size(0), added,
+                          dequantized_rows(weight, x.size(-1), x.scalar_type()));
 }
 
 Tensor zeros_int8(int64_t out_features, int64_t in_features, at::Device device) {

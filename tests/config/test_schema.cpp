@@ -143,6 +143,7 @@ TEST_CASE("all shipped configurations load, those of runs are complete") {
                                 : std::vector<std::string>();
       const Config config = load_config(path, overrides);
       if (folder == "runs" && !name.ends_with("_base")) validate_for_training(config);
+      warn_of_settings_without_effect(config, [](const std::string& text) { FAIL_CHECK(text); });
     });
     CHECK(message == "");
     ++loaded;

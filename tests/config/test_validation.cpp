@@ -302,6 +302,46 @@ TEST_CASE("the number of steps follows from max_steps or max_tokens") {
   CHECK(total_steps(given) == int64_t{1} << 58);
 }
 
+TEST_CASE("settings that have no effect in a model are told, once") {
+  const auto warning = [](const std::string& model) {
+    std::vector<std::string> told;
+    warn_of_settings_without_effect(parse_config("model: {" + model + "}", "f.yaml"),
+                                    [&](const std::string& text) { told.push_back(text); });
+    CHECK(told.size() <= 1);
+    return told.empty() ? "" : told[0];
+  };
+  const std::string all_slstm = "num_blocks: 1, slstm_at: [0], ";
+  const std::vector<Case> cases = {
+      {"slstm: {cell: lstm, recurrent_clip: 10}",
+       "model.slstm.cell=lstm (there is no sLSTM block), model.slstm.recurrent_clip=10.0 (there is "
+       "no sLSTM block)"},
+      {all_slstm + "mlstm: {conv1d_kernel_size: 0}",
+       "model.mlstm.conv1d_kernel_size=0 (there is no mLSTM block)"},
+      {all_slstm + "chunk_size: 32", "model.chunk_size=32 (there is no mLSTM cell)"},
+      {"kind: llama, mlstm_eps: 1e-5",
+       "model.mlstm_eps=1.0e-05 (there is no mLSTM cell with a normaliser)"},
+      {"mlstm_eps: 1e-5, mlstm: {normalize: false}",
+       "model.mlstm_eps=1.0e-05 (there is no mLSTM cell with a normaliser)"},
+      {"kind: gla, chunk_size: 32", "model.chunk_size=32 (there is no mLSTM cell)"},
+      {"lora: {alpha: 8}", "model.lora.alpha=8.0 (model.lora.rank is 0)"},
+      {"add_embedding_dropout: true", "model.add_embedding_dropout=true (model.dropout is 0)"},
+      {"feed_forward: {proj_factor: 2}",
+       "model.feed_forward.proj_factor=2.0 (there is no block with a feed-forward layer)"},
+  };
+  for (const Case& each : cases)
+    CHECK(warning(each.yaml) == "settings without effect: " + each.message);
+  for (const std::string effective :
+       {"slstm_at: [1], slstm: {cell: lstm}, feed_forward: {proj_factor: 2}",
+        "mlstm: {up_projection: post}, feed_forward: {proj_factor: 2}",
+        "mlstm: {conv1d_kernel_size: 0}, mlstm_eps: 1e-5, chunk_size: 32",
+        "kind: xlstm_large, mlstm_eps: 1e-5, chunk_size: 32, feed_forward: {proj_factor: 2}",
+        "kind: retnet, chunk_size: 32", "kind: linear_attention, chunk_size: 32",
+        "kind: mamba, num_heads: 2", "lora: {rank: 2, alpha: 8}",
+        "dropout: 0.1, add_embedding_dropout: true",
+        "slstm: {cell: slstm}, lora: {alpha: 16}, mlstm_eps: 1e-6"})
+    CHECK(warning(effective) == "");
+}
+
 TEST_CASE("programs other than the trainer read incomplete configurations") {
   CHECK(parse_message("model: {num_blocks: 2}") == "");
   CHECK(parse_message("train: {max_steps: 5, max_tokens: 5}") == "");

@@ -41,5 +41,16 @@ TEST_CASE("what is no readable file is refused by name") {
   CHECK(refusal("/proc/self/mem") == "/proc/self/mem: cannot read: Input/output error");
 }
 
+TEST_CASE("two folders change places") {
+  const testing::TemporaryFolder folder;
+  const auto a = folder / "a", b = folder / "b";
+  std::filesystem::create_directory(a), std::filesystem::create_directory(b);
+  std::ofstream(a / "of_a"), std::ofstream(b / "of_b");
+  REQUIRE(exchange_paths(a.string(), b.string()));
+  CHECK((exists(a / "of_b") && exists(b / "of_a")));
+  CHECK(!exchange_paths(a.string(), (folder / "absent").string()));
+  CHECK(exists(a / "of_b"));
+}
+
 }  // namespace
 }  // namespace xlstm

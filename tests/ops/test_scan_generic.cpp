@@ -1,15 +1,13 @@
 // selective_scan and wkv in ATen calls, which CUDA tensors take, on the CPU: against loops over the tokens in float64 that
 // autograd differentiates, and against the operators for the CPU; how much memory they take.
 #include <ATen/ops/allclose.h>
-#include <c10/core/Allocator.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 #include <torch/utils.h>
 
 #include <limits>
-#include <memory>
 
 #include "csrc/ops/block_scan.h"
 #include "tests/ops/scan_cases.h"
+#include "tests/support/peak_memory.h"
 
 namespace {
 
@@ -17,31 +15,14 @@ using namespace xlstm::scan_test;
 
 constexpr int64_t kTimes[] = {1, 17, 63, 64, 65, 127, 200};
 
-/// Bytes that the CPU allocator has given out on this thread, and the most at any time.
-class Memory : public c10::MemoryReportingInfoBase {
- public:
-  bool memoryProfilingEnabled() const override { return true; }
-  void reportMemoryUsage(void*, int64_t bytes, size_t, size_t, c10::Device) override {
-    held_ += bytes;
-    peak = std::max(peak, held_);
-  }
-  int64_t peak = 0;
-
- private:
-  int64_t held_ = 0;
-};
-
 /// The most bytes at any time of a forward and a backward pass.
 int64_t peak_bytes(const Case& c) {
   Tensors weights;
   for (const Tensor& t : c.generic(c.inputs, c.reset)) weights.push_back(at::randn_like(t));
-  const auto memory = std::make_shared<Memory>();
-  {
-    const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, memory);
+  return xlstm::testing::peak_bytes([&] {
     c.generic(c.inputs, c.reset);
     c.backward(c.inputs, weights, c.reset);
-  }
-  return memory->peak;
+  });
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ import torch
 import libxlstm
 
 ROOT = Path(__file__).resolve().parents[2]
+SAVE = "import libxlstm, sys; libxlstm.load(sys.argv[1]).save(sys.argv[2])"
 SMALL = {"model": {"embedding_dim": 64, "num_heads": 2, "num_blocks": 2}}
 
 
@@ -60,13 +61,37 @@ def test_a_failed_save_leaves_the_old_model(tmp_path):
 def test_a_killed_save_leaves_the_old_model(moment, tmp_path):
     first = make_model(1)
     first.save(tmp_path / "model")
-    code = "import libxlstm, sys; libxlstm.load(sys.argv[1]).save(sys.argv[1])"
-    done = python(code, tmp_path / "model", XLSTM_FAILPOINT=moment)
+    done = python(SAVE, tmp_path / "model", tmp_path / "model", XLSTM_FAILPOINT=moment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert holds(tmp_path / "model", first)
     second = make_model(2)
     second.save(tmp_path / "model")
     assert holds(tmp_path / "model", second)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two models in folders of their own, "first" and "second"."""
+    models = make_model(1), make_model(2)
+    for model, name in zip(models, ("first", "second"), strict=True):
+        model.save(tmp_path / name)
+    return models
+
+
+def test_a_save_killed_while_it_replaces_leaves_the_new_model(two, tmp_path):
+    done = python(SAVE, tmp_path / "second", tmp_path / "first", XLSTM_FAILPOINT="ckpt.replacing")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert holds(tmp_path / "first", two[1])
+
+
+def test_where_names_cannot_be_exchanged_both_models_are_kept(two, tmp_path):
+    done = python(SAVE, tmp_path / "second", tmp_path / "first", XLSTM_FAILPOINT="ckpt.no_exchange,ckpt.replacing")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    old, new, _ = sorted(tmp_path.iterdir())
+    assert holds(old, two[0]) and holds(new, two[1])
+    done = python(SAVE, new, tmp_path / "second", XLSTM_FAILPOINT="ckpt.no_exchange")
+    assert done.returncode == 0, done.stderr
+    assert sorted(tmp_path.iterdir()) == [old, new, tmp_path / "second"] and holds(tmp_path / "second", two[1])
 
 
 def test_what_is_no_model_is_left_alone(tmp_path):

@@ -317,6 +317,18 @@ def test_dry_run(setup, tmp_path):
     assert not run.exists()
 
 
+def test_settings_without_effect_are_told_once(setup):
+    config, folder = setup
+    told = "settings without effect: model.lora.alpha=8.0 (model.lora.rank is 0), " \
+           "model.mlstm.normalize=false (there is no mLSTM block)\n"
+    given = ("model.slstm_at=[0,1]", "model.mlstm.normalize=false", "model.lora.alpha=8", "model.slstm.cell=lstm")
+    for how in ("--dry-run", "--quiet"):
+        done = train(config, *given, how)
+        assert done.returncode == 0 and done.stderr.count(told) == 1, done.stderr
+    assert (folder / "run.log").read_text().count(told) == 1
+    assert "without effect" not in train(config, "--dry-run", "model.slstm.cell=lstm").stderr
+
+
 def test_dry_run_counts_models_that_do_not_fit(tmp_path):
     config = tmp_path / "large.yaml"
     config.write_text("""

@@ -10,6 +10,7 @@
 #include <set>
 
 #include "csrc/core/error.h"
+#include "csrc/models/model_kinds.h"
 #include "tests/support/catch.h"
 #include "train/decoder.h"
 #include "train/generation.h"
@@ -66,6 +67,28 @@ std::shared_ptr<models::LanguageModel> tiny_model(const std::string& kind = "xls
   model->to(at::kDouble);
   return model;
 }
+
+/// Counts the tokens that a model is given.
+class Counting : public models::LanguageModel {
+ public:
+  explicit Counting(std::shared_ptr<models::LanguageModel> model) : model_(std::move(model)) {}
+  at::Tensor embed(const at::Tensor& ids) const override {
+    tokens += ids.numel();
+    return model_->embed(ids);
+  }
+  at::Tensor head_weight() const override { return model_->head_weight(); }
+  const models::ModelOptions& options() const override { return model_->options(); }
+  mutable int64_t tokens = 0;
+
+ private:
+  std::pair<at::Tensor, models::ModelState> run(at::Tensor embedded,
+                                                const models::ModelState& state,
+                                                const std::optional<at::Tensor>& reset,
+                                                models::BlockOutputs* outputs) override {
+    return model_->hidden(embedded, state, reset, {}, /*embedded=*/true, outputs);
+  }
+  std::shared_ptr<models::LanguageModel> model_;
+};
 
 }  // namespace
 
@@ -208,6 +231,51 @@ TEST_CASE("a decoder of several sequences gives each the logits it has alone") {
   }
 }
 
+TEST_CASE("a decoder goes on without a sequence, the last one in its row") {
+  for (const models::ModelKind& kind : models::kModelKinds) {
+    const auto model = tiny_model(std::string(kind.name));
+    model->eval();
+    const at::NoGradGuard no_grad;
+    const at::Tensor ids = at::randint(0, 37, {4, 40}, at::kLong);
+    const auto [logits, state] = model->forward(ids.narrow(1, 0, 4));  // as many tokens as rows
+    const at::Tensor whole = model->forward(ids).first;
+    for (const bool lazy : {false, true}) {
+      models::ModelState copy = state;
+      for (auto& block : copy)
+        for (at::Tensor& tensor : block) tensor = tensor.clone();
+      Decoder decoder(*model, copy, lazy, 4);
+      std::vector<int64_t> rows{0, 1, 2, 3};
+      for (int64_t t = 4; t < 40; ++t) {
+        INFO(kind.name << " at " << t << ", lazy " << lazy);
+        if (t == 10) decoder.drop(1), rows = {0, 3, 2};
+        if (t == 20) decoder.drop(2), rows = {0, 3};
+        if (t == 30) decoder.drop(0), rows = {3};
+        const at::Tensor here = at::tensor(rows, at::kLong);
+        const at::Tensor next = decoder.next(ids.select(1, t).index_select(0, here).unsqueeze(1));
+        const at::Tensor expected = whole.select(1, t).index_select(0, here);
+        REQUIRE(next.sizes() == expected.sizes());
+        REQUIRE((next - expected).abs().max().item<double>() < 1e-9);
+      }
+    }
+  }
+}
+
+TEST_CASE("nothing is computed behind a prompt's end") {
+  Counting model(tiny_model());
+  const std::vector<std::vector<int64_t>> prompts{{1, 2, 3}, {4}, {5, 6}, {7}, {8, 9}};
+  SamplingOptions options;
+  options.max_new_tokens = 60;
+  options.stop_token = 4;
+  int64_t expected = 5 * 3;  // prompts, padded
+  std::set<size_t> lengths;
+  for (const auto& each : generate_batch(model, prompts, options)) {
+    expected += static_cast<int64_t>(each.size()) - 1;  // the last one is not read
+    lengths.insert(each.size());
+  }
+  CHECK(lengths.size() > 2);
+  CHECK(model.tokens == expected);
+}
+
 TEST_CASE("prompts of any lengths are continued side by side as each is alone") {
   const std::vector<std::vector<int64_t>> prompts{
       {1, 2, 3, 4, 5, 6, 7}, {8}, {9, 10, 11}, {12, 13, 14, 15, 16, 17, 18}};
@@ -216,12 +284,14 @@ TEST_CASE("prompts of any lengths are continued side by side as each is alone") 
     SamplingOptions options;
     options.max_new_tokens = 24;
     options.seed = 3;
-    const std::vector<std::vector<int64_t>> of_one(3, prompts[2]);
-    const auto samples = generate_batch(*model, of_one, options);
-    for (size_t i = 0; i < of_one.size(); ++i) {
-      SamplingOptions own = options;
-      own.seed += i;
-      CHECK(samples[i] == generate(*model, of_one[i], own));
+    for (const auto& prompt : prompts) {
+      const std::vector<std::vector<int64_t>> of_one(3, prompt);
+      const auto samples = generate_batch(*model, of_one, options);
+      for (size_t i = 0; i < of_one.size(); ++i) {
+        SamplingOptions own = options;
+        own.seed += i;
+        CHECK(samples[i] == generate(*model, of_one[i], own));
+      }
     }
     for (const int64_t stop : {int64_t{-1}, generate(*model, prompts[0], options)[5]}) {
       INFO(kind << ", stop token " << stop);
