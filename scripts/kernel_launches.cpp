@@ -340,6 +340,12 @@ cudaError_t cudaGetDevice(int* number) {
   *number = device.compute_capability;
   return cudaSuccess;
 }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return cudaErrorNotSupported;  // that and the next: the operators ask, not the launchers
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int*, const void*, const cudaLaunchConfig_t*) {
+  return cudaErrorNotSupported;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t status) {
   return status == cudaErrorInvalidValue ? "a limit of shared memory that falls or is too low"
