@@ -201,7 +201,7 @@ MlstmGradients mlstm_kernels_backward(const MlstmBackwardArguments& a, const Mls
   if (a.in.n0) backward.dn0 = floats(dn0);
   run_kernels("mlstm_chunkwise_backward", [&] {
     const Tensor workspace =
-        call.workspace(cuda::mlstm_backward_workspace(call.problem, device.limits));
+        call.workspace(cuda::mlstm_backward_workspace(call.problem, device.limits, backward));
     cuda::mlstm_backward(call.problem, device.limits, backward, workspace.mutable_data_ptr(),
                          device.stream);
   });
