@@ -173,7 +173,8 @@ SlstmSizes slstm_sizes(const SlstmBackwardArguments& a) {
 std::string slstm_kernels_lack(const SlstmSizes& sizes, at::ScalarType dtype) {
   if (dtype == at::kDouble) return "no kernels for float64";
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  if (sizes.num_sequences > kMost || sizes.time > kMost || sizes.num_heads > kMost ||
+  constexpr int64_t kMostTokens = kMost - cuda::kSlstmCheckpointTokens;  // they are rounded up
+  if (sizes.num_sequences > kMost || sizes.time > kMostTokens || sizes.num_heads > kMost ||
       sizes.dh > kMost)
     return "no kernels for sizes beyond 32 bits";
   return "";

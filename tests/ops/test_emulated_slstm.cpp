@@ -1,6 +1,9 @@
 // The sLSTM from tensors to the real CUDA kernels and back, on the CPU: csrc/ops/slstm_kernels.cpp with the emulator behind
 // it, against the operator for the CPU.
 #include "csrc/ops/slstm_kernels.h"
+
+#include <limits>
+
 #include "tests/ops/slstm_cases.h"
 
 namespace {
@@ -144,6 +147,9 @@ TEST_CASE("sLSTM: decoding token by token on the kernels is the whole sequence",
 TEST_CASE("sLSTM: which calls the kernels take", "[slstm]") {
   CHECK(xlstm::ops::slstm_kernels_lack({2, 8, 1, 64, 2}, at::kFloat).empty());
   CHECK(!xlstm::ops::slstm_kernels_lack({2, 8, 1, 64, 2}, at::kDouble).empty());
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  CHECK(xlstm::ops::slstm_kernels_lack({1, kMost - 16, 1, 4, 1}, at::kFloat).empty());
+  CHECK(!xlstm::ops::slstm_kernels_lack({1, kMost - 15, 1, 4, 1}, at::kFloat).empty());
   CHECK(xlstm::ops::slstm_persistent({2, 8, 1, 64, 2}, at::kBFloat16, kAmpere.limits, true));
   CHECK(!xlstm::ops::slstm_persistent({2, 8, 1, 1040, 2}, at::kBFloat16, kAmpere.limits, true));
   CHECK(!xlstm::ops::slstm_persistent({2, 8, 1, 64, 2}, at::kBFloat16, kWithoutSharedMemory.limits,
