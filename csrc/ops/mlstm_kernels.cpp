@@ -55,7 +55,7 @@ struct Call {
     a.c0 = contiguous(a.c0);
     a.n0 = contiguous(a.n0);
     a.m0 = contiguous(a.m0);
-    a.cu_seqlens = kernel_offsets(a.cu_seqlens);
+    a.cu_seqlens = kernel_offsets(a.cu_seqlens, sizes.time);
     set_options(problem, a, a.igate, a.fgate);
     problem.chunk_size = a.chunk_size;
     in.q = view_of(a.q);

@@ -27,7 +27,7 @@ struct MlstmInputs {
   const float *c0 = nullptr, *n0 = nullptr, *m0 = nullptr;
   const bool* reset = nullptr;  ///< (B,T), strides reset_batch, reset_time
   int64_t reset_batch = 0, reset_time = 0;
-  const int32_t* cu_seqlens = nullptr;  ///< (N+1), on the device
+  const int32_t* cu_seqlens = nullptr;  ///< (N+1), on the device, rising from 0 to T
 };
 
 struct MlstmForward {

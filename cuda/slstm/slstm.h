@@ -51,7 +51,7 @@ struct SlstmInputs {
   const bool* reset =
       nullptr;  ///< (B,T), strides reset_batch, reset_time: empty state before that token
   int64_t reset_batch = 0, reset_time = 0;
-  const int32_t* cu_seqlens = nullptr;  ///< (N+1), on the device; B is 1
+  const int32_t* cu_seqlens = nullptr;  ///< (N+1), on the device, rising from 0 to T; B is 1
 };
 
 struct SlstmForward {
