@@ -20,6 +20,8 @@ struct DeviceLimits {
   size_t shared_bytes = 163 * 1024;  ///< dynamic shared memory that a block may opt into
   /// Compute capability 9.0: take the kernels for sm_90a where they are faster.
   bool hopper = false;
+  bool cooperative = true;  ///< launches whose blocks are resident together
+  int largest_cluster = 8;  ///< blocks of a cluster, each with all of shared_bytes, at most
 };
 
 /// A cudaStream_t; ignored by the emulator.

@@ -11,6 +11,7 @@
 #include <exception>
 #include <map>
 #include <string>
+#include <utility>
 
 #include "cuda/block_linear/block_linear.h"
 #include "cuda/causal_conv1d/causal_conv1d_launch.h"
@@ -33,6 +34,12 @@ std::map<const void*, std::string>& kernel_names() {
   return names;
 }
 DeviceLimits device;
+
+/// Bytes of dynamic shared memory that the kernel may have on the device.
+int& shared_limit(const void* kernel) {
+  static std::map<std::pair<const void*, int>, int> limits;
+  return limits.try_emplace({kernel, device.compute_capability}, 48 * 1024).first->second;
+}
 
 /// Never read or written: an address that passes for device memory.
 void* address(int index) { return reinterpret_cast<void*>((uintptr_t{1} << 40) * (index + 1)); }
@@ -311,7 +318,16 @@ cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
 }
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
 
+/// The limit is the kernel's, so that a launch of another thread would meet it: it must never fall.
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  int& limit = shared_limit(kernel);
+  if (bytes < limit) return cudaErrorInvalidValue;
+  limit = bytes;
+  return cudaSuccess;
+}
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
+  if (config->dynamicSmemBytes > static_cast<size_t>(shared_limit(kernel)))
+    return cudaErrorInvalidValue;
   unsigned cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i)
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
@@ -320,9 +336,21 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
               config->blockDim.x, config->dynamicSmemBytes, cluster);
   return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* number) {
+  *number = device.compute_capability;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return cudaErrorNotSupported;  // that and the next: the operators ask, not the launchers
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int*, const void*, const cudaLaunchConfig_t*) {
+  return cudaErrorNotSupported;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "not supported here"; }
+const char* cudaGetErrorString(cudaError_t status) {
+  return status == cudaErrorInvalidValue ? "a limit of shared memory that falls or is too low"
+                                         : "not supported here";
+}
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* found) {

@@ -29,9 +29,9 @@ bool supported(const at::Tensor& x, const at::Tensor& weight) {
   if (lack.empty() && x.scalar_type() == at::kDouble) lack = "float64";
   if (lack.empty() &&
       (size != weight.size(2) ||
-       !cuda::block_linear_supported(static_cast<int32_t>(weight.size(0)),
-                                     static_cast<int32_t>(size), kernel_dtype(x.scalar_type()))))
-    lack = "blocks of " + std::to_string(weight.size(1)) + " by " + std::to_string(weight.size(2));
+       !cuda::block_linear_supported(weight.size(0), size, kernel_dtype(x.scalar_type()))))
+    lack = std::to_string(weight.size(0)) + " blocks of " + std::to_string(size) + " by " +
+           std::to_string(weight.size(2));
   return takes_kernels("block_linear", lack) && x.numel() > 0;
 }
 

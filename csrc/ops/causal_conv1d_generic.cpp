@@ -13,6 +13,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "csrc/ops/rows.h"
+#include "csrc/ops/sequences.h"
 
 namespace xlstm::ops {
 namespace {
@@ -35,7 +36,7 @@ class Sight {
     batch = rows.expand({s.batch, s.time});
     token = tokens.expand({s.batch, s.time});
     if (a.cu_seqlens) {
-      const Tensor bounds = a.cu_seqlens->to(at::kLong);
+      const Tensor bounds = sequence_offsets(*a.cu_seqlens, s.time).to(at::kLong);
       begins = bounds.slice(0, 0, s.num_sequences);
       ends = bounds.slice(0, 1, s.num_sequences + 1);
       sequence = s.num_sequences == 0

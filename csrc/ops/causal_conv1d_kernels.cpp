@@ -40,7 +40,7 @@ struct Call {
     a.weight = kernel_parameter(a.weight);
     if (a.bias) a.bias = kernel_parameter(*a.bias);
     if (a.state0) a.state0 = a.state0->to(a.x.scalar_type());
-    a.cu_seqlens = kernel_offsets(a.cu_seqlens);
+    a.cu_seqlens = kernel_offsets(a.cu_seqlens, sizes.time);
     in.dtype = kernel_dtype(a.x.scalar_type());
     in.batch = static_cast<int32_t>(sizes.batch);
     in.time = static_cast<int32_t>(sizes.time);

@@ -6,6 +6,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "csrc/ops/sequences.h"
 #include "cuda/tensors.h"
 
 namespace xlstm::ops {
@@ -43,9 +44,10 @@ inline cuda::View view_of(const at::Tensor& x) {
   return {kernel_data(x), x.stride(0), x.stride(1), x.stride(2), x.dim() == 4 ? x.stride(3) : 1};
 }
 
-/// cu_seqlens as the kernels read it.
-inline std::optional<at::Tensor> kernel_offsets(const std::optional<at::Tensor>& cu_seqlens) {
-  return cu_seqlens ? std::optional(cu_seqlens->to(at::kInt).contiguous()) : std::nullopt;
+/// cu_seqlens as the kernels read it, T being `time`.
+inline std::optional<at::Tensor> kernel_offsets(const std::optional<at::Tensor>& cu_seqlens,
+                                                int64_t time) {
+  return cu_seqlens ? std::optional(sequence_offsets(*cu_seqlens, time)) : std::nullopt;
 }
 
 /// Where the kernels of a recurrence find the documents: reset (B,T) bool, cu_seqlens from kernel_offsets.

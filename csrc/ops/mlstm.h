@@ -30,8 +30,10 @@ struct MlstmOptions {
 /// is nothing at eps = 0 and at most 1e-3 of the gate gradients in extreme gates at 1e-6.
 /// A forget gate whose logarithm is below -1e8 forgets everything, whatever the input gate. Numbers that are not finite in
 /// v may reach earlier tokens of their chunk. Throws c10::Error (Python: RuntimeError) naming the argument, what was
-/// expected and what came. On CUDA the values of cu_seqlens are not checked: that would wait for the device; and numbers
-/// that are not finite may reach other documents of their row past a reset, though never past a border of cu_seqlens.
+/// expected and what came; so for cu_seqlens that do not rise from 0 to T. The CUDA kernels do not look at these, which
+/// would wait for the device: there the first counts as 0, the last as T, others beyond as the nearer of both, one that
+/// falls as the one before. On CUDA numbers that are not finite may reach other documents of their row past a reset,
+/// though never past a border of cu_seqlens.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mlstm_chunkwise(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& igate,
     const at::Tensor& fgate, const std::optional<at::Tensor>& c0 = {},

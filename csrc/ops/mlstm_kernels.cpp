@@ -55,7 +55,7 @@ struct Call {
     a.c0 = contiguous(a.c0);
     a.n0 = contiguous(a.n0);
     a.m0 = contiguous(a.m0);
-    a.cu_seqlens = kernel_offsets(a.cu_seqlens);
+    a.cu_seqlens = kernel_offsets(a.cu_seqlens, sizes.time);
     set_options(problem, a, a.igate, a.fgate);
     problem.chunk_size = a.chunk_size;
     in.q = view_of(a.q);
@@ -201,7 +201,7 @@ MlstmGradients mlstm_kernels_backward(const MlstmBackwardArguments& a, const Mls
   if (a.in.n0) backward.dn0 = floats(dn0);
   run_kernels("mlstm_chunkwise_backward", [&] {
     const Tensor workspace =
-        call.workspace(cuda::mlstm_backward_workspace(call.problem, device.limits));
+        call.workspace(cuda::mlstm_backward_workspace(call.problem, device.limits, backward));
     cuda::mlstm_backward(call.problem, device.limits, backward, workspace.mutable_data_ptr(),
                          device.stream);
   });

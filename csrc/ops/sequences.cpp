@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <tuple>
+
 namespace xlstm::ops {
 
 std::vector<int64_t> sequence_starts(std::string_view op, const at::Tensor& cu_seqlens,
@@ -16,6 +18,13 @@ std::vector<int64_t> sequence_starts(std::string_view op, const at::Tensor& cu_s
     TORCH_CHECK(starts[i - 1] <= starts[i], op, ": cu_seqlens: expected no falling values, got ",
                 starts[i - 1], " before ", starts[i]);
   return starts;
+}
+
+at::Tensor sequence_offsets(const at::Tensor& cu_seqlens, int64_t time) {
+  const at::Tensor within = cu_seqlens.clamp(0, time).to(at::kInt).contiguous();
+  within.select(0, 0).zero_();
+  within.select(0, -1).fill_(time);
+  return std::get<0>(within.cummax(0));
 }
 
 }  // namespace xlstm::ops

@@ -12,4 +12,9 @@ namespace xlstm::ops {
 std::vector<int64_t> sequence_starts(std::string_view op, const at::Tensor& cu_seqlens,
                                      int64_t time);
 
+/// cu_seqlens in int32, contiguous, for code that follows them wherever they lead, on a device that is not to be waited for:
+/// the first becomes 0, the last T, others beyond the nearer of both, one that falls the one before. So nothing beyond T
+/// is touched, and every token belongs to one sequence, which writes its results.
+at::Tensor sequence_offsets(const at::Tensor& cu_seqlens, int64_t time);
+
 }  // namespace xlstm::ops

@@ -25,8 +25,11 @@ struct SlstmOptions {
 /// Give y0 and c0 together, and for the sLSTM cells n0 and m0 with them. lstm ignores n0 and m0 and returns zeros there.
 /// Maths, states and, on the CPU, the y that enters the recurrent product are float32 (float64 for float64): y is rounded
 /// to wx's dtype on the way out only. r and b may be in wx's dtype or in float32. T = 0 and zero-length sequences pass
-/// their states through. Gradients are the true ones for wx, r, b, y0, c0, n0, with m constant (m0 gets none); those of
-/// c and n at the end mean c and n in units of e^m.
+/// their states through. cu_seqlens that do not rise from 0 to T are an error. The persistent CUDA kernels do not look at
+/// them, which would wait for the device: there the first counts as 0, the last as T, others beyond as the nearer of both,
+/// one that falls as the one before.
+/// Gradients are the true ones for wx, r, b, y0, c0, n0, with m constant (m0 gets none); those of c and n at the end mean
+/// c and n in units of e^m.
 /// Gradients are the same bits every time for a given number of threads. Second derivatives are an error.
 /// Returns y (B,T,NH,DH) in wx's dtype and the last y, c, n, m in float32. m is detached (exact: y does not depend on it).
 ///

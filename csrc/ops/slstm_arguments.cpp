@@ -13,9 +13,10 @@ namespace {
 
 constexpr std::string_view kOp = "slstm", kBackwardOp = "slstm_backward";
 
-void check_parameter(std::string_view name, const at::Tensor& t, const at::Tensor& wx) {
-  if (t.scalar_type() != wx.scalar_type())
-    check_dtype(kOp, name, t, slstm_state_type(wx.scalar_type()));
+/// In the type of wx or y, or in that of the states.
+void check_parameter(std::string_view op, std::string_view name, const at::Tensor& t,
+                     at::ScalarType type) {
+  if (t.scalar_type() != type) check_dtype(op, name, t, slstm_state_type(type));
 }
 
 void check_states(const SlstmArguments& a, const c10::SymInt& count) {
@@ -105,8 +106,8 @@ void check_slstm_arguments(const SlstmArguments& a) {
   check_floating(kOp, "wx", a.wx);
   check_shape(kOp, "r", a.r, {4, heads, dh, dh}, "(4,NH,DH,DH)");
   check_shape(kOp, "b", a.b, {4, heads, dh}, "(4,NH,DH)");
-  check_parameter("r", a.r, a.wx);
-  check_parameter("b", a.b, a.wx);
+  check_parameter(kOp, "r", a.r, a.wx.scalar_type());
+  check_parameter(kOp, "b", a.b, a.wx.scalar_type());
   if (a.cu_seqlens) check_cu_seqlens(kOp, *a.cu_seqlens, a.wx.sym_size(0));
   check_states(a, state_count(a.cu_seqlens, a.wx));
   check_reset(kOp, a.reset, a.wx.sym_size(0), a.wx.sym_size(1));
@@ -134,11 +135,19 @@ void check_slstm_backward_arguments(const SlstmBackwardArguments& a) {
   check_rank(kBackwardOp, "y", a.y, 4);
   TORCH_CHECK(a.wx.has_value() == a.b.has_value(), kBackwardOp,
               ": wx and b: expected both or neither");
+  check_floating(kBackwardOp, "y", a.y);
+  TORCH_CHECK(a.gate_dim >= 0 && a.gate_dim <= 4, kBackwardOp,
+              ": gate_dim: expected the place of the gate axis, 0 to 4, got ", a.gate_dim);
   const Sizes y = a.y.sym_sizes().vec();
   check_shape(kBackwardOp, "r", a.r, {4, y[2], y[3], y[3]}, "(4,NH,DH,DH)");
-  if (a.wx) check_shape(kBackwardOp, "wx", *a.wx, {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
+  check_parameter(kBackwardOp, "r", a.r, a.y.scalar_type());
+  if (a.wx) {
+    check_shape(kBackwardOp, "wx", *a.wx, {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
+    check_dtype(kBackwardOp, "wx", *a.wx, a.y.scalar_type());
+    check_shape(kBackwardOp, "b", *a.b, {4, y[2], y[3]}, "(4,NH,DH)");
+    check_parameter(kBackwardOp, "b", *a.b, a.y.scalar_type());
+  }
   if (a.dy) check_shape(kBackwardOp, "dy", *a.dy, y, "(B,T,NH,DH)");
-  if (a.b) check_shape(kBackwardOp, "b", *a.b, {4, y[2], y[3]}, "(4,NH,DH)");
   if (a.cu_seqlens) check_cu_seqlens(kBackwardOp, *a.cu_seqlens, y[0]);
   check_reset(kBackwardOp, a.reset, y[0], y[1]);
   const Sizes state{state_count(a.cu_seqlens, a.y), y[2], y[3]};
@@ -157,11 +166,14 @@ void check_slstm_backward_arguments(const SlstmBackwardArguments& a) {
 void check_slstm_saved(const SlstmBackwardArguments& a, bool preactivations) {
   const cpu::SlstmCell cell = slstm_cell(a.cell);
   const Sizes y = a.y.sym_sizes().vec();
+  const at::ScalarType type = slstm_state_type(a.y.scalar_type());
+  check_dtype(kBackwardOp, "checkpoints", a.checkpoints, type);
   check_shape(kBackwardOp, "checkpoints", a.checkpoints,
               checkpoint_sizes(y, state_count(a.cu_seqlens, a.y), a.cu_seqlens.has_value(), cell,
                                a.recompute(), preactivations),
               preactivations ? "(slots,NH,K,DH)" : "(B,NH,ceil(T/16),K,DH)");
   if (a.recompute()) return;
+  check_dtype(kBackwardOp, "gates", a.gates, type);
   if (preactivations) {
     check_shape(kBackwardOp, "gates", a.gates, {y[0], y[1], 4, y[2], y[3]}, "(B,T,4,NH,DH)");
   } else {

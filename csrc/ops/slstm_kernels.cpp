@@ -51,18 +51,19 @@ cuda::SlstmProblem problem_of(const SlstmSizes& sizes, at::ScalarType dtype) {
 /// Problem and inputs of a call in either direction. Keeps alive what had to be copied.
 template <class Arguments>
 struct Call {
-  Call(const Arguments& arguments, const SlstmSizes& sizes, at::ScalarType dtype)
-      : a(arguments), problem(problem_of(sizes, dtype)) {
+  /// sequence_offsets: cu_seqlens from kernel_offsets.
+  Call(const Arguments& arguments, const OptionalTensor& sequence_offsets, const SlstmSizes& sizes,
+       at::ScalarType dtype)
+      : a(arguments), offsets(sequence_offsets), problem(problem_of(sizes, dtype)) {
     a.r = a.r.contiguous();
     for (OptionalTensor* x : {&a.y0, &a.c0, &a.n0, &a.m0}) *x = contiguous(*x);
-    a.cu_seqlens = kernel_offsets(a.cu_seqlens);
     problem.cell = kernel_cell(a.cell);
     problem.r_dtype = kernel_dtype(a.r.scalar_type());
     in.r = kernel_data(a.r);
     in.y0 = floats(a.y0);
     in.c0 = floats(a.c0);
     in.n0 = floats(a.n0);
-    set_documents(in, a.reset, a.cu_seqlens);
+    set_documents(in, a.reset, offsets);
   }
 
   bool lstm() const { return problem.cell == cuda::SlstmCell::kLstm; }
@@ -72,13 +73,14 @@ struct Call {
     return at::empty({static_cast<int64_t>(bytes)}, a.r.options().dtype(at::kByte));
   }
 
-  /// Steps until the longest sequence ends.
+  /// Steps until the longest sequence ends. Throws where cu_seqlens does not rise from 0 to T.
   int64_t steps() const {
     if (!a.cu_seqlens) return problem.time;
     return slstm_sequences(problem.batch, problem.time, a.cu_seqlens)[0].length;
   }
 
   Arguments a;
+  OptionalTensor offsets;
   cuda::SlstmProblem problem;
   cuda::SlstmInputs in;
 };
@@ -173,7 +175,8 @@ SlstmSizes slstm_sizes(const SlstmBackwardArguments& a) {
 std::string slstm_kernels_lack(const SlstmSizes& sizes, at::ScalarType dtype) {
   if (dtype == at::kDouble) return "no kernels for float64";
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  if (sizes.num_sequences > kMost || sizes.time > kMost || sizes.num_heads > kMost ||
+  constexpr int64_t kMostTokens = kMost - cuda::kSlstmCheckpointTokens;  // they are rounded up
+  if (sizes.num_sequences > kMost || sizes.time > kMostTokens || sizes.num_heads > kMost ||
       sizes.dh > kMost)
     return "no kernels for sizes beyond 32 bits";
   return "";
@@ -188,7 +191,7 @@ SlstmResults slstm_kernels_forward(const SlstmArguments& a, const SlstmSizes& si
                                    const SlstmDevice& device, bool saved) {
   const FullPrecision precision;
   const at::ScalarType dtype = a.wx.scalar_type();
-  Call<SlstmArguments> call(a, sizes, dtype);
+  Call<SlstmArguments> call(a, kernel_offsets(a.cu_seqlens, sizes.time), sizes, dtype);
   call.a.b = a.b.contiguous();
   call.a.preactivations = true;
   call.problem.b_dtype = kernel_dtype(a.b.scalar_type());
@@ -224,8 +227,9 @@ SlstmGradients slstm_kernels_backward(const SlstmBackwardArguments& a, const Sls
                                       const SlstmDevice& device) {
   const FullPrecision precision;
   const at::ScalarType dtype = a.y.scalar_type();
-  const Tensor previous_y = slstm_previous_y(a.y, a.y0, a.reset, a.cu_seqlens);
-  const Call<SlstmBackwardArguments> call(complete(a, previous_y), sizes, dtype);
+  const OptionalTensor offsets = kernel_offsets(a.cu_seqlens, sizes.time);
+  const Tensor previous_y = slstm_previous_y(a.y, a.y0, a.reset, offsets);
+  const Call<SlstmBackwardArguments> call(complete(a, previous_y), offsets, sizes, dtype);
   SlstmGradients gradients = empty_slstm_gradients(a);
   auto& [dwx, dr, db, dy0, dc0, dn0] = gradients;
   cuda::SlstmBackward backward;

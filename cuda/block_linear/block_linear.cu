@@ -3,6 +3,7 @@
 #include "cuda/block_linear/block_linear.h"
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "cuda/column_sums.h"
@@ -265,9 +266,10 @@ void launch_gradients(Channels<T, kSize>, const BlockLinearGradientParams& p, in
 
 }  // namespace
 
-bool block_linear_supported(int32_t blocks, int32_t size, Dtype dtype) {
+bool block_linear_supported(int64_t blocks, int64_t size, Dtype dtype) {
   return (size == 2 || size == 4 || size == 8) && blocks > 0 &&
-         int64_t{blocks} * size % channels_of_thread(size, dtype) == 0;
+         blocks <= std::numeric_limits<int32_t>::max() / size &&
+         blocks * size % channels_of_thread(static_cast<int32_t>(size), dtype) == 0;
 }
 
 bool block_linear_aligned(const RowView& view, Dtype dtype) {

@@ -32,8 +32,9 @@ struct BlockLinearGradientParams {
   int32_t width = 1;          ///< how many threads of a block stand side by side along the channels
 };
 
-/// Whether the kernels take these: S of 2, 4 or 8 and rows whose channels can be moved 16 bytes at a time.
-bool block_linear_supported(int32_t blocks, int32_t size, Dtype dtype);
+/// Whether the kernels take these: S of 2, 4 or 8 and rows whose channels can be moved 16 bytes at a time and counted in 32
+/// bits.
+bool block_linear_supported(int64_t blocks, int64_t size, Dtype dtype);
 bool block_linear_aligned(const RowView& view, Dtype dtype);
 
 void launch_block_linear(BlockLinearParams params, Stream stream);

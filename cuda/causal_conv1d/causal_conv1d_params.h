@@ -38,8 +38,8 @@ struct ConvInputs {
   ConvView x, state0;
   const bool* reset = nullptr;  ///< (B,T) or null
   int64_t reset_batch = 0, reset_time = 0;
-  const int32_t* cu_seqlens =
-      nullptr;  ///< (N+1) on the device, B = 1; null: a sequence per batch row
+  /// (N+1) on the device, rising from 0 to T, B = 1; null: a sequence per batch row
+  const int32_t* cu_seqlens = nullptr;
   int32_t num_sequences = 0;
 };
 

@@ -27,7 +27,7 @@ struct MlstmInputs {
   const float *c0 = nullptr, *n0 = nullptr, *m0 = nullptr;
   const bool* reset = nullptr;  ///< (B,T), strides reset_batch, reset_time
   int64_t reset_batch = 0, reset_time = 0;
-  const int32_t* cu_seqlens = nullptr;  ///< (N+1), on the device
+  const int32_t* cu_seqlens = nullptr;  ///< (N+1), on the device, rising from 0 to T
 };
 
 struct MlstmForward {
@@ -69,9 +69,11 @@ struct MlstmRing {
 /// of a tile. Everything else is the caller's (csrc/ops/mlstm_generic.cpp).
 bool mlstm_supported(const MlstmProblem& problem, const DeviceLimits& device);
 
-/// Bytes of scratch memory that the direction needs, aligned to 256 bytes.
+/// Bytes of scratch memory that the direction needs, aligned to 256 bytes. Backward they depend on which of the call's
+/// states and gradients are there.
 size_t mlstm_forward_workspace(const MlstmProblem& problem, const DeviceLimits& device);
-size_t mlstm_backward_workspace(const MlstmProblem& problem, const DeviceLimits& device);
+size_t mlstm_backward_workspace(const MlstmProblem& problem, const DeviceLimits& device,
+                                const MlstmBackward& call);
 
 /// T >= 1, B, NH, DQK, DV >= 1. Throw std::runtime_error where a launch fails (text of the CUDA error and kernel).
 void mlstm_forward(const MlstmProblem& problem, const DeviceLimits& device,

@@ -10,18 +10,24 @@
 namespace xlstm::cuda {
 namespace {
 
+/// A piece that not every call needs: these are as large as the states of all sequences.
+float* take_if(bool needed, int64_t count, Workspace& workspace) {
+  return needed ? workspace.take<float>(count) : nullptr;
+}
+
 struct BackwardMemory {
   GateRun* ends;  // of either chunks: those of dv are not shorter
   GateRecord *records, *dv_records;
   float *gamma, *dv_gamma, *z;
   void* g;  // (B,T,NH,DV), bfloat16 or float32
   float *dots_r, *dots_c;
-  float *dc0, *dn0;      // where the gate gradients need them and the caller does not
-  float *end_c, *end_n;  // the final states, computed again for their gradients' sake
+  float *dc0, *dn0;      // the caller's, else where the gate gradients need them; or null
+  float *end_c, *end_n;  // the final states, computed again for their gradients' sake; or null
   SegmentMemory forward_segments, reverse_segments;
   StateMemory states;  // C first, then dC in its place
   Anchors anchors;
-  BackwardMemory(const MlstmPlan& plan, const MlstmProblem& problem, Workspace& workspace)
+  BackwardMemory(const MlstmPlan& plan, const MlstmProblem& problem, const MlstmBackward& call,
+                 Workspace& workspace)
       : ends(workspace.take<GateRun>(positions_of(plan.chunks) / plan.chunks.length)),
         records(workspace.take<GateRecord>(positions_of(plan.chunks))),
         dv_records(workspace.take<GateRecord>(positions_of(plan.dv_chunks))),
@@ -32,14 +38,19 @@ struct BackwardMemory {
                                    plan.planes)),
         dots_r(workspace.take<float>(positions_of(plan.chunks) * plan.dot_tiles)),
         dots_c(workspace.take<float>(positions_of(plan.chunks) * plan.dot_tiles)),
-        dc0(workspace.take<float>(plan.items() * problem.dqk * problem.dv)),
-        dn0(workspace.take<float>(plan.items() * problem.dqk)),
-        end_c(workspace.take<float>(plan.items() * problem.dqk * problem.dv)),
-        end_n(workspace.take<float>(plan.items() * problem.dqk)),
+        dc0(call.dc0),
+        dn0(call.dn0),
+        end_c(take_if(call.dc != nullptr, plan.items() * problem.dqk * problem.dv, workspace)),
+        end_n(take_if(call.dn != nullptr, plan.items() * problem.dqk, workspace)),
         forward_segments(plan, problem, workspace),
         reverse_segments(plan, problem, workspace),
         states(plan, problem, workspace),
-        anchors(take_anchors(plan, workspace)) {}
+        anchors(take_anchors(plan, workspace)) {
+    const bool has_start = call.in.c0 != nullptr || call.in.n0 != nullptr;
+    if (dc0 == nullptr)
+      dc0 = take_if(has_start, plan.items() * problem.dqk * problem.dv, workspace);
+    if (dn0 == nullptr) dn0 = take_if(has_start, plan.items() * problem.dqk, workspace);
+  }
 };
 
 /// One backward call: the pieces that every launch takes from.
@@ -51,11 +62,6 @@ struct Backward {
   const BackwardMemory& memory;
   Stream stream;
 
-  bool has_start() const { return call.in.c0 != nullptr || call.in.n0 != nullptr; }
-  float* dc0() const { return call.dc0 != nullptr ? call.dc0 : has_start() ? memory.dc0 : nullptr; }
-  float* dn0() const { return call.dn0 != nullptr ? call.dn0 : has_start() ? memory.dn0 : nullptr; }
-  float* end_c() const { return call.dc != nullptr ? memory.end_c : nullptr; }
-  float* end_n() const { return call.dn != nullptr ? memory.end_n : nullptr; }
   Operand key_like(const View& view) const { return operand_of(view, problem.dqk, problem.dtype); }
   Operand value_like(const View& view) const { return operand_of(view, problem.dv, problem.dtype); }
 
@@ -150,9 +156,9 @@ struct Backward {
       SweepParams p = sweep(use);
       p.start_c = use == Use::kDq ? forward.c : reverse.c;
       p.start_n = use == Use::kDq ? forward.n : reverse.n;
-      if (use == Use::kDq) p.end_c = end_c(), p.end_n = end_n();
-      if (use == Use::kDv) p.end_c = dc0();
-      if (use == Use::kDk) p.end_n = dn0();
+      if (use == Use::kDq) p.end_c = memory.end_c, p.end_n = memory.end_n;
+      if (use == Use::kDv) p.end_c = memory.dc0;
+      if (use == Use::kDk) p.end_n = memory.dn0;
       (sm90(use) ? launch_sweep_sm90 : launch_sweep)(use, p, device, stream);
     }
   }
@@ -180,8 +186,8 @@ struct Backward {
       states.start_n = starts.n;
       states.states = memory.states.c;
       states.state_n = memory.states.n;
-      states.end_c = is_reverse ? dc0() : end_c();
-      states.end_n = is_reverse ? dn0() : end_n();
+      states.end_c = is_reverse ? memory.dc0 : memory.end_c;
+      states.end_n = is_reverse ? memory.dn0 : memory.end_n;
       launch_state(states, device, stream);
       if (memory.anchors.states != nullptr) launch_anchors(anchors(is_reverse), stream);
       for (const Use use : {Use::kDv, Use::kDq, Use::kDk}) {
@@ -212,24 +218,27 @@ struct Backward {
     p.anchor_tiles = plan.anchor_tiles;
     p.state_size = problem.dqk * problem.dv;
     p.n_size = problem.dqk;
-    p.start = {call.in.c0, dc0(), call.in.n0, dn0()};
-    p.end = {end_c(), call.dc, end_n(), call.dn};
+    p.start = {call.in.c0, memory.dc0, call.in.n0, memory.dn0};
+    p.end = {memory.end_c, call.dc, memory.end_n, call.dn};
     p.digate = call.digate;
     p.dfgate = call.dfgate;
     launch_gate_gradients(p, stream);
   }
 };
 
-size_t workspace_of(const MlstmProblem& problem, const DeviceLimits& device) {
+size_t workspace_of(const MlstmProblem& problem, const DeviceLimits& device,
+                    const MlstmBackward& call) {
   Workspace count(nullptr);
-  BackwardMemory(plan_mlstm(problem, device, Direction::kBackward), problem, count);
+  BackwardMemory(plan_mlstm(problem, device, Direction::kBackward), problem, call, count);
   return count.used();
 }
 
 }  // namespace
 
-size_t mlstm_backward_workspace(const MlstmProblem& problem, const DeviceLimits& device) {
-  return std::max(workspace_of(problem, device), workspace_of(problem, without_hopper(device)));
+size_t mlstm_backward_workspace(const MlstmProblem& problem, const DeviceLimits& device,
+                                const MlstmBackward& call) {
+  return std::max(workspace_of(problem, device, call),
+                  workspace_of(problem, without_hopper(device), call));
 }
 
 void mlstm_backward(const MlstmProblem& problem, const DeviceLimits& device,
@@ -237,7 +246,7 @@ void mlstm_backward(const MlstmProblem& problem, const DeviceLimits& device,
   MlstmPlan plan = plan_mlstm(problem, device, Direction::kBackward);
   plan.chunks.cu_seqlens = plan.dv_chunks.cu_seqlens = call.in.cu_seqlens;
   Workspace pieces(workspace);
-  const BackwardMemory memory(plan, problem, pieces);
+  const BackwardMemory memory(plan, problem, call, pieces);
   const Backward backward{problem, device, call, plan, memory, stream};
   if (!backward.sm90_takes())
     return mlstm_backward(problem, without_hopper(device), call, workspace, stream);

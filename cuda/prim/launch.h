@@ -6,6 +6,10 @@
 #include "cuda/prim/prim.h"
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
 #endif
 
 namespace prim {
@@ -25,15 +29,31 @@ inline void check_launch(cudaError_t status, const char* name) {
   throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
 }
 
+/// Allows a kernel so much dynamic shared memory on the current device. The limit is the kernel's, not a launch's: it only
+/// rises, or a launch of another host thread could find less than that thread has asked for. What a launch takes, and with
+/// it how many blocks share a multiprocessor, is its own number.
+inline cudaError_t allow_shared(const void* kernel, std::size_t bytes) {
+  constexpr std::size_t kAlways = 48 * 1024;
+  if (bytes <= kAlways) return cudaSuccess;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, std::size_t> allowed;
+  int device = 0;
+  const cudaError_t found = cudaGetDevice(&device);
+  if (found != cudaSuccess) return found;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t status = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status == cudaSuccess) most = bytes;
+  return status;
+}
+
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape,
             const Params& params, void* stream) {
   if (shape.blocks == 0) return;
-  constexpr std::size_t kDefaultShared = 48 * 1024;
-  if (shape.shared_bytes > kDefaultShared)
-    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shape.shared_bytes)),
-                 name);
+  check_launch(allow_shared(reinterpret_cast<const void*>(kernel), shape.shared_bytes), name);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(shape.blocks);
   config.blockDim = dim3(shape.threads);

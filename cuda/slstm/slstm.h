@@ -51,7 +51,7 @@ struct SlstmInputs {
   const bool* reset =
       nullptr;  ///< (B,T), strides reset_batch, reset_time: empty state before that token
   int64_t reset_batch = 0, reset_time = 0;
-  const int32_t* cu_seqlens = nullptr;  ///< (N+1), on the device; B is 1
+  const int32_t* cu_seqlens = nullptr;  ///< (N+1), on the device, rising from 0 to T; B is 1
 };
 
 struct SlstmForward {
@@ -92,6 +92,13 @@ constexpr int64_t slstm_checkpoint_slots(const SlstmProblem& p) {
 constexpr int64_t slstm_checkpoint_numbers(const SlstmProblem& p) {
   return slstm_checkpoint_slots(p) * p.num_heads * slstm_kept_states(p.cell) * p.dh;
 }
+
+/// What the current device says of the kernels; not in the emulator. The text of the CUDA error where the build has no code
+/// for it, null where it has: true of all kernels of cuda/, which are built for the same targets.
+const char* slstm_code_error();
+/// DeviceLimits::largest_cluster of a device of compute capability 9.0: a part of a GPU may have less than 8 multiprocessors
+/// side by side.
+int slstm_largest_cluster(size_t shared_bytes);
 
 /// Whether a persistent kernel takes this problem on this device, forward and, with `gradients`, backward; with an
 /// exchange other than kAuto, the kernel of that exchange. Everything else is the caller's, with the functions of

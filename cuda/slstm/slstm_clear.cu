@@ -23,4 +23,39 @@ void launch_slstm_clear(u32* counters, int32_t count, Stream stream) {
                ClearParams{counters, count}, stream);
 }
 
+#if defined(__CUDACC__)
+
+const char* slstm_code_error() {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, slstm_clear);
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // told here
+  return cudaGetErrorString(status);
+}
+
+int slstm_largest_cluster(size_t shared_bytes) {
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(kSlstmThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  const auto runs = [&](u32 blocks) {
+    config.gridDim = dim3(blocks);
+    cluster.val.clusterDim = {blocks, 1, 1};
+    int count = 0;
+    const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, slstm_clear, &config);
+    if (status != cudaSuccess) cudaGetLastError();
+    return status == cudaSuccess && count > 0;
+  };
+  prim::check_launch(prim::allow_shared(reinterpret_cast<const void*>(slstm_clear), shared_bytes),
+                     "slstm_clear");
+  int blocks = DeviceLimits{}.largest_cluster;
+  while (blocks > 1 && !runs(static_cast<u32>(blocks))) --blocks;
+  return blocks;
+}
+
+#endif
+
 }  // namespace xlstm::cuda

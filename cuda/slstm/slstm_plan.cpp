@@ -6,7 +6,7 @@
 namespace xlstm::cuda {
 namespace {
 
-constexpr int64_t kLargestBlock = 128, kLargestCluster = 8, kLargestHead = 1024;
+constexpr int64_t kLargestBlock = 128, kLargestHead = 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -57,14 +57,15 @@ SlstmMap divide(const SlstmProblem& p, const DeviceLimits& device, Direction dir
   map.shared_bytes = slstm_shared(map.kernel, d).total;
   const bool fits = map.shared_bytes <= device.shared_bytes && map.groups_per_launch > 0 &&
                     (exchange != SlstmExchange::kBlock || d.blocks == 1) &&
-                    (exchange != SlstmExchange::kCluster || d.blocks <= kLargestCluster);
+                    (exchange != SlstmExchange::kCluster || d.blocks <= device.largest_cluster);
   if (fits) map.exchange = exchange;
   return map;
 }
 
 bool offered(const SlstmProblem& p, const DeviceLimits& device, SlstmExchange exchange) {
   if (p.exchange != SlstmExchange::kAuto && p.exchange != exchange) return false;
-  if (exchange != SlstmExchange::kCluster) return true;
+  if (exchange == SlstmExchange::kBlock) return true;
+  if (exchange == SlstmExchange::kGrid) return device.cooperative;
   return device.compute_capability == 90 && (device.hopper || p.exchange == exchange);
 }
 

@@ -123,7 +123,9 @@ bool mlstm_supported(const MlstmProblem& problem, const DeviceLimits& device) {
   return device.compute_capability >= 80 && problem.dv < 65536;
 }
 size_t mlstm_forward_workspace(const MlstmProblem&, const DeviceLimits&) { return kWorkspace; }
-size_t mlstm_backward_workspace(const MlstmProblem&, const DeviceLimits&) { return kWorkspace; }
+size_t mlstm_backward_workspace(const MlstmProblem&, const DeviceLimits&, const MlstmBackward&) {
+  return kWorkspace;
+}
 
 void mlstm_forward(const MlstmProblem& p, const DeviceLimits&, const MlstmForward& call,
                    void* workspace, Stream) {

@@ -8,6 +8,7 @@
 #include <ATen/ops/tensor.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "csrc/ops/causal_conv1d_generic.h"
@@ -127,6 +128,47 @@ TEST_CASE("mLSTM: the fused sweep agrees with the generic path", "[mlstm]") {
   }
 }
 
+namespace {
+
+/// cu_seqlens that nothing looks at, and what they are to be taken for: a padded tail, a late first token, ends beyond T, one
+/// whose 32 bits look right, one that falls.
+std::vector<std::pair<Tensor, Tensor>> doubtful_offsets() {
+  const Tensor plain = at::tensor({0, 32, 64}, at::kInt);
+  return {{at::tensor({0, 32, 40}, at::kLong), plain},
+          {at::tensor({5, 32, 64}, at::kInt), plain},
+          {at::tensor({-7, 32, 6400}, at::kInt), plain},
+          {at::tensor({int64_t{0}, int64_t{32}, (int64_t{1} << 32) + 40}, at::kLong), plain},
+          {at::tensor({0, 48, 7, 64}, at::kInt), at::tensor({0, 48, 48, 64}, at::kInt)}};
+}
+
+/// The same bits, and none of memory that nobody wrote.
+void check_same(const std::vector<Tensor>& got, const std::vector<Tensor>& wanted) {
+  for (size_t i = 0; i < wanted.size(); ++i)
+    if (wanted[i].defined()) CHECK(at::equal(got[i], wanted[i]));
+}
+
+}  // namespace
+
+TEST_CASE("mLSTM: the kernels take cu_seqlens to go from 0 to T", "[mlstm]") {
+  for (const int64_t width : {16, 192}) {
+    const Problem p({.batch = 1, .time = 64, .heads = 1, .dqk = width, .dv = 16, .states = false});
+    MlstmArguments a = xlstm::test::arguments(p);
+    for (Tensor* x : {&a.q, &a.k, &a.v, &a.igate, &a.fgate}) *x = x->to(at::kFloat);
+    const xlstm::ops::MlstmDevice device{{80, 4, 163 * 1024}};
+    const auto both = [&](const Tensor& cu_seqlens) {
+      a.cu_seqlens = cu_seqlens;
+      const auto sizes = xlstm::ops::check_mlstm_arguments(a);
+      std::vector<Tensor> all = list(xlstm::ops::mlstm_kernels_forward(a, sizes, device, true));
+      for (const Tensor& x : list(xlstm::ops::mlstm_kernels_backward(
+               {p.dh.to(at::kFloat), {}, {}, a, all[0], all[4]}, sizes, device)))
+        all.push_back(x);
+      return all;
+    };
+    for (const auto& [doubtful, plain] : doubtful_offsets())
+      check_same(both(doubtful), both(plain));
+  }
+}
+
 TEST_CASE("mLSTM: the state and out kernels of large heads agree with the generic path",
           "[mlstm]") {
   for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
@@ -237,6 +279,30 @@ TEST_CASE("causal_conv1d: the kernels agree with the generic path", "[causal_con
                   {limit, limit, limit, limit});
     }
   }
+}
+
+TEST_CASE("causal_conv1d: cu_seqlens are taken to go from 0 to T", "[causal_conv1d]") {
+  at::manual_seed(5);
+  xlstm::ops::CausalConv1dArguments a{
+      at::randn({1, 64, 48}), at::randn({48, 4}), {}, {}, {}, {}, false};
+  const Tensor dy = at::randn({1, 64, 48}), states = at::randn({3, 3, 48});
+  const auto both = [&](const Tensor& cu_seqlens, bool kernels) {
+    a.cu_seqlens = cu_seqlens;
+    const auto sizes = xlstm::ops::check_causal_conv1d(a);
+    const Tensor dstate = states.slice(0, 0, sizes.num_sequences);
+    if (!kernels) {
+      const auto [y, state] = xlstm::ops::causal_conv1d_generic(a, sizes);
+      const auto gradients = xlstm::ops::causal_conv1d_generic_backward(a, sizes, dy, dstate);
+      return std::vector<Tensor>{y, state, std::get<0>(gradients), std::get<1>(gradients)};
+    }
+    const auto [y, state] = xlstm::ops::causal_conv1d_kernels_forward(a, sizes, nullptr);
+    const auto gradients =
+        xlstm::ops::causal_conv1d_kernels_backward(a, sizes, dy, dstate, nullptr);
+    return std::vector<Tensor>{y, state, std::get<0>(gradients), std::get<1>(gradients)};
+  };
+  for (const bool kernels : {false, true})
+    for (const auto& [doubtful, plain] : doubtful_offsets())
+      check_same(both(doubtful, kernels), both(plain, kernels));
 }
 
 TEST_CASE("causal_conv1d: the step kernel agrees with the generic path", "[causal_conv1d]") {

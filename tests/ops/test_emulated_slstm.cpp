@@ -1,6 +1,9 @@
 // The sLSTM from tensors to the real CUDA kernels and back, on the CPU: csrc/ops/slstm_kernels.cpp with the emulator behind
 // it, against the operator for the CPU.
 #include "csrc/ops/slstm_kernels.h"
+
+#include <limits>
+
 #include "tests/ops/slstm_cases.h"
 
 namespace {
@@ -87,6 +90,30 @@ TEST_CASE("sLSTM: kernels on packed sequences, clipped and cut gradients", "[sls
   check({.time = 9, .states = true, .cut = true}, at::kFloat, kAmpere);
 }
 
+TEST_CASE("sLSTM: the persistent kernels take cu_seqlens to go from 0 to T, the others tell",
+          "[slstm]") {
+  const SlstmCase which{.batch = 1, .time = 64, .heads = 1, .cu_seqlens = {0, 32, 64}};
+  SlstmArguments a = xlstm::test::slstm_arguments(which, at::kFloat);
+  const auto upstream = xlstm::test::slstm_upstream(which, a);
+  const auto both = [&](const SlstmDevice& device) {
+    const at::NoGradGuard no_grad;
+    const auto sizes = xlstm::ops::slstm_sizes(a);
+    const auto results = xlstm::ops::slstm_kernels_forward(a, sizes, device, true);
+    const auto [dwx, dr, db, dy0, dc0, dn0] = xlstm::ops::slstm_kernels_backward(
+        xlstm::test::slstm_backward_arguments(a, upstream, results), sizes, device);
+    const auto& [y, y_last, c, n, m, gates, checkpoints] = results;
+    return std::vector<Tensor>{y, y_last, c, n, m, gates, dwx, dr, db, dy0, dc0, dn0};
+  };
+  const std::vector<Tensor> wanted = both(kAmpere);
+  for (const std::vector<int64_t>& ends :
+       {std::vector<int64_t>{0, 32, 40}, {5, 32, 64}, {-7, 32, (int64_t{1} << 32) + 40}}) {
+    a.cu_seqlens = at::tensor(ends, at::kLong);
+    const std::vector<Tensor> got = both(kAmpere);
+    for (size_t i = 0; i < wanted.size(); ++i) CHECK(at::equal(got[i], wanted[i]));
+    CHECK_THROWS_AS(both(kWithoutSharedMemory), c10::Error);
+  }
+}
+
 TEST_CASE("sLSTM: product and kernel in turn agree with the operator for the CPU", "[slstm]") {
   for (const char* cell : kCells)
     for (const at::ScalarType type : kTypes)
@@ -144,6 +171,9 @@ TEST_CASE("sLSTM: decoding token by token on the kernels is the whole sequence",
 TEST_CASE("sLSTM: which calls the kernels take", "[slstm]") {
   CHECK(xlstm::ops::slstm_kernels_lack({2, 8, 1, 64, 2}, at::kFloat).empty());
   CHECK(!xlstm::ops::slstm_kernels_lack({2, 8, 1, 64, 2}, at::kDouble).empty());
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  CHECK(xlstm::ops::slstm_kernels_lack({1, kMost - 16, 1, 4, 1}, at::kFloat).empty());
+  CHECK(!xlstm::ops::slstm_kernels_lack({1, kMost - 15, 1, 4, 1}, at::kFloat).empty());
   CHECK(xlstm::ops::slstm_persistent({2, 8, 1, 64, 2}, at::kBFloat16, kAmpere.limits, true));
   CHECK(!xlstm::ops::slstm_persistent({2, 8, 1, 1040, 2}, at::kBFloat16, kAmpere.limits, true));
   CHECK(!xlstm::ops::slstm_persistent({2, 8, 1, 64, 2}, at::kBFloat16, kWithoutSharedMemory.limits,

@@ -425,3 +425,31 @@ def test_error_messages(change, message):
     arguments = {"wx": torch.zeros(2, 5, 4, 2, 4), "r": torch.zeros(4, 2, 4, 4), "b": torch.zeros(4, 2, 4)} | change
     with pytest.raises(RuntimeError, match=message):
         slstm(**arguments)
+
+
+@pytest.mark.parametrize(
+    "recompute, change, message",
+    [
+        (False, {"gate_dim": -1}, "gate_dim: expected the place of the gate axis, 0 to 4, got -1"),
+        (False, {"gate_dim": 5}, "gate_dim: expected the place of the gate axis, 0 to 4, got 5"),
+        (False, {"gates": torch.bfloat16}, "gates: expected dtype Float, got BFloat16"),
+        (False, {"checkpoints": torch.float64}, "checkpoints: expected dtype Float, got Double"),
+        (False, {"r": torch.float64}, "r: expected dtype Float, got Double"),
+        (True, {"wx": torch.float16}, "wx: expected dtype Float, got Half"),
+        (True, {"b": torch.float64}, "b: expected dtype Float, got Double"),
+        (False, {"y": torch.int32}, "y: expected float32.*got Int"),
+    ],
+)
+def test_error_messages_backward(recompute, change, message):
+    """What autograd always gives, but a call of the operator itself may not: the kernels read bits as the type they expect."""
+    wx, r, b, _ = make(1, 17, 2, 5, dtype=torch.float32)
+    options = {"reset": None, "cu_seqlens": None, "cell": "slstm", "recurrent_clip": 0.0, "recurrent_cut": False}
+    y, *_, gates, checkpoints = torch.ops.xlstm.slstm_forward(
+        wx, r, b, None, None, None, None, recompute=recompute, preactivations=False, **options)
+    given = {"dy": y, "y": y, "gates": gates, "checkpoints": checkpoints, "wx": wx if recompute else None, "r": r,
+             "b": b if recompute else None, "gate_dim": 2} | options  # fmt: skip
+    given |= {name: None for name in ("dy_last", "dc", "dn", *STATE_NAMES)}
+    torch.ops.xlstm.slstm_backward(**given)
+    given |= {name: given[name].to(new) if isinstance(new, torch.dtype) else new for name, new in change.items()}
+    with pytest.raises(RuntimeError, match=f"^slstm_backward: {message}"):
+        torch.ops.xlstm.slstm_backward(**given)

@@ -174,6 +174,9 @@ void refused(uint64_t) {
   expect(!block_linear_supported(8, 16, Dtype::kFloat32), "blocks of 16");
   expect(!block_linear_supported(1, 4, Dtype::kBFloat16), "4 channels of 2 bytes");
   expect(block_linear_supported(1, 4, Dtype::kFloat32), "4 channels of 4 bytes");
+  expect(block_linear_supported((int64_t{1} << 29) - 1, 4, Dtype::kFloat32), "2^31 - 4 channels");
+  expect(!block_linear_supported(int64_t{1} << 29, 4, Dtype::kFloat32), "2^31 channels");
+  expect(!block_linear_supported((int64_t{1} << 32) + 8, 4, Dtype::kFloat32), "2^34 channels");
 }
 
 }  // namespace

@@ -130,6 +130,28 @@ void extremes(uint64_t seed) {
   }
 }
 
+/// Without dc0 and dn0 the gates' gradients still need them; without states nothing of their size is kept.
+void unwanted(uint64_t seed) {
+  for (const bool two_phase : {false, true})
+    run_dtypes({.time = 100, .states = true, .two_phase = two_phase, .start_gradients = false},
+               seed);
+  xlstm::cuda::MlstmProblem p;
+  p.batch = 1, p.time = 65536, p.num_sequences = 2048, p.num_heads = 8, p.dqk = 256, p.dv = 512;
+  p.dtype = Dtype::kBFloat16;
+  const float state = 0;
+  float gradient = 0;
+  xlstm::cuda::MlstmBackward bare, start, wanted, end;
+  start.in.c0 = start.in.n0 = wanted.in.c0 = wanted.in.n0 = end.dc = end.dn = &state;
+  wanted.dc0 = wanted.dn0 = &gradient;
+  for (const DeviceLimits& device : {kAmpere, DeviceLimits{90, 132, 227 * 1024, true}}) {
+    const size_t none = mlstm_backward_workspace(p, device, bare),
+                 states = 4 * 2048 * 8 * 256 * size_t{512 + 1};
+    expect(mlstm_backward_workspace(p, device, start) == none + states, "dc0 and dn0");
+    expect(mlstm_backward_workspace(p, device, wanted) == none, "dc0 and dn0 of the caller");
+    expect(mlstm_backward_workspace(p, device, end) == none + states, "the final states");
+  }
+}
+
 void limits(uint64_t) {
   xlstm::cuda::MlstmProblem p;
   p.batch = p.num_sequences = p.num_heads = 1, p.time = 64;
@@ -146,10 +168,15 @@ void limits(uint64_t) {
 
 List<Case> mlstm_cases() {
   static const Case cases[] = {
-      {"mlstm: lengths", passes::lengths},        {"mlstm: gates", passes::gates},
-      {"mlstm: documents", passes::documents},    {"mlstm: widths", passes::widths},
-      {"mlstm: devices", passes::devices},        {"mlstm: chunk sizes", passes::chunk_sizes},
-      {"mlstm: extreme gates", passes::extremes}, {"mlstm: limits", passes::limits},
+      {"mlstm: lengths", passes::lengths},
+      {"mlstm: gates", passes::gates},
+      {"mlstm: documents", passes::documents},
+      {"mlstm: widths", passes::widths},
+      {"mlstm: devices", passes::devices},
+      {"mlstm: chunk sizes", passes::chunk_sizes},
+      {"mlstm: extreme gates", passes::extremes},
+      {"mlstm: limits", passes::limits},
+      {"mlstm: what is not wanted", passes::unwanted},
   };
   return {cases, sizeof(cases) / sizeof(cases[0])};
 }

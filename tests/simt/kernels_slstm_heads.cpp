@@ -107,6 +107,29 @@ void weights_in_shared_memory(uint64_t seed) {
         seed);
 }
 
+/// Where blocks cannot be resident together, or clusters are small, the plan does without.
+void smaller_devices(uint64_t) {
+  for (const int64_t dh : {72, 192, 320, 512, 1024})
+    for (const int64_t batch : {1, 64}) {
+      for (const bool cooperative : {false, true})
+        for (const int largest : {1, 4, 8}) {
+          DeviceLimits device = kHopper;
+          device.cooperative = cooperative, device.largest_cluster = largest;
+          const Setting s{.batch = batch, .time = 100, .heads = 4, .dh = dh, .device = device};
+          for (const Direction direction : {Direction::kForward, Direction::kBackward}) {
+            const SlstmMap map = plan_slstm(s.problem(), device, direction);
+            expect(cooperative || map.exchange != SlstmExchange::kGrid, "a grid", dh);
+            expect(map.exchange != SlstmExchange::kCluster || map.blocks <= largest, "a cluster",
+                   dh);
+          }
+        }
+    }
+  DeviceLimits device = kHopper;
+  device.cooperative = false, device.largest_cluster = 1;
+  const Setting s{.dh = 512, .device = device};
+  expect(!slstm_supported(s.problem(), device), "a head of several blocks on its own");
+}
+
 /// The division of the work: what fits where, and that nothing is left over.
 void plans(uint64_t) {
   for (const DeviceLimits& device : {kAmpere, DeviceLimits{86, 84, 99 * 1024}, kHopper})
@@ -146,6 +169,7 @@ void plans(uint64_t) {
 List<Case> slstm_heads_cases() {
   static const Case cases[] = {
       {"slstm: plans", plans},
+      {"slstm: plans without clusters and grids", smaller_devices},
       {"slstm: combinations", combinations},
       {"slstm: what the device takes", automatic},
       {"slstm: weights in shared memory", weights_in_shared_memory},

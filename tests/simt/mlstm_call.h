@@ -28,6 +28,7 @@ struct Setting {
   std::vector<int32_t> packed = {};  // cu_seqlens
   int64_t chunk_size = 0;
   bool two_phase = false;
+  bool start_gradients = true;  ///< with states: dc0 and dn0 are wanted
   bool extreme =
       false;  ///< gates; q, k and n are positive so that the normaliser's sums do not cancel
   double forget_bias = 3, input_bias = -3, gate_spread = 1;
@@ -224,16 +225,17 @@ struct Call {
     mlstm_forward(problem, s.device, call, aligned(workspace), nullptr);
   }
   void backward() {
-    std::vector<unsigned char> workspace(mlstm_backward_workspace(problem, s.device) + 256, 0xff);
     xlstm::cuda::MlstmBackward call;
     call.in = in;
     call.h = h.view, call.dh = dh.view, call.product = product.data();
     if (s.states) {
       call.dc = dc.data(), call.dn = dn.data();
-      call.dc0 = dc0.data(), call.dn0 = dn0.data();
+      if (s.start_gradients) call.dc0 = dc0.data(), call.dn0 = dn0.data();
     }
     call.dq = dq.view, call.dk = dk.view, call.dv = dv.view;
     call.digate = digate.view, call.dfgate = dfgate.view;
+    std::vector<unsigned char> workspace(mlstm_backward_workspace(problem, s.device, call) + 256,
+                                         0xff);
     mlstm_backward(problem, s.device, call, aligned(workspace), nullptr);
   }
   static void* aligned(std::vector<unsigned char>& memory) {
@@ -330,7 +332,7 @@ inline void compare(const Call& call) {
       dv.add(rows(call.dv), exact.gradients.v, near.gradients.v);
       di.add(rows(call.digate), exact.gradients.igate, near.gradients.igate);
       df.add(rows(call.dfgate), exact.gradients.fgate, near.gradients.fgate);
-      if (!s.states) continue;
+      if (!s.states || !s.start_gradients) continue;
       dc0.add(state(call.dc0, call.c_size), exact.gradients.c0, near.gradients.c0);
       dn0.add(state(call.dn0, s.dqk), exact.gradients.n0, near.gradients.n0);
     }
