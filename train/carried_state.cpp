@@ -51,9 +51,11 @@ models::ModelState empty_state(models::LanguageModel& model, int64_t sequences, 
   const nn::NoDropout no_dropout;
   const at::Tensor weight = model.head_weight();
   const AutocastGuard autocast(weight.device().type(), bfloat16);
-  const at::Tensor none =
-      at::zeros({sequences, 0, model.options().embedding_dim}, weight.options());
-  return model.blocks().forward(none).second;
+  const int64_t features = model.options().input_features;
+  const at::Tensor none = features > 0
+                              ? at::zeros({sequences, 0, features}, weight.options())
+                              : at::zeros({sequences, 0}, weight.options().dtype(at::kLong));
+  return model.hidden(none).second;
 }
 
 CarriedState::CarriedState(models::LanguageModel& model, const config::Config& config,

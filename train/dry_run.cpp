@@ -66,16 +66,18 @@ void print_memory(const MemoryEstimate& memory, int64_t available, const config:
              (place.alone() ? "" : " in each of " + std::to_string(place.size) + " processes") +
              " (" +
              (available >= 0 ? format_gib(available) + " available)" : "available: unknown)"));
-  const char* divided = config.train.shard_weights
-                            ? "; several processes divide all but the activations"
-                        : config.optim.shard ? "; several processes divide the optimizer"
-                                             : "";
+  const char* divided =
+      config.train.shard_weights           ? "; several processes divide all but the activations"
+      : config.train.sequence_parallel > 1 ? "; of whole sequences, which several processes divide"
+      : config.optim.shard                 ? "; several processes divide the optimizer"
+                                           : "";
   print_line("  weights " + format_gib(memory.weights) + ", gradients " +
              format_gib(memory.gradients) + ", optimizer " + format_gib(memory.optimizer) +
              ", activations " + (memory.activations ? format_gib(*memory.activations) : "unknown") +
-             (memory.carried > 0 ? ", carried states " + format_gib(memory.carried) : "") +
+             (memory.carried > 0 ? ", states " + format_gib(memory.carried) : "") +
              (memory.whole_weights > 0
-                  ? ", to save " + format_gib(memory.whole_weights) + " in place of the last two"
+                  ? ", to save and evaluate at least " + format_gib(memory.whole_weights) +
+                        " in place of the last two"
                   : "") +
              (place.alone() ? divided : ""));
 }
@@ -88,7 +90,7 @@ void print_schedule(const config::Config& config) {
              format_thousands(config.data.seq_len) + " in micro batches of " +
              std::to_string(micro_batch(config, processes)) +
              (processes > 1 ? " in each of " + std::to_string(processes) + " processes" : "") +
-             (config.train.sequence_parallel > 1
+             (processes > 1 && config.train.sequence_parallel > 1
                   ? ", segments of " +
                         format_thousands(config.data.seq_len / config.train.sequence_parallel) +
                         " tokens"
@@ -197,6 +199,9 @@ MemoryEstimate estimate_memory(const config::Config& config) {
   memory.optimizer = 2 * memory.gradients;
   memory.activations = activation_bytes(segment, on_gpu(config), processes);
   if (config.train.carry_state) memory.carried = state_bytes(config.model, sequences);
+  // Of a micro batch: states that were taken, states that were given, gradients of these.
+  if (processes > 1 && config.train.sequence_parallel > 1)
+    memory.carried = 3 * state_bytes(config.model, micro_batch(config, processes));
   if (processes == 1) return memory;
   if (config.optim.shard || config.train.shard_weights) memory.optimizer /= processes;
   if (!config.train.shard_weights) return memory;
@@ -266,6 +271,8 @@ std::string describe_run(const config::Config& config) {
 void dry_run(const config::Config& given, bool fresh) {
   config::Config config = given;
   check_adapters(config);
+  const ProcessPlace place = place_from_environment();
+  if (!place.alone()) share_of_batch(config, place);  // throws what a start would
   config::warn_of_settings_without_effect(config, log_warning);
   print_model(config);
   const MemoryEstimate memory = estimate_memory(config);
@@ -296,7 +303,7 @@ void dry_run(const config::Config& given, bool fresh) {
     return;
   }
   const bool shared = config.train.shard_weights || config.train.sequence_parallel > 1;
-  if (shared && !place_from_environment().alone()) {
+  if (shared && !place.alone()) {
     print_line("one step    not run: it takes all processes, which have a part of it each");
     return;
   }

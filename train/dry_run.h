@@ -22,7 +22,7 @@ ParameterCount count_parameters_by_part(const models::ModelOptions& options);
 struct MemoryEstimate {
   int64_t weights = 0, gradients = 0, optimizer = 0;
   std::optional<int64_t> activations;
-  int64_t carried = 0;        ///< states, with train.carry_state
+  int64_t carried = 0;  ///< states that are handed on, from batch to batch or between processes
   int64_t whole_weights = 0;  ///< beside those of a step, to save and evaluate divided ones
   int64_t known() const {
     return weights + optimizer + carried +

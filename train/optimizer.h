@@ -43,7 +43,7 @@ class AdamW {
   /// What this process holds of the moments.
   int64_t bytes() const;
   /// "exp_avg.<name>" and "exp_avg_sq.<name>" like the parameter, and "step" (float32, one
-  /// element): the optimizer's own tensors, copy them to keep them. With options.shard copies on the CPU, in the process
+  /// element): the optimizer's own tensors, copy them to keep them. Where they are divided copies on the CPU, in the process
   /// that leads alone; the others have none.
   NamedTensors state() const;
   /// state: of the process that leads, which gives the others theirs. Throws as check_state() does.

@@ -105,7 +105,7 @@ bool Saver::name_best(int64_t step) {
   }
 }
 
-/// Of what is to be saved: finite, and the same in all processes.
+/// Of what is to be saved: finite, and the same in all processes, with as many updates.
 void Saver::check_weights(int64_t step) {
   if (const std::string bad = first_non_finite(trained_parameters(model_)); !bad.empty()) {
     throw Error(ExitCode::kNonFinite,
@@ -118,7 +118,7 @@ void Saver::check_weights(int64_t step) {
   std::vector<at::Tensor> sums;
   for (const auto& [name, parameter] : named_parameters(model_))
     sums.push_back(parameter.sum(at::kDouble));
-  const double own = at::stack(sums).sum().item<double>();
+  const double own = at::stack(sums).sum().item<double>() + static_cast<double>(optimizer_.steps());
   const at::Tensor first = at::scalar_tensor(own, at::kDouble);
   group_.broadcast({first});
   if (group_.any(first.item<double>() != own))

@@ -66,11 +66,13 @@ class SequenceRelay::Receive : public torch::autograd::Function<Receive> {
   }
 };
 
-/// Gives the state of a block away, and zero for the loss.
+/// Gives the state of a block away, and zero for the loss. Whatever of it needs a gradient, the next process sends one.
 class SequenceRelay::Send : public torch::autograd::Function<Send> {
  public:
-  static at::Tensor forward(AutogradContext* ctx, at::TensorList state,
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& needed, at::TensorList state,
                             const c10::intrusive_ptr<Link>& link) {
+    (void)needed;
+    link->relay.check(link->block, state);
     ctx->saved_data["link"] = c10::IValue::make_capsule(link);
     ctx->saved_data["sequences"] = state.front().size(0);
     for (const at::Tensor& tensor : state)
@@ -79,11 +81,13 @@ class SequenceRelay::Send : public torch::autograd::Function<Send> {
   }
   static variable_list backward(AutogradContext* ctx, const variable_list&) {
     const Link& link = Link::of(ctx);
-    variable_list gradients =
-        link.relay.empty_like(link.block, ctx->saved_data["sequences"].toInt());
-    for (const at::Tensor& gradient : gradients)
+    variable_list gradients(1);  // of `needed`
+    for (at::Tensor& gradient :
+         link.relay.empty_like(link.block, ctx->saved_data["sequences"].toInt())) {
       link.relay.group_.receive(gradient, link.relay.after_);
-    gradients.emplace_back();  // stands for `link`
+      gradients.push_back(std::move(gradient));
+    }
+    gradients.emplace_back();  // of `link`
     return gradients;
   }
 };
@@ -107,21 +111,35 @@ std::vector<at::Tensor> SequenceRelay::empty_like(int64_t block, int64_t sequenc
   return state;
 }
 
+at::Tensor SequenceRelay::needs_gradient() const {
+  return at::zeros({}, model_.head_weight().options().requires_grad(false)).set_requires_grad(true);
+}
+
+/// The next process makes room by `shapes_`.
+void SequenceRelay::check(int64_t block, at::TensorList state) const {
+  const models::BlockState& expected = shapes_[static_cast<size_t>(block)];
+  TORCH_INTERNAL_ASSERT(state.size() == expected.size());
+  for (size_t i = 0; i < state.size(); ++i)
+    TORCH_INTERNAL_ASSERT(state[i].scalar_type() == expected[i].scalar_type() &&
+                              state[i].sizes().slice(1) == expected[i].sizes().slice(1),
+                          "block ", block, ": tensor ", i, " of its state is ",
+                          state[i].scalar_type(), " ", state[i].sizes(), ", that of no token ",
+                          expected[i].scalar_type(), " ", expected[i].sizes());
+}
+
 void SequenceRelay::post(const at::Tensor& tensor, int64_t to) {
   under_way_.push_back(group_.begin_send(tensor.detach(), to));
 }
 
 models::BlockState SequenceRelay::receive(int64_t block, int64_t sequences) {
   if (first()) return {};
-  const at::Tensor needed =
-      at::zeros({}, model_.head_weight().options().requires_grad(false)).set_requires_grad(true);
-  return Receive::apply(needed, sequences, c10::make_intrusive<Link>(*this, block));
+  return Receive::apply(needs_gradient(), sequences, c10::make_intrusive<Link>(*this, block));
 }
 
 void SequenceRelay::send(int64_t block, const models::BlockState& state) {
   if (last()) return;
   const at::Tensor zero =
-      Send::apply(at::TensorList(state), c10::make_intrusive<Link>(*this, block));
+      Send::apply(needs_gradient(), at::TensorList(state), c10::make_intrusive<Link>(*this, block));
   sent_ = sent_.defined() ? sent_ + zero : zero;
 }
 

@@ -33,10 +33,10 @@ class SequenceRelay : public models::StateRelay {
    public:
     /// relay: null for whole sequences.
     explicit Scope(SequenceRelay* relay) : relay_(relay) {
-      if (relay_ != nullptr) relay_->model_.blocks().relay = relay_;
+      if (relay_ != nullptr) relay_->model_.blocks()->relay = relay_;
     }
     ~Scope() {
-      if (relay_ != nullptr) relay_->model_.blocks().relay = nullptr;
+      if (relay_ != nullptr) relay_->model_.blocks()->relay = nullptr;
     }
     Scope(const Scope&) = delete;
     Scope& operator=(const Scope&) = delete;
@@ -59,6 +59,8 @@ class SequenceRelay : public models::StateRelay {
   bool first() const { return share_.segment == 0; }
   bool last() const { return share_.segment + 1 == share_.segments; }
   std::vector<at::Tensor> empty_like(int64_t block, int64_t sequences) const;
+  at::Tensor needs_gradient() const;
+  void check(int64_t block, at::TensorList state) const;
   void post(const at::Tensor& tensor, int64_t to);
 
   models::LanguageModel& model_;

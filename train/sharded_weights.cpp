@@ -215,7 +215,7 @@ ShardedWeights::Whole::Whole(ShardedWeights* weights) : weights_(weights) {
     fetched_.emplace_back(unit, nn::TransientParameters::Pass::kForward);
 }
 
-ShardedWeights::Whole::~Whole() {
+void ShardedWeights::Whole::keep_changes() {
   if (weights_ == nullptr) return;
   for (const auto& unit : weights_->units_) unit->keep_changes();
 }

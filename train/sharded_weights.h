@@ -36,14 +36,15 @@ class ShardedWeights {
   ShardedWeights(const ShardedWeights&) = delete;
   ShardedWeights& operator=(const ShardedWeights&) = delete;
 
-  /// While one lives, all weights are everywhere; what they are changed to, by all processes alike, they stay.
+  /// While one lives, all weights are everywhere.
   class Whole {
    public:
     /// weights: null where nothing is divided.
     explicit Whole(ShardedWeights* weights);
-    ~Whole();
     Whole(const Whole&) = delete;
     Whole& operator=(const Whole&) = delete;
+    /// What the weights have been changed to, by all processes alike, they stay.
+    void keep_changes();
 
    private:
     ShardedWeights* weights_;

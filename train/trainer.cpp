@@ -184,7 +184,7 @@ void Trainer::Impl::open_data() {
 }
 
 void Trainer::Impl::resume_or_start() {
-  const auto whole = whole_weights();
+  auto whole = whole_weights();
   state_.data_fingerprint = data_.train->fingerprint();
   Resumed resumed;
   if (leads()) {
@@ -203,6 +203,7 @@ void Trainer::Impl::resume_or_start() {
   }
   if (data_.held_out) state_.held_out_fingerprint = data_.held_out->fingerprint();
   share_state(resumed);
+  whole.keep_changes();
 }
 
 /// At step 0; returns which weights the model starts with. An earlier run is moved aside when nothing can stop this one any
@@ -407,7 +408,8 @@ void Trainer::Impl::write_samples() {
 /// last: nothing comes after this step.
 void Trainer::Impl::save(bool last) {
   settle();
-  const auto whole = whole_weights();
+  std::optional<ShardedWeights::Whole> whole;
+  if (sharded_ && group_->any(saver_->saved_step() != state_.step)) whole.emplace(&*sharded_);
   saver_->save(state_, last);
 }
 

@@ -47,7 +47,8 @@ class LanguageModel : public torch::nn::Module {
   /// (V,D) weight of the output head (the embedding's where tied).
   virtual at::Tensor head_weight() const = 0;
   virtual const ModelOptions& options() const = 0;
-  virtual BlockStack& blocks() = 0;
+  /// Null in a model of another make than make_language_model's.
+  virtual BlockStack* blocks() { return nullptr; }
 
  private:
   at::Tensor loss_behind(const at::Tensor& h, const at::Tensor& targets,

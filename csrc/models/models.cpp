@@ -74,7 +74,7 @@ class BlockModel : public LanguageModel {
     return options_.tie_weights ? embedding_->weight : head_->weight;
   }
   const ModelOptions& options() const override { return options_; }
-  BlockStack& blocks() override { return *stack_; }
+  BlockStack* blocks() override { return stack_.get(); }
 
  private:
   std::pair<at::Tensor, ModelState> run(at::Tensor x, const ModelState& state,

@@ -102,16 +102,17 @@ class ModeGuard {
 class HooksAside {
  public:
   explicit HooksAside(const variable_list& tensors) : tensors_(tensors), hooks_(tensors.size()) {
-    exchange();
+    for (size_t i = 0; i < tensors_.size(); ++i) exchange(i);
   }
-  ~HooksAside() { exchange(); }
+  ~HooksAside() {
+    for (size_t i = tensors_.size(); i-- > 0;) exchange(i);  // one may be there twice
+  }
   HooksAside(const HooksAside&) = delete;
   HooksAside& operator=(const HooksAside&) = delete;
 
  private:
-  void exchange() {
-    for (size_t i = 0; i < tensors_.size(); ++i)
-      if (tensors_[i].requires_grad()) hooks_[i].swap(torch::autograd::impl::hooks(tensors_[i]));
+  void exchange(size_t i) {
+    if (tensors_[i].requires_grad()) hooks_[i].swap(torch::autograd::impl::hooks(tensors_[i]));
   }
   const variable_list tensors_;
   std::vector<std::vector<std::unique_ptr<torch::autograd::FunctionPreHook>>> hooks_;

@@ -29,8 +29,11 @@ const char* slstm_code_error() {
   cudaFuncAttributes attributes;
   const cudaError_t status = cudaFuncGetAttributes(&attributes, slstm_clear);
   if (status == cudaSuccess) return nullptr;
-  cudaGetLastError();  // told here
-  return cudaGetErrorString(status);
+  cudaGetLastError();  // told here, or by the first launch
+  const bool no_code = status == cudaErrorNoKernelImageForDevice ||
+                       status == cudaErrorInvalidDeviceFunction ||
+                       status == cudaErrorUnsupportedPtxVersion;
+  return no_code ? cudaGetErrorString(status) : nullptr;
 }
 
 int slstm_largest_cluster(size_t shared_bytes) {
@@ -47,11 +50,13 @@ int slstm_largest_cluster(size_t shared_bytes) {
     int count = 0;
     const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, slstm_clear, &config);
     if (status != cudaSuccess) cudaGetLastError();
-    return status == cudaSuccess && count > 0;
+    return status != cudaSuccess || count > 0;  // no answer is no reason to do without clusters
   };
-  prim::check_launch(prim::allow_shared(reinterpret_cast<const void*>(slstm_clear), shared_bytes),
-                     "slstm_clear");
   int blocks = DeviceLimits{}.largest_cluster;
+  if (prim::allow_shared(reinterpret_cast<const void*>(slstm_clear), shared_bytes) != cudaSuccess) {
+    cudaGetLastError();
+    return blocks;
+  }
   while (blocks > 1 && !runs(static_cast<u32>(blocks))) --blocks;
   return blocks;
 }
