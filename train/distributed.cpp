@@ -255,19 +255,11 @@ bool ProcessGroup::any(bool value) { return sum(int64_t{value}) > 0; }
 
 // By the names of torch 2.11, which later ones still know.
 ProcessGroup::Wait ProcessGroup::all_gather(at::Tensor whole, at::Tensor part) {
-  if (place_.alone()) {
-    whole.copy_(part);
-    return [] {};
-  }
   auto work = guarded([&] { return impl_->of(whole)._allgather_base(whole, part); });
   return [this, work] { guarded([&] { work->wait(); }); };
 }
 
 ProcessGroup::Wait ProcessGroup::reduce_scatter(at::Tensor part, at::Tensor whole) {
-  if (place_.alone()) {
-    part.copy_(whole);
-    return [] {};
-  }
   auto work = guarded([&] { return impl_->of(whole)._reduce_scatter_base(part, whole); });
   return [this, work, part, whole] { guarded([&] { work->wait(); }); };
 }

@@ -47,9 +47,9 @@ class ProcessGroup {
   bool any(bool value);
   /// Waits for what has been begun: the current stream of a GPU does, the host with tensors of the CPU.
   using Wait = std::function<void()>;
-  /// `whole` becomes the parts of all processes in a row; dense tensors. Only begins it.
+  /// Of several processes: `whole` becomes the parts of all in a row; dense tensors. Only begins it.
   [[nodiscard]] Wait all_gather(at::Tensor whole, at::Tensor part);
-  /// `part` becomes this process's of the sum of all wholes. Only begins it.
+  /// Of several processes: `part` becomes this one's of the sum of all wholes. Only begins it.
   [[nodiscard]] Wait reduce_scatter(at::Tensor part, at::Tensor whole);
   /// Those of process 0 for all, in place; or each those of the process that `from` names for it. Dense tensors.
   void broadcast(const std::vector<at::Tensor>& tensors, const std::vector<int64_t>& from = {});

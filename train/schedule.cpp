@@ -15,9 +15,12 @@ double share_of_part(int64_t done, int64_t steps, int64_t parts) {
 
 }  // namespace
 
+int64_t process_groups(const config::Config& config, int64_t processes) {
+  return std::max<int64_t>(1, processes / config.train.sequence_parallel);
+}
+
 int64_t sequences_of_process(const config::Config& config, int64_t processes) {
-  return config.train.global_batch_size /
-         std::max<int64_t>(1, processes / config.train.sequence_parallel);
+  return config.train.global_batch_size / process_groups(config, processes);
 }
 
 int64_t micro_batch(const config::Config& config, int64_t processes) {

@@ -5,6 +5,8 @@
 
 namespace xlstm::train {
 
+/// How many processes, or with train.sequence_parallel groups of them, have sequences of their own.
+int64_t process_groups(const config::Config& config, int64_t processes);
 /// Sequences of a step that a process computes; with train.sequence_parallel several processes a segment each.
 int64_t sequences_of_process(const config::Config& config, int64_t processes);
 /// Sequences of a forward pass where `processes` share each step.

@@ -11,6 +11,7 @@
 
 #include "csrc/core/error.h"
 #include "train/carried_state.h"
+#include "train/schedule.h"
 
 namespace xlstm::train {
 
@@ -25,15 +26,15 @@ BatchShare share_of_batch(const config::Config& config, const ProcessPlace& plac
                                        (place.alone() ? "is one process; start them by torchrun"
                                                       : "are " + std::to_string(place.size) +
                                                             " processes; make that a multiple"));
-  const int64_t groups = place.size / segments;
+  const int64_t groups = process_groups(config, place.size);
   if (batch % groups != 0)
     throw Error(ExitCode::kConfig, "train.global_batch_size " + std::to_string(batch) +
                                        " cannot be shared by " + std::to_string(groups) +
                                        (segments > 1 ? " times " + std::to_string(segments) : "") +
                                        " processes; make it a multiple of " +
                                        std::to_string(groups));
-  return {place.rank / segments * (batch / groups), batch / groups, place.rank % segments,
-          segments};
+  const int64_t sequences = sequences_of_process(config, place.size);
+  return {place.rank / segments * sequences, sequences, place.rank % segments, segments};
 }
 
 /// What the two functions of autograd know besides tensors.
@@ -49,10 +50,9 @@ struct SequenceRelay::Link : torch::CustomClassHolder {
 /// Takes the state of a block; in the backward pass its gradient goes to where it came from.
 class SequenceRelay::Receive : public torch::autograd::Function<Receive> {
  public:
-  /// needed: a number that needs a gradient, so that the state does.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& needed, int64_t sequences,
+  /// The tensor is a number that needs a gradient, so that the state does.
+  static variable_list forward(AutogradContext* ctx, const at::Tensor&, int64_t sequences,
                                const c10::intrusive_ptr<Link>& link) {
-    (void)needed;
     ctx->saved_data["link"] = c10::IValue::make_capsule(link);
     variable_list state = link->relay.empty_like(link->block, sequences);
     for (const at::Tensor& tensor : state) link->relay.group_.receive(tensor, link->relay.before_);
@@ -69,9 +69,9 @@ class SequenceRelay::Receive : public torch::autograd::Function<Receive> {
 /// Gives the state of a block away, and zero for the loss. Whatever of it needs a gradient, the next process sends one.
 class SequenceRelay::Send : public torch::autograd::Function<Send> {
  public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& needed, at::TensorList state,
+  /// The tensor is a number that needs a gradient, so that this is in the graph.
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor&, at::TensorList state,
                             const c10::intrusive_ptr<Link>& link) {
-    (void)needed;
     link->relay.check(link->block, state);
     ctx->saved_data["link"] = c10::IValue::make_capsule(link);
     ctx->saved_data["sequences"] = state.front().size(0);
@@ -81,7 +81,7 @@ class SequenceRelay::Send : public torch::autograd::Function<Send> {
   }
   static variable_list backward(AutogradContext* ctx, const variable_list&) {
     const Link& link = Link::of(ctx);
-    variable_list gradients(1);  // of `needed`
+    variable_list gradients(1);  // of the number
     for (at::Tensor& gradient :
          link.relay.empty_like(link.block, ctx->saved_data["sequences"].toInt())) {
       link.relay.group_.receive(gradient, link.relay.after_);

@@ -299,8 +299,8 @@ std::optional<StepResult> TrainStep::run(const TrainBatch& batch, int64_t step,
   result.step = step;
   result.first_sample = first_sample;
   const int64_t processes = group_ != nullptr ? group_->place().size : 1;
-  const int64_t groups = std::max<int64_t>(1, processes / config_.train.sequence_parallel);
-  result.last_sample = first_sample + groups * batch.host.batch_size - 1;
+  result.last_sample =
+      first_sample + process_groups(config_, processes) * batch.host.batch_size - 1;
   result.learning_rate = learning_rate(config_.optim, step, total_steps_);  // 5
   result.targets = set_inputs(batch, result.learning_rate);
   run_or_replay(step);

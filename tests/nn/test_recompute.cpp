@@ -155,16 +155,6 @@ TEST_CASE(
     CHECK(at::equal(parameters[i].grad(), 2 * plain[i]));
 }
 
-template <class Work>
-std::string message_of(const Work& work) {
-  try {
-    work();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
-
 TEST_CASE("hooks on the parameters and inputs of a checkpointed block are called once") {
   torch::manual_seed(13);
   const auto block = named_block<MlstmBlock>("", mlstm_options()).block;
@@ -209,7 +199,7 @@ TEST_CASE("what changes between the passes of a checkpointed block changes no gr
   CHECK_FALSE(block->is_training());  // as the caller left it
   block->train();
   const std::string message = message_of([&] { passes([&] { reset.fill_(true); }); });
-  CHECK(message.find("modified by an inplace operation") != std::string::npos);
+  CHECK(contains(message, "modified by an inplace operation"));
 }
 
 TEST_CASE("a checkpointed block has no second derivative, and says so") {
@@ -219,7 +209,7 @@ TEST_CASE("a checkpointed block has no second derivative, and says so") {
   const at::Tensor loss = checkpoint(block, x, {}, {}).first.sum();
   const std::string message =
       message_of([&] { torch::autograd::grad({loss}, {x}, {}, true, /*create_graph=*/true); });
-  CHECK(message.find("second derivatives are not implemented") != std::string::npos);
+  CHECK(contains(message, "second derivatives are not implemented"));
 }
 
 TEST_CASE("without gradients a checkpointed block is the block") {

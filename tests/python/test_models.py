@@ -323,37 +323,6 @@ def test_settings_of_any_characters(name, tmp_path):
         libxlstm.BlockStack(kind=name)
 
 
-def test_copies(tmp_path):
-    model = make_model().to(torch.float64).eval()
-    model.lm_head.requires_grad_(False)
-    ids = random_ids(2, 7)
-    state = torch.get_rng_state()
-    other = copy.deepcopy(model)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not other.training and other.config == model.config and other(ids)[0].dtype == torch.float64
-    for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
-        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr() and a.requires_grad == b.requires_grad, name
-    before = model(ids)[0]
-    with torch.no_grad():
-        other.embedding.weight.zero_()
-    assert torch.equal(model(ids)[0], before) and not torch.equal(other(ids)[0], before)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    average.update_parameters(model)
-    assert torch.equal(average(ids)[0], before)
-
-    model.save(tmp_path / "model")
-    loaded = libxlstm.load(tmp_path / "model")
-    assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-
-
-def test_a_copy_drops_what_the_model_does():
-    model = libxlstm.make_model({"model": {"embedding_dim": 16, "num_blocks": 1, "num_heads": 2, "dropout": 0.5}})
-    ids = random_ids(2, 9) % 256
-    for training in (True, False):
-        other = copy.deepcopy(model.train(training))
-        assert torch.equal(other(ids)[0], other(ids)[0]) is not training
-
-
 DATA_PARALLEL = """
 import sys, torch, libxlstm
 store, yaml, rank, out = sys.argv[1:]
