@@ -4,8 +4,7 @@
 #
 #   ./scripts/gpu_check.sh [--only PART,PART...] [--built FOLDER]
 #
-# --built: what `cmake` and `cmake --install` made elsewhere, with the same torch: FOLDER/python/libxlstm, FOLDER/bin and
-# FOLDER/racecheck/libxlstm (options: configure() below). Then nothing is built here, and nvcc is not needed.
+# --built: what gpu_build.sh made, on another machine with the same torch. Then nothing is built here, and nvcc is not needed.
 # Parts (seconds at most): build (900, always first), conformance (180: every primitive against the emulator), ops (300:
 # all operators against float64), sanitizer (300: memcheck, synccheck and racecheck of compute-sanitizer on small shapes;
 # skipped where it is missing), portable (300: both again with the kernels for sm_80, on compute capability 9.0, which has
@@ -23,7 +22,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --only) only=${2:-}; [ -n "$only" ] || fail "--only takes parts: ${parts// /, }"; only=${only//,/ }; shift 2 ;;
     --built) built_elsewhere=$(realpath -e "${2:-}") || fail "--built takes a folder"; shift 2 ;;
-    -h|--help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown argument $1 (see --help)" ;;
   esac
 done
@@ -62,9 +61,9 @@ nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
 PATH=$(dirname "$nvcc"):$PATH
 export PATH
 
-build=${built_elsewhere:-$PWD/build/gpu}
+built=${built_elsewhere:-$PWD/build/gpu/built}
 OUT=${OUT:-$PWD/build/gpu_check}
-mkdir -p "$OUT" "$build"
+mkdir -p "$OUT" "$built"
 results=$OUT/results.txt
 rm -f "$OUT"/running-*.txt
 : >"$results"; : >"$OUT/log.txt"
@@ -112,7 +111,7 @@ check() {
     if [ $code = 124 ] || [ $code = 137 ]; then echo "stopped after $limit s" | tee -a "$OUT/log.txt"; fi
     tail -n "${SHOW:-6}" "$output" | cut -c1-200
     record "$part" "$name" $status $((SECONDS - begin))
-  } 9>"$build/check.lock"
+  } 9>"$OUT/check.lock"
   rm -f "$output"
   [ $status = PASS ]
 }
@@ -122,39 +121,27 @@ skip() {
     flock 9
     printf '\n'
     record "$1" "$2" SKIP 0
-  } 9>"$build/check.lock"
+  } 9>"$OUT/check.lock"
 }
 
-case $capability in
-  80) architectures=80-real ;;
-  90) architectures='80-real;90a-real' ;;
-  *) architectures="80-real;$capability-real" ;;
-esac
-# configure FOLDER INSTALLED ARCHITECTURES OPTION...
-configure() {
-  cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE="$(command -v "$python")" \
-    -DXLSTM_CUDA=ON -DXLSTM_CUDA_ARCHITECTURES="$3" -DXLSTM_CPU_VARIANTS=native \
-    -DXLSTM_BUILD_TRAIN=OFF -DXLSTM_BUILD_PYTHON=OFF -DXLSTM_BUILD_TESTS=OFF -DXLSTM_WERROR=OFF "${@:4}" &&
-  ninja -C "$1" && cmake --install "$1" --prefix "$2" && cp libxlstm/*.py "$2/libxlstm/"
-}
-export -f configure
-export build python
+export python
+build_here() { PYTHON=$python XLSTM_CPU_VARIANTS=native scripts/gpu_build.sh "$built" "$capability" "$1"; }
+export -f build_here
+export built capability
 if [ -n "$built_elsewhere" ]; then
-  SHOW=1 check build "operators built elsewhere" 60 env PYTHONSAFEPATH=1 PYTHONPATH="$build/python" "$python" -c \
+  SHOW=1 check build "operators built elsewhere" 60 env PYTHONSAFEPATH=1 PYTHONPATH="$built/python" "$python" -c \
     'import libxlstm; print(libxlstm.__file__)'
 else
-  SHOW=3 check build "operators and conformance programs for $architectures" 540 bash -c 'configure "$@"' - "$build" \
-    "$build/python" "$architectures" -DXLSTM_BUILD_CONFORMANCE=ON
+  SHOW=3 check build "operators and conformance programs" 540 bash -c 'build_here operators'
 fi
-built=$?
+ready=$?
 sanitizer_is_there() { command -v compute-sanitizer >/dev/null; }
-if [ $built = 0 ] && [ -z "$built_elsewhere" ] && sanitizer_is_there &&
+if [ $ready = 0 ] && [ -z "$built_elsewhere" ] && sanitizer_is_there &&
   { wants sanitizer || { wants portable && [ "$capability" = 90 ]; }; }; then
-  SHOW=3 check build "operators for racecheck" 360 bash -c 'configure "$@"' - "$build/racecheck_build" "$build/racecheck" \
-    "$architectures" -DXLSTM_RACECHECK=ON
+  SHOW=3 check build "operators for racecheck" 360 bash -c 'build_here racecheck'
 fi
 # The operators just built, not those of another build in this tree.
-export PYTHONSAFEPATH=1 PYTHONPATH=$build/python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=INFO
+export PYTHONSAFEPATH=1 PYTHONPATH=$built/python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=INFO
 # Checks run side by side: threads of all of them that wait in loops for each other would take the cores away.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 7) / 8))} OMP_WAIT_POLICY=passive
 
@@ -196,14 +183,14 @@ check_memory() {
   for tool in memcheck synccheck; do
     check "$1" "$tool" 150 bash -c 'sanitized "$1"' - "$tool" &
   done
-  PYTHONPATH=$build/racecheck:$PYTHONPATH check "$1" racecheck 200 bash -c 'sanitized racecheck' &
+  PYTHONPATH=$built/racecheck:$PYTHONPATH check "$1" racecheck 200 bash -c 'sanitized racecheck' &
 }
 
 check_conformance() {
   # A case that hangs or faults costs the other cases nothing: they are compared all the same.
   rm -f "$OUT/device.txt" "$OUT/emulator.txt"
-  check conformance "primitives on the GPU" 120 "$build/bin/cuda_conformance" "$OUT/device.txt"
-  check conformance "primitives in the emulator" 60 "$build/bin/host_conformance" "$OUT/emulator.txt"
+  check conformance "primitives on the GPU" 120 "$built/bin/cuda_conformance" "$OUT/device.txt"
+  check conformance "primitives in the emulator" 60 "$built/bin/host_conformance" "$OUT/emulator.txt"
   SHOW=40 check conformance "the same results" 60 "$python" tests/cuda/compare_conformance.py "$OUT/device.txt" \
     "$OUT/emulator.txt"
 }
@@ -221,7 +208,7 @@ check_suites() {
   done
 }
 
-if [ $built = 0 ]; then
+if [ $ready = 0 ]; then
   expected=mlstm_sweep
   [ "$capability" = 90 ] && expected=_sm90
   if wants conformance; then check_conformance & fi

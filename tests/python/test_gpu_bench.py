@@ -173,7 +173,8 @@ esac
 
 FAKE_CMAKE = """#!/bin/bash
 echo "$*" >>{calls}
-[ "$1" != --install ] || mkdir -p "$4/libxlstm"
+if [ "$1" = --install ]; then mkdir -p "$4/libxlstm"; exit; fi
+mkdir -p "$4/bin"; touch "$4/bin/cuda_conformance" "$4/bin/host_conformance"
 """
 
 
@@ -266,14 +267,19 @@ def test_gpu_check_that_is_killed_leaves_what_it_has(tmp_path):
     assert "gated_linear_attention: kernels for CUDA" in printed.read_text()
 
 
+def tree_of_its_own(folder):
+    """What builds does so beside itself."""
+    for name in ("scripts/gpu_check.sh", "scripts/gpu_build.sh", "libxlstm/__init__.py"):
+        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "tree" / name)
+
+
 @pytest.mark.parametrize("sanitizer", [True, False])
 def test_gpu_check_builds_and_runs_nothing_for_a_missing_sanitizer(tmp_path, sanitizer):
     if not sanitizer and shutil.which("compute-sanitizer"):
         pytest.skip("compute-sanitizer is installed here")
     environment = prepare_gpu_check(tmp_path, sanitizer=sanitizer)
-    for name in ("scripts/gpu_check.sh", "libxlstm/__init__.py"):  # it builds in its own tree
-        (tmp_path / "tree" / name).parent.mkdir(parents=True)
-        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    tree_of_its_own(tmp_path)
     done = subprocess.run([tmp_path / "tree/scripts/gpu_check.sh", "--only", "sanitizer"], capture_output=True, text=True,
                           env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -284,6 +290,40 @@ def test_gpu_check_builds_and_runs_nothing_for_a_missing_sanitizer(tmp_path, san
     expected = [("memcheck", "PASS"), ("racecheck", "PASS"), ("synccheck", "PASS")]
     missing = [("compute-sanitizer is missing here", "SKIP")]
     assert sorted((c, r) for (p, c), r in checks.items() if p == "sanitizer") == (expected if sanitizer else missing)
+
+
+def copy_of_the_builder(folder):
+    """scripts/gpu_build.sh in a tree of its own, with stand-ins for what it starts -> how to run it."""
+    environment = prepare_gpu_check(folder)
+    tree_of_its_own(folder)
+
+    def run(*arguments):
+        return subprocess.run([folder / "tree/scripts/gpu_build.sh", *arguments], capture_output=True, text=True, cwd=folder,
+                              env=environment)
+
+    return run
+
+
+def test_gpu_build_makes_a_folder_that_gpu_check_takes(tmp_path):
+    build = copy_of_the_builder(tmp_path)
+    assert build("made", "90").returncode == 0
+    made = {str(path.relative_to(tmp_path / "made")) for path in (tmp_path / "made").rglob("*") if path.is_file()}
+    assert made == {"bin/cuda_conformance", "bin/host_conformance", "python/libxlstm/__init__.py", "racecheck/libxlstm/__init__.py"}
+    configured = [line for line in (tmp_path / "calls.txt").read_text().splitlines() if line.startswith("-S")]
+    assert len(configured) == 2 and all("80-real;90a-real" in line and "VARIANTS=all" in line for line in configured)
+    assert "CONFORMANCE=ON" in configured[0] and "RACECHECK=ON" in configured[1]
+    assert build("other", "120", "racecheck").returncode == 0
+    assert not (tmp_path / "other/python").exists() and "120-real" in (tmp_path / "calls.txt").read_text()
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ([], "a folder and a compute capability"), (["made"], "a folder and a compute capability"),
+    (["made", "9.0"], "without a point"), (["made", "75"], "8.0 or later"), (["made", "90", "tests"], "unknown argument tests"),
+])
+def test_gpu_build_says_what_it_takes(tmp_path, arguments, said):
+    done = copy_of_the_builder(tmp_path)(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
+    assert not (tmp_path / "calls.txt").exists()
 
 
 def test_tiny_models(tmp_path, monkeypatch):
