@@ -27,7 +27,8 @@ struct MlstmOptions {
 /// input_gate "sigmoid": logsig(i_t) in place of i_t, and every m is 0, m0 too, which may be absent. normalize = false:
 /// h_t = C_t^T (scale q_t), meant for the sigmoid gate (with "exp" it is h relative to e^m); n0 may be absent.
 /// Gradients are exact with m detached: m carries no gradient and dm0 = 0; the path eps -> m is left out, which
-/// is nothing at eps = 0 and at most 1e-3 of the gate gradients in extreme gates at 1e-6.
+/// is nothing at eps = 0 and at most 1e-3 of the gate gradients in extreme gates at 1e-6. Those of the last c and n mean
+/// c and n in units of e^m.
 /// A forget gate whose logarithm is below -1e8 forgets everything, whatever the input gate. Numbers that are not finite in
 /// v may reach earlier tokens of their chunk. Throws c10::Error (Python: RuntimeError) naming the argument, what was
 /// expected and what came; so for cu_seqlens that do not rise from 0 to T. The CUDA kernels do not look at these, which
