@@ -18,13 +18,13 @@ c10::Stream current_stream(at::Device device) {
 
 }  // namespace
 
-/// Called when the gradient of a parameter is complete. A recomputed block passes its own on first: they come once.
+/// Called once in a pass, when a parameter has all of its gradient: what a recomputed block finds goes through its inputs.
 class GradientSums::Hook : public torch::autograd::PostAccumulateGradHook {
  public:
   Hook(GradientSums& sums, Bucket& bucket) : sums_(sums), bucket_(bucket) {}
   void operator()(const at::Tensor& parameter) override {
-    // What is sent follows the stream that is current now. Had another one the gradients of this bucket, too, it would be
-    // sent before they are there: then the end of the pass is waited for, which waits for all streams.
+    // A sum follows the stream that is current where it begins. What another stream computes is summed behind the pass,
+    // which waits for all of them.
     if (current_stream(parameter.device()) == sums_.stream_) sums_.arrived(bucket_);
   }
 

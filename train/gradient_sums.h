@@ -39,8 +39,8 @@ class GradientSums {
   void finish(const at::Tensor& also);
 
  private:
-  /// While one bucket is on its way the next is computed.
-  static constexpr int64_t kBucketBytes = int64_t{32} << 20;
+  /// While one bucket is on its way the next is computed: a model of a few MiB has several, too.
+  static constexpr int64_t kBucketBytes = int64_t{8} << 20;
   class Hook;
   struct Bucket {
     TensorRow parameters;
