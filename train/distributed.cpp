@@ -31,8 +31,6 @@ constexpr std::chrono::minutes kPatience{30};
 constexpr std::chrono::minutes kTimeToMeet{10};
 constexpr std::chrono::seconds kSilence{5};
 constexpr std::chrono::milliseconds kBetweenLooks{50};
-/// Gradients are summed in parts of this size: while one is on its way the next is packed.
-constexpr int64_t kBucketBytes = int64_t{32} << 20;
 
 std::string variable(const char* name) {
   const char* value = std::getenv(name);
@@ -216,39 +214,23 @@ ProcessGroup::~ProcessGroup() = default;
 int64_t ProcessGroup::sum(int64_t value) {
   if (place_.alone()) return value;
   const at::Tensor all = at::tensor(value, at::kLong);
-  sum(std::vector<at::Tensor>{all});
+  sum(all);
   return all.item<int64_t>();
 }
 
 void ProcessGroup::sum(std::vector<double>& values) {
   if (place_.alone()) return;
-  sum(std::vector<at::Tensor>{
-      at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, at::kDouble)});
+  sum(at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, at::kDouble));
 }
 
-void ProcessGroup::sum(const std::vector<at::Tensor>& tensors) {
-  if (place_.alone()) return;
-  guarded([&] {
-    std::vector<c10::intrusive_ptr<c10d::Work>> under_way;
-    std::vector<at::Tensor> bucket;
-    int64_t bytes = 0;
-    const auto send = [&] {
-      if (bucket.empty()) return;
-      under_way.push_back(impl_->of(bucket.front()).allreduce_coalesced(bucket));
-      bucket.clear();
-      bytes = 0;
-    };
-    for (const at::Tensor& tensor : tensors) {
-      const auto size = static_cast<int64_t>(tensor.nbytes());
-      if (bytes + size > kBucketBytes ||
-          (!bucket.empty() && bucket.front().scalar_type() != tensor.scalar_type()))
-        send();
-      bucket.push_back(tensor);
-      bytes += size;
-    }
-    send();
-    for (const auto& work : under_way) work->wait();
-  });
+void ProcessGroup::sum(const at::Tensor& tensor) {
+  if (!place_.alone()) begin_sum(tensor)();
+}
+
+ProcessGroup::Wait ProcessGroup::begin_sum(const at::Tensor& tensor) {
+  std::vector<at::Tensor> one{tensor};
+  auto work = guarded([&] { return impl_->of(tensor).allreduce(one); });
+  return [this, work, tensor] { guarded([&] { work->wait(); }); };
 }
 
 bool ProcessGroup::any(bool value) { return sum(int64_t{value}) > 0; }

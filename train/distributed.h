@@ -42,11 +42,13 @@ class ProcessGroup {
   const ProcessPlace& place() const { return place_; }
   int64_t sum(int64_t value);
   void sum(std::vector<double>& values);
-  /// Dense tensors of one device, in place. On a GPU it is enqueued on the current stream.
-  void sum(const std::vector<at::Tensor>& tensors);
+  /// Of a dense tensor, in place. On a GPU it is enqueued on the current stream.
+  void sum(const at::Tensor& tensor);
   bool any(bool value);
   /// Waits for what has been begun: the current stream of a GPU does, the host with tensors of the CPU.
   using Wait = std::function<void()>;
+  /// Of several processes: only begins the sum of a dense tensor, in place.
+  [[nodiscard]] Wait begin_sum(const at::Tensor& tensor);
   /// Of several processes: `whole` becomes the parts of all in a row; dense tensors. Only begins it.
   [[nodiscard]] Wait all_gather(at::Tensor whole, at::Tensor part);
   /// Of several processes: `part` becomes this one's of the sum of all wholes. Only begins it.

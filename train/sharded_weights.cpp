@@ -7,15 +7,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "train/tensor_row.h"
+
 namespace xlstm::train {
-namespace {
-
-/// Parameters and parts begin at multiples of this many elements, where kernels find them aligned as memory of their own is.
-constexpr int64_t kAlignment = 64;
-
-int64_t aligned(int64_t elements) { return (elements + kAlignment - 1) / kAlignment * kAlignment; }
-
-}  // namespace
 
 /// The sum of gradients that is on its way, while the next block computes its own.
 class ShardedWeights::Reduction {
@@ -40,18 +34,13 @@ class ShardedWeights::Unit : public nn::TransientParameters {
   Unit(std::vector<at::Tensor> parameters, ProcessGroup& group, Reduction& reduction)
       : group_(group), reduction_(reduction), parameters_(std::move(parameters)) {
     const at::NoGradGuard no_grad;
-    int64_t end = 0;
-    for (const at::Tensor& parameter : parameters_) {
-      begins_.push_back(end);
-      end += aligned(parameter.numel());
-    }
     const int64_t processes = group.place().size;
-    share_ = aligned((end + processes - 1) / processes);
+    share_ = TensorRow::aligned((parameters_.elements() + processes - 1) / processes);
     whole_ = zeros(processes * share_);
-    for (size_t i = 0; i < parameters_.size(); ++i) {
-      const at::Tensor here = place_of(i, whole_);
-      here.copy_(parameters_[i]);
-      parameters_[i].set_data(here);
+    for (size_t i = 0; i < parameters_.tensors().size(); ++i) {
+      const at::Tensor here = parameters_.place(i, whole_);
+      here.copy_(parameter(i));
+      parameter(i).set_data(here);
     }
     own_ = own_part().clone();
     drop();
@@ -60,14 +49,14 @@ class ShardedWeights::Unit : public nn::TransientParameters {
   /// Of parameter i.
   std::vector<HeldPart> parts(size_t i) {
     std::vector<HeldPart> parts;
-    const int64_t first = begins_[i], last = first + parameters_[i].numel();
+    const int64_t first = parameters_.begin(i), last = first + parameter(i).numel();
     for (int64_t owner = first / share_; owner * share_ < last; ++owner) {
       const int64_t begin = std::max(first, owner * share_),
                     end = std::min(last, (owner + 1) * share_);
       HeldPart part{owner, begin - first, end - first, {}};
       if (owner == group_.place().rank) {
         part.weights = own_.slice(0, begin - owner * share_, end - owner * share_);
-        if (end - begin == last - first) part.weights = part.weights.view(parameters_[i].sizes());
+        if (end - begin == last - first) part.weights = part.weights.view(parameter(i).sizes());
         held_.emplace_back(i, part.weights);
       }
       parts.push_back(std::move(part));
@@ -106,7 +95,7 @@ class ShardedWeights::Unit : public nn::TransientParameters {
     std::vector<bool> reached;
     for (size_t i = 0; i < gradients.size(); ++i) {
       reached.push_back(gradients[i].defined());
-      if (reached.back()) place_of(i, all).copy_(gradients[i]);
+      if (reached.back()) parameters_.place(i, all).copy_(gradients[i]);
     }
     reduction_.begin(group_.reduce_scatter(sum, all), [this, sum, reached] { add(sum, reached); });
   }
@@ -151,21 +140,17 @@ class ShardedWeights::Unit : public nn::TransientParameters {
             gradient_.narrow(0, weights.storage_offset(), weights.numel()).view_as(weights);
   }
   at::Tensor zeros(int64_t elements) const {
-    return at::zeros({elements}, parameters_.front().options().requires_grad(false));
+    return at::zeros({elements}, parameter(0).options().requires_grad(false));
   }
-  /// Where parameter i is in a row of all of them.
-  at::Tensor place_of(size_t i, const at::Tensor& row) const {
-    return row.narrow(0, begins_[i], parameters_[i].numel()).view(parameters_[i].sizes());
-  }
+  const at::Tensor& parameter(size_t i) const { return parameters_.tensors()[i]; }
   at::Tensor own_part() const { return whole_.narrow(0, group_.place().rank * share_, share_); }
 
   ProcessGroup& group_;
   Reduction& reduction_;
-  std::vector<at::Tensor> parameters_;
-  std::vector<int64_t> begins_;  ///< of each in the row
-  int64_t share_ = 0;            ///< elements that a process holds
-  at::Tensor whole_;             ///< the row, whose memory comes and goes
-  at::Tensor own_, gradient_;    ///< of this process; the latter undefined without gradients
+  TensorRow parameters_;
+  int64_t share_ = 0;          ///< elements that a process holds
+  at::Tensor whole_;           ///< the row, whose memory comes and goes; parts of equal size
+  at::Tensor own_, gradient_;  ///< of this process; the latter undefined without gradients
   std::vector<std::pair<size_t, at::Tensor>> held_;  ///< number of a parameter, what of it is here
   int64_t fetched_ = 0;
   bool is_here_ = true;  ///< or on its way

@@ -103,6 +103,11 @@ TrainStep::TrainStep(models::LanguageModel& model, AdamW& optimizer, const confi
   if (config.train.sequence_parallel > 1 && group_ != nullptr)
     relay_.emplace(model, config, *group_);
   if (config.train.carry_state) carried_.emplace(model, config, group_);
+  if (group_ == nullptr) return;
+  std::vector<at::Tensor> whole;
+  for (const auto& [name, parameter] : parameters_)
+    if (weights == nullptr || weights->parts(parameter) == nullptr) whole.push_back(parameter);
+  sums_.emplace(whole, *group_);
 }
 
 /// On a CPU the batch's own memory is read. On a GPU it is copied to where the recorded step looks for it. Returns how many
@@ -139,7 +144,7 @@ int64_t TrainStep::set_inputs(const TrainBatch& batch, double learning_rate) {
   return targets;
 }
 
-/// Leaves the gradients of the mean loss; returns the sum of the losses of all targets (float64).
+/// Leaves the gradients of the mean loss; returns the sum of the losses of all targets (float64). Both of all processes.
 at::Tensor TrainStep::accumulate(const Inputs& inputs) {
   const int64_t batch_size = inputs.ids.size(0);
   const int64_t micro =
@@ -165,27 +170,19 @@ at::Tensor TrainStep::accumulate(const Inputs& inputs) {
       }
     }
     if (relay_) loss = relay_->with_sent(loss);
-    loss.backward(inputs.scalars.select(0, 0).to(loss.scalar_type()));
+    {
+      const bool last = first + micro >= batch_size;
+      const GradientSums::Scope summed(sums_ && last ? &*sums_ : nullptr);
+      loss.backward(inputs.scalars.select(0, 0).to(loss.scalar_type()));
+    }
     if (carried_) carried_->store(first, carried, loss);
     if (relay_) relay_->finish();
     const at::Tensor value = loss.detach().to(at::kDouble);
     sum = sum.defined() ? sum + value : value;
   }
-  return sum;
-}
-
-/// Which parameters have a gradient depends on the model alone: it is the same ones everywhere. Those of divided weights are
-/// summed already.
-void TrainStep::sum_over_processes(at::Tensor& loss) {
-  std::vector<at::Tensor> sums{loss};
-  for (auto& [name, parameter] : parameters_) {
-    at::Tensor& gradient = parameter.mutable_grad();
-    if (!gradient.defined()) continue;
-    gradient = gradient.contiguous();
-    sums.push_back(gradient);
-  }
-  group_->sum(sums);
+  if (sums_) sums_->finish(sum);
   if (weights_ != nullptr) weights_->finish_gradients();
+  return sum;
 }
 
 /// L2 norm of each parameter's gradient, float64; zero where the backward pass did not reach it: it is not updated. Of
@@ -203,7 +200,7 @@ at::Tensor TrainStep::gradient_norms() {
   const at::Tensor norms = norms_of(gradients);
   if (weights_ == nullptr) return norms;
   const at::Tensor squares = norms.square();
-  group_->sum(std::vector<at::Tensor>{squares});
+  group_->sum(squares);
   return at::where(divided_, squares.sqrt(), norms);
 }
 
@@ -217,7 +214,6 @@ double TrainStep::accumulate_gradients(const TrainBatch& batch) {
 at::Tensor TrainStep::work(int64_t step) {
   // 2 forward and backward
   at::Tensor loss = accumulate(inputs_);
-  if (group_ != nullptr) sum_over_processes(loss);
   loss = loss * inputs_.scalars.select(0, 0);
   if (failpoint_at("trainer.nan_grad", step)) {
     const at::NoGradGuard no_grad;

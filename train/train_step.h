@@ -10,6 +10,7 @@
 #include "csrc/models/language_model.h"
 #include "train/carried_state.h"
 #include "train/distributed.h"
+#include "train/gradient_sums.h"
 #include "train/optimizer.h"
 #include "train/prefetch.h"
 #include "train/sequence_relay.h"
@@ -68,7 +69,6 @@ class TrainStep {
   int64_t set_inputs(const TrainBatch& batch, double learning_rate);
   at::Tensor work(int64_t step);
   at::Tensor accumulate(const Inputs& inputs);
-  void sum_over_processes(at::Tensor& loss);
   at::Tensor gradient_norms();
   void run_or_replay(int64_t step);
   void record(int64_t step);
@@ -91,6 +91,7 @@ class TrainStep {
   StepGraph graph_;
   std::optional<CarriedState> carried_;
   std::optional<SequenceRelay> relay_;
+  std::optional<GradientSums> sums_;  ///< of what is not divided
   bool may_record_;
   int64_t runs_ = 0;
 };

@@ -71,11 +71,12 @@ def wait_for_step(run, step):
     raise AssertionError("the run does not come that far")
 
 
-def test_two_processes_are_one_with_two_micro_batches(setup):  # noqa: F811
+@pytest.mark.parametrize("options", [[], [RECOMPUTED, "model.tie_weights=true"]])
+def test_two_processes_are_one_with_two_micro_batches(setup, options):  # noqa: F811
     config, run = setup
-    done = train(config, TWO_MICRO_BATCHES, "run.name=alone")
+    done = train(config, *options, TWO_MICRO_BATCHES, "run.name=alone")
     assert done.returncode == 0, done.stderr
-    (out, err, status), (other_out, other_err, other_status) = together(config)
+    (out, err, status), (other_out, other_err, other_status) = together(config, *options)
     assert status == other_status == 0, err + other_err
     assert other_out == other_err == ""  # one process speaks for all
     assert "in each of 2 processes" in out and out.splitlines()[-1] == done.stdout.splitlines()[-1]
@@ -84,6 +85,30 @@ def test_two_processes_are_one_with_two_micro_batches(setup):  # noqa: F811
     assert fingerprint(run, 12) == fingerprint(alone, 12)
     held_out = [[r["val/loss"] for r in records(folder) if "val/loss" in r] for folder in (run, alone)]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-12) and len(held_out[0]) == 3
+
+
+def test_adapters_of_two_processes_are_those_of_one(setup):  # noqa: F811
+    config, run = setup
+    base = [RECOMPUTED, "model.embedding_dim=64"]
+    assert train(config, *base, "run.name=given", "train.max_steps=2").returncode == 0
+    adapters = [*base, "model.lora.rank=2", f"train.init_from={run.parent / 'given'}"]
+    assert train(config, *adapters, TWO_MICRO_BATCHES, "run.name=alone").returncode == 0
+    assert [status for _, _, status in together(config, *adapters)] == [0, 0]
+    assert losses(run) == losses(run.parent / "alone") and len(losses(run)) == 12
+    assert fingerprint(run, 12) == fingerprint(run.parent / "alone", 12)
+
+
+def test_micro_batches_of_two_processes(setup):  # noqa: F811
+    config, run = setup
+    one_by_one = "train.micro_batch_size=1"
+    assert train(config, one_by_one, "run.name=alone").returncode == 0
+    assert [status for _, _, status in together(config, one_by_one, failpoint="trainer.raise_sigterm:5")] == [75, 75]
+    assert [status for _, _, status in together(config, one_by_one)] == [0, 0]
+    assert [status for _, _, status in together(config, one_by_one, "optim.shard=true", "run.name=shared")] == [0, 0]
+    here, alone = ([float.fromhex(x) for x in losses(folder).values()] for folder in (run, run.parent / "alone"))
+    assert len(here) == 12 and here == pytest.approx(alone, rel=1e-5)
+    assert losses(run.parent / "shared") == losses(run)
+    assert fingerprint(run.parent / "shared", 12) == fingerprint(run, 12)
 
 
 def test_carried_states_are_those_of_one_process_whoever_goes_on(setup):  # noqa: F811

@@ -103,7 +103,7 @@ TEST_CASE("segments of sequences have the loss and the gradients of whole ones")
         const auto parameters = named_parameters(model);
         for (size_t i = 0; i < parameters.size(); ++i) {
           const at::Tensor& gradient = parameters[i].second.grad();
-          group.sum(std::vector<at::Tensor>{gradient});
+          group.sum(gradient);
           difference[rank] =
               std::max(difference[rank], (gradient - expected[i]).abs().max().item<double>());
         }

@@ -108,7 +108,7 @@ TEST_CASE("divided weights have the gradients and the updates of whole ones") {
         const at::Tensor& parameter = parameters[i].second;
         const auto* const parts = weights.parts(parameter);
         if (parts == nullptr) {
-          group.sum(std::vector<at::Tensor>{parameter.grad()});
+          group.sum(parameter.grad());
           difference[rank] =
               std::max(difference[rank], largest_difference(parameter.grad(), gradients[i]));
           continue;
