@@ -63,14 +63,19 @@ inline u16 float_to_bf16(float value) {
   if (value != value) return 0x7fff;
   return static_cast<u16>((bits + 0x7fffU + (bits >> 16 & 1U)) >> 16);
 }
+#if defined(__aarch64__)  // GCC before 13 has no _Float16 in C++ there
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
 inline float f16_to_float(u16 bits) {
-  _Float16 value;
+  Half value;
   std::memcpy(&value, &bits, 2);
   return static_cast<float>(value);
 }
 inline u16 float_to_f16(float value) {
   if (value != value) return 0x7fff;
-  const auto half = static_cast<_Float16>(value);
+  const auto half = static_cast<Half>(value);
   u16 bits;
   std::memcpy(&bits, &half, 2);
   return bits;

@@ -4,7 +4,7 @@
 # the CUDA runtime that torch itself loads.
 #
 # Why not find_package(Torch): the wheel's own config file fails without a CUDA toolkit, enables the CUDA language by
-# itself and picks GPU architectures that the installed nvcc may not know. All that is needed is three libraries and two
+# itself and picks GPU architectures that the installed nvcc may not know. All that is needed is a few libraries and two
 # include folders. find_spec avoids the two seconds of `import torch`.
 execute_process(
   COMMAND ${Python3_EXECUTABLE} -c "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
@@ -31,8 +31,10 @@ endif()
 add_library(torch_wheel INTERFACE IMPORTED GLOBAL)
 target_include_directories(torch_wheel SYSTEM INTERFACE
   ${TORCH_DIR}/include ${TORCH_DIR}/include/torch/csrc/api/include)
+# The BLAS that the CPU kernels call is inside libtorch_cpu.so on x86-64 and a library beside it on aarch64.
+file(GLOB _blas ${TORCH_LIB_DIR}/libnvpl_blas_lp64_*.so.* ${TORCH_LIB_DIR}/libopenblas*.so*)
 target_link_libraries(torch_wheel INTERFACE
-  ${TORCH_LIB_DIR}/libtorch.so ${TORCH_LIB_DIR}/libtorch_cpu.so ${TORCH_LIB_DIR}/libc10.so)
+  ${TORCH_LIB_DIR}/libtorch.so ${TORCH_LIB_DIR}/libtorch_cpu.so ${TORCH_LIB_DIR}/libc10.so ${_blas})
 # libtorch.so pulls in libtorch_cuda.so where the wheel has it: its registrations must not be dropped as "unused".
 target_link_options(torch_wheel INTERFACE -Wl,--no-as-needed)
 

@@ -1,6 +1,7 @@
 """The machine that runs are measured on: its GPUs, which runs share, and what it is called in a table."""
 
 import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def description(header, gpu=None):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    processor = next(names, platform.machine())  # not named there on aarch64
     count = header.get("threads") or (int(device.split()[0]) if device.endswith(" threads") else 0)  # xlstm-bench: "2 threads"
     threads = f"{count} thread{'s' if count != 1 else ''}" if count else ""
     return " of ".join(part for part in (threads, processor) if part)

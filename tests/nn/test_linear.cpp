@@ -12,6 +12,11 @@ namespace xlstm::nn {
 namespace {
 
 constexpr int64_t kIn = 1024, kOut = 4100;  // four blocks of rows and a part of one
+#if defined(__aarch64__)
+constexpr int64_t kPacked = 4 << 20;  // torch's product packs its block of the weight there
+#else
+constexpr int64_t kPacked = 0;
+#endif
 
 double largest_difference(const at::Tensor& a, const at::Tensor& b) {
   return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
@@ -54,7 +59,7 @@ TEST_CASE("a kept weight is converted block by block: values, gradients, memory"
         CHECK(largest_difference(y, expected) <= allowed * expected.abs().max().item<double>());
         const at::Tensor dx = at::matmul(dy.to(at::kDouble), whole);
         CHECK(largest_difference(x.grad(), dx) <= allowed * dx.abs().max().item<double>());
-        if (type == at::kFloat) CHECK(bytes < 4 * kIn * kOut / 2);
+        if (type == at::kFloat) CHECK(bytes < 4 * kIn * kOut / 2 + kPacked);
         {
           const at::NoGradGuard no_grad;
           CHECK(at::equal(linear.forward(x), y));

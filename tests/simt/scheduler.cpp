@@ -1,5 +1,6 @@
 // Fibers, the scheduler, launches.
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -25,7 +26,7 @@ Fiber* current = nullptr;
 
 namespace {
 
-constexpr std::size_t kPage = 4096;
+const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));  // up to 64 KiB on arm64
 #if defined(SIMT_TSAN) || defined(SIMT_ASAN)
 constexpr std::size_t kStack = 256 << 10;
 #else
@@ -236,11 +237,11 @@ static char* take_stack() {
     stack_pool.pop_back();
     return stack;
   }
-  void* p = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE,
+  void* p = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw Error("no memory for a thread's stack");
-  mprotect(p, kPage, PROT_NONE);
-  return static_cast<char*>(p) + kPage;
+  mprotect(p, page, PROT_NONE);
+  return static_cast<char*>(p) + page;
 }
 
 static void give_stack(char* stack) {
@@ -252,7 +253,7 @@ static void give_stack(char* stack) {
   if (stack_pool.size() + used_stacks.size() < kStacksKept) {
     used_stacks.push_back(stack);
   } else {
-    munmap(stack - kPage, kStack + kPage);
+    munmap(stack - page, kStack + page);
   }
 #else
   stack_pool.push_back(stack);

@@ -51,6 +51,23 @@ class Rotation {
     for (int word = 0; word < kWords; ++word) lanes_[k][i * kWords + word] = from * kWords + word;
   }
   alignas(32) int32_t lanes_[S][8];
+#elif defined(__aarch64__)
+  __attribute__((always_inline)) Vec<A> operator()(const Vec<A>& v, int k) const {
+    const uint8x16_t index = vld1q_u8(bytes_[k]);
+    if constexpr (sizeof(A) == 4) {
+      return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(v), index));
+    } else {
+      return vreinterpretq_f64_u8(vqtbl1q_u8(vreinterpretq_u8_f64(v), index));
+    }
+  }
+
+ private:
+  void set_lane(int k, int i, int from) {
+    constexpr int kBytes = sizeof(A);
+    for (int byte = 0; byte < kBytes; ++byte)
+      bytes_[k][i * kBytes + byte] = static_cast<uint8_t>(from * kBytes + byte);
+  }
+  alignas(16) uint8_t bytes_[S][16];
 #else
   Vec<A> operator()(const Vec<A>& v, int k) const {
     A from[kLanes<A>], to[kLanes<A>];

@@ -1,6 +1,6 @@
 #pragma once
-// Row-major GEMM on tiles, from the BLAS inside libtorch_cpu (MKL on x86). Inside at::parallel_for it runs on the
-// calling thread alone.
+// Row-major GEMM on tiles, from the BLAS of libtorch_cpu (MKL on x86-64, NVPL on aarch64). Inside at::parallel_for it runs
+// on the calling thread alone.
 #include <cstdint>
 
 extern "C" {

@@ -17,6 +17,11 @@ inline Vec<float> load_integers(const int8_t* p) {
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_cvtepi32_ps(
       _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  int32_t four;
+  __builtin_memcpy(&four, p, sizeof four);
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 #else
   float lanes[kWidth];
   for (int64_t i = 0; i < kWidth; ++i) lanes[i] = p[i];

@@ -19,7 +19,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 3;  // 16 registers
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 5;  // 32 registers: 5 x 4 accumulators, 4 operands, 5 factors
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 3;
@@ -86,7 +86,13 @@ XLSTM_INLINE Vec<Real> with_sign(Vec<Real> magnitude, Vec<Real> sign) {
   return (Vec<Real>)((Int<Real>)magnitude | ((Int<Real>)sign & Simd<Real>::kSign));
 }
 
-constexpr double inverse_factorial(int n) { return n <= 1 ? 1.0 : inverse_factorial(n - 1) / n; }
+struct InverseFactorials {
+  double of[14];
+  constexpr InverseFactorials() : of{1.0} {
+    for (int n = 1; n < 14; ++n) of[n] = of[n - 1] / n;
+  }
+};
+constexpr InverseFactorials kInverseFactorials;
 
 /// exp(x) = scale + scale * p for x in [kLowest, 0]: x = n ln2 + r, |r| <= ln2/2, p = e^r - 1 by its Taylor series
 /// (truncated below half a unit in the last place). NaN gives a NaN p.
@@ -97,9 +103,10 @@ XLSTM_INLINE void exp_parts(Vec<Real> x, Vec<Real>& scale, Vec<Real>& p) {
   const Vec<Real> n = shifted - S::kRound;
   scale = (Vec<Real>)((Int<Real>)shifted << S::kMantissa);
   const Vec<Real> r = (x - n * S::kLn2High) - n * S::kLn2Low;
-  Vec<Real> q = r * Real(inverse_factorial(S::kTerms)) + Real(inverse_factorial(S::kTerms - 1));
+  Vec<Real> q =
+      r * Real(kInverseFactorials.of[S::kTerms]) + Real(kInverseFactorials.of[S::kTerms - 1]);
 #pragma GCC unroll 16
-  for (int k = S::kTerms - 2; k >= 2; --k) q = q * r + Real(inverse_factorial(k));
+  for (int k = S::kTerms - 2; k >= 2; --k) q = q * r + Real(kInverseFactorials.of[k]);
   p = r + r * r * q;
 }
 /// exp(x) for x <= 0; below the smallest normal number 0. NaN stays NaN.
@@ -133,9 +140,14 @@ XLSTM_INLINE Vec<Real> twice_atanh(Vec<Real> s) {
 struct BFloat16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)  // GCC before 13 has no _Float16 in C++ there
+using Float16 = __fp16;
+#else
+using Float16 = _Float16;
+#endif
 XLSTM_INLINE float to_real(float x) { return x; }
 XLSTM_INLINE double to_real(double x) { return x; }
-XLSTM_INLINE float to_real(_Float16 x) { return static_cast<float>(x); }
+XLSTM_INLINE float to_real(Float16 x) { return static_cast<float>(x); }
 XLSTM_INLINE float to_real(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;
@@ -144,7 +156,7 @@ XLSTM_INLINE float to_real(BFloat16 x) {
 }
 XLSTM_INLINE void from_real(float x, float& out) { out = x; }
 XLSTM_INLINE void from_real(double x, double& out) { out = x; }
-XLSTM_INLINE void from_real(float x, _Float16& out) { out = static_cast<_Float16>(x); }
+XLSTM_INLINE void from_real(float x, Float16& out) { out = static_cast<Float16>(x); }
 XLSTM_INLINE void from_real(float x, BFloat16& out) {  // to nearest even; NaN stays NaN
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -170,7 +182,7 @@ XLSTM_INLINE void with_element(SlstmDtype dtype, const F& f) {
   } else if (dtype == SlstmDtype::kBFloat16) {
     f(BFloat16{});
   } else {
-    f(_Float16{});
+    f(Float16{});
   }
 }
 

@@ -68,6 +68,14 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // load(p): all lanes; load(p, n): n <= lanes, the rest are zero. store likewise.
 inline Vec<float> load(const float* p) { return Vec<float>::loadu(p); }
 inline Vec<double> load(const double* p) { return Vec<double>::loadu(p); }
+#if defined(__aarch64__)  // at::vec takes lane after lane here
+inline Vec<float> load(const c10::BFloat16* p) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->x), 16));
+}
+inline Vec<float> load(const c10::Half* p) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->x)));
+}
+#else
 inline Vec<float> load(const c10::BFloat16* p) {
   Vec<float> v;
   at::vec::load_fp32_from_bf16(p, v);
@@ -78,6 +86,7 @@ inline Vec<float> load(const c10::Half* p) {
   at::vec::load_fp32_from_fp16(p, v);
   return v;
 }
+#endif
 
 inline void store(float* p, const Vec<float>& v) { v.store(p); }
 inline void store(double* p, const Vec<double>& v) { v.store(p); }
@@ -94,6 +103,13 @@ inline void store(c10::BFloat16* p, const Vec<float>& v) {
 }
 inline void store(c10::Half* p, const Vec<float>& v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), at::vec::cvtfp32_fp16(v));
+}
+#elif defined(__aarch64__)
+inline void store(c10::BFloat16* p, const Vec<float>& v) {
+  at::vec::convert_float_bfloat16(v, v).store(p, kLanes<float>);
+}
+inline void store(c10::Half* p, const Vec<float>& v) {
+  vst1_u16(&p->x, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 }
 #else
 template <class T>
@@ -179,8 +195,8 @@ inline Vec<float> scale_by_power(const Vec<float>& p, const Vec<float>& n) {
 }
 
 /// e^x to 2 units in the last place, at a third of the cost of Sleef's call. Zero below -87.3 (the
-/// denormal results), e^88 above 88; NaN stays NaN.
-inline Vec<float> exp(const Vec<float>& x) {
+/// denormal results), e^88 above 88; NaN stays NaN. It and what is made of it would be calls for aarch64.
+__attribute__((always_inline)) inline Vec<float> exp(const Vec<float>& x) {
   const Vec<float> low(-87.3f), high(88.0f);
   // min(x, high) as -max(-x, -high), so that NaN is the second operand both times and stays.
   const Vec<float> clamped = larger_lanes(low, larger_lanes(high.neg(), x.neg()).neg());
@@ -201,7 +217,7 @@ inline Vec<float> exp(const Vec<float>& x) {
 }
 
 template <class A>
-inline Vec<A> sigmoid(const Vec<A>& x) {
+__attribute__((always_inline)) inline Vec<A> sigmoid(const Vec<A>& x) {
   return Vec<A>(A(1)) / (Vec<A>(A(1)) + exp(x.neg()));
 }
 
