@@ -313,9 +313,11 @@ def _change_in_place(module, fn):
 
 def check_state(state):
     """A TypeError unless it is None or a list of tensors for each block."""
+    def is_block(block):
+        return not isinstance(block, torch.Tensor) and all(isinstance(tensor, torch.Tensor) for tensor in block)
+
     try:
-        fits = state is None or all(isinstance(tensor, torch.Tensor) for block in state for tensor in block)
-        fits = fits and not any(isinstance(block, torch.Tensor) for block in state or ())
+        fits = state is None or all(map(is_block, state))
     except TypeError:
         fits = False
     if not fits:

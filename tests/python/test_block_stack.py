@@ -323,7 +323,7 @@ def test_a_state_that_does_not_fit_is_named():
     checkpointed = make_stack(activation_checkpointing=True)
     _, other = make_stack(slstm_at=[0])(x)
     _, wide = make_stack(embedding_dim=64)(torch.randn(2, 6, 64))
-    _, low = make_stack().bfloat16()(x.bfloat16())
+    low = [[tensor.bfloat16() for tensor in block] for block in stack(x)[1]]
     for call in (lambda state: stack(x, state), lambda state: model(ids, state), lambda state: checkpointed(x, state),
                  lambda state: stack(x, state, lengths=[6, 2]), lambda state: model(ids, state, lengths=[6, 2]),
                  lambda state: model.hidden(ids, state, blocks=[0]), lambda state: model(ids, state, targets=ids)):

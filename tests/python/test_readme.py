@@ -62,6 +62,18 @@ def test_its_python_runs(tmp_path, monkeypatch):
     assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True) if b.dim() > 1)
 
 
+def test_its_training_by_transformers_runs(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs it")
+    monkeypatch.chdir(tmp_path)
+    *_, trainer, _ = blocks(GUIDES["libxlstm/README.md"], "python")
+    names = {}
+    exec(trainer, names)
+    assert (tmp_path / "runs" / "trainer" / "checkpoint-20" / "model.safetensors").exists()
+    log = names["trainer"].evaluate()
+    ids = names["tokens"][:8]
+    assert abs(names["model"](ids[:, :-1], targets=ids[:, 1:])[0].item() - log["eval_loss"]) < 1e-3
+
+
 def test_its_line_for_transformers_runs(tmp_path, monkeypatch):
     from test_accelerate import make_transformers, stand_ins
 
