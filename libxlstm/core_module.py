@@ -63,6 +63,7 @@ for _name in ("add_module", "register_module", "register_parameter", "register_b
 
 _NO_META = ("it stays the C++ module's own tensor, with memory on the CPU or a GPU. Make the model outside of "
             "torch.device(\"meta\") and of accelerate's init_empty_weights(); libxlstm.load() draws no weights and needs neither")
+_NOT_MADE_ON_META = f"a parameter cannot be made on meta: {_NO_META}"
 
 
 class CoreModule(torch.nn.Module):
@@ -85,7 +86,7 @@ class CoreModule(torch.nn.Module):
         super().__init__()
         copyreg.pickle(type(core), _reduce_core)
         if torch.get_default_device().type == "meta":
-            raise TypeError(f"a parameter cannot be made on meta: {_NO_META}")
+            raise TypeError(_NOT_MADE_ON_META)
         self._core = core
         # What holds something is None where it is this module: one that refers to itself is not freed when it is dropped.
         self._parts = []  # (module that holds it, its name there, part)
@@ -99,9 +100,12 @@ class CoreModule(torch.nn.Module):
                     self._parts.append((None if part is self else part, step, part._modules[step]))
                 part = part._modules[step]
             tensor._is_param = True  # isinstance(tensor, torch.nn.Parameter), whose constructor takes copies alone
-            part.register_parameter(key, tensor)
-            if part._parameters[key] is not tensor:  # accelerate has another method in that one's place
-                raise TypeError(f"a parameter cannot be made on {part._parameters[key].device}: {_NO_META}")
+            try:
+                part.register_parameter(key, tensor)
+            except TypeError as error:  # of accelerate's method, which stands in that one's place
+                raise TypeError(_NOT_MADE_ON_META) from error
+            if part._parameters[key] is not tensor:
+                raise TypeError(_NOT_MADE_ON_META)
             self._own.append((name, None if part is self else part, key, tensor))
         for _, _, part in self._parts:
             part._closed = True

@@ -304,14 +304,19 @@ def test_what_makes_parameters_elsewhere_is_refused():
                 make()
     before = torch.nn.Module.register_parameter
 
-    def empty(module, name, parameter):  # as accelerate.init_empty_weights() has it
-        before(module, name, parameter)
-        module._parameters[name] = torch.nn.Parameter(parameter.to("meta"))
+    def empty(make):  # as accelerate.init_empty_weights() has it
+        def register(module, name, parameter):
+            before(module, name, parameter)
+            module._parameters[name] = make(parameter)
 
-    torch.nn.Module.register_parameter = empty
+        return register
+
     try:
-        with pytest.raises(TypeError, match="a parameter cannot be made on meta: it stays"):
-            libxlstm.make_model(embedding_dim=32)
+        for make in (lambda parameter: type(parameter)(parameter.to("meta"), **parameter.__dict__, requires_grad=True),
+                     lambda parameter: torch.nn.Parameter(parameter.to("meta"))):
+            torch.nn.Module.register_parameter = empty(make)
+            with pytest.raises(TypeError, match="a parameter cannot be made on meta: it stays"):
+                libxlstm.make_model(embedding_dim=32)
     finally:
         torch.nn.Module.register_parameter = before
 
