@@ -16,6 +16,7 @@ of the xlstm package compute by the operators.
 """
 
 import importlib
+import os
 from pathlib import Path
 
 import torch
@@ -25,8 +26,10 @@ from .accelerated import accelerate
 from .data import TokenData
 from .library import as_yaml, load_module, load_operators
 from .model import BlockStack, Model
+from .states import detach, merge_states, split_state
 
-__all__ = ["BlockStack", "Error", "Model", "TokenData", "accelerate", "load", "make_model", "__version__"]
+__all__ = ["BlockStack", "Error", "Model", "TokenData", "accelerate", "detach", "load", "make_model", "merge_states",
+           "split_state", "__version__"]
 __version__ = "0.1.0"  # CMake and setuptools read it here
 
 
@@ -66,15 +69,26 @@ def _overrides(settings, section=""):
             yield f"{section}{name}={as_yaml(value)}"
 
 
-def make_model(settings):
+def make_model(settings=None, **model):
     """A freshly initialised Model (torch.manual_seed decides), float32, on the CPU and in train mode; to() moves it.
 
-    settings: a configuration as the programs take it, as YAML or a dictionary, of which model counts:
-    {"model": {"embedding_dim": 256, "num_blocks": 8, "slstm_at": [1]}}; `xlstm-train --help` lists all of it. Raises
-    libxlstm.Error naming the setting that is wrong.
+    model: the settings of `model`, as BlockStack takes them: make_model(embedding_dim=256, num_blocks=8, slstm_at=[1]). Or
+    settings: a whole configuration as the programs take it, of which model counts: a dictionary, a YAML text, or a
+    pathlib.Path, whose file is read as xlstm-train reads it. `xlstm-train --help` lists all of it. Raises libxlstm.Error naming
+    the setting that is wrong.
     """
-    text = settings if isinstance(settings, str) else as_yaml(settings)
-    return Model(load_module().make_model(text))
+    if (settings is None) == (not model):
+        raise TypeError("make_model: expected either a configuration or settings of `model` by name")
+    module = load_module()
+    if isinstance(settings, os.PathLike):
+        return Model(module.make_model(os.fspath(settings), True))
+    text = settings if isinstance(settings, str) else as_yaml({"model": model} if settings is None else settings)
+    if isinstance(settings, str) and text.strip() and ":" not in text and "{" not in text:  # no mapping
+        error = module.Error(f"settings: expected YAML such as 'model: {{embedding_dim: 256}}', got {text!r}; of a file "
+                             f"give its path: pathlib.Path({text!r})")
+        error.code = 2
+        raise error
+    return Model(module.make_model(text, False))
 
 
 def __getattr__(name):

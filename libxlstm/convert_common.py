@@ -91,7 +91,7 @@ def exported(source):
     from libxlstm.scoring import find_tokenizer
 
     model = libxlstm.load(source)
-    config = yaml.safe_load(model.config)
+    config = yaml.safe_load(model.settings)
     if config["model"]["lora"]["rank"]:
         model = model.merge_lora()
     if any(tensor.dtype == torch.int8 for tensor in model.parameters()):

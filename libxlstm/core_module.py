@@ -5,6 +5,7 @@ import copyreg
 import operator
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from .library import load_module
 
@@ -41,7 +42,8 @@ def _refuse(name):
     raise AttributeError(
         f"{name}: a part of this module holds parameters and computes nothing by itself, so that nothing can be put in its "
         "place, added to it or hooked, as FSDP, pruning and parametrizations would. Change parameters in place "
-        "(torch.no_grad(); parameter.copy_(values)), and build on Model.hidden(), a BlockStack or torch.ops.xlstm"
+        "(torch.no_grad(); parameter.copy_(values)), and build on Model.hidden(), a BlockStack or torch.ops.xlstm. Tools that "
+        "hook every module are to stop at this one: Lightning's ModelSummary(max_depth=1)"
     )
 
 
@@ -57,6 +59,11 @@ def _only_while_built(name):
 for _name in ("add_module", "register_module", "register_parameter", "register_buffer", "register_forward_hook",
               "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"):
     setattr(_Part, _name, _only_while_built(_name))
+
+
+_NO_META = ("it stays the C++ module's own tensor, with memory on the CPU or a GPU. Make the model outside of "
+            "torch.device(\"meta\") and of accelerate's init_empty_weights(); libxlstm.load() draws no weights and needs neither")
+_NOT_MADE_ON_META = f"a parameter cannot be made on meta: {_NO_META}"
 
 
 class CoreModule(torch.nn.Module):
@@ -78,6 +85,8 @@ class CoreModule(torch.nn.Module):
         """core: what this stands for, of libxlstm._C."""
         super().__init__()
         copyreg.pickle(type(core), _reduce_core)
+        if torch.get_default_device().type == "meta":
+            raise TypeError(_NOT_MADE_ON_META)
         self._core = core
         # What holds something is None where it is this module: one that refers to itself is not freed when it is dropped.
         self._parts = []  # (module that holds it, its name there, part)
@@ -91,7 +100,12 @@ class CoreModule(torch.nn.Module):
                     self._parts.append((None if part is self else part, step, part._modules[step]))
                 part = part._modules[step]
             tensor._is_param = True  # isinstance(tensor, torch.nn.Parameter), whose constructor takes copies alone
-            part.register_parameter(key, tensor)
+            try:
+                part.register_parameter(key, tensor)
+            except TypeError as error:  # of accelerate's method, which stands in that one's place
+                raise TypeError(_NOT_MADE_ON_META) from error
+            if part._parameters[key] is not tensor:
+                raise TypeError(_NOT_MADE_ON_META)
             self._own.append((name, None if part is self else part, key, tensor))
         for _, _, part in self._parts:
             part._closed = True
@@ -125,6 +139,9 @@ class CoreModule(torch.nn.Module):
             torch._dynamo.graph_break(msg="libxlstm's models compute in C++, which fullgraph=True and torch.export do not "
                                           "take: write a torch.nn.Module of torch.ops.xlstm for them")
         self._check_parameters()
+        if isinstance(inputs, PackedSequence):
+            raise TypeError("ids: expected (B,T), got a PackedSequence; torch.nn.utils.rnn.pad_packed_sequence(packed, "
+                            "batch_first=True) gives ids and the lengths=... to call it with")
         if not isinstance(inputs, torch.Tensor):
             inputs = torch.as_tensor(inputs, device=self._own[0][3].device)
         if not inputs.is_floating_point():
@@ -134,8 +151,7 @@ class CoreModule(torch.nn.Module):
             reset = reset if reset.is_floating_point() else reset.bool()
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device="cpu")
-        if state is not None and not _is_state(state):
-            raise TypeError("state: expected None or what a call returned, a list of tensors for each block")
+        check_state(state)
         return function(inputs, state, reset, lengths, *more)
 
     def _check_dtype(self, name, x, part):
@@ -291,7 +307,7 @@ def _change_in_place(module, fn):
             changed = fn(parameter)
             if not torch._has_compatible_shallow_copy_type(parameter, changed):
                 raise TypeError(f"a parameter on {parameter.device} cannot become a {changed.layout} tensor on "
-                                f"{changed.device}: it stays the C++ module's own tensor, with memory on the CPU or a GPU")
+                                f"{changed.device}: {_NO_META}")
             parameter.data = changed
             if parameter.grad is not None:
                 parameter.grad.data = fn(parameter.grad)
@@ -299,9 +315,14 @@ def _change_in_place(module, fn):
             module._buffers[key] = None if buffer is None else fn(buffer)
 
 
-def _is_state(state):
+def check_state(state):
+    """A TypeError unless it is None or a list of tensors for each block."""
+    def is_block(block):
+        return not isinstance(block, torch.Tensor) and all(isinstance(tensor, torch.Tensor) for tensor in block)
+
     try:
-        return all(not isinstance(block, torch.Tensor) and all(isinstance(tensor, torch.Tensor) for tensor in block)
-                   for block in state)
+        fits = state is None or all(map(is_block, state))
     except TypeError:
-        return False
+        fits = False
+    if not fits:
+        raise TypeError("state: expected None or what a call returned, a list of tensors for each block")

@@ -2,14 +2,17 @@
 
 import collections.abc
 import contextlib
+import copy
+import json
 import numbers
 import os
 import tempfile
 
 import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .arguments import integer, number
-from .core_module import CoreModule
+from .core_module import CoreModule, check_state
 from .library import as_yaml, load_module
 
 
@@ -23,8 +26,8 @@ class BlockStack(CoreModule):
     settings: those of `model` in a configuration, but those of embedding and head: `xlstm-train --help` lists them with their
     defaults. Blocks are residual and a norm follows the last (add_out_norm=False: none); positions that gpt learns and the norm
     in front of rwkv4 to rwkv6 belong to the embedding. First weights are torch's random generator's (torch.manual_seed),
-    float32 and on the CPU whatever torch.set_default_dtype and torch.device say; to() moves them. Raises libxlstm.Error naming
-    the setting that is wrong.
+    float32 and on the CPU whatever torch.set_default_dtype and torch.device say ("meta" is an error); to() moves them. Raises
+    libxlstm.Error naming the setting that is wrong.
     """
 
     _ELSEWHERE = ("vocab_size", "input_features", "tie_weights", "embedding_init_std", "output_logit_soft_cap",
@@ -34,23 +37,47 @@ class BlockStack(CoreModule):
         for name in self._ELSEWHERE:
             if name in settings:
                 raise TypeError(f"{name}: a setting of embedding or head, which a stack of blocks does not have")
+        settings = json.loads(as_yaml(settings))  # plain values
         super().__init__(load_module().make_stack(as_yaml({"model": settings})))
+        self._settings = settings
 
     def forward(self, x, state=None, reset=None, lengths=None, blocks=None):
         """x (B,T,D) floating, T >= 0 -> y (B,T,D) and the state after the last token: one list of tensors per block, new ones.
 
         state None: before the first token. reset (B,T) bool: the state is empty before that token. lengths, a list or tensor
         of B numbers from 1 to T: the sequences have these lengths and padding behind them, which is not read; y is 0 there, and
-        the state is the one behind each sequence's own end. Without a state only.
+        the state is the one behind each sequence's own end. With a state there is a pass for each length that occurs, and a
+        sequence may have nothing new: its length is 0 and its state stays (kinds whose state grows, llama, gpt and hyena, take
+        one length for all then).
 
         Gradients go back through the state, too; to cut them, as truncated backpropagation through time does, pass on
-        [[tensor.detach() for tensor in block] for block in state].
+        libxlstm.detach(state).
 
         blocks, positions as Python counts them: a list of the residual stream (B,T,D) behind each of these blocks, before
         the last norm, comes third: y, state, (first, last) = stack(x, blocks=[0, -1]).
+
+        x may be a torch.nn.utils.rnn.PackedSequence, which brings its lengths: so is y then, and the state is in the order of
+        the sequences before they were packed, as that of torch.nn.LSTM is. reset and blocks are not taken beside it.
         """
+        if isinstance(x, PackedSequence):
+            return self._packed(x, state, reset, lengths, blocks)
         self._check_dtype("x", x, "blocks")
         return self._call_with_blocks(self._core, blocks, x, state, reset, lengths)
+
+    def _packed(self, x, state, *others):
+        if any(other is not None for other in others):
+            raise TypeError("x: a PackedSequence has its own lengths and takes neither lengths nor reset nor blocks; "
+                            "torch.nn.utils.rnn.pad_packed_sequence(x, batch_first=True) gives x and lengths")
+        padded, lengths = pad_packed_sequence(x, batch_first=True)
+        y, state = BlockStack.forward(self, padded, state, lengths=lengths)
+        if x.sorted_indices is not None:  # in which they lie in x
+            y, lengths = y[x.sorted_indices], lengths[x.sorted_indices.cpu()]
+        return x._replace(data=pack_padded_sequence(y, lengths, batch_first=True).data), state
+
+    @property
+    def settings(self):
+        """What it was made of: BlockStack(**stack.settings) is another one like it. A dictionary."""
+        return copy.deepcopy(self._settings)
 
 
 class Model(CoreModule):
@@ -70,7 +97,9 @@ class Model(CoreModule):
             for ids, targets in pieces:                  # each goes on where the one before ended
                 loss, state = model(ids, state, targets=targets)
                 loss.backward()
-                state = [[tensor.detach() for tensor in block] for block in state]
+                optimizer.step()
+                optimizer.zero_grad()
+                state = libxlstm.detach(state)           # gradients end here
         """
         return self._call(self._core, ids, state, reset, lengths, targets, reduction)
 
@@ -126,7 +155,7 @@ class Model(CoreModule):
             raise IndexError(f"ids: expected ids from 0 to {count - 1}, got {outside[0]}, which is out of range") from None
 
     def generate(self, prompt, max_new_tokens=256, temperature=0.8, top_k=0, top_p=1.0, seed=42, stop_token=None,
-                 vocab_size=None, on_token=None):
+                 vocab_size=None, on_token=None, state=None, return_state=False):
         """The ids that continue a prompt, a list or a tensor (T) of at least one id, as a list; or lists that continue each of
         several prompts of any lengths, a list of such or a tensor (B,T), side by side. Drawn as xlstm-generate draws: in
         constant time and memory per token, without dropout, the same for the same seed on every platform. Side by side rounds
@@ -136,6 +165,18 @@ class Model(CoreModule):
         probability, None: all. seed: prompt i has seed + i. stop_token: the end, which is the last id then; -1: none.
         vocab_size: only ids below it, where the model's vocabulary is padded. Where these two are not given they are those of
         self.tokenizer, if there is one. on_token(id), of several prompts on_token(i, id), is called with each id at once.
+
+        state: the prompts, one for each of its sequences, go on from there, as those of model(ids, state) do: nothing before
+        them is read again. return_state: ids, state come back, and the state is behind prompt and ids, all of them, as if
+        model(prompt + ids) had given it; with max_new_tokens=0 behind the prompt. So goes a chat:
+
+            state = None
+            for turn in turns:                           # what is new alone: at least one id
+                ids, state = model.generate(turn, state=state, return_state=True)
+
+        The ids are those that the whole text as a prompt would give, up to rounding. Not of models whose state grows with what
+        they have read (llama, gpt, hyena).
+
         Raises libxlstm.Error, or ValueError where an argument is not of its kind.
         """
         self._check_parameters()
@@ -158,10 +199,17 @@ class Model(CoreModule):
             stop_token = self.tokenizer.eos_id if stop_token is None else stop_token
             vocab_size = self.tokenizer.vocab_size if vocab_size is None else vocab_size
         stop_token, vocab_size = -1 if stop_token is None else stop_token, vocab_size or 0
+        check_state(state)
+        if state is None and return_state:
+            state = []
         with self._own_stream():
-            found = self._core.generate(prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, vocab_size,
-                                        on_token)
-        return found if several else found[0]
+            found, state = self._core.generate(prompts, max_new_tokens, temperature, top_k, top_p, seed, stop_token, vocab_size,
+                                               on_token, state)
+        for tensor in (tensor for block in state or () for tensor in block):
+            if tensor.is_cuda:  # made on the stream above, used on the caller's
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        found = found if several else found[0]
+        return (found, state) if return_state else found
 
     def merge_lora(self):
         """A new Model without adapters that computes the same: they are part of its weights. All its parameters are trained.
@@ -207,8 +255,8 @@ class Model(CoreModule):
         return self._tokenizer
 
     @property
-    def config(self):
-        """Every setting of the run that made the model, as YAML."""
+    def settings(self):
+        """Every setting of the run that made the model, as YAML, which make_model() takes."""
         return self._core.config
 
     @property
@@ -216,14 +264,20 @@ class Model(CoreModule):
         """The checkpoint folder, "" for a fresh model."""
         return self._core.folder
 
+    @contextlib.contextmanager
     def _own_stream(self):
         """On a GPU, a stream where decoding steps can be recorded, which the default one does not allow."""
         device = next(self.parameters()).device
         if device.type != "cuda":
-            return contextlib.nullcontext()
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        return torch.cuda.stream(stream)
+            yield
+            return
+        stream, callers = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(callers)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            callers.wait_stream(stream)
 
 
 def _ids(sequence):

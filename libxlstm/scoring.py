@@ -136,9 +136,9 @@ class Judge:
     """
 
     def __init__(self, model, tokenizer, device="auto", dtype="float32", batch_size=16, max_length=None, max_logits=1 << 27):
-        import yaml  # model.config is YAML
+        import yaml  # model.settings is YAML
 
-        config = yaml.safe_load(model.config)
+        config = yaml.safe_load(model.settings)
         if config["model"]["input_features"]:
             raise ScoringError(EXIT_CONFIG, "the model reads numbers (model.input_features), not text")
         if dtype not in DTYPES:
@@ -178,7 +178,7 @@ class Judge:
 
         weights, _ = DTYPES.get(options.get("dtype", "float32"), (None, None))  # an unknown one is the class's to refuse
         model = libxlstm.load(folder, verify, dtype=weights)
-        configured = yaml.safe_load(model.config)["data"]["tokenizer"]
+        configured = yaml.safe_load(model.settings)["data"]["tokenizer"]
         return cls(model, Tokenizer(tokenizer or find_tokenizer(model.folder, configured)), **options)
 
     def score(self, pairs, on_result=None):

@@ -23,6 +23,8 @@ class Decoder {
   const at::Tensor& next(const at::Tensor& tokens);
   /// Goes on without a sequence, whose row the last one takes. On a CPU: a recorded step would go on with all rows.
   void drop(int64_t row);
+  /// Behind all tokens so far, which the next call writes to. What mLSTM cells let lag does so here.
+  const models::ModelState& state() const { return state_; }
 
  private:
   void advance();

@@ -1,7 +1,10 @@
 #include "train/generation.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -12,6 +15,7 @@
 #include <utility>
 
 #include "csrc/core/error.h"
+#include "csrc/models/model_kinds.h"
 #include "csrc/models/padded_batch.h"
 #include "csrc/nn/no_dropout.h"
 #include "train/decoder.h"
@@ -37,23 +41,29 @@ void check_prompts(const Prompts& prompts, int64_t vocab_size) {
   }
 }
 
-/// Logits (B,V) behind the prompts and the state there.
-std::pair<at::Tensor, models::ModelState> read_prompts(models::LanguageModel& model,
-                                                       const Prompts& prompts) {
+/// Prompts (B,T) as one tensor, with zeros behind the shorter ones, and their lengths (B).
+std::pair<at::Tensor, at::Tensor> padded_prompts(const Prompts& prompts) {
   const auto batch = static_cast<int64_t>(prompts.size());
   const at::Tensor lengths = at::empty({batch}, at::kLong);
   for (int64_t row = 0; row < batch; ++row)
     lengths.mutable_data_ptr<int64_t>()[row] =
         static_cast<int64_t>(prompts[static_cast<size_t>(row)].size());
-  const int64_t length = lengths.max().item<int64_t>();
-  at::Tensor ids = at::zeros({batch, length}, at::kLong),
-             reset = at::zeros({batch, length}, at::kBool);
+  at::Tensor ids = at::zeros({batch, lengths.max().item<int64_t>()}, at::kLong);
   for (int64_t row = 0; row < batch; ++row) {
     const auto& prompt = prompts[static_cast<size_t>(row)];
     std::copy(prompt.begin(), prompt.end(), ids[row].mutable_data_ptr<int64_t>());
   }
+  return {ids, lengths};
+}
+
+/// Logits (B,V) behind the prompts and the state there.
+std::pair<at::Tensor, models::ModelState> read_prompts(models::LanguageModel& model,
+                                                       const Prompts& prompts) {
+  auto [ids, lengths] = padded_prompts(prompts);
+  const int64_t batch = ids.size(0), length = ids.size(1);
+  at::Tensor reset = at::zeros({batch, length}, at::kBool);
   if (lengths.min().item<int64_t>() < length) {
-    const models::PaddedBatch padded(lengths, batch, length, /*has_state=*/false, at::kCPU);
+    const models::PaddedBatch padded(lengths, batch, length, at::kCPU);
     ids = padded.ends_aligned(ids);
     reset = *padded.reset({});
   }
@@ -70,6 +80,59 @@ std::pair<at::Tensor, models::ModelState> read_prompts(models::LanguageModel& mo
   }
   return {model.logits(h.select(1, -1)), std::move(state)};  // the last token alone needs them
 }
+
+/// The same of prompts that go on from a state.
+std::pair<at::Tensor, models::ModelState> read_on(models::LanguageModel& model,
+                                                  const Prompts& prompts,
+                                                  models::ModelState state) {
+  const auto [ids, lengths] = padded_prompts(prompts);
+  const int64_t batch = ids.size(0), length = ids.size(1);
+  const at::Device device = model.head_weight().device();
+  const int64_t piece = std::max<int64_t>(kPromptPiece / batch, 1);
+  at::Tensor h, ends;  // (B,T,D) of a piece; (B,D) behind each prompt
+  for (int64_t first = 0; first < length; first += piece) {
+    const int64_t count = std::min(piece, length - first);
+    const at::Tensor here = lengths.sub(first).clamp(0, count);
+    std::tie(h, state) = model.hidden(ids.narrow(1, first, count).to(device), state, {}, here);
+    const at::Tensor last = here.sub(1).clamp_min(0).to(device).view({batch, 1, 1});
+    const at::Tensor now = h.gather(1, last.expand({batch, 1, h.size(2)})).squeeze(1);
+    ends = ends.defined() ? at::where(here.gt(0).to(device).unsqueeze(1), now, ends) : now;
+  }
+  return {model.logits(ends), std::move(state)};
+}
+
+/// States of single prompts as they end, put together.
+class LastStates {
+ public:
+  LastStates(models::LanguageModel& model, size_t prompts) : model_(model), states_(prompts) {}
+
+  /// The prompts `ended` stand in these rows of `state`, which is behind all but their last token, `tokens` (B,1) of all rows.
+  void add(const std::vector<size_t>& ended, const std::vector<int64_t>& rows,
+           const models::ModelState& state, const at::Tensor& tokens) {
+    if (ended.empty()) return;
+    const at::Device device = model_.head_weight().device();
+    const at::Tensor index = at::tensor(rows, at::kLong);
+    models::ModelState own = state;
+    for (auto& block : own)
+      for (at::Tensor& tensor : block) tensor = tensor.index_select(0, index.to(tensor.device()));
+    own = model_.hidden(tokens.index_select(0, index).to(device), own).second;
+    for (size_t i = 0; i < ended.size(); ++i) states_[ended[i]] = {own, static_cast<int64_t>(i)};
+  }
+  models::ModelState all() const {
+    models::ModelState whole = states_.front().first;
+    for (size_t block = 0; block < whole.size(); ++block)
+      for (size_t k = 0; k < whole[block].size(); ++k) {
+        std::vector<at::Tensor> rows;
+        for (const auto& [state, row] : states_) rows.push_back(state[block][k].narrow(0, row, 1));
+        whole[block][k] = at::cat(rows);
+      }
+    return whole;
+  }
+
+ private:
+  models::LanguageModel& model_;
+  std::vector<std::pair<models::ModelState, int64_t>> states_;  ///< of some prompts, and the row
+};
 
 /// The same in each of `batch` rows, for samples of one prompt.
 void repeat(int64_t batch, at::Tensor& logits, models::ModelState& state) {
@@ -183,8 +246,13 @@ std::vector<int64_t> generate(models::LanguageModel& model, const std::vector<in
 
 std::vector<std::vector<int64_t>> generate_batch(
     models::LanguageModel& model, const std::vector<std::vector<int64_t>>& prompts,
-    const SamplingOptions& options, const std::function<void(size_t, int64_t)>& on_token) {
+    const SamplingOptions& options, const std::function<void(size_t, int64_t)>& on_token,
+    models::ModelState* state) {
   check_prompts(prompts, model.options().vocab_size);
+  if (state != nullptr && models::kind_named(model.options().kind).state_grows)
+    throw Error(ExitCode::kConfig, "state: a model of kind " + model.options().kind +
+                                       " keeps all that it has read and generates from whole "
+                                       "prompts alone; give it the text so far");
   std::vector<Sampler> samplers;
   for (size_t i = 0; i < prompts.size(); ++i) {
     SamplingOptions own = options;
@@ -192,16 +260,24 @@ std::vector<std::vector<int64_t>> generate_batch(
     samplers.emplace_back(own);
   }
   Prompts generated(prompts.size());
-  if (prompts.empty() || options.max_new_tokens == 0) return generated;
+  if (prompts.empty() || (options.max_new_tokens == 0 && state == nullptr)) return generated;
   const at::NoGradGuard no_grad;
   const nn::NoDropout no_dropout;
 
   const auto batch = static_cast<int64_t>(prompts.size());
-  const bool one_prompt =
-      std::adjacent_find(prompts.begin(), prompts.end(), std::not_equal_to<>()) == prompts.end();
-  auto [logits, state] = read_prompts(model, one_prompt ? Prompts{prompts.front()} : prompts);
-  if (one_prompt && batch > 1) repeat(batch, logits, state);
-  Decoder decoder(model, std::move(state), {}, batch);
+  const bool goes_on = state != nullptr && !state->empty();
+  const bool one_prompt = !goes_on && std::adjacent_find(prompts.begin(), prompts.end(),
+                                                         std::not_equal_to<>()) == prompts.end();
+  auto [logits, behind] =
+      goes_on ? read_on(model, prompts, *state)
+              : read_prompts(model, one_prompt ? Prompts{prompts.front()} : prompts);
+  if (one_prompt && batch > 1) repeat(batch, logits, behind);
+  if (options.max_new_tokens == 0) {
+    *state = std::move(behind);
+    return generated;
+  }
+  Decoder decoder(model, std::move(behind), {}, batch);
+  LastStates last_states(model, prompts.size());
   const bool drops = model.head_weight().is_cpu();  // else rows that have ended go on, unheard
   at::Tensor tokens = at::zeros({batch, 1}, at::kLong);
   std::vector<size_t> rows(prompts.size());  // the prompt of each row of the decoder
@@ -210,21 +286,27 @@ std::vector<std::vector<int64_t>> generate_batch(
   for (int64_t count = 1;; ++count) {
     const at::Tensor known = logits.to(at::kCPU).to(at::kDouble).contiguous();  // waits
     const auto width = static_cast<size_t>(known.size(1));
+    std::vector<size_t> ending;
+    std::vector<int64_t> ending_rows;
     for (size_t row = 0; row < rows.size(); ++row) {
       const size_t i = rows[row];
       if (ended[i]) continue;
       const int64_t id = samplers[i].draw({known.const_data_ptr<double>() + row * width, width});
       generated[i].push_back(id);
       if (on_token) on_token(i, id);
-      ended[i] = id == options.stop_token;
       tokens.mutable_data_ptr<int64_t>()[row] = id;
+      ended[i] = id == options.stop_token || count == options.max_new_tokens;
+      if (!ended[i]) continue;
+      ending.push_back(i);
+      ending_rows.push_back(static_cast<int64_t>(row));
     }
-    if (count == options.max_new_tokens ||
-        std::find(ended.begin(), ended.end(), false) == ended.end())
-      return generated;
+    if (state != nullptr) last_states.add(ending, ending_rows, decoder.state(), tokens);
+    if (std::find(ended.begin(), ended.end(), false) == ended.end()) break;
     if (drops) drop_ended(ended, decoder, rows, tokens);
     logits = decoder.next(tokens);
   }
+  if (state != nullptr) *state = last_states.all();
+  return generated;
 }
 
 }  // namespace xlstm::train

@@ -45,8 +45,11 @@ std::vector<int64_t> generate(models::LanguageModel& model, const std::vector<in
 /// Continues several prompts of any lengths side by side, which costs less than one after the other, on a GPU hardly more
 /// than the longest alone. On a CPU one that has ended costs nothing more. Prompt i is drawn with the seed options.seed + i,
 /// as generate() would, but for the rounding of larger products. `on_token` sees (i, id).
+/// `state`: where not null, prompt i goes on from its sequence i (empty: none), and it becomes the state behind the prompts and
+/// all that was drawn, the last ids too, which takes one step more. Throws Error(kConfig) where the model's state grows.
 std::vector<std::vector<int64_t>> generate_batch(
     models::LanguageModel& model, const std::vector<std::vector<int64_t>>& prompts,
-    const SamplingOptions& options, const std::function<void(size_t, int64_t)>& on_token = {});
+    const SamplingOptions& options, const std::function<void(size_t, int64_t)>& on_token = {},
+    models::ModelState* state = nullptr);
 
 }  // namespace xlstm::train

@@ -1,5 +1,6 @@
 #include "csrc/models/block_stack.h"
 
+#include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
 #include <string>
@@ -12,6 +13,21 @@
 #include "csrc/nn/recompute.h"
 
 namespace xlstm::models {
+namespace {
+
+constexpr const char* kOfAnother =
+    "; the state is one of other settings, or of another dtype or device";
+
+}  // namespace
+
+void check_sequences(const ModelState& state, int64_t batch) {
+  for (size_t block = 0; block < state.size(); ++block)
+    for (const at::Tensor& tensor : state[block]) {
+      const int64_t sequences = tensor.dim() > 0 ? tensor.size(0) : 0;
+      TORCH_CHECK(sequences == batch, "state: expected one of ", batch,
+                  " sequences, as the batch has them, got one of ", sequences, " in block ", block);
+    }
+}
 
 void BlockOutputs::check(int64_t num_blocks) const {
   for (const int64_t block : blocks)
@@ -48,11 +64,12 @@ std::pair<at::Tensor, ModelState> BlockStack::forward(const at::Tensor& x, const
               ") floating (embedding_dim is the last), got ", x.sizes(), " ", x.scalar_type());
   check(x.size(0), x.size(1), state, reset);
   if (lengths) {
-    const PaddedBatch batch(*lengths, x.size(0), x.size(1), !state.empty(), x.device());
-    auto [y, next] = forward(batch.ends_aligned(x), {}, batch.reset(reset), {}, outputs);
-    if (outputs)
-      for (at::Tensor& vectors : outputs->vectors) vectors = batch.starts_aligned(vectors);
-    return {batch.starts_aligned(y), std::move(next)};
+    const Pass pass = [this](const at::Tensor& inputs, const ModelState& from,
+                             const std::optional<at::Tensor>& resets, BlockOutputs* wanted) {
+      return forward(inputs, from, resets, {}, wanted);
+    };
+    return read_padded(pass, x, state, reset, *lengths, kind_named(options_.kind).state_grows,
+                       outputs);
   }
   if (outputs) {
     outputs->check(options_.num_blocks);
@@ -65,13 +82,18 @@ std::pair<at::Tensor, ModelState> BlockStack::forward(const at::Tensor& x, const
     const BlockState block_state = relay != nullptr ? relay->receive(position, x.size(0))
                                    : state.empty()  ? BlockState{}
                                                     : state[i];
-    if (options_.activation_checkpointing) {
-      at::Tensor y;
-      std::tie(y, next[i]) = nn::checkpoint(blocks_[i], stream.sum(), block_state, reset,
-                                            options_.fused, /*draws=*/options_.dropout > 0);
-      stream.replace(y);
-    } else {
-      next[i] = blocks_[i]->advance(stream, block_state, reset);
+    try {
+      if (options_.activation_checkpointing) {
+        at::Tensor y;
+        std::tie(y, next[i]) = nn::checkpoint(blocks_[i], stream.sum(), block_state, reset,
+                                              options_.fused, /*draws=*/options_.dropout > 0);
+        stream.replace(y);
+      } else {
+        next[i] = blocks_[i]->advance(stream, block_state, reset);
+      }
+    } catch (const c10::Error&) {
+      if (relay == nullptr) explain(i, block_state, x);
+      throw;
     }
     if (relay != nullptr) relay->send(position, next[i]);
     if (!outputs) continue;
@@ -88,10 +110,29 @@ void BlockStack::check(int64_t batch, int64_t length, const ModelState& state,
   TORCH_CHECK(state.empty() || state.size() == blocks_.size(),
               "state: expected one entry for each of ", blocks_.size(),
               " blocks or none at all, got ", state.size());
+  check_sequences(state, batch);
   TORCH_CHECK(!reset || (reset->sizes() == at::IntArrayRef{batch, length} &&
                          reset->scalar_type() == at::kBool),
               "reset: expected (", batch, ",", length, ") bool, got ", reset->sizes(), " ",
               reset->scalar_type());
+}
+
+void BlockStack::explain(size_t position, const BlockState& state, const at::Tensor& x) {
+  if (state.empty()) return;
+  const at::NoGradGuard no_grad;
+  nn::Residual nothing(x.narrow(1, 0, 0));
+  const BlockState own = blocks_[position]->advance(nothing, {}, {});
+  TORCH_CHECK(state.size() == own.size(), "state: block ", position, ": expected ", own.size(),
+              " tensors, got ", state.size(), kOfAnother);
+  if (kind_named(options_.kind).state_grows) return;  // in one of the sizes
+  for (size_t i = 0; i < own.size(); ++i) {
+    const at::Tensor &expected = own[i], &got = state[i];
+    TORCH_CHECK(got.sizes() == expected.sizes() && got.scalar_type() == expected.scalar_type() &&
+                    got.device() == expected.device(),
+                "state: block ", position, ": expected tensor ", i, " ", expected.sizes(), " ",
+                expected.scalar_type(), " on ", expected.device(), ", got ", got.sizes(), " ",
+                got.scalar_type(), " on ", got.device(), kOfAnother);
+  }
 }
 
 std::shared_ptr<BlockStack> make_block_stack(const ModelOptions& options, at::Device device) {

@@ -18,6 +18,9 @@ using BlockState = std::vector<at::Tensor>;
 /// One entry per block; an empty vector is the state before the first token.
 using ModelState = std::vector<BlockState>;
 
+/// Throws c10::Error unless the state is of so many sequences, or empty.
+void check_sequences(const ModelState& state, int64_t batch);
+
 /// What the residual stream holds behind blocks that a caller names before the call, which fills it in.
 struct BlockOutputs {
   /// Throws c10::IndexError for a position that is not from 0 to num_blocks - 1.
@@ -45,12 +48,13 @@ class BlockStack : public torch::nn::Module {
   BlockStack(const ModelOptions& options, at::Device device);
 
   /// x (B,T,D), T >= 0 -> (B,T,D) and the state after the last token, always new tensors. reset (B,T) bool: the state is
-  /// empty before that token. lengths (B) int64: see PaddedBatch. outputs: what is wanted of single blocks, or null.
+  /// empty before that token. lengths (B) int64: see read_padded. outputs: what is wanted of single blocks, or null.
   std::pair<at::Tensor, ModelState> forward(const at::Tensor& x, const ModelState& state = {},
                                             const std::optional<at::Tensor>& reset = {},
                                             const std::optional<at::Tensor>& lengths = {},
                                             BlockOutputs* outputs = nullptr);
-  /// Throws c10::Error unless the state has an entry for each block or none, and reset is bool of the size (batch, length).
+  /// Throws c10::Error unless the state has an entry for each block or none, of so many sequences, and reset is bool of the
+  /// size (batch, length).
   void check(int64_t batch, int64_t length, const ModelState& state,
              const std::optional<at::Tensor>& reset) const;
   const ModelOptions& options() const { return options_; }
@@ -58,6 +62,9 @@ class BlockStack : public torch::nn::Module {
   StateRelay* relay = nullptr;
 
  private:
+  /// Throws c10::Error where what a block was given is no state of its own for vectors like x.
+  void explain(size_t position, const BlockState& state, const at::Tensor& x);
+
   const ModelOptions options_;
   std::shared_ptr<nn::LowerBounds> bounds_;  ///< hgrn, hgrn2
   std::vector<std::shared_ptr<nn::Block>> blocks_;

@@ -5,6 +5,7 @@
 
 #include <string_view>
 
+#include "csrc/models/model_kinds.h"
 #include "csrc/models/padded_batch.h"
 #include "csrc/nn/xlstm_large.h"
 #include "csrc/ops/linear_cross_entropy.h"
@@ -51,13 +52,13 @@ std::pair<at::Tensor, ModelState> LanguageModel::hidden(const at::Tensor& inputs
                                                         const std::optional<at::Tensor>& lengths,
                                                         bool embedded, BlockOutputs* outputs) {
   if (lengths && inputs.dim() >= 2) {
-    const PaddedBatch batch(*lengths, inputs.size(0), inputs.size(1), !state.empty(),
-                            inputs.device());
-    auto [h, next] =
-        hidden(batch.ends_aligned(inputs), {}, batch.reset(reset), {}, embedded, outputs);
-    if (outputs)
-      for (at::Tensor& vectors : outputs->vectors) vectors = batch.starts_aligned(vectors);
-    return {batch.starts_aligned(h), std::move(next)};
+    const Pass pass = [this, embedded](const at::Tensor& some, const ModelState& from,
+                                       const std::optional<at::Tensor>& resets,
+                                       BlockOutputs* wanted) {
+      return hidden(some, from, resets, {}, embedded, wanted);
+    };
+    return read_padded(pass, inputs, state, reset, *lengths, kind_named(options().kind).state_grows,
+                       outputs);
   }
   TORCH_CHECK(!embedded || (inputs.dim() == 3 && inputs.size(2) == options().embedding_dim &&
                             inputs.is_floating_point()),

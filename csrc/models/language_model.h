@@ -20,8 +20,8 @@ class LanguageModel : public torch::nn::Module {
 
   /// ids (B,T) int64, T >= 0, or with `embedded` what embed() made of them (B,T,D) -> final hidden vectors (B,T,D) after the
   /// out norm, and the state after the last token. reset (B,T) bool: the state is empty before that token. lengths (B) int64:
-  /// of sequences with padding behind them, see PaddedBatch; without a state. New tensors always; the given state is not
-  /// modified. outputs: what is wanted of single blocks, or null.
+  /// of sequences with padding behind them, see read_padded. New tensors always; the given state is not modified. outputs: what
+  /// is wanted of single blocks, or null.
   std::pair<at::Tensor, ModelState> hidden(const at::Tensor& inputs, const ModelState& state = {},
                                            const std::optional<at::Tensor>& reset = {},
                                            const std::optional<at::Tensor>& lengths = {},

@@ -1,7 +1,11 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <optional>
+#include <utility>
+
+#include "csrc/models/block_stack.h"
 
 namespace xlstm::models {
 
@@ -10,10 +14,8 @@ namespace xlstm::models {
 /// each sequence's own. What the padding holds is not read, and gets no gradient.
 class PaddedBatch {
  public:
-  /// lengths (B) int64, from 1 to T; where they are not on the CPU, their device is waited for. Throws c10::ValueError, also
-  /// where the caller has a state.
-  PaddedBatch(const at::Tensor& lengths, int64_t batch, int64_t length, bool has_state,
-              at::Device device);
+  /// lengths (B) int64, from 1 to T; where they are not on the CPU, their device is waited for. Throws c10::ValueError.
+  PaddedBatch(const at::Tensor& lengths, int64_t batch, int64_t length, at::Device device);
 
   /// x (B,T,...) -> the same sequences, ending at T, behind zeros.
   at::Tensor ends_aligned(const at::Tensor& x) const;
@@ -29,5 +31,20 @@ class PaddedBatch {
   at::Tensor positions_, padding_;  ///< (T) 0 to T - 1; (B,1) how much padding there is
   bool full_ = true;                ///< there is none
 };
+
+/// Vectors (B,T,D) of inputs (B,T,...), and the state behind them.
+using Pass = std::function<std::pair<at::Tensor, ModelState>(
+    const at::Tensor& inputs, const ModelState& state, const std::optional<at::Tensor>& reset,
+    BlockOutputs* outputs)>;
+
+/// What `pass` gives of sequences of these lengths, from the state, which may be empty: vectors, those of `outputs` among them,
+/// are 0 in the padding, and the state is the one behind each sequence's own end. From the empty state one pass as a
+/// PaddedBatch; from another one a pass for each length that there is, where a length may be 0: the sequence's state stays. In a
+/// model whose state grows these would be of different sizes: c10::ValueError.
+std::pair<at::Tensor, ModelState> read_padded(const Pass& pass, const at::Tensor& inputs,
+                                              const ModelState& state,
+                                              const std::optional<at::Tensor>& reset,
+                                              const at::Tensor& lengths, bool state_grows,
+                                              BlockOutputs* outputs);
 
 }  // namespace xlstm::models

@@ -71,16 +71,22 @@ class PyModel {
                                     outputs.blocks.empty() ? nullptr : &outputs);
     return {std::move(y), std::move(next), std::move(outputs.vectors)};
   }
-  /// on_token(i, id). Holds the interpreter lock only while it looks for Ctrl-C and tells a token.
-  std::vector<std::vector<int64_t>> generate(const std::vector<std::vector<int64_t>>& prompts,
-                                             const xlstm::train::SamplingOptions& options,
-                                             const py::object& on_token) {
+  /// What was drawn, and with a state, which may be empty, the one behind it. on_token(i, id). Holds the interpreter lock only
+  /// while it looks for Ctrl-C and tells a token.
+  std::pair<std::vector<std::vector<int64_t>>, std::optional<ModelState>> generate(
+      const std::vector<std::vector<int64_t>>& prompts,
+      const xlstm::train::SamplingOptions& options, const py::object& on_token,
+      std::optional<ModelState> state) {
     const py::gil_scoped_release no_lock;
-    return xlstm::train::generate_batch(*model_, prompts, options, [&](size_t i, int64_t id) {
-      const py::gil_scoped_acquire lock;
-      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-      if (!on_token.is_none()) on_token(i, id);
-    });
+    auto generated = xlstm::train::generate_batch(
+        *model_, prompts, options,
+        [&](size_t i, int64_t id) {
+          const py::gil_scoped_acquire lock;
+          if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+          if (!on_token.is_none()) on_token(i, id);
+        },
+        state ? &*state : nullptr);
+    return {std::move(generated), std::move(state)};
   }
   /// Checkpoints hold float32, or what it can take in: float64 is rounded.
   /// tokenizer: as the constructor takes it.
@@ -238,8 +244,10 @@ PyModel load(const std::string& checkpoint_dir, bool verify, at::ScalarType dtyp
                  std::move(loaded.tokenizer));
 }
 
-PyModel make_model(const std::string& yaml) {
-  auto config = xlstm::config::parse_config(yaml, "<string>");
+/// settings: a YAML text, or the path of a file.
+PyModel make_model(const std::string& settings, bool is_file) {
+  auto config = is_file ? xlstm::config::load_config(settings)
+                        : xlstm::config::parse_config(settings, "<string>");
   auto model = built([&] { return xlstm::models::make_language_model(config.model); });
   std::string tokenizer = config.data.tokenizer;
   return PyModel(std::move(model), std::move(config), "", std::move(tokenizer));
@@ -315,7 +323,8 @@ PYBIND11_MODULE(_C, m) {
           "generate",
           [](PyModel& self, const std::vector<std::vector<int64_t>>& prompts,
              int64_t max_new_tokens, double temperature, int64_t top_k, double top_p, uint64_t seed,
-             int64_t stop_token, int64_t vocab_size, const py::object& on_token) {
+             int64_t stop_token, int64_t vocab_size, const py::object& on_token,
+             std::optional<ModelState> state) {
             return self.generate(prompts,
                                  {.max_new_tokens = max_new_tokens,
                                   .temperature = temperature,
@@ -324,11 +333,11 @@ PYBIND11_MODULE(_C, m) {
                                   .seed = seed,
                                   .stop_token = stop_token,
                                   .vocab_size = vocab_size},
-                                 on_token);
+                                 on_token, std::move(state));
           },
           py::arg("prompts"), py::arg("max_new_tokens"), py::arg("temperature"), py::arg("top_k"),
           py::arg("top_p"), py::arg("seed"), py::arg("stop_token"), py::arg("vocab_size"),
-          py::arg("on_token"))
+          py::arg("on_token"), py::arg("state"))
       .def("save", &PyModel::save, py::arg("folder"), py::arg("tokenizer"), no_lock())
       .def_property_readonly("config", &PyModel::config)
       .def_property_readonly("folder", &PyModel::folder);
@@ -359,8 +368,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("overrides"), no_lock(),
         "The model of a checkpoint folder, or of a run folder (its newest good checkpoint), in "
         "eval mode.");
-  m.def("make_model", &make_model, py::arg("yaml"), no_lock(),
-        "A freshly initialised model from a YAML text.");
+  m.def("make_model", &make_model, py::arg("settings"), py::arg("is_file"), no_lock(),
+        "A freshly initialised model from a YAML text or file.");
   m.def("make_stack", &make_stack, py::arg("yaml"), no_lock(),
         "Freshly initialised blocks from the settings `model` of a YAML text.");
   m.def("decays", &xlstm::models::decays, py::arg("name"), py::arg("parameter"),

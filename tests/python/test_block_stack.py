@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence, pad_sequence, unpack_sequence, unpad_sequence
 
 import libxlstm
 
@@ -251,8 +251,6 @@ def test_wrong_arguments_are_named():
     for reset in (torch.zeros(2, 5, dtype=torch.bool), torch.zeros(2, 6)):
         with pytest.raises(ValueError, match=r"reset: expected \(2,6\) bool, got "):
             libxlstm.make_model({"model": SETTINGS})(torch.ones(2, 6, dtype=torch.long), reset=reset, lengths=[6, 2])
-    with pytest.raises(ValueError, match="expected no state"):
-        stack(x, stack(x)[1], lengths=[6, 6])
     with pytest.raises(libxlstm.Error, match="num_block.*num_blocks"):
         libxlstm.BlockStack(num_block=3)
     with pytest.raises(libxlstm.Error, match="model.num_heads 5"):
@@ -262,3 +260,143 @@ def test_wrong_arguments_are_named():
     with pytest.raises(RuntimeError, match="a parameter was replaced"):
         torch.func.functional_call(stack, {"out_norm.weight": torch.ones(32)}, (x,))
     assert "xlstm: 3 blocks, width 32" in repr(Regression())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("llama", "gpt", "hyena")])
+def test_sequences_of_unequal_lengths_go_on_from_their_states(kind):
+    """Also where one has nothing new: its state stays, to the last bit."""
+    stack = make_stack(**of_kind(kind)).double()
+    _, state = stack(torch.randn(5, 7, 32, dtype=torch.double), lengths=[7, 2, 5, 1, 7])
+    lengths, x = [6, 0, 3, 6, 1], torch.randn(5, 8, 32, dtype=torch.double)
+    for row, length in enumerate(lengths):
+        x[row, length:] = float("nan")
+    reset = torch.zeros(5, 8, dtype=torch.bool)
+    reset[0, 2] = reset[3, 4] = True
+    x.requires_grad_()
+    y, end, (first,) = stack(x, state, reset=reset, lengths=lengths, blocks=[0])
+    weight = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad((y * weight).sum(), x, retain_graph=True)
+    assert y.shape == first.shape == x.shape and not gradient[1].any()
+    for row, length in enumerate(lengths):
+        alone, own, (of_first,) = stack(x[row : row + 1, :length], row_of(state, row), reset=reset[row : row + 1, :length],
+                                        blocks=[0])
+        torch.testing.assert_close(y[row : row + 1, :length], alone)
+        torch.testing.assert_close(first[row : row + 1, :length], of_first)
+        assert not y[row, length:].any() and not first[row, length:].any() and not gradient[row, length:].any()
+        (expected,) = torch.autograd.grad((alone * weight[row, :length]).sum(), x, retain_graph=True)
+        torch.testing.assert_close(gradient[row], expected[row])
+        for tensor, other in zip(leaves(row_of(end, row)), leaves(own), strict=True):
+            torch.testing.assert_close(tensor, other)
+    assert all(map(torch.equal, leaves(row_of(end, 1)), leaves(row_of(state, 1))))
+    with pytest.raises(ValueError, match="lengths: expected 0 to 8, the length of the batch, got 9 for sequence 4"):
+        stack(x, state, lengths=[6, 0, 3, 6, 9])
+    with pytest.raises(RuntimeError, match=r"reset: expected \(5,8\) bool"):
+        stack(x, state, lengths=lengths, reset=reset[:, :4])
+
+
+def test_ids_of_unequal_lengths_go_on_from_their_states():
+    torch.manual_seed(5)
+    model = libxlstm.make_model({"model": {**SETTINGS, "vocab_size": 300}}).double()
+    ids, lengths = torch.randint(300, (3, 12)), [4, 12, 0]
+    with torch.no_grad():
+        _, state = model(torch.randint(300, (3, 5)))
+        logits, end = model(ids, state, lengths=lengths)
+        for row, length in enumerate(lengths):
+            alone, own = model(ids[row : row + 1, :length], row_of(state, row))
+            torch.testing.assert_close(logits[row : row + 1, :length], alone)
+            for tensor, other in zip(leaves(row_of(end, row)), leaves(own), strict=True):
+                torch.testing.assert_close(tensor, other)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt", "hyena"])
+def test_where_states_grow_lengths_are_one(kind):
+    stack, x = make_stack(**of_kind(kind)), torch.randn(2, 6, 32)
+    y, state = stack(x)
+    assert torch.equal(stack(x, state, lengths=[6, 6])[0], stack(x, state)[0])
+    with pytest.raises(ValueError, match="lengths: expected one length for all sequences.*read those of each length"):
+        stack(x, state, lengths=[6, 3])
+
+
+def test_a_state_that_does_not_fit_is_named():
+    stack, x = make_stack(), torch.randn(2, 6, 32)
+    model, ids = libxlstm.make_model({"model": SETTINGS}), torch.ones(2, 6, dtype=torch.long)
+    checkpointed = make_stack(activation_checkpointing=True)
+    _, other = make_stack(slstm_at=[0])(x)
+    _, wide = make_stack(embedding_dim=64)(torch.randn(2, 6, 64))
+    low = [[tensor.bfloat16() for tensor in block] for block in stack(x)[1]]
+    for call in (lambda state: stack(x, state), lambda state: model(ids, state), lambda state: checkpointed(x, state),
+                 lambda state: stack(x, state, lengths=[6, 2]), lambda state: model(ids, state, lengths=[6, 2]),
+                 lambda state: model.hidden(ids, state, blocks=[0]), lambda state: model(ids, state, targets=ids)):
+        for state, message in (
+            (stack(x[:1].expand(3, -1, -1))[1], "^state: expected one of 2 sequences, as the batch has them, got one of 3"),
+            (stack(x[:1])[1], "^state: expected one of 2 sequences, as the batch has them, got one of 1 in block 0"),
+            (other, "^state: block 0: expected 4 tensors, got 5"),
+            (wide, r"^state: block 0: expected tensor 0 \[\d, 3, 64\] Float on cpu, got \[\d, 3, 128\] Float on cpu; the"),
+            (low, r"^state: block 0: expected tensor 0 \[\d, 3, 64\] Float on cpu, got \[\d, 3, 64\] BFloat16 on cpu; the"),
+            ([[], stack(x)[1][0], []], "^state: block 1: expected 5 tensors, got 4"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                call(state)
+    with pytest.raises(TypeError, match="state: expected None or what a call returned"):
+        stack(x, torch.zeros(2))
+
+
+def test_states_are_cut_split_and_merged():
+    stack, x = make_stack(), torch.randn(3, 6, 32, requires_grad=True)
+    _, state = stack(x)
+    cut = libxlstm.detach(state)
+    assert all(map(torch.equal, leaves(cut), leaves(state)))
+    assert any(t.requires_grad for t in leaves(state)) and not any(t.requires_grad for t in leaves(cut))
+    kept = libxlstm.split_state(cut)  # of three clients, who come back in another company
+    assert len(kept) == 3 and {tensor.size(0) for one in kept for tensor in leaves(one)} == {1}
+    assert not {t.data_ptr() for one in kept for t in leaves(one)} & {t.data_ptr() for t in leaves(cut)}
+    together = libxlstm.merge_states([kept[2], kept[0]])
+    more = torch.randn(2, 4, 32)
+    y, _ = stack(more, together)
+    torch.testing.assert_close(y[1:], stack(more[1:], kept[0])[0], rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, leaves(libxlstm.merge_states([libxlstm.merge_states(kept[:2]), kept[2]])), leaves(cut)))
+    optimizer = torch.optim.SGD(stack.parameters(), lr=1e-3)
+    state = None
+    for piece in torch.randn(3, 2, 5, 32):  # truncated backpropagation through time
+        y, state = stack(piece, libxlstm.detach(state))
+        y.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_packed_sequences_are_read_as_by_an_lstm(enforce_sorted):
+    stack = make_stack()
+    lengths = [6, 4, 4, 1] if enforce_sorted else [4, 6, 1, 4]
+    sequences = [torch.randn(length, 32) for length in lengths]
+    packed = pack_sequence(sequences, enforce_sorted)
+    padded = pad_sequence(sequences, batch_first=True)
+    expected, expected_state = stack(padded, lengths=lengths)
+    y, state = stack(packed)
+    assert type(y) is type(packed) and torch.equal(y.batch_sizes, packed.batch_sizes)
+    assert all(map(torch.equal, leaves(state), leaves(expected_state)))
+    assert all(map(torch.equal, unpack_sequence(y), unpad_sequence(expected, torch.tensor(lengths), batch_first=True)))
+    for ours, theirs in zip(y[2:], torch.nn.LSTM(32, 32, batch_first=True)(packed)[0][2:]):  # the orders
+        assert ours is theirs or torch.equal(ours, theirs)
+    further, _ = stack(packed, state)
+    torch.testing.assert_close(pad_packed_sequence(further, batch_first=True)[0],
+                               stack(padded, expected_state, lengths=lengths)[0])
+    with pytest.raises(TypeError, match="x: a PackedSequence has its own lengths.*pad_packed_sequence"):
+        stack(packed, lengths=lengths)
+    with pytest.raises(TypeError, match="ids: .*got a PackedSequence.*lengths="):
+        libxlstm.make_model(**SETTINGS)(pack_sequence([torch.tensor([1, 2]), torch.tensor([3])]))
+
+
+def test_settings_make_another_one():
+    stack = make_stack(slstm_at=range(1, 2), mlstm={"proj_factor": 1.5})
+    assert stack.settings == {**SETTINGS, "slstm_at": [1], "mlstm": {"proj_factor": 1.5}}
+    file = io.BytesIO()
+    torch.save({"settings": stack.settings, "weights": stack.state_dict()}, file)
+    file.seek(0)
+    kept = torch.load(file)
+    other = libxlstm.BlockStack(**kept["settings"])
+    other.load_state_dict(kept["weights"])
+    x = torch.randn(2, 6, 32)
+    assert torch.equal(other(x)[0], stack(x)[0])
+    other.settings["mlstm"]["proj_factor"] = 3  # of a copy
+    assert other.settings == copy.deepcopy(other).settings == stack.settings

@@ -154,7 +154,7 @@ def test_context_length_and_tokenizer(tmp_path):
     tensors = state_dict_of(make_model(config))
     done = run_tool(tmp_path, config, tensors, "--tokenizer", str(tmp_path / "small.json"))
     assert done.returncode == 0 and done.stderr == ""
-    data = yaml.safe_load(libxlstm.load(tmp_path / "out").config)["data"]
+    data = yaml.safe_load(libxlstm.load(tmp_path / "out").settings)["data"]
     assert data["seq_len"] == LENGTH and data["tokenizer"] == str(tmp_path / "small.json")
     assert Tokenizer(find_tokenizer(str(tmp_path / "out"), data["tokenizer"])).encode("cab") == [3, 1, 2]
     (tmp_path / "small.json").unlink()  # the folder has its own copy
@@ -164,7 +164,7 @@ def test_context_length_and_tokenizer(tmp_path):
     assert done.returncode == 3 and "no-such-file" in done.stderr
     done = run_tool(tmp_path, config, tensors, "--seq-len", "7")
     assert done.returncode == 0 and done.stderr == "", "23 tokens: no text model"
-    assert yaml.safe_load(libxlstm.load(tmp_path / "out").config)["data"]["seq_len"] == 7
+    assert yaml.safe_load(libxlstm.load(tmp_path / "out").settings)["data"]["seq_len"] == 7
 
 
 def test_more_tokens_than_bytes_want_a_tokenizer(tmp_path):

@@ -116,7 +116,7 @@ def test_tokenizer_comes_along(tmp_path):
     write_tokenizer(tmp_path / "theirs")
     done = import_(tmp_path / "theirs", tmp_path / "ours", "--seq-len", 77)
     assert done.returncode == 0, done.stderr
-    data = yaml.safe_load(libxlstm.load(tmp_path / "ours").config)["data"]
+    data = yaml.safe_load(libxlstm.load(tmp_path / "ours").settings)["data"]
     assert data["seq_len"] == 77
     judge = Judge.load(tmp_path / "ours", device="cpu")
     assert judge.max_length == 77 and judge.tokenizer.start_id == 0

@@ -35,7 +35,7 @@ def kept_in_int8(model):
 
 def exact_twin(model):
     """A float32 model with the values that a model of 8 bits stands for."""
-    twin = libxlstm.make_model(model.config).eval()
+    twin = libxlstm.make_model(model.settings).eval()
     with torch.no_grad():
         for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
             theirs.copy_(ops.dequantize_int8(ours, theirs.size(1)) if ours.dtype == torch.int8 else ours)

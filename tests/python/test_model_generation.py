@@ -123,3 +123,83 @@ def test_arguments_of_generate_and_load(tmp_path):
     with pytest.raises(libxlstm.Error) as caught:
         model.save(tmp_path / "file")
     assert caught.value.code == 4
+
+
+KINDS = ("xlstm", "xlstm_large", "lstm", "mamba", "rwkv4", "rwkv6", "retnet", "gla", "hgrn", "hgrn2", "h3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_goes_on_from_its_state(kind):
+    """Turn by turn as from the whole text: the state is behind all that was drawn."""
+    torch.manual_seed(1)
+    model = libxlstm.make_model(kind=kind, embedding_dim=32, num_blocks=3, num_heads=2, vocab_size=300,
+                                slstm_at=[1] if kind == "xlstm" else []).double()
+    text, state = [], None
+    for turn, temperature in (([5, 290, 17], 0), ([8], 0.8), ([1, 2, 3, 4, 5, 6, 7], 0), ([250], 1.5)):
+        expected = model.generate(text + turn, 25, temperature=temperature, seed=3)
+        given = [[tensor.clone() for tensor in block] for block in state or []]
+        ids, behind = model.generate(torch.tensor(turn), 25, temperature=temperature, seed=3, state=state, return_state=True)
+        assert ids == expected == model.generate(turn, 25, temperature=temperature, seed=3, state=state)
+        for block, before in zip(state or [], given, strict=True):  # which is kept as it was
+            assert all(map(torch.equal, block, before))
+        text, state = text + turn + ids, behind
+        with torch.no_grad():
+            logits, whole = model(torch.tensor([text]))
+        for tensors in zip(state, whole, strict=True):
+            for tensor, other in zip(*tensors, strict=True):
+                torch.testing.assert_close(tensor, other, rtol=1e-6, atol=1e-8)
+                assert not tensor.requires_grad
+    ids, state = model.generate(text[:9], 0, return_state=True)
+    assert ids == [] and model.generate(text[9:], 5, seed=1, state=state) == model.generate(text, 5, seed=1)
+    with torch.no_grad():
+        _, state = model(torch.tensor([text[:9]]))
+    assert model.generate(text[9:], 5, seed=1, state=state) == model.generate(text, 5, seed=1)
+
+
+def test_several_texts_go_on_from_their_states():
+    """Of any lengths, of which some end before others."""
+    torch.manual_seed(5)
+    model = libxlstm.make_model({"model": {"embedding_dim": 32, "num_blocks": 3, "num_heads": 2, "slstm_at": [1]}}).double()
+    for turns in (([1, 2, 3], [4], [5, 6]), ([7, 8], [7, 8], [7, 8])):
+        texts, state = [[], [], []], None
+        stop = model.generate(list(turns[0]), 20, seed=2)[4]
+        for _ in range(3):
+            options = {"max_new_tokens": 20, "seed": 2, "stop_token": stop}
+            expected = model.generate([text + turn for text, turn in zip(texts, turns)], **options)
+            found, state = model.generate(list(turns), **options, state=state, return_state=True)
+            assert found == expected
+            texts = [text + turn + ids for text, turn, ids in zip(texts, turns, found)]
+        assert len({len(text) for text in texts}) > 1
+        for row, text in enumerate(texts):
+            with torch.no_grad():
+                _, alone = model(torch.tensor([text]))
+            for tensors in zip(state, alone, strict=True):
+                for tensor, other in zip(*tensors, strict=True):
+                    torch.testing.assert_close(tensor[row : row + 1], other, rtol=1e-6, atol=1e-8)
+
+
+def test_a_long_prompt_goes_on_in_pieces():
+    """One that is read in several pieces, beside a short one that ends in the first of them."""
+    torch.manual_seed(5)
+    model = libxlstm.make_model({"model": {"embedding_dim": 16, "num_blocks": 2, "num_heads": 2, "slstm_at": [1]}}).double()
+    long, short = torch.randint(256, (9000,)).tolist(), [1, 2]
+    _, state = model.generate([[3, 4], [5, 6]], 0, return_state=True)
+    expected = [model.generate([3, 4] + long, 5, seed=1), model.generate([5, 6] + short, 5, seed=2)]
+    assert model.generate([long, short], 5, seed=1, state=state) == expected
+
+
+def test_states_that_generate_refuses():
+    model = make_model()
+    _, state = model.generate([[1], [2]], 3, return_state=True)
+    with pytest.raises(RuntimeError, match="state: expected one of 1 sequences, as the batch has them, got one of 2"):
+        model.generate([1], 3, state=state)
+    with pytest.raises(TypeError, match="state: expected None or what a call returned"):
+        model.generate([1], 3, state=state[0])
+    with pytest.raises(libxlstm.Error, match="at least one token"):
+        model.generate([[1], []], 3, state=state)
+    for kind in ("llama", "gpt", "hyena"):
+        grows = libxlstm.make_model({"model": {"kind": kind, "embedding_dim": 32, "num_blocks": 1, "num_heads": 2}})
+        with pytest.raises(libxlstm.Error, match=f"state: a model of kind {kind} keeps all .* give it the text so far"):
+            grows.generate([1], 3, return_state=True)
+        with pytest.raises(libxlstm.Error, match="state: a model of kind"):
+            grows.generate([1], 3, state=grows(torch.tensor([[1]]))[1])

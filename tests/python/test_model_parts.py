@@ -44,7 +44,7 @@ def test_parts_cannot_be_changed_in_silence(change):
     model = make_model()
     ids = random_ids(1, 5)
     before = model(ids)[0]
-    with pytest.raises(AttributeError, match="Model.hidden"):
+    with pytest.raises(AttributeError, match=r"Model.hidden.*ModelSummary\(max_depth=1\)"):
         change(model)
     assert torch.equal(model(ids)[0], before)
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_with_other_settings(tmp_path, capfd):
     make_model().save(tmp_path / "model")
     dropping = libxlstm.load(tmp_path / "model", settings={"model": {"dropout": 0.5, "activation_checkpointing": True}}).train()
     ids = random_ids(2, 7)
-    assert not torch.equal(dropping(ids)[0], dropping(ids)[0]) and "dropout: 0.5" in dropping.config
+    assert not torch.equal(dropping(ids)[0], dropping(ids)[0]) and "dropout: 0.5" in dropping.settings
     assert torch.equal(dropping.eval()(ids)[0], libxlstm.load(tmp_path / "model")(ids)[0])
     assert capfd.readouterr().err == ""
     libxlstm.load(tmp_path / "model", settings={"model": {"norm_eps": 0.5}})
@@ -271,3 +271,59 @@ def test_a_model_that_is_dropped_is_freed_at_once():
             assert alive() is None
     finally:
         gc.enable()
+
+
+def test_settings_as_they_come(tmp_path):
+    """By name, as a dictionary, as text, of a file with what it builds on."""
+    settings = {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2}
+    (tmp_path / "base.yaml").write_text("model: {embedding_dim: 32, num_blocks: 2, num_heads: 4}\n")
+    (tmp_path / "my.yaml").write_text("base: base.yaml\nmodel: {num_heads: 2}\n")
+    made = []
+    for given, named in (((), settings), (({"model": settings},), {}), (("model: " + str(settings).replace("'", ""),), {}),
+                         ((tmp_path / "my.yaml",), {})):
+        torch.manual_seed(3)
+        made.append(libxlstm.make_model(*given, **named))
+    assert len({model.settings for model in made}) == 1
+    assert len({model.lm_head.weight.sum().item() for model in made}) == 1
+    with pytest.raises(libxlstm.Error, match=r"got 'my.yaml'; of a file give its path: pathlib.Path\('my.yaml'\)") as caught:
+        libxlstm.make_model("my.yaml")
+    assert caught.value.code == 2
+    with pytest.raises(libxlstm.Error, match="no.yaml"):
+        libxlstm.make_model(tmp_path / "no.yaml")
+    with pytest.raises(libxlstm.Error, match="embedding_dmi.*embedding_dim"):
+        libxlstm.make_model(embedding_dmi=3)
+    for given, named in (((), {}), (({"model": settings},), settings)):
+        with pytest.raises(TypeError, match="expected either a configuration or settings of `model` by name"):
+            libxlstm.make_model(*given, **named)
+
+
+def test_what_makes_parameters_elsewhere_is_refused():
+    with torch.device("meta"):
+        for make in (lambda: libxlstm.make_model(embedding_dim=32), lambda: libxlstm.BlockStack(embedding_dim=32)):
+            with pytest.raises(TypeError, match=r"made on meta: it stays the C\+\+ module's own tensor.*init_empty_weights"):
+                make()
+    before = torch.nn.Module.register_parameter
+
+    def empty(make):  # as accelerate.init_empty_weights() has it
+        def register(module, name, parameter):
+            before(module, name, parameter)
+            module._parameters[name] = make(parameter)
+
+        return register
+
+    try:
+        for make in (lambda parameter: type(parameter)(parameter.to("meta"), **parameter.__dict__, requires_grad=True),
+                     lambda parameter: torch.nn.Parameter(parameter.to("meta"))):
+            torch.nn.Module.register_parameter = empty(make)
+            with pytest.raises(TypeError, match="a parameter cannot be made on meta: it stays"):
+                libxlstm.make_model(embedding_dim=32)
+    finally:
+        torch.nn.Module.register_parameter = before
+
+
+def test_config_is_free_for_others():
+    """transformers.Trainer and others set model.config.use_cache = False where there is a config."""
+    model = make_model()
+    assert not hasattr(model, "config") and "embedding_dim: 32" in model.settings
+    model.config = {"mine": 1}
+    assert model.config == copy.deepcopy(model).config == {"mine": 1}

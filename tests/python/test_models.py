@@ -99,7 +99,7 @@ def test_save_and_load(tmp_path):
     model = make_model()
     C.save_model_folder(str(tmp_path / "model"), YAML, {k: v.detach() for k, v in model.named_parameters()})
     loaded = libxlstm.load(tmp_path / "model")
-    assert not loaded.training and "embedding_dim: 32" in loaded.config and loaded.folder == str(tmp_path / "model")
+    assert not loaded.training and "embedding_dim: 32" in loaded.settings and loaded.folder == str(tmp_path / "model")
     ids = random_ids(2, 7)
     with torch.no_grad():
         assert torch.equal(loaded(ids)[0], model(ids)[0])
@@ -315,10 +315,10 @@ def test_settings_as_a_dictionary(tmp_path):
 @pytest.mark.parametrize("name", ["caf\u00e9", "\U0001f600 model", "a\x7f\x85b", "\u2028\ufeff", "\"\\", "line\nbreak\ttab"])
 def test_settings_of_any_characters(name, tmp_path):
     model = libxlstm.make_model({"model": yaml.safe_load(YAML)["model"], "run": {"name": "a", "out_dir": f"runs/{name}"}})
-    assert yaml.safe_load(model.config)["run"]["out_dir"] == f"runs/{name}"
+    assert yaml.safe_load(model.settings)["run"]["out_dir"] == f"runs/{name}"
     model.save(tmp_path / "model")
     again = libxlstm.load(tmp_path / "model", settings={"run": {"out_dir": f"again/{name}"}})
-    assert yaml.safe_load(again.config)["run"]["out_dir"] == f"again/{name}"
+    assert yaml.safe_load(again.settings)["run"]["out_dir"] == f"again/{name}"
     with pytest.raises(libxlstm.Error, match="kind"):
         libxlstm.BlockStack(kind=name)
 

@@ -41,7 +41,7 @@ def test_copies(tmp_path):
     state = torch.get_rng_state()
     other = copy.deepcopy(model)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not other.training and other.config == model.config and other(ids)[0].dtype == torch.float64
+    assert not other.training and other.settings == model.settings and other(ids)[0].dtype == torch.float64
     for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr() and a.requires_grad == b.requires_grad, name
     before = model(ids)[0]
@@ -138,7 +138,7 @@ def test_a_copy_is_the_same_model(copying, device):
     before, random = model(ids)[0], torch.get_rng_state()
     other = copying(model)
     assert torch.equal(torch.get_rng_state(), random)
-    assert other.config == model.config and other.folder == model.folder
+    assert other.settings == model.settings and other.folder == model.folder
     assert_same(model, other)
     assert all(isinstance(p, torch.nn.Parameter) for p in other.parameters())
     assert torch.equal(other(ids)[0], before)
@@ -163,7 +163,7 @@ def test_models_and_stacks_of_every_kind(kind):
     assert_same(stack, others[1])
     assert torch.equal(others[0].eval()(ids)[0], model.eval()(ids)[0])
     assert torch.equal(others[1].eval()(x)[0], stack.eval()(x)[0])
-    assert others[0].config == model.config and repr(others[1]) == repr(stack)
+    assert others[0].settings == model.settings and repr(others[1]) == repr(stack)
 
 
 def test_dropout_goes_along():

@@ -49,15 +49,29 @@ def test_its_python_runs(tmp_path, monkeypatch):
     exec(model, names)
     assert names["ids"].shape == (1, 1) and names["logits"].shape == (1, 1, 256)
     names = {}
-    hidden, data, stack, _ = blocks(GUIDES["libxlstm/README.md"], "python")
+    hidden, data, stack, states, *_ = blocks(GUIDES["libxlstm/README.md"], "python")
     exec(hidden, names)
     assert names["y"].shape == names["first"].shape == names["last"].shape == (4, 65, 32)
     exec(data, names)
     assert names["ids"].shape == names["targets"].shape == names["reset"].shape == (4, 64)
     exec(stack, names)
     assert names["y"].shape == (2, 100, 64) and not names["y"][1, 40:].any()
+    exec(states, names)
+    assert names["logits"].shape == (2, 2, 256) and names["first"][0][1].shape[0] == 1
     before, after = libxlstm.load("runs/quickstart"), libxlstm.load("runs/finetuned")
     assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True) if b.dim() > 1)
+
+
+def test_its_training_by_transformers_runs(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs it")
+    monkeypatch.chdir(tmp_path)
+    *_, trainer, _ = blocks(GUIDES["libxlstm/README.md"], "python")
+    names = {}
+    exec(trainer, names)
+    assert (tmp_path / "runs" / "trainer" / "checkpoint-20" / "model.safetensors").exists()
+    log = names["trainer"].evaluate()
+    ids = names["tokens"][:8]
+    assert abs(names["model"](ids[:, :-1], targets=ids[:, 1:])[0].item() - log["eval_loss"]) < 1e-3
 
 
 def test_its_line_for_transformers_runs(tmp_path, monkeypatch):
