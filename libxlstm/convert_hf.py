@@ -21,10 +21,13 @@ DOCUMENTS = {"reset_state_at_document": False, "mask_loss_across_documents": Fal
 _INDEX = "model.safetensors.index.json"
 _NO_CAP = 1e30  # in float32, c * tanh(x / c) is x; transformers caps always
 
-# Of the model: which kernel computes it, and in which precision. Of every model of transformers: what surrounds it.
+# Of the model: which kernel computes it, and in which precision. Of the 7B model's own config.json: what its first code knew and
+# transformers does not. Of every model of transformers: what surrounds it.
 _IGNORED = {
     "sequence_kernel", "step_kernel", "mode", "chunk_size", "return_last_states", "autocast_kernel_dtype",
     "inference_state_dtype", "max_inference_chunksize", "norm_reduction_force_float32", "use_cache",
+    "add_embedding_dropout", "add_forward_backend_padding", "cell_norm_eps", "force_bos_token_insert", "head_dim",
+    "igate_bias_init_range", "mlstm_round_up_to_multiple_of",
     "architectures", "torch_dtype", "dtype", "transformers_version", "auto_map", "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "prefix",
     "return_dict", "output_hidden_states", "output_attentions", "use_return_dict", "torchscript", "chunk_size_feed_forward",
@@ -36,6 +39,8 @@ _IGNORED = {
     "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 }  # fmt: skip
+# That first code could compute other blocks with these.
+_FIRST_CODE = {"add_post_blocks_norm": True, "add_post_norm": False, "add_qk_norm": False}
 
 
 def _round_up(width, multiple):
@@ -71,6 +76,8 @@ def read_config(config):
         raise ConvertError(EXIT_CONFIG, f"config.chunkwise_kernel: {kernel!r} cannot be imported: its input gate is a sigmoid")
     section.take("use_bias", False, choices=(False,))
     section.take("add_out_norm", True, choices=(True,))
+    for key, value in _FIRST_CODE.items():
+        section.take(key, value, choices=(value,))
     fused = section.take("weight_mode", "single", choices=("single", "fused")) == "fused"
     model = {
         "kind": "xlstm_large",

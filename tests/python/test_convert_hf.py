@@ -185,6 +185,7 @@ def change_config(folder, **changes):
         ({"gate_soft_cap": 0}, "gate_soft_cap: expected a positive number or null"),
         ({"norm_eps": "small"}, "norm_eps: expected a number"),
         ({"quantization_config": {"bits": 4}}, "unknown keys quantization_config"),
+        ({"add_qk_norm": True}, "add_qk_norm: True cannot be imported"),
     ],
 )
 def test_what_would_change_the_function_is_refused(changes, part):
@@ -199,6 +200,23 @@ def test_null_means_no_cap():
     assert model["embedding_dim"] == 4096 and model["num_blocks"] == 32
 
 
+# The settings of config.json in NX-AI/xLSTM-7b, those of its first code included.
+THE_7B_MODEL = {
+    "_name_or_path": "NX-AI/xLSTM-7b", "architectures": ["xLSTMForCausalLM"], "model_type": "xlstm",
+    "add_embedding_dropout": False, "add_forward_backend_padding": False, "add_out_norm": True, "add_post_blocks_norm": True,
+    "add_post_norm": False, "add_qk_norm": False, "autocast_kernel_dtype": "bfloat16", "cell_norm_eps": 1e-06,
+    "chunk_size": 64, "chunkwise_kernel": "chunkwise--triton_xl_chunk", "embedding_dim": 4096, "eps": 1e-06,
+    "ffn_proj_factor": 2.667, "ffn_round_up_to_multiple_of": 64, "force_bos_token_insert": True, "gate_soft_cap": 15.0,
+    "head_dim": 512, "igate_bias_init_range": -10.0, "inference_state_dtype": "float32", "mlstm_round_up_to_multiple_of": 64,
+    "mode": "inference", "norm_eps": 1e-06, "norm_reduction_force_float32": True, "num_blocks": 32, "num_heads": 8,
+    "output_logit_soft_cap": 30.0, "qk_dim_factor": 0.5, "return_last_states": True,
+    "sequence_kernel": "native_sequence__triton", "step_kernel": "triton", "tie_word_embeddings": False,
+    "torch_dtype": "float32", "transformers_version": "4.48.0.dev0", "use_bias": False, "use_cache": True,
+    "v_dim_factor": 1.0, "vocab_size": 50304, "weight_mode": "single",
+    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+}  # fmt: skip
+
+
 def test_the_7b_model_is_that_of_the_configuration_file():
     root = Path(libxlstm.__file__).resolve().parent.parent
     if not (root / "configs").is_dir():
@@ -206,6 +224,7 @@ def test_the_7b_model_is_that_of_the_configuration_file():
     expected = yaml.safe_load((root / "configs" / "model" / "xlstm_7b.yaml").read_text())["model"]
     assert expected.pop("add_out_norm") is True
     assert convert_hf.read_config({"model_type": "xlstm"})[0] == expected
+    assert convert_hf.read_config(THE_7B_MODEL)[0] == expected
 
 
 def test_damaged_folders(tmp_path):
