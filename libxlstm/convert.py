@@ -54,7 +54,11 @@ def _import_hf(options):
     from libxlstm import convert_hf
     from libxlstm.scoring import has_tokenizer
 
-    model, converted = convert_hf.convert_hf(*convert_hf.read_folder(options.weights))
+    config, tensors = convert_hf.read_folder(options.weights)
+    model, converted = convert_hf.convert_hf(config, tensors)
+    for key, width, wider in convert_hf.rounded_widths(model):
+        print(f"warning: config.{key}: the weights have a width of {width}, which transformers rounds up to {wider}: there such a "
+              "model does not generate, and --to hf cannot write it", file=sys.stderr)
     data = {"seq_len": convert_hf.SEQ_LEN, **convert_hf.DOCUMENTS}
     return model, converted, data | ({"tokenizer": options.weights} if has_tokenizer(options.weights) else {})
 

@@ -19,6 +19,7 @@ SEQ_LEN = 8192
 # Its texts follow the token that ends a document, which it reads as any other: contexts must not lose it.
 DOCUMENTS = {"reset_state_at_document": False, "mask_loss_across_documents": False}
 _INDEX = "model.safetensors.index.json"
+_WIDTHS = ("qk_dim_factor", "v_dim_factor")
 _NO_CAP = 1e30  # in float32, c * tanh(x / c) is x; transformers caps always
 
 # Of the model: which kernel computes it, and in which precision. Of the 7B model's own config.json: what its first code knew and
@@ -164,6 +165,12 @@ def _layout(model, qk_dim, v_dim):
     yield "out_norm.weight", "backbone.out_norm.weight", (dim,)
 
 
+def rounded_widths(model):
+    """(setting, width, the next multiple of 64) of each width that is none: transformers computes with the latter."""
+    widths = [(key, int(model["embedding_dim"] * model[key])) for key in _WIDTHS]
+    return [(key, width, _round_up(width, 64)) for key, width in widths if width % 64]
+
+
 def _width(tensors, name, axis, dim, factor, key):
     """A width as the weights have it, where it is one that the factor stands for."""
     widths = sorted({int(dim * factor), _round_up(dim * factor, 64)})
@@ -222,6 +229,8 @@ def read_folder(folder):
     if not os.path.isdir(folder):
         how = "one of the Hub comes by: hf download NAME --local-dir FOLDER"
         raise ConvertError(EXIT_CONFIG, f"{folder}: no such folder; {how}")
+    if any(os.path.exists(os.path.join(folder, name)) for name in ("config.yaml", "ckpt")):
+        raise ConvertError(EXIT_CONFIG, f"{folder}: a run or a checkpoint of libxlstm; of one --to hf makes a folder of transformers")
     config = _read_json(os.path.join(folder, "config.json"), EXIT_CONFIG)
     index = os.path.join(folder, _INDEX)
     if not os.path.isfile(index):
@@ -244,10 +253,10 @@ def export_config(model):
         raise ConvertError(EXIT_CONFIG, "transformers' xLSTM reads tokens, caps its gates and has a norm before its head: "
                                         "expected model.input_features 0, gate_soft_cap above 0 and add_out_norm true")
     dim = model["embedding_dim"]
-    widths = {key: int(dim * model[key]) for key in ("qk_dim_factor", "v_dim_factor")}
-    for key, width in widths.items():
-        if width % 64 != 0:
-            raise ConvertError(EXIT_CONFIG, f"model.{key}: a width of {width}; transformers rounds it up to a multiple of 64")
+    for key, width, wider in rounded_widths(model):
+        raise ConvertError(EXIT_CONFIG, f"model.{key}: a width of {width}; transformers rounds it up to {wider} and has no place "
+                                        f"for these weights. Train what is to go there with model.{key}={wider / dim:g}, or with "
+                                        f"a model.embedding_dim of which {model[key]:g} is a multiple of 64")
     return {
         "architectures": ["xLSTMForCausalLM"],
         "model_type": "xlstm",
@@ -263,7 +272,7 @@ def export_config(model):
         "add_out_norm": True,
         "norm_eps": model["norm_eps"],
         "norm_reduction_force_float32": True,
-        **{key: exact_factor(width, dim) for key, width in widths.items()},
+        **{key: exact_factor(int(dim * model[key]), dim) for key in _WIDTHS},
         "chunkwise_kernel": "chunkwise--native_autograd",
         "sequence_kernel": "native_sequence__native",
         "step_kernel": "native",
