@@ -13,6 +13,7 @@ import math
 import os
 
 from libxlstm.convert_common import EXIT_CONFIG, EXIT_WEIGHTS, ConvertError, Section, Weights, exported, new_folder
+from libxlstm.tokenizer_worker import IMPORTED
 
 # The 7B model was trained on sequences of this length (arXiv 2503.13427); its configuration does not say it.
 SEQ_LEN = 8192
@@ -22,8 +23,8 @@ _INDEX = "model.safetensors.index.json"
 _WIDTHS = ("qk_dim_factor", "v_dim_factor")
 _NO_CAP = 1e30  # in float32, c * tanh(x / c) is x; transformers caps always
 
-# Of the model: which kernel computes it, and in which precision. Of the 7B model's own config.json: what its first code knew and
-# transformers does not. Of every model of transformers: what surrounds it.
+# Of the model: which kernel computes it, and in which precision. Of the 7B model's own config.json: what its first code knew
+# and transformers does not. Of every model of transformers: what surrounds it.
 _IGNORED = {
     "sequence_kernel", "step_kernel", "mode", "chunk_size", "return_last_states", "autocast_kernel_dtype",
     "inference_state_dtype", "max_inference_chunksize", "norm_reduction_force_float32", "use_cache",
@@ -42,6 +43,9 @@ _IGNORED = {
 }  # fmt: skip
 # That first code could compute other blocks with these.
 _FIRST_CODE = {"add_post_blocks_norm": True, "add_post_norm": False, "add_qk_norm": False}
+# What an import keeps of config.json for the way back: all but what an export says itself.
+_KEPT = (_IGNORED | {"chunkwise_kernel"}) - {"architectures", "torch_dtype", "dtype", "transformers_version", "auto_map"}
+_SPECIAL_IDS = {"bos_token_id": "bos_token", "eos_token_id": "eos_token", "pad_token_id": "pad_token"}
 
 
 def _round_up(width, multiple):
@@ -230,7 +234,8 @@ def read_folder(folder):
         how = "one of the Hub comes by: hf download NAME --local-dir FOLDER"
         raise ConvertError(EXIT_CONFIG, f"{folder}: no such folder; {how}")
     if any(os.path.exists(os.path.join(folder, name)) for name in ("config.yaml", "ckpt")):
-        raise ConvertError(EXIT_CONFIG, f"{folder}: a run or a checkpoint of libxlstm; of one --to hf makes a folder of transformers")
+        how = "of one --to hf makes a folder of transformers"
+        raise ConvertError(EXIT_CONFIG, f"{folder}: a run or a checkpoint of libxlstm; {how}")
     config = _read_json(os.path.join(folder, "config.json"), EXIT_CONFIG)
     index = os.path.join(folder, _INDEX)
     if not os.path.isfile(index):
@@ -245,6 +250,38 @@ def read_folder(folder):
     return config, tensors
 
 
+def imported(config, tokenizer_files):
+    """The content of imported.json, which goes with the tokenizer from the imported folder into every checkpoint that is
+    trained from it: what config.json says besides the model, for the way back, and the token before prompts, if there is one.
+
+    The 7B model's tokenizer puts none there, but the model has read one before every text: its config.json asks for it.
+    """
+    kept = {key: value for key, value in config.items() if key in _KEPT}
+    bos, about = config.get("bos_token_id", 0), _json_of(tokenizer_files, "tokenizer_config.json")
+    wanted = config.get("force_bos_token_insert") or about.get("add_bos_token") or _adds(tokenizer_files, bos)
+    return {"config": kept} | ({"bos_id": bos} if wanted and isinstance(bos, int) else {})
+
+
+def _adds(tokenizer_files, bos):
+    """Whether the tokenizer itself puts this token before a text."""
+    from tokenizers import Tokenizer
+
+    if "tokenizer.json" not in tokenizer_files:
+        return False
+    return Tokenizer.from_buffer(tokenizer_files["tokenizer.json"]).encode("").ids[:1] == [bos]
+
+
+def _json_of(files, name):
+    """The mapping that a file holds; an empty one where it is absent."""
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise ConvertError(EXIT_CONFIG, f"{name}: {error}") from error
+    if not isinstance(value, dict):
+        raise ConvertError(EXIT_CONFIG, f"{name}: expected a mapping")
+    return value
+
+
 def export_config(model):
     """config.json of transformers for libxlstm's `model` section."""
     if model["kind"] != "xlstm_large":
@@ -254,9 +291,9 @@ def export_config(model):
                                         "expected model.input_features 0, gate_soft_cap above 0 and add_out_norm true")
     dim = model["embedding_dim"]
     for key, width, wider in rounded_widths(model):
-        raise ConvertError(EXIT_CONFIG, f"model.{key}: a width of {width}; transformers rounds it up to {wider} and has no place "
-                                        f"for these weights. Train what is to go there with model.{key}={wider / dim:g}, or with "
-                                        f"a model.embedding_dim of which {model[key]:g} is a multiple of 64")
+        how = f"with model.{key}={wider / dim:g}, or with a model.embedding_dim of which {model[key]:g} is a multiple of 64"
+        raise ConvertError(EXIT_CONFIG, f"model.{key}: a width of {width}; transformers rounds it up to {wider} and has no "
+                                        f"place for these weights. Train what is to go there {how}")
     return {
         "architectures": ["xLSTMForCausalLM"],
         "model_type": "xlstm",
@@ -314,18 +351,33 @@ def _write_weights(folder, tensors, shard_bytes, save):
 
 
 def _write_tokenizer(folder, spec):
-    """The tokenizer as transformers' AutoTokenizer reads it. Returns its end-of-document token's id, None without one."""
+    """The tokenizer as transformers' AutoTokenizer reads it, with the files that it came with. Returns what config.json says
+    besides the model: all that an import has kept, or else the ids of the special tokens."""
     from libxlstm.scoring import Tokenizer
 
     if spec == "bytes":
-        return None
+        return dict.fromkeys(_SPECIAL_IDS)
     tokenizer = Tokenizer(spec)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if tokenizer.eos_id >= 0:
-        about |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.token(tokenizer.eos_id))
-    _write_json(folder, "tokenizer_config.json", about)
-    return tokenizer.eos_id if tokenizer.eos_id >= 0 else None
+    files = dict(tokenizer.companions)
+    source = _json_of({IMPORTED: files.pop(IMPORTED, b"{}")}, IMPORTED)
+    if "tokenizer_config.json" not in files:
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if tokenizer.eos_id >= 0:
+            about |= dict.fromkeys(_SPECIAL_IDS.values(), tokenizer.token(tokenizer.eos_id))
+        files["tokenizer_config.json"] = json.dumps(about, indent=2).encode() + b"\n"
+    for name, content in files.items():
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    if "config" in source:
+        return source["config"]
+    tokens = _json_of(files, "special_tokens_map.json") | _json_of(files, "tokenizer_config.json")
+    return {key: tokenizer.token_id(_content(tokens.get(token))) for key, token in _SPECIAL_IDS.items()}
+
+
+def _content(token):
+    """The text of a special token, which is written alone or with its options."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def export(source, folder, shard_bytes=5 * 10**9):
@@ -338,8 +390,7 @@ def export(source, folder, shard_bytes=5 * 10**9):
     renamed = {theirs: tensors[ours] for ours, theirs in names}
     renamed["lm_head.weight"] = tensors.get("lm_head.weight", tensors["embedding.weight"])
     with new_folder(folder):
-        end_token = _write_tokenizer(folder, tokenizer)
-        config_json |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_token)
+        config_json |= _write_tokenizer(folder, tokenizer)
         _write_weights(folder, renamed, shard_bytes, libxlstm._C.save_safetensors)
         _write_json(folder, "config.json", config_json)
     return renamed

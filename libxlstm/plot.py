@@ -1,7 +1,8 @@
 """Loss curves of runs: `python -m libxlstm.plot RUN_DIR... [--out FILE]`.
 
 Reads each run's metrics.jsonl and draws training loss (faint: as logged, strong: smoothed), held-out loss and learning
-rate. One run is drawn into RUN_DIR/loss.png, several into one picture, loss.png in the current folder, unless --out names a file.
+rate. One run is drawn into RUN_DIR/loss.png, several into one picture, loss.png in the current folder, unless --out names
+another file.
 """
 
 import argparse
