@@ -10,10 +10,12 @@ xlstm  the authors' PyPI package, its small models (xLSTMLMModel): convert_xlstm
 """
 
 import argparse
+import json
 import sys
 
 from libxlstm.convert_common import EXIT_CONFIG, EXIT_WEIGHTS, ConvertError
 from libxlstm.convert_xlstm import LAYOUTS, convert_xlstm
+from libxlstm.tokenizer_worker import IMPORTED
 
 NUM_BYTES = 256
 
@@ -43,20 +45,24 @@ def _load_xlstm(config_path, weights_path):
 
 
 def _import_xlstm(options):
-    """(model settings, tensors, data settings that the source gives)."""
+    """(model settings, tensors, data settings that the source gives, its config.json)."""
     config, tensors = _load_xlstm(options.config, options.weights)
     model, converted = convert_xlstm(config, tensors, options.slstm_layout)
     length = config.get("context_length")
-    return model, converted, {"seq_len": length} if isinstance(length, int) and length > 0 else {}
+    return model, converted, {"seq_len": length} if isinstance(length, int) and length > 0 else {}, None
 
 
 def _import_hf(options):
     from libxlstm import convert_hf
     from libxlstm.scoring import has_tokenizer
 
-    model, converted = convert_hf.convert_hf(*convert_hf.read_folder(options.weights))
+    config, tensors = convert_hf.read_folder(options.weights)
+    model, converted = convert_hf.convert_hf(config, tensors)
+    for key, width, wider in convert_hf.rounded_widths(model):
+        print(f"warning: config.{key}: the weights have a width of {width}, which transformers rounds up to {wider}: such "
+              "a model does not generate there, and --to hf cannot write it", file=sys.stderr)
     data = {"seq_len": convert_hf.SEQ_LEN, **convert_hf.DOCUMENTS}
-    return model, converted, data | ({"tokenizer": options.weights} if has_tokenizer(options.weights) else {})
+    return model, converted, data | ({"tokenizer": options.weights} if has_tokenizer(options.weights) else {}), config
 
 
 def _check_tokenizer(spec, vocab_size):
@@ -75,9 +81,10 @@ def _import(options):
     import yaml
 
     import libxlstm
+    from libxlstm import convert_hf
 
     read = _import_hf if options.source == "hf" else _import_xlstm
-    model, tensors, data = read(options)
+    model, tensors, data, source = read(options)
     given = {"tokenizer": options.tokenizer, "seq_len": options.seq_len}
     data |= {key: value for key, value in given.items() if value is not None}
     if "tokenizer" in data:
@@ -85,9 +92,13 @@ def _import(options):
     elif model["vocab_size"] > NUM_BYTES:
         print(f"warning: no tokenizer was given: text will be read as bytes, but the model has {model['vocab_size']} tokens; "
               "say with --tokenizer what data.tokenizer takes", file=sys.stderr)
-    config = {"run": {"name": "imported"}, "model": model} | ({"data": data} if data else {})
     try:
-        libxlstm._C.save_model_folder(options.out, yaml.safe_dump(config, sort_keys=False), tensors)
+        tokenizer = libxlstm._C.read_tokenizer(data.get("tokenizer", "bytes"))
+        if source is not None and tokenizer:
+            tokenizer[IMPORTED] = json.dumps(convert_hf.imported(source, tokenizer), indent=2).encode()
+            data["tokenizer"] = options.out  # what trains from it takes all that belongs to the tokenizer from there
+        config = {"run": {"name": "imported"}, "model": model} | ({"data": data} if data else {})
+        libxlstm._C.save_model_folder(options.out, yaml.safe_dump(config, sort_keys=False), tensors, tokenizer)
     except libxlstm.Error as error:
         raise ConvertError(error.code, str(error)) from error
     return tensors

@@ -83,7 +83,7 @@ class Weights:
 
 
 def exported(source):
-    """What leaves with a run or a checkpoint folder: (its configuration, its tensors by name, its tokenizer)."""
+    """What leaves with a run or a checkpoint folder: (its configuration, its tensors by name, its tokenizer's spec)."""
     import torch
     import yaml
 

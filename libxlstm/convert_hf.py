@@ -13,18 +13,23 @@ import math
 import os
 
 from libxlstm.convert_common import EXIT_CONFIG, EXIT_WEIGHTS, ConvertError, Section, Weights, exported, new_folder
+from libxlstm.tokenizer_worker import IMPORTED
 
 # The 7B model was trained on sequences of this length (arXiv 2503.13427); its configuration does not say it.
 SEQ_LEN = 8192
 # Its texts follow the token that ends a document, which it reads as any other: contexts must not lose it.
 DOCUMENTS = {"reset_state_at_document": False, "mask_loss_across_documents": False}
 _INDEX = "model.safetensors.index.json"
+_WIDTHS = ("qk_dim_factor", "v_dim_factor")
 _NO_CAP = 1e30  # in float32, c * tanh(x / c) is x; transformers caps always
 
-# Of the model: which kernel computes it, and in which precision. Of every model of transformers: what surrounds it.
+# Of the model: which kernel computes it, and in which precision. Of the 7B model's own config.json: what its first code knew
+# and transformers does not. Of every model of transformers: what surrounds it.
 _IGNORED = {
     "sequence_kernel", "step_kernel", "mode", "chunk_size", "return_last_states", "autocast_kernel_dtype",
     "inference_state_dtype", "max_inference_chunksize", "norm_reduction_force_float32", "use_cache",
+    "add_embedding_dropout", "add_forward_backend_padding", "cell_norm_eps", "force_bos_token_insert", "head_dim",
+    "igate_bias_init_range", "mlstm_round_up_to_multiple_of",
     "architectures", "torch_dtype", "dtype", "transformers_version", "auto_map", "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "prefix",
     "return_dict", "output_hidden_states", "output_attentions", "use_return_dict", "torchscript", "chunk_size_feed_forward",
@@ -36,6 +41,11 @@ _IGNORED = {
     "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 }  # fmt: skip
+# That first code could compute other blocks with these.
+_FIRST_CODE = {"add_post_blocks_norm": True, "add_post_norm": False, "add_qk_norm": False}
+# What an import keeps of config.json for the way back: all but what an export says itself.
+_KEPT = (_IGNORED | {"chunkwise_kernel"}) - {"architectures", "torch_dtype", "dtype", "transformers_version", "auto_map"}
+_SPECIAL_IDS = {"bos_token_id": "bos_token", "eos_token_id": "eos_token", "pad_token_id": "pad_token"}
 
 
 def _round_up(width, multiple):
@@ -71,6 +81,8 @@ def read_config(config):
         raise ConvertError(EXIT_CONFIG, f"config.chunkwise_kernel: {kernel!r} cannot be imported: its input gate is a sigmoid")
     section.take("use_bias", False, choices=(False,))
     section.take("add_out_norm", True, choices=(True,))
+    for key, value in _FIRST_CODE.items():
+        section.take(key, value, choices=(value,))
     fused = section.take("weight_mode", "single", choices=("single", "fused")) == "fused"
     model = {
         "kind": "xlstm_large",
@@ -157,6 +169,12 @@ def _layout(model, qk_dim, v_dim):
     yield "out_norm.weight", "backbone.out_norm.weight", (dim,)
 
 
+def rounded_widths(model):
+    """(setting, width, the next multiple of 64) of each width that is none: transformers computes with the latter."""
+    widths = [(key, int(model["embedding_dim"] * model[key])) for key in _WIDTHS]
+    return [(key, width, _round_up(width, 64)) for key, width in widths if width % 64]
+
+
 def _width(tensors, name, axis, dim, factor, key):
     """A width as the weights have it, where it is one that the factor stands for."""
     widths = sorted({int(dim * factor), _round_up(dim * factor, 64)})
@@ -215,6 +233,9 @@ def read_folder(folder):
     if not os.path.isdir(folder):
         how = "one of the Hub comes by: hf download NAME --local-dir FOLDER"
         raise ConvertError(EXIT_CONFIG, f"{folder}: no such folder; {how}")
+    if any(os.path.exists(os.path.join(folder, name)) for name in ("config.yaml", "ckpt")):
+        how = "of one --to hf makes a folder of transformers"
+        raise ConvertError(EXIT_CONFIG, f"{folder}: a run or a checkpoint of libxlstm; {how}")
     config = _read_json(os.path.join(folder, "config.json"), EXIT_CONFIG)
     index = os.path.join(folder, _INDEX)
     if not os.path.isfile(index):
@@ -229,6 +250,38 @@ def read_folder(folder):
     return config, tensors
 
 
+def imported(config, tokenizer_files):
+    """The content of imported.json, which goes with the tokenizer from the imported folder into every checkpoint that is
+    trained from it: what config.json says besides the model, for the way back, and the token before prompts, if there is one.
+
+    The 7B model's tokenizer puts none there, but the model has read one before every text: its config.json asks for it.
+    """
+    kept = {key: value for key, value in config.items() if key in _KEPT}
+    bos, about = config.get("bos_token_id", 0), _json_of(tokenizer_files, "tokenizer_config.json")
+    wanted = config.get("force_bos_token_insert") or about.get("add_bos_token") or _adds(tokenizer_files, bos)
+    return {"config": kept} | ({"bos_id": bos} if wanted and isinstance(bos, int) else {})
+
+
+def _adds(tokenizer_files, bos):
+    """Whether the tokenizer itself puts this token before a text."""
+    from tokenizers import Tokenizer
+
+    if "tokenizer.json" not in tokenizer_files:
+        return False
+    return Tokenizer.from_buffer(tokenizer_files["tokenizer.json"]).encode("").ids[:1] == [bos]
+
+
+def _json_of(files, name):
+    """The mapping that a file holds; an empty one where it is absent."""
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise ConvertError(EXIT_CONFIG, f"{name}: {error}") from error
+    if not isinstance(value, dict):
+        raise ConvertError(EXIT_CONFIG, f"{name}: expected a mapping")
+    return value
+
+
 def export_config(model):
     """config.json of transformers for libxlstm's `model` section."""
     if model["kind"] != "xlstm_large":
@@ -237,10 +290,10 @@ def export_config(model):
         raise ConvertError(EXIT_CONFIG, "transformers' xLSTM reads tokens, caps its gates and has a norm before its head: "
                                         "expected model.input_features 0, gate_soft_cap above 0 and add_out_norm true")
     dim = model["embedding_dim"]
-    widths = {key: int(dim * model[key]) for key in ("qk_dim_factor", "v_dim_factor")}
-    for key, width in widths.items():
-        if width % 64 != 0:
-            raise ConvertError(EXIT_CONFIG, f"model.{key}: a width of {width}; transformers rounds it up to a multiple of 64")
+    for key, width, wider in rounded_widths(model):
+        how = f"with model.{key}={wider / dim:g}, or with a model.embedding_dim of which {model[key]:g} is a multiple of 64"
+        raise ConvertError(EXIT_CONFIG, f"model.{key}: a width of {width}; transformers rounds it up to {wider} and has no "
+                                        f"place for these weights. Train what is to go there {how}")
     return {
         "architectures": ["xLSTMForCausalLM"],
         "model_type": "xlstm",
@@ -256,7 +309,7 @@ def export_config(model):
         "add_out_norm": True,
         "norm_eps": model["norm_eps"],
         "norm_reduction_force_float32": True,
-        **{key: exact_factor(width, dim) for key, width in widths.items()},
+        **{key: exact_factor(int(dim * model[key]), dim) for key in _WIDTHS},
         "chunkwise_kernel": "chunkwise--native_autograd",
         "sequence_kernel": "native_sequence__native",
         "step_kernel": "native",
@@ -298,18 +351,33 @@ def _write_weights(folder, tensors, shard_bytes, save):
 
 
 def _write_tokenizer(folder, spec):
-    """The tokenizer as transformers' AutoTokenizer reads it. Returns its end-of-document token's id, None without one."""
+    """The tokenizer as transformers' AutoTokenizer reads it, with the files that it came with. Returns what config.json says
+    besides the model: all that an import has kept, or else the ids of the special tokens."""
     from libxlstm.scoring import Tokenizer
 
     if spec == "bytes":
-        return None
+        return dict.fromkeys(_SPECIAL_IDS)
     tokenizer = Tokenizer(spec)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if tokenizer.eos_id >= 0:
-        about |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.token(tokenizer.eos_id))
-    _write_json(folder, "tokenizer_config.json", about)
-    return tokenizer.eos_id if tokenizer.eos_id >= 0 else None
+    files = dict(tokenizer.companions)
+    source = _json_of({IMPORTED: files.pop(IMPORTED, b"{}")}, IMPORTED)
+    if "tokenizer_config.json" not in files:
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if tokenizer.eos_id >= 0:
+            about |= dict.fromkeys(_SPECIAL_IDS.values(), tokenizer.token(tokenizer.eos_id))
+        files["tokenizer_config.json"] = json.dumps(about, indent=2).encode() + b"\n"
+    for name, content in files.items():
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    if "config" in source:
+        return source["config"]
+    tokens = _json_of(files, "special_tokens_map.json") | _json_of(files, "tokenizer_config.json")
+    return {key: tokenizer.token_id(_content(tokens.get(token))) for key, token in _SPECIAL_IDS.items()}
+
+
+def _content(token):
+    """The text of a special token, which is written alone or with its options."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def export(source, folder, shard_bytes=5 * 10**9):
@@ -322,8 +390,7 @@ def export(source, folder, shard_bytes=5 * 10**9):
     renamed = {theirs: tensors[ours] for ours, theirs in names}
     renamed["lm_head.weight"] = tensors.get("lm_head.weight", tensors["embedding.weight"])
     with new_folder(folder):
-        end_token = _write_tokenizer(folder, tokenizer)
-        config_json |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_token)
+        config_json |= _write_tokenizer(folder, tokenizer)
         _write_weights(folder, renamed, shard_bytes, libxlstm._C.save_safetensors)
         _write_json(folder, "config.json", config_json)
     return renamed

@@ -85,7 +85,8 @@ class XlstmLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         with self._progress(requests, "loglikelihood", disable_tqdm, lambda request: request[0]) as done:
-            return self.judge.score(scoring_pairs(requests, self.prefix_token_id), done)
+            pairs = scoring_pairs(requests, self.prefix_token_id)
+            return self.judge.score([(self.judge.tokenizer.as_prompt(context), rest) for context, rest in pairs], done)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         with self._progress(requests, "loglikelihood_rolling", disable_tqdm, lambda request: request.args) as done:
@@ -96,7 +97,7 @@ class XlstmLM(TemplateLM):
         texts = [None] * len(requests)
         with self._progress(requests, "generate_until", disable_tqdm, lambda request: request.args) as done:
             for options, indices in groups.items():
-                prompts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
+                prompts = [self.judge.tokenizer.encode_prompt(requests[index].args[0]) for index in indices]
 
                 def keep(place, text, indices=indices):
                     texts[indices[place]] = text

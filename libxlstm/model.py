@@ -156,10 +156,11 @@ class Model(CoreModule):
 
     def generate(self, prompt, max_new_tokens=256, temperature=0.8, top_k=0, top_p=1.0, seed=42, stop_token=None,
                  vocab_size=None, on_token=None, state=None, return_state=False):
-        """The ids that continue a prompt, a list or a tensor (T) of at least one id, as a list; or lists that continue each of
-        several prompts of any lengths, a list of such or a tensor (B,T), side by side. Drawn as xlstm-generate draws: in
-        constant time and memory per token, without dropout, the same for the same seed on every platform. Side by side rounds
-        otherwise than one by one, which in bfloat16 and with weights of 8 bits may let texts part.
+        """The ids that continue a prompt, a list or a tensor (T) of at least one id, such as self.tokenizer.encode_prompt(text)
+        gives, as a list; or lists that continue each of several prompts of any lengths, a list of such or a tensor (B,T), side
+        by side. Drawn as xlstm-generate draws: in constant time and memory per token, without dropout, the same for the same
+        seed on every platform. Side by side rounds otherwise than one by one, which in bfloat16 and with weights of 8 bits may
+        let texts part.
 
         temperature 0: greedy. top_k: from so many of the likeliest, 0 or None: all; top_p: from the likeliest that hold this
         probability, None: all. seed: prompt i has seed + i. stop_token: the end, which is the last id then; -1: none.
@@ -237,6 +238,9 @@ class Model(CoreModule):
             return
         with tempfile.TemporaryDirectory() as folder:
             self._tokenizer.save(os.path.join(folder, "tokenizer.json"))
+            for name, content in self._tokenizer.companions.items():
+                with open(os.path.join(folder, name), "wb") as file:
+                    file.write(content)
             yield folder
 
     def __reduce_ex__(self, protocol):
@@ -283,7 +287,7 @@ class Model(CoreModule):
 def _ids(sequence):
     """One sequence as a list of integers."""
     if isinstance(sequence, str):
-        raise ValueError("prompt: expected ids, got text; model.tokenizer.encode(text) gives them")
+        raise ValueError("prompt: expected ids, got text; model.tokenizer.encode_prompt(text) gives them")
     ids = torch.as_tensor(sequence, device="cpu")
     if ids.dim() != 1 or ids.numel() > 0 and (ids.is_floating_point() or ids.dtype == torch.bool):
         raise ValueError(f"prompt: expected ids (T), or several such, got {ids.dtype} of shape {tuple(ids.shape)}")

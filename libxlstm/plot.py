@@ -1,7 +1,8 @@
 """Loss curves of runs: `python -m libxlstm.plot RUN_DIR... [--out FILE]`.
 
 Reads each run's metrics.jsonl and draws training loss (faint: as logged, strong: smoothed), held-out loss and learning
-rate. One run is drawn into RUN_DIR/loss.png, several into one picture, loss.png unless --out names another file.
+rate. One run is drawn into RUN_DIR/loss.png, several into one picture, loss.png in the current folder, unless --out names
+another file.
 """
 
 import argparse
@@ -113,7 +114,8 @@ def main(arguments=None):
         prog="python -m libxlstm.plot", description="Draws the loss curves of runs from their metrics.jsonl."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of a run; several share one picture")
-    parser.add_argument("--out", metavar="FILE", help=f"picture ({', '.join(FORMATS)}); default: loss.png in the run's folder")
+    place = "loss.png, in the run's folder, or of several runs in the current folder"
+    parser.add_argument("--out", metavar="FILE", help=f"picture ({', '.join(FORMATS)}); default: {place}")
     options = parser.parse_args(arguments)
     if options.out and Path(options.out).suffix not in FORMATS:
         parser.error(f"--out {options.out}: expected a name that ends in {', '.join(FORMATS)}")

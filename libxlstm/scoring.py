@@ -45,15 +45,19 @@ class Tokenizer:
     def __init__(self, spec):
         self.spec = str(spec)
         self._tokenizer = None
-        self.vocab_size, self.eos_id = 256, 0  # of bytes: NUL ends a document
+        self.vocab_size, self.eos_id, self.bos_id = 256, 0, -1  # of bytes: NUL ends a document
+        self.companions = {}  # name -> content of the files that belong to it; kept, since a pickle may be read elsewhere
         if self.spec == "bytes":
             return
+        files = self._files()
         try:
-            self._tokenizer = tokenizer_worker.load(self._files())
+            self._tokenizer = tokenizer_worker.load(files)
+            about = json.loads(tokenizer_worker.hello(self._tokenizer, files))
         except tokenizer_worker.WorkerError as error:
             raise ScoringError(EXIT_DATA, f"{self.spec}: {error}") from error
-        about = json.loads(tokenizer_worker.hello(self._tokenizer))
-        self.vocab_size, self.eos_id = about["vocab_size"], about["eos_id"]
+        self.vocab_size, self.eos_id, self.bos_id = about["vocab_size"], about["eos_id"], about["bos_id"]
+        own = {name for names in _TOKENIZER_FILES for name in names}
+        self.companions = {name: content for name, content in libxlstm._C.read_tokenizer(self.spec).items() if name not in own}
 
     def _files(self):
         if os.path.isfile(self.spec):
@@ -67,7 +71,9 @@ class Tokenizer:
 
     @property
     def start_id(self):
-        """What a text without a context follows, as in xlstm-generate: a line's end, or the end of the document before."""
+        """What a text without a context follows, as in xlstm-generate: bos_id, a line's end, or the end of a document."""
+        if self.bos_id >= 0:
+            return self.bos_id
         if self._tokenizer is None:
             return ord("\n")
         if self.eos_id < 0:
@@ -75,9 +81,21 @@ class Tokenizer:
         return self.eos_id
 
     def encode(self, text):
+        """The ids of a text; special tokens written out in it become their ids, none is added."""
         if self._tokenizer is None:
             return list(text.encode("utf-8"))
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text):
+        """The ids that xlstm-generate reads for a prompt, as_prompt(encode(text))."""
+        return self.as_prompt(self.encode(text))
+
+    def as_prompt(self, ids):
+        """The ids behind bos_id, which the source of imported weights may want there (-1: it does not), where they do not begin
+        with it themselves; in place of none start_id."""
+        if not ids:
+            return [self.start_id]
+        return ids if self.bos_id in (-1, ids[0]) else [self.bos_id, *ids]
 
     def decode(self, ids):
         if self._tokenizer is None:
@@ -87,6 +105,10 @@ class Tokenizer:
     def token(self, token_id):
         """The text of a token of its own, such as the end of a document."""
         return self._tokenizer.id_to_token(token_id)
+
+    def token_id(self, token):
+        """The id of such a text, None where there is none."""
+        return None if token is None else self._tokenizer.token_to_id(token)
 
     def save(self, path):
         """Writes a tokenizer.json. Bytes have none."""

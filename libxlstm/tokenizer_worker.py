@@ -4,7 +4,7 @@
 and a merges file of a byte-level BPE (GPT-2). Needs the `tokenizers` package alone.
 
 Every message, in both directions, is one frame: 1 byte kind, 8 bytes length (little-endian), payload.
-The worker first sends "H" with JSON {"vocab_size", "eos_id"}; then it answers requests in order:
+The worker first sends "H" with JSON {"vocab_size", "eos_id", "bos_id"}; then it answers requests in order:
 
     "E"  u64 count, then per text u64 length + UTF-8   ->  "E"  count x u64 tokens, then all ids as i32
     "I"  the same for texts that go on in a document   ->  "I"  the same: nothing is put before them
@@ -26,6 +26,8 @@ import signal
 import struct
 
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>")
+
+IMPORTED = "imported.json"  # what convert_hf.py keeps of a source besides model and tokenizer
 
 
 class WorkerError(Exception):
@@ -57,11 +59,24 @@ def load(files):
     return tokenizer
 
 
-def hello(tokenizer):
+def bos_id(files):
+    """The token that imported weights want before a prompt, which convert.py writes down beside their tokenizer; -1: none."""
+    try:
+        with open(os.path.join(os.path.dirname(files[0]), IMPORTED), encoding="utf-8") as file:
+            token = json.load(file).get("bos_id")
+    except FileNotFoundError:
+        return -1
+    except (OSError, ValueError, AttributeError) as error:
+        raise WorkerError(f"{IMPORTED} beside it: {error}") from error
+    return -1 if token is None else token
+
+
+def hello(tokenizer, files):
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     end = [tokenizer.token_to_id(token) for token in END_OF_DOCUMENT]
     end = [token for token in end if token is not None]
-    return json.dumps({"vocab_size": max(ids, default=-1) + 1, "eos_id": end[0] if end else -1}).encode()
+    return json.dumps({"vocab_size": max(ids, default=-1) + 1, "eos_id": end[0] if end else -1,
+                       "bos_id": bos_id(files)}).encode()
 
 
 def without_prefix(part):
@@ -129,10 +144,10 @@ def serve(files, source, sink):
 
     try:
         tokenizer = load(files)
+        send(b"H", hello(tokenizer, files))
     except WorkerError as error:
         fail(error)
         return 1
-    send(b"H", hello(tokenizer))
     inside = functools.cache(lambda: for_inside(tokenizer))  # made where it is needed
     answers = {b"E": encode, b"I": lambda _, payload: encode(inside(), payload), b"D": decode}
     while (header := read_exactly(source, 9)) is not None:

@@ -299,6 +299,9 @@ TokenizerFiles read_tokenizer(const std::string& spec) {
   for (const std::string& path : data::tokenizer_files(spec))
     files.emplace_back(single_file ? "tokenizer.json" : fs::path(path).filename().string(),
                        read_file(path, ExitCode::kData));
+  if (single_file && fs::path(spec).filename() != files.front().first) return files;
+  for (const std::string& path : data::tokenizer_companions(spec))
+    files.emplace_back(fs::path(path).filename().string(), read_file(path, ExitCode::kData));
   return files;
 }
 
@@ -321,7 +324,7 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
 }
 
 void save_model_folder(const std::string& folder, const config::Config& config,
-                       const NamedTensors& model_tensors) {
+                       const NamedTensors& model_tensors, const TokenizerFiles& tokenizer) {
   // A name with "/" behind it would be that of no link.
   const fs::path path = (fs::absolute(folder).lexically_normal() / "").parent_path();
   const bool is_free = !fs::exists(path) || (fs::is_directory(path) && fs::is_empty(path));
@@ -331,7 +334,6 @@ void save_model_folder(const std::string& folder, const config::Config& config,
   if (fs::is_symlink(path) || fs::exists(path / kTrainerName))
     throw Error(ExitCode::kCheckpoint,
                 folder + ": a checkpoint that a run goes on from; choose another name");
-  const TokenizerFiles tokenizer = read_tokenizer(config.data.tokenizer);
   fs::create_directories(path.parent_path());
   check_free_space(path.parent_path().string(), needed_bytes(tokenizer, {&model_tensors}));
   Writer writer(name_beside(path, "tmp"), 0);

@@ -47,8 +47,9 @@ struct TrainerState {
 /// Parameters and buffers by dotted name, in registration order.
 NamedTensors named_model_tensors(const models::LanguageModel& model);
 
-/// A tokenizer's files as a checkpoint holds them, name and content. A single file is called tokenizer.json, whatever it
-/// was called, so that the folder is a tokenizer too.
+/// A tokenizer's files as a checkpoint holds them, name and content, and what belongs to it (data::tokenizer_companions). A
+/// single file is called tokenizer.json, whatever it was called, so that the folder is a tokenizer too; beside one of another
+/// name nothing belongs to it.
 using TokenizerFiles = std::vector<std::pair<std::string, std::string>>;
 /// spec: as data::make_tokenizer takes it. Throws Error(kData).
 TokenizerFiles read_tokenizer(const std::string& spec);
@@ -60,10 +61,10 @@ std::string save_checkpoint(const std::string& run_dir, const config::Config& co
                             const models::LanguageModel& model, const NamedTensors& optimizer,
                             const TrainerState& state, const TokenizerFiles& tokenizer = {},
                             const NamedTensors& carried = {});
-/// The same of a model alone, at exactly `folder`, with the tokenizer that the settings name. A model that is there is kept
-/// until the new one is whole. Throws Error(kCheckpoint) where `folder` is anything else, or a link.
+/// The same of a model alone, at exactly `folder`. A model that is there is kept until the new one is whole. Throws
+/// Error(kCheckpoint) where `folder` is anything else, or a link.
 void save_model_folder(const std::string& folder, const config::Config& config,
-                       const NamedTensors& model_tensors);
+                       const NamedTensors& model_tensors, const TokenizerFiles& tokenizer = {});
 
 /// Takes a warning.
 using Warn = std::function<void(const std::string& message)>;

@@ -41,6 +41,9 @@ const std::vector<OptionSpec> kOptions{
      "float32; bfloat16_weights: the weights are rounded, which halves the memory and what a token "
      "reads; int8_weights: large matrices to 8 bits, the rest to bfloat16 (float32)"},
     {"--threads", "N", "CPU threads; 0: all cores (0)"},
+    {"--no-bos", "",
+     "put nothing before the prompt; else models imported from transformers read the token there "
+     "that their source says"},
     {"--no-echo", "", "print the continuation without the prompt"},
     {"--no-verify", "", "skip the checksums of the checkpoint"},
     {"--help", "", "show this"}};
@@ -65,10 +68,12 @@ SamplingOptions sampling_options(const CommandLine& line, const data::Tokenizer&
   return options;
 }
 
-/// Where there is no prompt: the end of the document before, or for bytes a line's end.
+/// Where there is neither a prompt nor a token before it: the end of the document before, or for bytes a line's end.
 std::vector<int64_t> encode_prompt(const std::string& text, data::Tokenizer& tokenizer,
-                                   const std::string& spec) {
-  if (!text.empty()) return tokenizer.encode(text);
+                                   const std::string& spec, bool with_bos) {
+  std::vector<int64_t> ids =
+      with_bos ? data::encode_prompt(tokenizer, text) : tokenizer.encode(text);
+  if (!ids.empty()) return ids;
   if (spec == "bytes") return tokenizer.encode("\n");
   if (tokenizer.eos_id() >= 0) return {tokenizer.eos_id()};
   throw Error(ExitCode::kData,
@@ -149,7 +154,8 @@ int body(int argc, char** argv) {
   loaded.model->to(device);
   const auto tokenizer = data::make_tokenizer(loaded.tokenizer);
   SamplingOptions options = sampling_options(line, *tokenizer);
-  const std::vector<int64_t> prompt = encode_prompt(text, *tokenizer, loaded.tokenizer);
+  const std::vector<int64_t> prompt =
+      encode_prompt(text, *tokenizer, loaded.tokenizer, !line.has("--no-bos"));
   for (int64_t done = 0; done < num_samples; done += kSideBySide) {
     if (done > 0) show(kBetweenSamples);
     options.seed = static_cast<uint64_t>(seed) + static_cast<uint64_t>(done);

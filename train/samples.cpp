@@ -41,7 +41,7 @@ SampleWriter::SampleWriter(const config::Config& config, std::string path)
   if (config.sample.prompts.empty()) return;
   tokenizer_ = data::make_tokenizer(config.data.tokenizer);
   for (const std::string& prompt : config.sample.prompts) {
-    std::vector<int64_t> ids = tokenizer_->encode(prompt);
+    std::vector<int64_t> ids = data::encode_prompt(*tokenizer_, prompt);
     if (ids.empty() && tokenizer_->eos_id() >= 0) ids.push_back(tokenizer_->eos_id());
     check_prompt(prompt, ids, config);
     prompts_.push_back(std::move(ids));

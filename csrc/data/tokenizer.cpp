@@ -67,6 +67,24 @@ std::vector<std::string> tokenizer_files(const std::string& spec) {
   throw Error(ExitCode::kData, spec + ": this folder holds no tokenizer; give " + kTokenizerSpecs);
 }
 
+std::vector<std::string> tokenizer_companions(const std::string& spec) {
+  const std::vector<std::string> files = tokenizer_files(spec);
+  std::vector<std::string> companions;
+  if (files.empty()) return companions;
+  const std::filesystem::path folder = std::filesystem::path(files.front()).parent_path();
+  for (const char* name : {"tokenizer_config.json", "special_tokens_map.json",
+                           "chat_template.jinja", "generation_config.json", "imported.json"})
+    if (is_file(folder / name)) companions.push_back(folder / name);
+  return companions;
+}
+
+std::vector<int64_t> encode_prompt(Tokenizer& tokenizer, std::string_view text) {
+  std::vector<int64_t> ids = tokenizer.encode(text);
+  const int64_t bos = tokenizer.bos_id();
+  if (bos >= 0 && (ids.empty() || ids.front() != bos)) ids.insert(ids.begin(), bos);
+  return ids;
+}
+
 std::string tokenizer_sha256(const std::string& spec) {
   std::string digests;
   for (const auto& file : tokenizer_files(spec)) digests += sha256_file(file);

@@ -29,6 +29,8 @@ class Tokenizer {
   virtual int64_t vocab_size() const = 0;
   /// End-of-document token, or -1 where the tokenizer has none. bytes: 0 (NUL, which text does not contain).
   virtual int64_t eos_id() const = 0;
+  /// The token that imported weights want before a prompt (imported.json of convert.py); -1: none.
+  virtual int64_t bos_id() const { return -1; }
   /// sha256 over the tokenizer's files; "" for bytes.
   virtual std::string sha256() const = 0;
 };
@@ -41,7 +43,12 @@ std::unique_ptr<Tokenizer> make_tokenizer(const std::string& spec);
 /// The files that define a tokenizer, in a fixed order; none for "bytes". Copied into one folder under their own names
 /// they are that tokenizer again (spec: the folder; for a spec that names a file, the copied file). Throws Error(kData).
 std::vector<std::string> tokenizer_files(const std::string& spec);
-/// sha256 over those files' contents; "" for "bytes". Starts no process.
+/// What lies beside them in their folder and belongs to them, as far as it is there: transformers' files about the tokenizer and
+/// about generation, and imported.json. They leave the tokens of a text as they are. Throws as tokenizer_files().
+std::vector<std::string> tokenizer_companions(const std::string& spec);
+/// The tokens of `text` behind bos_id(), if there is one and they do not begin with it themselves.
+std::vector<int64_t> encode_prompt(Tokenizer& tokenizer, std::string_view text);
+/// sha256 over the contents of tokenizer_files(); "" for "bytes". Starts no process.
 std::string tokenizer_sha256(const std::string& spec);
 /// Whether a file's tokens are those of the tokenizer `spec`; true where its sidecar does not say whose they are.
 bool is_made_with(const Sidecar& sidecar, const std::string& spec);

@@ -33,6 +33,7 @@ class ProcessTokenizer final : public Tokenizer {
     if (!hello.is_object()) fail("its process sent an unexpected reply");
     vocab_size_ = hello.value("vocab_size", int64_t{0});
     eos_id_ = hello.value("eos_id", int64_t{-1});
+    bos_id_ = hello.value("bos_id", int64_t{-1});
     if (vocab_size_ < 1) fail("its vocabulary is empty; use another tokenizer");
   }
 
@@ -57,6 +58,7 @@ class ProcessTokenizer final : public Tokenizer {
   }
   int64_t vocab_size() const override { return vocab_size_; }
   int64_t eos_id() const override { return eos_id_; }
+  int64_t bos_id() const override { return bos_id_; }
   std::string sha256() const override { return sha256_; }
 
  private:
@@ -123,7 +125,7 @@ class ProcessTokenizer final : public Tokenizer {
   std::string name_, python_;
   ChildProcess child_;
   std::string sha256_;
-  int64_t vocab_size_ = 0, eos_id_ = -1;
+  int64_t vocab_size_ = 0, eos_id_ = -1, bos_id_ = -1;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <map>
 #include <optional>
 #include <system_error>
 #include <tuple>
@@ -96,7 +97,8 @@ class PyModel {
     xlstm::NamedTensors tensors = xlstm::train::named_model_tensors(*model_);
     for (auto& [name, tensor] : tensors)
       if (tensor.scalar_type() == at::kDouble) tensor = tensor.detach().to(at::kFloat);
-    xlstm::train::save_model_folder(folder, config, tensors);
+    xlstm::train::save_model_folder(folder, config, tensors,
+                                    xlstm::train::read_tokenizer(tokenizer));
   }
   /// What undrawn() takes.
   std::tuple<std::string, std::string, std::string> settings() const {
@@ -265,11 +267,24 @@ xlstm::NamedTensors named_tensors(const py::dict& tensors) {
   return named;
 }
 
-void save_model_folder(const std::string& folder, const std::string& yaml,
-                       const py::dict& tensors) {
+std::map<std::string, py::bytes> read_tokenizer(const std::string& spec) {
+  std::map<std::string, py::bytes> files;
+  for (const auto& [name, content] : xlstm::train::read_tokenizer(spec)) files[name] = content;
+  return files;
+}
+
+void save_model_folder(const std::string& folder, const std::string& yaml, const py::dict& tensors,
+                       const std::optional<std::map<std::string, std::string>>& tokenizer) {
   const xlstm::NamedTensors named = named_tensors(tensors);
   py::gil_scoped_release no_lock;
-  xlstm::train::save_model_folder(folder, xlstm::config::parse_config(yaml, "<string>"), named);
+  const auto config = xlstm::config::parse_config(yaml, "<string>");
+  xlstm::train::TokenizerFiles files;
+  if (tokenizer) {
+    files.assign(tokenizer->begin(), tokenizer->end());
+  } else {
+    files = xlstm::train::read_tokenizer(config.data.tokenizer);
+  }
+  xlstm::train::save_model_folder(folder, config, named, files);
 }
 
 void save_safetensors(const std::string& path, const py::dict& tensors) {
@@ -374,8 +389,12 @@ PYBIND11_MODULE(_C, m) {
         "Freshly initialised blocks from the settings `model` of a YAML text.");
   m.def("decays", &xlstm::models::decays, py::arg("name"), py::arg("parameter"),
         py::arg("of_embedding"), "Whether weight decay is usual for a parameter.");
+  m.def("read_tokenizer", &read_tokenizer, py::arg("spec"),
+        "The files of a tokenizer and what belongs to it, as a checkpoint holds them.");
   m.def("save_model_folder", &save_model_folder, py::arg("folder"), py::arg("yaml"),
-        py::arg("tensors"), "Writes a model-only checkpoint folder.");
+        py::arg("tensors"), py::arg("tokenizer") = py::none(),
+        "Writes a model-only checkpoint folder. tokenizer: what read_tokenizer gives, else that of "
+        "the settings.");
   m.def("save_safetensors", &save_safetensors, py::arg("path"), py::arg("tensors"),
         "Writes tensors by name, one after the other.");
   m.def("config_schema_json", &xlstm::config::config_schema_json, "Every setting as JSON.");

@@ -96,6 +96,44 @@ TEST_CASE("tokenizer files by kind of folder") {
   CHECK(tokenizer_sha256(root) == sha256_hex(sha256_hex("3")));
 }
 
+TEST_CASE("what belongs to a tokenizer lies beside it and is no part of it") {
+  TemporaryFolder folder;
+  const std::string root = folder.string();
+  CHECK(tokenizer_companions("bytes").empty());
+  CHECK_FALSE(error_of([&] { tokenizer_companions(root); }).empty());
+  write_bytes(folder / "tokenizer.json", "3");
+  CHECK(tokenizer_companions(root).empty());
+  const std::string sha256 = tokenizer_sha256(root);
+  for (const char* name : {"imported.json", "chat_template.jinja", "tokenizer_config.json", "x"})
+    write_bytes(folder / name, "{}");
+  for (const std::string& spec : {root, root + "/tokenizer.json"})
+    CHECK(tokenizer_companions(spec) == std::vector<std::string>{root + "/tokenizer_config.json",
+                                                                 root + "/chat_template.jinja",
+                                                                 root + "/imported.json"});
+  CHECK(tokenizer_sha256(root) == sha256);
+}
+
+TEST_CASE("a token before prompts, where weights were imported with one") {
+  const auto bytes = make_tokenizer("bytes");
+  CHECK(encode_prompt(*bytes, "ab") == std::vector<int64_t>{97, 98});
+  CHECK(encode_prompt(*bytes, "").empty());
+  if (!have_tokenizers()) return;
+  TemporaryFolder folder;
+  const std::string spec = write_word_tokenizer(folder);
+  CHECK(make_tokenizer(spec)->bos_id() == -1);
+  write_bytes(folder / "words" / "imported.json", R"({"bos_id": 5})");
+  const auto words = make_tokenizer(spec);
+  CHECK(words->bos_id() == 5);
+  CHECK(encode_prompt(*words, "a b") == std::vector<int64_t>{5, 1, 2});
+  CHECK(encode_prompt(*words, "<|endoftext|>a") == std::vector<int64_t>{5, 1});  // once
+  CHECK(encode_prompt(*words, "") == std::vector<int64_t>{5});
+  CHECK(words->encode("a b") == std::vector<int64_t>{1, 2});  // texts to train on have none
+  write_bytes(folder / "words" / "imported.json", R"({"config": {}})");
+  CHECK(make_tokenizer(spec)->bos_id() == -1);
+  write_bytes(folder / "words" / "imported.json", "[");
+  CHECK(contains(error_of([&] { make_tokenizer(spec); }), "imported.json"));
+}
+
 TEST_CASE("a tokenizer.json in its own process") {
   if (!have_tokenizers()) return;
   TemporaryFolder folder;

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,8 @@ def test_import_gives_the_same_logits_and_text(changes, options, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs", **options)
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == bool(options)
     done = import_(tmp_path / "theirs", tmp_path / "ours")
-    assert done.returncode == 0 and done.stderr == ""
+    narrow = theirs.backbone.blocks[0].mlstm_layer.q.weight.shape[0] % 64 != 0
+    assert done.returncode == 0 and ("rounds up to" in done.stderr) == narrow and (narrow or done.stderr == "")
     assert f" {theirs.num_parameters()} parameters" in done.stdout
     ours = libxlstm.load(tmp_path / "ours")
     check_logits(theirs, ours)
@@ -185,6 +187,7 @@ def change_config(folder, **changes):
         ({"gate_soft_cap": 0}, "gate_soft_cap: expected a positive number or null"),
         ({"norm_eps": "small"}, "norm_eps: expected a number"),
         ({"quantization_config": {"bits": 4}}, "unknown keys quantization_config"),
+        ({"add_qk_norm": True}, "add_qk_norm: True cannot be imported"),
     ],
 )
 def test_what_would_change_the_function_is_refused(changes, part):
@@ -199,6 +202,23 @@ def test_null_means_no_cap():
     assert model["embedding_dim"] == 4096 and model["num_blocks"] == 32
 
 
+# config.json of NX-AI/xLSTM-7b as copies of it have it, with the settings of its first code.
+THE_7B_MODEL = {
+    "_name_or_path": "NX-AI/xLSTM-7b", "architectures": ["xLSTMForCausalLM"], "model_type": "xlstm",
+    "add_embedding_dropout": False, "add_forward_backend_padding": False, "add_out_norm": True, "add_post_blocks_norm": True,
+    "add_post_norm": False, "add_qk_norm": False, "autocast_kernel_dtype": "bfloat16", "cell_norm_eps": 1e-06,
+    "chunk_size": 64, "chunkwise_kernel": "chunkwise--triton_xl_chunk", "embedding_dim": 4096, "eps": 1e-06,
+    "ffn_proj_factor": 2.667, "ffn_round_up_to_multiple_of": 64, "force_bos_token_insert": True, "gate_soft_cap": 15.0,
+    "head_dim": 512, "igate_bias_init_range": -10.0, "inference_state_dtype": "float32", "mlstm_round_up_to_multiple_of": 64,
+    "mode": "inference", "norm_eps": 1e-06, "norm_reduction_force_float32": True, "num_blocks": 32, "num_heads": 8,
+    "output_logit_soft_cap": 30.0, "qk_dim_factor": 0.5, "return_last_states": True,
+    "sequence_kernel": "native_sequence__triton", "step_kernel": "triton", "tie_word_embeddings": False,
+    "torch_dtype": "float32", "transformers_version": "4.48.0.dev0", "use_bias": False, "use_cache": True,
+    "v_dim_factor": 1.0, "vocab_size": 50304, "weight_mode": "single",
+    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+}  # fmt: skip
+
+
 def test_the_7b_model_is_that_of_the_configuration_file():
     root = Path(libxlstm.__file__).resolve().parent.parent
     if not (root / "configs").is_dir():
@@ -206,6 +226,7 @@ def test_the_7b_model_is_that_of_the_configuration_file():
     expected = yaml.safe_load((root / "configs" / "model" / "xlstm_7b.yaml").read_text())["model"]
     assert expected.pop("add_out_norm") is True
     assert convert_hf.read_config({"model_type": "xlstm"})[0] == expected
+    assert convert_hf.read_config(THE_7B_MODEL)[0] == expected
 
 
 def test_damaged_folders(tmp_path):
@@ -294,13 +315,170 @@ def test_export_with_a_tokenizer(tmp_path):
     assert done.returncode == 4 and "is not empty" in done.stderr
 
 
+CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
+# What transformers says besides the model, as the 7B model's files say it.
+BESIDES = {
+    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "autocast_kernel_dtype": "bfloat16",
+    "force_bos_token_insert": True, "max_inference_chunksize": 4096,
+}  # fmt: skip
+
+
+def write_theirs(folder, **changes):
+    """A model of transformers with a tokenizer that has a template for chats, and with settings of its own for generation."""
+    theirs = make_model(**{**BESIDES, **changes})
+    theirs.generation_config = transformers.GenerationConfig(eos_token_id=2, pad_token_id=1, max_new_tokens=77)
+    theirs.save_pretrained(folder)
+    letters = {chr(code): code - 30 for code in range(32, 32 + VOCABULARY - 2)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0, "<|padding|>": 1, **letters}, []))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    given = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **given)
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+    (folder / "special_tokens_map.json").write_text(json.dumps(given))  # as older versions write it
+    return theirs
+
+
+def check_besides(folder, source):
+    """What goes with a model of transformers is that of `source`: a folder, or its name -> content."""
+    kept = {path.name: path.read_bytes() for path in source.iterdir()} if isinstance(source, Path) else source
+    names = {"chat_template.jinja", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"} & set(kept)
+    assert len(names) == 4
+    for name in names:
+        assert (folder / name).read_bytes() == kept[name], name
+    config, expected = json.loads((folder / "config.json").read_text()), json.loads(kept["config.json"])
+    assert {key: config.get(key) for key in (*BESIDES, "use_cache", "step_kernel", "chunkwise_kernel")} == {
+        key: expected.get(key) for key in (*BESIDES, "use_cache", "step_kernel", "chunkwise_kernel")}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.eos_token_id) == ("<|padding|>", 1, 0)
+    assert tokenizer.apply_chat_template([{"role": "a", "content": "hi"}], tokenize=False) == "a: hi<|endoftext|>"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.eos_token_id == 2 and model.generation_config.max_new_tokens == 77
+
+
+def test_what_surrounds_the_model_comes_back(tmp_path):
+    write_theirs(tmp_path / "theirs")
+    done = import_(tmp_path / "theirs", tmp_path / "ours")
+    assert done.returncode == 0 and done.stderr == ""
+    source = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    for path in (tmp_path / "theirs").iterdir():
+        path.unlink()  # the folder stands alone
+    model = libxlstm.load(tmp_path / "ours")
+    model.save(tmp_path / "saved")
+    lora = libxlstm.load(tmp_path / "saved", settings={"model": {"lora": {"rank": 2}}})
+    lora.merge_lora().save(tmp_path / "merged")
+    copied = pickle.dumps(model)
+    (tmp_path / "ours").rename(tmp_path / "moved")
+    pickle.loads(copied).save(tmp_path / "unpickled")
+    for name in ("moved", "saved", "merged", "unpickled"):
+        done = run_tool("--to", "hf", "--weights", tmp_path / name, "--out", tmp_path / f"{name}-hf")
+        assert done.returncode == 0, done.stderr
+        check_besides(tmp_path / f"{name}-hf", source)
+    # A folder of the run is none of transformers: its weights have other names.
+    assert not (tmp_path / "saved" / "config.json").exists()
+    done = import_(tmp_path / "saved-hf", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    for name in ("imported.json", "chat_template.jinja"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "moved" / name).read_bytes()
+
+
+def program(name):
+    path = Path(next(iter(torch.ops.loaded_libraries))).parent.parent / "bin" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not built")
+
+    def run(*arguments):
+        return subprocess.run([path, *map(str, arguments)], capture_output=True, text=True,
+                              env=os.environ | {"XLSTM_PYTHON": sys.executable})
+
+    return run
+
+
+@pytest.mark.parametrize("more", [[], ["model.lora.rank=2"]])
+def test_training_carries_it(more, tmp_path):
+    train = program("xlstm-train")
+    write_theirs(tmp_path / "theirs")
+    assert import_(tmp_path / "theirs", tmp_path / "ours").returncode == 0
+    source = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    for path in (tmp_path / "theirs").iterdir():
+        path.unlink()
+    (tmp_path / "t.txt").write_text("a cell keeps what the gate lets in, and " * 40)
+    (tmp_path / "tune.yaml").write_text(f"""\
+base: {tmp_path}/ours/config.yaml
+run: {{name: tuned, out_dir: {tmp_path}, device: cpu, num_threads: 1}}
+data: {{text: {tmp_path}/t.txt, cache_dir: {tmp_path}/cache, seq_len: 16}}
+train: {{init_from: {tmp_path}/ours, max_steps: 2, global_batch_size: 2}}
+optim: {{warmup_steps: 0}}
+sample: {{prompts: ["a cell"], every: 2, max_new_tokens: 2}}
+log: {{tensorboard: false, plot: false}}
+""")
+    done = train(tmp_path / "tune.yaml", *more)
+    assert done.returncode == 0, done.stderr
+    done = train(tmp_path / "tune.yaml", *more, "train.max_steps=3")  # goes on from its own checkpoint
+    assert done.returncode == 0, done.stderr
+    for checkpoint in ("ckpt/step-00000002", "ckpt/step-00000003"):
+        out = tmp_path / Path(checkpoint).name
+        done = run_tool("--to", "hf", "--weights", tmp_path / "tuned" / checkpoint, "--out", out)
+        assert done.returncode == 0, done.stderr
+        check_besides(out, source)
+
+
+def test_a_token_stands_before_prompts_where_the_source_wants_one(tmp_path):
+    theirs = write_theirs(tmp_path / "theirs")
+    assert import_(tmp_path / "theirs", tmp_path / "ours").returncode == 0
+    tokenizer = libxlstm.load(tmp_path / "ours").tokenizer
+    ids = [tokenizer.encode(letter)[0] for letter in "a cell"]
+    assert tokenizer.encode("a cell") == ids and tokenizer.bos_id == tokenizer.start_id == 0
+    assert tokenizer.encode_prompt("a cell") == [0, *ids] == tokenizer.encode_prompt("<|endoftext|>a cell")
+    assert tokenizer.encode_prompt("") == [0]
+    generate = program("xlstm-generate")
+    for options, prompt in (([], [0, *ids]), (["--no-bos"], ids)):
+        done = generate(tmp_path / "ours", "--prompt", "a cell", "--greedy", "--max-new-tokens", 9, "--device", "cpu", *options)
+        assert done.returncode == 0 and f"prompt: {len(prompt)} tokens" in done.stderr, done.stderr
+        theirs.generation_config.eos_token_id = 0
+        with torch.no_grad():
+            expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0].tolist()
+        assert done.stdout == "".join(chr(token + 30) for token in expected if token > 1) + "\n"
+
+
+@pytest.mark.parametrize("wants", ["force_bos_token_insert", "add_bos_token", "post_processor", None])
+def test_which_sources_want_a_token_before_prompts(wants, tmp_path):
+    write_theirs(tmp_path / "theirs", force_bos_token_insert=wants == "force_bos_token_insert")
+    if wants == "add_bos_token":
+        path = tmp_path / "theirs" / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "add_bos_token": True}))
+    if wants == "post_processor":
+        path = tmp_path / "theirs" / "tokenizer.json"
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+        tokenizer.save(str(path))
+    assert import_(tmp_path / "theirs", tmp_path / "ours").returncode == 0
+    tokenizer = libxlstm.load(tmp_path / "ours").tokenizer
+    first = [0] if wants else []
+    assert tokenizer.bos_id == (0 if wants else -1)
+    assert tokenizer.encode_prompt("a") == [*first, *tokenizer.encode("a")] and tokenizer.encode("a") != []
+    assert tokenizer.encode_prompt("") == [0]
+
+
+def test_a_run_is_no_folder_of_transformers(tmp_path):
+    make_ours(tmp_path / "ours")
+    done = import_(tmp_path / "ours", tmp_path / "again")
+    assert done.returncode == 2 and f"{tmp_path / 'ours'}: a run or a checkpoint" in done.stderr and "--to hf" in done.stderr
+    (tmp_path / "run" / "ckpt").mkdir(parents=True)
+    assert "a run or a checkpoint" in import_(tmp_path / "run", tmp_path / "again").stderr
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
         (("kind: xlstm_large", "kind: xlstm"), "model.kind xlstm: transformers knows"),
         (("num_heads: 2", "num_heads: 2\n  gate_soft_cap: 0.0"), "caps its gates"),
         (("num_heads: 2", "num_heads: 2\n  add_out_norm: false"), "add_out_norm true"),
-        (("num_heads: 2", "num_heads: 2\n  qk_dim_factor: 0.25"), "model.qk_dim_factor: a width of 32"),
+        (("num_heads: 2", "num_heads: 2\n  qk_dim_factor: 0.25"), "model.qk_dim_factor: a width of 32; "
+         "transformers rounds it up to 64 and has no place for these weights. Train what is to go there with "
+         "model.qk_dim_factor=0.5, or with a model.embedding_dim of which 0.25 is a multiple of 64"),
     ],
 )
 def test_models_that_transformers_has_not(change, part, tmp_path):

@@ -189,6 +189,27 @@ def test_the_model_by_its_name_in_python(checkpoint, adapter):
     assert ("generate_until", ("", {"max_gen_toks": 2}), texts[1]) in cached
 
 
+def test_contexts_follow_the_token_that_imported_weights_want(checkpoint, adapter):
+    Instance = importlib.import_module("lm_eval.api.instance").Instance
+    lm = adapter.XlstmLM(str(checkpoint), device="cpu")
+    lm.judge.tokenizer.bos_id = 7
+
+    def ask(kind, *arguments):
+        return getattr(lm, kind)([Instance(kind, {}, each, i) for i, each in enumerate(arguments)], disable_tqdm=True)
+
+    judge, length = lm.judge, {"max_gen_toks": 3}
+
+    def score(*pairs):
+        return [total for total, _ in judge.score([(list(context), list(text)) for context, text in pairs])]
+
+    found = ask("loglikelihood", ("the", " cell"), ("", "word"), ("\7", "cell"))  # the last context begins with it
+    expected = score((b"\7the", b" cell"), (b"\7", b"word"), (b"\7", b"cell"))
+    assert [total for total, _ in found] == pytest.approx(expected)
+    assert score((b"the", b" cell")) != pytest.approx(expected[:1])
+    assert ask("loglikelihood_rolling", ("a text",)) == pytest.approx(score((b"\7", b"a text")))
+    assert ask("generate_until", ("the", length), ("", length)) == judge.generate([[7, *b"the"], [7]], (), 3)
+
+
 @needs_harness
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 29])
 def test_windows_are_those_of_the_harness(length):

@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,30 @@ def test_its_line_for_transformers_runs(tmp_path, monkeypatch):
     names = {}
     exec(blocks(GUIDES["libxlstm/README.md"], "python")[-1], names)
     assert stand_ins(names["model"])
+
+
+def test_its_metrics_reach_wandb(tmp_path, monkeypatch):
+    """With a stand-in for the package; a run of which some lines come late, one of them in halves."""
+    (folder := tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (folder / "config.yaml").write_text("train: {max_steps: 4}\n")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text('{"event":"start","step":0}\n{"step":2,"time":1.5,"train/loss":3.0,"train/loss_hex":"0x1"}\n{"step":4,')
+    late = ['"train/loss":2.5}\n', '{"step":4,"val/loss":2.0,"val/ppl":null,"val/set":"a"}\n{"event":"end","step":4}\n']
+
+    def write_more(_):
+        with metrics.open("a") as file:
+            file.write(late.pop(0))
+
+    told = []
+    run = types.SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("finished"))
+    stand_in = types.SimpleNamespace(init=lambda **options: told.append(options["config"]) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    monkeypatch.setattr(time, "sleep", write_more)
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(GUIDES["train/README.md"], "python")
+    exec(block, {})
+    assert told == [{"train": {"max_steps": 4}}, (2, {"train/loss": 3.0}), (4, {"train/loss": 2.5}), (4, {"val/loss": 2.0}),
+                    "finished"]
 
 
 def test_its_files_exist():

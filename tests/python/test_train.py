@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -376,7 +377,7 @@ def test_print_config_and_help(setup):
     assert "tokenizer.json, with vocab.json and merges.txt, or with encoder.json" in done.stdout
 
 
-def test_plot(setup, tmp_path):
+def test_plot(setup, tmp_path, monkeypatch, capsys):
     config, run = setup
     done = train(config, "log.plot=true")
     assert done.returncode == 0, done.stderr
@@ -395,6 +396,18 @@ def test_plot(setup, tmp_path):
     assert plot.smooth([1.0, 2.0, 6.0, 3.0], 3) == [1.0, 3.0, pytest.approx(11 / 3), 3.0]
     plot.main([str(run), str(run), "--out", str(tmp_path / "both.svg")])
     assert b"<svg" in (tmp_path / "both.svg").read_bytes()
+    with pytest.raises(SystemExit, match="0"):
+        plot.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "default: loss.png, in the run's folder, or of several runs in the current folder" in told
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(run, run.parent / "other", ignore=shutil.ignore_patterns("loss.png"))
+    for runs, place in (([run], run), ([run, run.parent / "other"], Path("."))):
+        (run / "loss.png").unlink(missing_ok=True)
+        plot.main(list(map(str, runs)))
+        assert capsys.readouterr().out == f"{place / 'loss.png'}\n" and (place / "loss.png").exists()
+    assert not (run / "loss.png").exists() and not (run.parent / "other" / "loss.png").exists()
     with pytest.raises(SystemExit, match="nowhere"):
         plot.main([str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="x.png: No such file or directory; name another"):
