@@ -11,8 +11,8 @@ and BlockStack() blocks for networks of your own:
     stack = libxlstm.BlockStack(embedding_dim=128, num_blocks=4, slstm_at=[1])
     y, state = stack(x)                                  # x (B,T,128) -> y (B,T,128)
 
-TokenData() gives the sequences of prepared token files in the trainer's order. accelerate() makes models of transformers and
-of the xlstm package compute by the operators.
+TokenData() gives the sequences of prepared token files in the trainer's order, TokenWriter() makes such files of ids.
+accelerate() makes models of transformers and of the xlstm package compute by the operators.
 """
 
 import importlib
@@ -22,11 +22,11 @@ import torch
 
 from . import flops
 from .accelerated import accelerate
-from .data import TokenData
+from .data import TokenData, TokenWriter
 from .library import as_yaml, load_module, load_operators
 from .model import BlockStack, Model
 
-__all__ = ["BlockStack", "Error", "Model", "TokenData", "accelerate", "load", "make_model", "__version__"]
+__all__ = ["BlockStack", "Error", "Model", "TokenData", "TokenWriter", "accelerate", "load", "make_model", "__version__"]
 __version__ = "0.1.0"  # CMake and setuptools read it here
 
 
