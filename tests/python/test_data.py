@@ -345,7 +345,7 @@ def test_a_text_under_another_key(tmp_path):
     ("t.txt", gzip.compress, "gzip data, not text; rename the file"),
     ("t.jsonl", gzip.compress, "gzip data, not text; rename the file"),
     ("t.txt.bz2", bz2.compress, "bzip2 data, not text; pipe it: bzcat {} | xlstm-data prepare - --output PREFIX"),
-    ("it's.jsonl.xz", lzma.compress, "xz data, not text; pipe it: xzcat {} | xlstm-data prepare - --output PREFIX"),
+    ("a name.jsonl.xz", lzma.compress, "xz data, not text; pipe it: xzcat {} | xlstm-data prepare - --output PREFIX"),
     ("train.bin", lambda text: np.arange(99, dtype=np.uint16).tobytes(), "binary data, not text; if these are ids of"),
 ))
 def test_what_is_not_text_is_told(tmp_path, name, compressed, remedy):
