@@ -168,7 +168,7 @@ bool JsonlParser::parse_text() {
 
 bool JsonlParser::parse_segment() {
   if (next_ == end_) return fail("ends early");
-  if (is_digit(*next_))
+  if (parts_.empty() && is_digit(*next_))
     return refuse("\"" + text_key_ +
                   "\" is a list of numbers, not text; if they are ids of tokens, " + kIdsRemedy);
   if (!at('{')) return refuse_segment("is not an object");
