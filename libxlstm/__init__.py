@@ -11,8 +11,8 @@ and BlockStack() blocks for networks of your own:
     stack = libxlstm.BlockStack(embedding_dim=128, num_blocks=4, slstm_at=[1])
     y, state = stack(x)                                  # x (B,T,128) -> y (B,T,128)
 
-TokenData() gives the sequences of prepared token files in the trainer's order. accelerate() makes models of transformers and
-of the xlstm package compute by the operators.
+TokenData() gives the sequences of prepared token files in the trainer's order, TokenWriter() makes such files of ids.
+accelerate() makes models of transformers and of the xlstm package compute by the operators.
 """
 
 import importlib
@@ -23,12 +23,12 @@ import torch
 
 from . import flops
 from .accelerated import accelerate
-from .data import TokenData
+from .data import TokenData, TokenWriter
 from .library import as_yaml, load_module, load_operators
 from .model import BlockStack, Model
 from .states import detach, merge_states, split_state
 
-__all__ = ["BlockStack", "Error", "Model", "TokenData", "accelerate", "detach", "load", "make_model", "merge_states",
+__all__ = ["BlockStack", "Error", "Model", "TokenData", "TokenWriter", "accelerate", "detach", "load", "make_model", "merge_states",
            "split_state", "__version__"]
 __version__ = "0.1.0"  # CMake and setuptools read it here
 

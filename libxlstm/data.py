@@ -1,8 +1,10 @@
-"""Prepared token files for training loops of one's own."""
+"""Token files: read by training loops of one's own, and written of ids that are there already."""
 
 import itertools
 import operator
 import os
+
+import torch
 
 from .arguments import integer
 from .library import load_module
@@ -86,3 +88,130 @@ class TokenData:
 
     def __repr__(self):
         return f"TokenData({self.prefixes}, seq_len={self.seq_len}: {len(self)} samples per epoch)"
+
+
+class TokenWriter:
+    """Writes the token files that xlstm-data prepare writes, of text that is tokenized already:
+
+        with libxlstm.TokenWriter("data/corpus", "tokenizer.json") as writer:
+            for row in dataset:                  # datasets.load_from_disk(FOLDER).with_format("numpy"), or lines of JSONL by
+                writer.add(row["input_ids"])     # map(json.loads, open("corpus.jsonl")); each is a document. Rows that are
+                                                 # blocks of one long text (group_texts) are parts of a stream instead
+        with libxlstm.TokenWriter("data/train", "gpt2") as writer:
+            writer.add_stream(numpy.memmap("train.bin", "uint16", "r"))                  # nanoGPT's: documents in a row
+            # writer.add_stream(numpy.memmap("shard.bin", "uint16", "r", offset=1024))  # llm.c's: behind its header
+
+    prefix: PREFIX.bin, .idx and .meta.json are written at the end of the with block, or by finish(); after an exception
+    nothing is. tokenizer: the one whose ids they are, "bytes", a tokenizer.json, or a folder with one, with vocab.json and
+    merges.txt, or with encoder.json and vocab.bpe; it is recorded for training, sampling and evaluation, and ids beyond it are
+    errors. eos_id: the token that ends documents; None: the tokenizer's. count_bytes: documents are decoded to count the UTF-8
+    bytes of their texts, special tokens included, which takes most of the time; without, bits per byte are unknown, as only
+    held-out data needs them. overwrite: token files of this prefix are replaced; else they are an error.
+
+    Raises libxlstm.Error, and ValueError for ids that are no integers in one row.
+    """
+
+    def __init__(self, prefix, tokenizer, eos_id=None, count_bytes=True, overwrite=False):
+        from .scoring import Tokenizer
+
+        self.prefix = os.fspath(prefix)
+        self._tokenizer = Tokenizer(os.fspath(tokenizer))
+        self.vocab_size = self._tokenizer.vocab_size
+        self.eos_id = self._tokenizer.eos_id if eos_id is None else integer("eos_id", eos_id, 0, self.vocab_size - 1)
+        self._count_bytes, self._num_bytes = bool(count_bytes), 0
+        self._held, self._num_held = [], 0  # parts of the document under construction, and their ids
+        self._inside = False  # a part of it is written
+        self._finished = False
+        self._core = load_module().TokenWriter(self.prefix, self.vocab_size, bool(overwrite))
+
+    def add(self, ids):
+        """A document: a list, an array or a tensor of integers (T), with the end-of-document token at its end or without, which
+        then is added where the tokenizer has one. One without other tokens is left out, as prepare leaves out empty texts."""
+        ids = _int64(ids)
+        self._end_document()
+        self._append(ids[:-1] if self.eos_id >= 0 and len(ids) > 0 and ids[-1] == self.eos_id else ids)
+        self._end_document()
+
+    def add_stream(self, ids):
+        """Documents in a row (T), each but the last with the end-of-document token at its end; those without other tokens are
+        left out. The last one goes on in the next call, up to add() or finish(). Arrays are read piece by piece."""
+        if self.eos_id < 0:
+            raise ValueError(f"add_stream: the tokenizer {self._tokenizer.spec} has no end-of-document token, which parts "
+                             "documents; give its id as eos_id, or documents one by one to add()")  # fmt: skip
+        for first in range(0, len(ids), _PIECE):
+            piece, start = _int64(ids[first:first + _PIECE]), 0
+            for end in (piece == self.eos_id).nonzero().flatten().tolist():
+                self._append(piece[start:end])
+                self._end_document()
+                start = end + 1
+            self._append(piece[start:])
+
+    def finish(self):
+        """Writes the files; the writer takes nothing more."""
+        self._end_document()
+        core = self._open()
+        if core.num_documents == 0:
+            raise ValueError(f"{self.prefix}: no ids were given; nothing is written")
+        core.finish(self._tokenizer.spec, self.eos_id, self._num_bytes,
+                    f"libxlstm.TokenWriter({self.prefix!r}, {self._tokenizer.spec!r})")  # fmt: skip
+        self._core, self._finished = None, True
+
+    @property
+    def num_documents(self):
+        return self._open().num_documents
+
+    @property
+    def num_tokens(self):
+        return self._open().num_tokens
+
+    def _open(self):
+        if self._core is None:
+            raise ValueError(f"{self.prefix}: this TokenWriter has ended, by finish() or by an error")
+        return self._core
+
+    def _append(self, ids):
+        self._held.append(ids)
+        self._num_held += len(ids)
+        if self._num_held >= _PIECE:
+            self._write()
+
+    def _write(self):
+        ids = torch.cat(self._held)
+        self._held, self._num_held, self._inside = [], 0, True
+        core, self._core = self._open(), None  # an error in the midst of a document is the end
+        core.append(ids)
+        if self._tokenizer.spec == "bytes":
+            self._num_bytes += len(ids)
+        elif self._count_bytes:
+            self._num_bytes += len(self._tokenizer.decode(ids.tolist()).encode("utf-8"))
+        self._core = core
+
+    def _end_document(self):
+        if self._num_held > 0:
+            self._write()
+        if self._inside and self.eos_id >= 0:
+            self._open().append(torch.tensor([self.eos_id]))
+        if self._inside:
+            self._open().end_document()
+        self._held, self._inside = [], False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        try:
+            if kind is None and not self._finished:
+                self.finish()
+        finally:
+            self._core = None
+
+
+_PIECE = 1 << 20  # ids that are held at once
+
+
+def _int64(ids):
+    """Integers in a row as a tensor (T)."""
+    ids = torch.as_tensor(ids.astype("int64") if hasattr(ids, "astype") and ids.dtype.kind in "iu" else ids, device="cpu")
+    if ids.dim() != 1 or ids.numel() > 0 and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise ValueError(f"ids: expected integers in one row (T), got {ids.dtype} of shape {tuple(ids.shape)}")
+    return ids.to(torch.int64)

@@ -1,7 +1,7 @@
 """Encodes and decodes text for the C++ programs, as their child process.
 
-`python tokenizer_worker.py FILE...` where FILE is a Hugging Face `tokenizer.json`, or a vocabulary (JSON)
-and a merges file of a byte-level BPE (GPT-2). Needs the `tokenizers` package alone.
+They hold the text of this file and run `python -c TEXT FILE...`, where FILE is a Hugging Face `tokenizer.json`, or a
+vocabulary (JSON) and a merges file of a byte-level BPE (GPT-2). Needs the `tokenizers` package alone.
 
 Every message, in both directions, is one frame: 1 byte kind, 8 bytes length (little-endian), payload.
 The worker first sends "H" with JSON {"vocab_size", "eos_id", "bos_id"}; then it answers requests in order:
@@ -16,8 +16,12 @@ A failure is answered by "X" with one line of text. It ends when its input does.
 import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
-    del sys.path[0]  # modules of the package must not shadow others of the same name
+# Modules of the working folder or of the package must not shadow others of the same name.
+if "__file__" not in globals():
+    if sys.path[:1] == [""]:
+        del sys.path[0]
+elif sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]
 
 import array
 import functools
@@ -40,7 +44,7 @@ def load(files):
     except ImportError as error:
         raise WorkerError(
             f"{sys.executable} has no `tokenizers` package ({error}); install it with: "
-            f"{sys.executable} -m pip install tokenizers"
+            f"{sys.executable} -m pip install tokenizers, or name another Python by XLSTM_PYTHON"
         ) from error
     try:
         if len(files) == 1:

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "csrc/core/error.h"
@@ -38,6 +39,9 @@ const std::vector<OptionSpec> kOptions = {
      "takes it (default: a text is one document)"},
     {"--limit-bytes", "N", "show: stop behind N bytes of text (default: show all)"},
     {"--no-eos", "", "prepare: documents do not end in the tokenizer's end-of-document token"},
+    {"--overwrite", "",
+     "prepare: replace the token file that is there (default: that is an error, unless the same "
+     "command made it of the same input)"},
     {"--strict", "",
      "prepare: stop at the first document that cannot be used (default: count and skip it)"},
     {"--help", "", "this text"},
@@ -47,7 +51,7 @@ void print_usage(std::FILE* stream) {
   std::fprintf(
       stream,
       "usage: xlstm-data prepare INPUT... --output PREFIX [--tokenizer SPEC] [--no-eos] [--strict] "
-      "[OPTION]...\n"
+      "[--overwrite] [OPTION]...\n"
       "       xlstm-data show INPUT... [--limit-bytes N] [OPTION]...\n"
       "       xlstm-data verify PREFIX...\n"
       "       xlstm-data stats PREFIX...\n"
@@ -62,7 +66,9 @@ void print_usage(std::FILE* stream) {
       "         - (standard input), or python-stdlib (the sources of Python's standard library).\n"
       "         The text of a line may be a list, [{\"text\": ..., \"loss\": false}, {\"text\": "
       "...}], whose segments\n"
-      "         without loss are read and not counted.\n"
+      "         without loss are read and not counted. Ids of text that is tokenized already are "
+      "written by\n"
+      "         libxlstm.TokenWriter in Python.\n"
       "show     prints the documents that prepare would read, each as a JSON string, or a list of "
       "segments, on a line.\n"
       "verify   compares sizes and sha256 of token files with what prepare recorded.\n"
@@ -76,9 +82,11 @@ void print_usage(std::FILE* stream) {
   throw Error(ExitCode::kConfig, what + "; see xlstm-data --help");
 }
 
+/// What was typed, but for --overwrite: a command makes the same with it and without.
 std::string join(int argc, char** argv) {
   std::string text = "xlstm-data";
-  for (int i = 1; i < argc; ++i) text += std::string(" ") + argv[i];
+  for (int i = 1; i < argc; ++i)
+    if (std::string_view(argv[i]) != "--overwrite") text += std::string(" ") + argv[i];
   return text;
 }
 
@@ -106,6 +114,7 @@ int run_prepare(const CommandLine& line, const std::vector<std::string>& inputs,
   options.tokenizer = line.get("--tokenizer", options.tokenizer);
   options.append_eos = !line.has("--no-eos");
   options.strict = line.has("--strict");
+  options.overwrite = line.has("--overwrite");
   options.command = command;
   const auto start = std::chrono::steady_clock::now();
   const data::PrepareReport report = data::prepare(options);
@@ -128,7 +137,7 @@ int run_prepare(const CommandLine& line, const std::vector<std::string>& inputs,
 
 int run_show(const CommandLine& line, const std::vector<std::string>& inputs) {
   if (inputs.empty()) fail_usage("show: no INPUT given");
-  for (const char* option : {"--output", "--tokenizer", "--no-eos", "--strict"})
+  for (const char* option : {"--output", "--tokenizer", "--no-eos", "--strict", "--overwrite"})
     if (line.has(option)) fail_usage(std::string("show: takes no ") + option);
   const int64_t limit = line.get_int("--limit-bytes", 0, 0, std::numeric_limits<int64_t>::max());
   data::show_documents(inputs, text_options(line), limit, stdout);
@@ -183,8 +192,11 @@ int run_stats(const std::vector<std::string>& prefixes) {
                 sidecar->tokenizer.c_str(), number(sidecar->vocab_size),
                 number(sidecar->max_token_id), number(sidecar->eos_id));
     const auto tokens = static_cast<double>(std::max<int64_t>(1, file.num_tokens()));
-    std::printf("  bytes: %lld (%.3f per token)\n", number(sidecar->num_bytes),
-                static_cast<double>(sidecar->num_bytes) / tokens);
+    if (sidecar->num_bytes > 0)
+      std::printf("  bytes: %lld (%.3f per token)\n", number(sidecar->num_bytes),
+                  static_cast<double>(sidecar->num_bytes) / tokens);
+    else
+      std::printf("  bytes: unknown\n");
     for (const auto& [source, documents] : sidecar->source_documents)
       std::printf("  source: %s: %lld documents\n", source.c_str(), number(documents));
     std::printf("  command: %s\n", sidecar->command.c_str());

@@ -51,7 +51,7 @@ void print_result(const EvaluationResult& result) {
   } else if (result.bits_per_byte > 0) {
     std::printf("bits per byte %.4f", result.bits_per_byte);
   } else {
-    std::printf("bits per byte unknown (no sidecar)");
+    std::printf("bits per byte unknown (no count of bytes)");
   }
 }
 

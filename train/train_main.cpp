@@ -8,6 +8,7 @@
 
 #include "csrc/config/config.h"
 #include "csrc/core/error.h"
+#include "csrc/core/shell.h"
 #include "train/command_line.h"
 #include "train/distributed.h"
 #include "train/dry_run.h"
@@ -55,11 +56,8 @@ void print_help() {
 std::string shell_command(const std::vector<std::string>& arguments) {
   std::string command = train::place_from_environment().alone() ? "" : "torchrun ... --no-python ";
   for (const std::string& argument : arguments) {
-    const bool plain = !argument.empty() &&
-                       argument.find_first_of(" \t\n'\"\\$&;|<>()*?[]{}#~`!") == std::string::npos;
-    std::string quoted = "'";
-    for (const char c : argument) quoted += c == '\'' ? "'\\''" : std::string(1, c);
-    command += (&argument != &arguments.front() ? " " : "") + (plain ? argument : quoted + "'");
+    if (&argument != &arguments.front()) command += " ";
+    command += xlstm::shell_quoted(argument);
   }
   return command;
 }

@@ -50,7 +50,8 @@ ChildProcess::ChildProcess(const std::vector<std::string>& argv) {
   socket_ = ends[0];
   if (error != 0) {
     ::close(socket_);
-    throw Error(ExitCode::kData, argv[0] + ": cannot run it: " + std::strerror(error));
+    throw Error(ExitCode::kData, argv[0] + ": cannot run it: " + std::strerror(error) +
+                                     "; name a Python that runs by XLSTM_PYTHON");
   }
 }
 

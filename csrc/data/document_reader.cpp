@@ -84,13 +84,24 @@ void split_text(std::string_view text, const std::string& split_at, const TextFi
   end_document(text.size());
 }
 
+/// Of what is no text by its first bytes nothing is skipped as a bad document would be: all that it holds would be missing.
+void refuse_other_format(std::string_view head, const TextFile& file) {
+  const std::string other = what_instead_of_text(head, file.is_standard_input ? "FILE" : file.path);
+  if (other.empty()) return;
+  const bool was_found = file.path != file.input;  // the user did not name it
+  throw Error(
+      ExitCode::kData,
+      file.path + ": " + other +
+          (was_found ? "; or leave it out: name the texts by a pattern ('FOLDER/*.txt'), or "
+                       "give xlstm-data a --glob ('*.txt')"
+                     : ""));
+}
+
 void read_text(std::string_view text, const TextFile& file, const TextOptions& options,
                const DocumentSink& sink) {
-  const std::string other = what_instead_of_text(text);
+  refuse_other_format(text, file);
   const size_t invalid = find_invalid_utf8(text);
-  if (!other.empty()) {
-    sink.bad(1, other);
-  } else if (invalid != text.size()) {
+  if (invalid != text.size()) {
     sink.bad(1 + count_lines(text.substr(0, invalid)),
              "invalid UTF-8 at byte " + std::to_string(invalid + 1) +
                  " of the file; convert it (iconv -f ENCODING -t UTF-8 FILE > NEW)");
@@ -172,8 +183,7 @@ void read_jsonl(ByteStream& stream, std::string_view piece, const TextFile& file
                 const TextOptions& options, const DocumentSink& sink) {
   LineReader reader(file, options, sink);
   LineSplitter splitter(reader);
-  const std::string other = what_instead_of_text(piece);
-  if (!other.empty()) return reader.problem(other);
+  refuse_other_format(piece, file);
   for (; !piece.empty(); piece = stream.next()) {
     splitter.feed(piece);
     sink.progress(stream.position());
@@ -207,6 +217,12 @@ void read_streamed_text(ByteStream& stream, std::string_view piece, const TextFi
 }
 
 }  // namespace
+
+void check_formats(std::span<const TextFile> files) {
+  for (const TextFile& file : files)
+    if (!file.is_standard_input && file.compression == TextFile::Compression::kNone)
+      refuse_other_format(read_file(file.path, ExitCode::kData, kFormatBytes), file);
+}
 
 void read_documents(const TextFile& file, const TextOptions& options, const DocumentSink& sink) {
   using Kind = TextFile::Kind;

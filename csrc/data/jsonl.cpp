@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "csrc/core/utf8.h"
+#include "csrc/data/file_format.h"
 
 namespace xlstm::data {
 namespace {
@@ -167,6 +168,9 @@ bool JsonlParser::parse_text() {
 
 bool JsonlParser::parse_segment() {
   if (next_ == end_) return fail("ends early");
+  if (parts_.empty() && is_digit(*next_))
+    return refuse("\"" + text_key_ +
+                  "\" is a list of numbers, not text; if they are ids of tokens, " + kIdsRemedy);
   if (!at('{')) return refuse_segment("is not an object");
   segment_has_text_ = segment_has_loss_ = false;
   segment_loss_ = true;

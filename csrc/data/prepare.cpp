@@ -211,13 +211,9 @@ void read_all(const PrepareJob& job, DocumentWriter& writer, PrepareReport& repo
                  static_cast<long long>(report.bad_documents));
 }
 
-/// The output has a name, and is none of the texts.
+/// The output is none of the texts.
 void check_output(const PrepareJob& job) {
   namespace fs = std::filesystem;
-  if (fs::path(job.output_prefix).filename().empty())
-    throw Error(ExitCode::kConfig,
-                "prepare: \"" + job.output_prefix +
-                    "\" names a folder, expected a prefix: " + job.output_prefix + "NAME");
   for (const char* suffix : {".bin", ".idx", ".loss", ".meta.json"}) {
     const std::string path = job.output_prefix + suffix;
     std::error_code ignored;
@@ -242,6 +238,14 @@ void check_not_empty(const PrepareJob& job, const PrepareReport& report) {
 
 }  // namespace
 
+std::vector<FileTraits> traits_of(const std::vector<TextFile>& files) {
+  std::vector<FileTraits> traits;
+  for (const auto& file : files)
+    traits.emplace_back(sha256_hex(file.path), sha256_hex(file.name), file.size_bytes,
+                        file.modified_ns);
+  return traits;
+}
+
 double hash_fraction(const std::string& name) {
   const std::string digits = sha256_hex(name).substr(0, 13);  // 52 bits: exact in a double
   return static_cast<double>(std::stoull(digits, nullptr, 16)) * 0x1p-52;
@@ -252,6 +256,7 @@ PrepareReport run_prepare(const PrepareJob& job, Tokenizer& tokenizer) try {
     std::fprintf(stderr,
                  "warning: tokenizer %s has no end-of-document token: documents end without one\n",
                  job.tokenizer.c_str());
+  check_formats(job.files);
   PrepareReport report;
   TokenWriter tokens(job.output_prefix, tokenizer.vocab_size());
   DocumentWriter writer(job, tokenizer, tokens, report);
@@ -268,6 +273,7 @@ PrepareReport run_prepare(const PrepareJob& job, Tokenizer& tokenizer) try {
   sidecar.num_counted_bytes = report.num_counted_bytes;
   sidecar.source_documents = writer.source_documents();
   sidecar.command = job.command;
+  sidecar.inputs_sha256 = job.inputs_sha256;
   tokens.finish(sidecar);
   return report;
 } catch (const std::system_error& error) {
@@ -313,12 +319,22 @@ PrepareReport prepare(const PrepareOptions& options) {
   job.files = find_texts(options.inputs, options.texts);
   job.texts = options.texts;
   for (const auto& input : options.inputs) job.what += (job.what.empty() ? "" : ", ") + input;
-  job.output_prefix = token_file_prefix(options.output_prefix);
-  check_output(job);
+  job.output_prefix = output_prefix(options.output_prefix);
   job.tokenizer = options.tokenizer;
   job.append_eos = options.append_eos;
   job.strict = options.strict;
   job.command = options.command;
+  if (std::none_of(job.files.begin(), job.files.end(),
+                   [](const TextFile& file) { return file.is_standard_input; }))
+    job.inputs_sha256 = sha256_hex(nlohmann::json(traits_of(job.files)).dump());
+  check_output(job);
+  if (!options.overwrite) {
+    Sidecar next;
+    next.command = job.command;
+    next.inputs_sha256 = job.inputs_sha256;
+    next.tokenizer_sha256 = tokenizer_sha256(job.tokenizer);
+    check_replaceable(job.output_prefix, next);
+  }
   const auto tokenizer = make_tokenizer(options.tokenizer);
   return run_prepare(job, *tokenizer);
 }

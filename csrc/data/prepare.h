@@ -19,6 +19,8 @@ struct PrepareOptions {
   std::string tokenizer = "bytes";
   bool append_eos = true;  ///< each document ends in the tokenizer's end-of-document token
   bool strict = false;  ///< a bad document stops the run; else it is counted, skipped and reported
+  /// Whatever token file is there is replaced; else only one that the same command made of the same inputs
+  bool overwrite = false;
   std::string command;  ///< recorded in the sidecar
 };
 
@@ -30,7 +32,8 @@ struct PrepareReport {
 };
 
 /// Turns text into a token file with its sidecar, written under temporary names and renamed at the end. Progress on
-/// standard error. Throws Error(kConfig): an output without name, or that is an input; Error(kData): no such input, empty
+/// standard error. Throws Error(kConfig): an output without name, that is an input, or that is there (check_replaceable);
+/// Error(kData): no such input, empty
 /// corpus, bad document (strict), id beyond the file's dtype.
 PrepareReport prepare(const PrepareOptions& options);
 

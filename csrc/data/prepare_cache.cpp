@@ -39,14 +39,6 @@ std::vector<TextFile> find_named_texts(const std::string& text, const TextOption
   return find_texts({text}, options);
 }
 
-nlohmann::json describe(const std::vector<TextFile>& files) {
-  auto list = nlohmann::json::array();
-  for (const auto& file : files)
-    list.push_back(
-        {sha256_hex(file.path), sha256_hex(file.name), file.size_bytes, file.modified_ns});
-  return list;
-}
-
 /// The jobs that fill the cache: which files, or which part of each, go where.
 struct Split {
   PrepareJob train;
@@ -119,8 +111,8 @@ std::string cache_key(const Split& split) {
                         split.train.texts.text_key,
                         split.train.val_fraction,
                         static_cast<int>(split.train.part),
-                        describe(split.train.files)};
-  if (split.val) key.push_back(describe(split.val->files));
+                        traits_of(split.train.files)};
+  if (split.val) key.push_back(traits_of(split.val->files));
   if (!split.train.texts.prompt_key.empty()) key.push_back(split.train.texts.prompt_key);
   return sha256_hex(key.dump()).substr(0, 24);
 }

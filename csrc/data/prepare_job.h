@@ -1,6 +1,7 @@
 #pragma once
 #include <functional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "csrc/data/prepare.h"
@@ -23,6 +24,7 @@ struct PrepareJob {
   bool append_eos = true;
   bool strict = false;
   std::string command;
+  std::string inputs_sha256;  ///< as recorded in the sidecar
   Part part = Part::kAll;
   double val_fraction = 0;
   int64_t max_warnings = 10;           ///< bad documents named on standard error
@@ -30,6 +32,10 @@ struct PrepareJob {
 };
 
 PrepareReport run_prepare(const PrepareJob& job, Tokenizer& tokenizer);
+
+/// What a file's content is known by: sha256 of its path and of its name, size, time.
+using FileTraits = std::tuple<std::string, std::string, int64_t, int64_t>;
+std::vector<FileTraits> traits_of(const std::vector<TextFile>& files);
 
 /// A number in [0, 1) from a name, the same on every machine.
 double hash_fraction(const std::string& name);

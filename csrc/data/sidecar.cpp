@@ -82,12 +82,12 @@ std::string format_sidecar(const Sidecar& sidecar) {
   }
   json["source_documents"] = sidecar.source_documents;
   json["command"] = sidecar.command;
+  if (!sidecar.inputs_sha256.empty()) json["inputs_sha256"] = sidecar.inputs_sha256;
   // File names need not be UTF-8: bytes that are not become the replacement character.
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 
-std::optional<Sidecar> read_sidecar(const std::string& prefix) {
-  const std::string path = prefix + ".meta.json";
+std::optional<Sidecar> read_sidecar(const std::string& path) {
   std::error_code missing;
   if (!std::filesystem::exists(path, missing)) return std::nullopt;
   const Json json = Json::parse(read_file(path, ExitCode::kData), nullptr, false);
@@ -119,6 +119,7 @@ std::optional<Sidecar> read_sidecar(const std::string& prefix) {
   }
   sidecar.source_documents = fields.counts("source_documents");
   sidecar.command = fields.text("command");
+  if (json.contains("inputs_sha256")) sidecar.inputs_sha256 = fields.text("inputs_sha256");
   return sidecar;
 }
 

@@ -12,7 +12,7 @@ constexpr int kSidecarVersion = 2;
 
 /// The sidecar as JSON text, one key per line.
 std::string format_sidecar(const Sidecar& sidecar);
-/// Reads `<prefix>.meta.json`; none when the file does not exist. Throws Error(kData) naming the file and the key.
-std::optional<Sidecar> read_sidecar(const std::string& prefix);
+/// Reads a sidecar; none when the file does not exist. Throws Error(kData) naming the file and the key.
+std::optional<Sidecar> read_sidecar(const std::string& path);
 
 }  // namespace xlstm::data

@@ -78,9 +78,14 @@ struct DocumentSink {
   std::function<void(int64_t position)> progress;
 };
 
+/// Looks into files that are to be read. Throws Error(kData) for one whose first bytes tell that it is no text (a Parquet file,
+/// an archive, ...), with what makes text of it; what is compressed and standard input are seen when they are read.
+void check_formats(std::span<const TextFile> files);
+
 /// Reads a file: a text is one document, or several (TextOptions::split_at); each line of JSONL is one, blank lines
 /// aside. What is compressed is streamed, but a text is held whole. Texts are well-formed UTF-8, without a byte-order mark
-/// at a file's beginning. Throws Error(kData) when the file cannot be opened, Error(kConfig) for a bad split_at.
+/// at a file's beginning. Throws Error(kData) when the file cannot be opened or is no text as check_formats knows it,
+/// Error(kConfig) for a bad split_at.
 void read_documents(const TextFile& file, const TextOptions& options, const DocumentSink& sink);
 
 }  // namespace xlstm::data

@@ -205,7 +205,7 @@ TokenFile::TokenFile(const std::string& prefix, Verify verify)
                     ? " bytes: the .bin is truncated, or not of this .idx"
                     : " bytes: the two are not a pair"),
            "copy both again or prepare the data again");
-  sidecar_ = read_sidecar(prefix_);
+  sidecar_ = read_sidecar(prefix_ + ".meta.json");
   if (!sidecar_) {
     if (verify == Verify::kSha256)
       refuse(prefix_ + ".meta.json", "no such file, so there is no sha256 to compare with",

@@ -25,6 +25,8 @@ struct Sidecar {
   std::map<std::string, int64_t>
       source_documents;  ///< documents per source (file, or meta.redpajama_set_name)
   std::string command;
+  /// Over names, sizes and times of the files it was made of; "" where that is not known, as of standard input
+  std::string inputs_sha256;
 };
 
 /// The prefix that a name means: ".bin" or ".idx" at its end is left out.

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <limits>
+#include <optional>
 #include <system_error>
 
 #include "csrc/core/error.h"
@@ -29,6 +30,32 @@ std::string parent_folder(const std::string& prefix) {
 void rename_file(const std::string& from, const std::string& to) {
   if (::rename(from.c_str(), to.c_str()) != 0)
     throw std::system_error(errno, std::generic_category(), to);
+}
+
+/// The sidecar of what is there, or that which was to come last where the renames of finish() were interrupted; none where
+/// there is no readable one.
+std::optional<Sidecar> sidecar_there(const std::string& prefix) try {
+  const std::string path = prefix + ".meta.json";
+  const std::optional<Sidecar> sidecar = read_sidecar(path);
+  return sidecar ? sidecar : read_sidecar(path + ".tmp");
+} catch (const Error&) {
+  return std::nullopt;
+}
+
+/// What a sidecar says of the file, beside what is to be made; "" where that is the same.
+std::string difference(const std::optional<Sidecar>& there, const Sidecar& next) {
+  if (!there) return "by what is not known (no sidecar .meta.json that can be read)";
+  const std::string counts = " (" + std::to_string(there->num_documents) + " documents, " +
+                             std::to_string(there->num_tokens) + " tokens)";
+  if (there->command != next.command || next.command.empty())
+    return "by another command" + counts + ": " + there->command;
+  if (there->inputs_sha256.empty() || next.inputs_sha256.empty())
+    return "by this command" + counts + ", but whether of the same input cannot be told";
+  if (there->inputs_sha256 != next.inputs_sha256)
+    return "by this command" + counts + ", but of other input, or of input that has changed since";
+  if (there->tokenizer_sha256 != next.tokenizer_sha256)
+    return "by this command" + counts + ", but with another tokenizer";
+  return "";
 }
 
 /// Buffered, hashed output of small integers.
@@ -59,6 +86,26 @@ class IndexStream {
 };
 
 }  // namespace
+
+std::string output_prefix(const std::string& name) {
+  std::string prefix = token_file_prefix(name);
+  if (std::filesystem::path(prefix).filename().empty())
+    throw Error(ExitCode::kConfig, "the output \"" + prefix +
+                                       "\" names a folder, expected a prefix: " + prefix + "NAME");
+  return prefix;
+}
+
+void check_replaceable(const std::string& prefix, const Sidecar& next) {
+  for (const char* suffix : kSuffixes) {
+    std::error_code ignored;
+    if (!std::filesystem::exists(prefix + suffix, ignored)) continue;
+    const std::string made = difference(sidecar_there(prefix), next);
+    if (made.empty()) return;
+    throw Error(ExitCode::kConfig, prefix + suffix + " is there already, made " + made +
+                                       "; choose another name, or replace it (--overwrite of "
+                                       "xlstm-data, overwrite=True in Python)");
+  }
+}
 
 TokenWriter::TokenWriter(const std::string& prefix, int64_t vocab_size)
     : prefix_(prefix),
@@ -118,7 +165,8 @@ void TokenWriter::store(const int64_t* ids, int64_t count) {
         *std::find_if(ids, ids + count, [&](int64_t id) { return id < 0 || id >= vocab_size_; });
     throw Error(ExitCode::kData,
                 "token id " + std::to_string(bad) + " is beyond the tokenizer's vocabulary of " +
-                    std::to_string(vocab_size_) + "; its files do not belong together");
+                    std::to_string(vocab_size_) +
+                    "; the ids are of another one, or its files do not belong together");
   }
   max_id_ = largest;
   while (count > 0) {

@@ -12,6 +12,14 @@
 
 namespace xlstm::data {
 
+/// The prefix that an output's name means, as token_file_prefix has it. Throws Error(kConfig) where it names a folder.
+std::string output_prefix(const std::string& name);
+
+/// Throws Error(kConfig) where a token file of this prefix is there already (or a part of one), and tells what it is. One that
+/// the same command made of the same inputs with the same tokenizer may be made again: what `next` says of these is compared.
+/// So may what is left where such a command was interrupted.
+void check_replaceable(const std::string& prefix, const Sidecar& next);
+
 /// Tokens are stored as uint16 for vocabularies of up to 65536 ids, else as int32. (Bytes would fit uint8, but several
 /// readers of the format only know the two types that Megatron itself writes.) Everything goes into `<prefix>.*.tmp`;
 /// finish() syncs and renames, the sidecar last, so that a sidecar proves a whole pair. Without finish() the temporary

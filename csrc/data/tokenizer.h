@@ -9,7 +9,8 @@
 
 namespace xlstm::data {
 
-/// Text <-> token ids. "bytes" is built in; anything else runs libxlstm/tokenizer_worker.py in a child process.
+/// Text <-> token ids. "bytes" is built in; anything else runs libxlstm/tokenizer_worker.py in a child
+/// process, by the Python that XLSTM_PYTHON names.
 class Tokenizer {
  public:
   virtual ~Tokenizer() = default;

@@ -1,7 +1,6 @@
 #include "csrc/data/tokenizer_process.h"
 
 #include <cstring>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "csrc/core/error.h"
@@ -11,17 +10,6 @@ namespace xlstm::data {
 namespace {
 
 constexpr uint64_t kMaxReply = uint64_t{1} << 40;
-
-/// The worker's file beside this program, in the build tree and once installed; without one, Python looks for the
-/// module. (The file is preferred: `-m` would load the whole package, and torch with it.)
-std::vector<std::string> worker_command(const std::string& python) {
-  const std::filesystem::path folder = program_folder();
-  for (const char* place : {"../tokenizer_worker.py", "../../libxlstm/tokenizer_worker.py"}) {
-    const std::filesystem::path file = (folder / place).lexically_normal();
-    if (std::filesystem::exists(file)) return {python, file};
-  }
-  return {python, "-m", "libxlstm.tokenizer_worker"};
-}
 
 class ProcessTokenizer final : public Tokenizer {
  public:
@@ -79,7 +67,7 @@ class ProcessTokenizer final : public Tokenizer {
   }
   [[noreturn]] void fail_ended() {
     fail("its process (" + python_ + ") ended with " + child_.wait_for_end() +
-         "; check that $XLSTM_PYTHON or python3 runs and has the tokenizers package");
+         "; check that this Python runs, or name another by XLSTM_PYTHON");
   }
   void send(const void* data, size_t size_bytes) {
     if (!child_.send(data, size_bytes)) fail_ended();
@@ -132,7 +120,7 @@ class ProcessTokenizer final : public Tokenizer {
 
 std::unique_ptr<Tokenizer> make_process_tokenizer(const std::vector<std::string>& files,
                                                   const std::string& sha256) {
-  std::vector<std::string> command = worker_command(python_interpreter());
+  std::vector<std::string> command{python_interpreter(), "-c", kTokenizerWorker};
   command.insert(command.end(), files.begin(), files.end());
   return std::make_unique<ProcessTokenizer>(std::move(command), files.front(), sha256);
 }

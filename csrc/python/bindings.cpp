@@ -14,6 +14,8 @@
 #include "csrc/config/config.h"
 #include "csrc/core/error.h"
 #include "csrc/data/dataset.h"
+#include "csrc/data/token_writer.h"
+#include "csrc/data/tokenizer.h"
 #include "csrc/models/language_model.h"
 #include "csrc/nn/layers.h"
 #include "train/checkpoint.h"
@@ -228,6 +230,40 @@ class PyTokenData {
   xlstm::data::Dataset dataset_;
 };
 
+/// A token file under construction; without finish() nothing of it is left.
+class PyTokenWriter {
+ public:
+  PyTokenWriter(const std::string& name, int64_t vocab_size, bool overwrite)
+      : writer_(free_prefix(name, overwrite), vocab_size) {}
+  /// ids (T) int64, on the CPU
+  void append(const at::Tensor& ids) {
+    const at::Tensor all = ids.contiguous();
+    writer_.append(all.const_data_ptr<int64_t>(), all.numel());
+  }
+  void end_document() { writer_.end_document(); }
+  void finish(const std::string& tokenizer, int64_t eos_id, int64_t num_bytes,
+              const std::string& command) {
+    xlstm::data::Sidecar sidecar;
+    sidecar.tokenizer = tokenizer;
+    sidecar.tokenizer_sha256 = xlstm::data::tokenizer_sha256(tokenizer);
+    sidecar.eos_id = eos_id;
+    sidecar.num_bytes = sidecar.num_counted_bytes = num_bytes;
+    sidecar.source_documents = {{"ids", writer_.num_documents()}};
+    sidecar.command = command;
+    writer_.finish(std::move(sidecar));
+  }
+  int64_t num_tokens() const { return writer_.num_tokens(); }
+  int64_t num_documents() const { return writer_.num_documents(); }
+
+ private:
+  static std::string free_prefix(const std::string& name, bool overwrite) {
+    std::string prefix = xlstm::data::output_prefix(name);
+    if (!overwrite) xlstm::data::check_replaceable(prefix, {});
+    return prefix;
+  }
+  xlstm::data::TokenWriter writer_;
+};
+
 /// make(), where what modules refuse of their settings is an Error, as what the configuration refuses.
 template <class Make>
 auto built(const Make& make) {
@@ -379,6 +415,16 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("num_tokens", &PyTokenData::num_tokens)
       .def_property_readonly("num_counted_tokens", &PyTokenData::num_counted_tokens)
       .def_property_readonly("vocab_size", &PyTokenData::vocab_size);
+  py::class_<PyTokenWriter>(m, "TokenWriter",
+                            "What a libxlstm.TokenWriter writes by, which is documented there.")
+      .def(py::init<const std::string&, int64_t, bool>(), py::arg("prefix"), py::arg("vocab_size"),
+           py::arg("overwrite"))
+      .def("append", &PyTokenWriter::append, py::arg("ids"), no_lock())
+      .def("end_document", &PyTokenWriter::end_document)
+      .def("finish", &PyTokenWriter::finish, py::arg("tokenizer"), py::arg("eos_id"),
+           py::arg("num_bytes"), py::arg("command"), no_lock())
+      .def_property_readonly("num_tokens", &PyTokenWriter::num_tokens)
+      .def_property_readonly("num_documents", &PyTokenWriter::num_documents);
   m.def("load", &load, py::arg("checkpoint_dir"), py::arg("verify"), py::arg("dtype"),
         py::arg("overrides"), no_lock(),
         "The model of a checkpoint folder, or of a run folder (its newest good checkpoint), in "

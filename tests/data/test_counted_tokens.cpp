@@ -202,6 +202,7 @@ TEST_CASE("segments that all count are files as ever, whatever stood there befor
   write_bytes(folder / "p.jsonl",
               "{\"text\":[{\"text\":\"q\",\"loss\":false},{\"text\":\"a\"}]}\n");
   PrepareOptions options = options_of(folder, "c.jsonl");
+  options.overwrite = true;
   prepare(options);
   const std::string& prefix = options.output_prefix;
   const std::string idx = read_bytes(prefix + ".idx"), bin = read_bytes(prefix + ".bin"),

@@ -146,6 +146,7 @@ TEST_CASE("prepare: an output that cannot be written is an error") {
     options = options_of(folder, {"a.txt"});
     prepare(options);
     write_bytes(folder / "a.txt", std::string(5'000'000, 'x'));
+    options.overwrite = true;
     rlimit old{};
     getrlimit(RLIMIT_FSIZE, &old);
     const auto handler = std::signal(SIGXFSZ, SIG_IGN);

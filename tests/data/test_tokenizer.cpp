@@ -229,9 +229,12 @@ TEST_CASE("faults of the tokenizer's process are one-line errors") {
   };
   {
     const PythonIs python("/nonexistent/python");
-    CHECK(contains(error_of([&] { make_tokenizer(spec); }), "/nonexistent/python: cannot run it"));
+    CHECK(contains(error_of([&] { make_tokenizer(spec); }),
+                   "/nonexistent/python: cannot run it: No such file or directory; name a Python"));
   }
-  CHECK(contains(message("exit 3"), "ended with exit status 3; check that $XLSTM_PYTHON"));
+  CHECK(contains(
+      message("exit 3"),
+      "ended with exit status 3; check that this Python runs, or name another by XLSTM_PYTHON"));
   CHECK(contains(message("kill -9 $$"), "ended with signal 9"));
   CHECK(contains(message(frame('X', "no tokenizers package")),
                  "tokenizer.json: no tokenizers package"));

@@ -1,6 +1,8 @@
 """README.md's C++ project: it configures, its program compiles against the headers, links and runs, with the folder added and
 with the package installed."""
 
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -128,8 +130,10 @@ def test_installed_inference_reads_checkpoints(prefix, tmp_path):
     program = """
         #include <iostream>
         #include "csrc/core/error.h"
+        #include "csrc/data/tokenizer.h"
         #include "train/checkpoint.h"
-        int main() {
+        int main(int, char** argv) {
+          for (const auto id : xlstm::data::make_tokenizer(argv[1])->encode("b a")) std::cout << id << " ";
           try {
             xlstm::train::load_model("nowhere");
           } catch (const xlstm::Error& error) {
@@ -140,7 +144,22 @@ def test_installed_inference_reads_checkpoints(prefix, tmp_path):
     said = find_package(project, prefix)
     assert said.returncode == 0, said.stderr
     run("ninja", "-C", project / "build")
-    assert "nowhere" in run(project / "build" / "mine")
+    (project / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": [],
+        "model": {"type": "WordLevel", "unk_token": "?", "vocab": {"?": 0, "a": 1, "b": 2}}}))
+    (project / "elsewhere").mkdir()
+    (project / "elsewhere" / "tokenizers.py").write_text("raise ImportError('of the working folder')")
+
+    def encode(python):
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"XLSTM_PYTHON": python}
+        return attempt(project / "build" / "mine", project / "tokenizer.json", cwd=project / "elsewhere", env=environment)
+
+    if importlib.util.find_spec("tokenizers") is not None:
+        done = encode(sys.executable)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("2 1 ") and "nowhere" in done.stdout
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare")
+    assert re.search("has no `tokenizers` package .*XLSTM_PYTHON", encode(str(tmp_path / "bare" / "bin" / "python")).stderr)
 
 
 def test_a_component_that_is_optional_may_be_missing(prefix, tmp_path):

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -102,6 +103,80 @@ def test_inputs_are_read_in_the_order_given_and_the_output_is_named(tmp_path):
     for inputs in (own, tmp_path):
         assert "own.bin is read and would be overwritten" in error("prepare", inputs, "--output", tmp_path / "own", check=2)
     assert own.read_text().startswith("a text")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_finished_token_files_are_replaced_where_that_is_asked_for(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"text {name}")
+    out = tmp_path / "data" / "out"
+    first = ("prepare", tmp_path / "a.txt", "--output", out)
+    run(*first)
+    made = contents(out.parent)
+    message = error("prepare", tmp_path / "b.txt", "--output", out, check=2)
+    made_by = f"another command (1 documents, 7 tokens): xlstm-data prepare {tmp_path}/a.txt"
+    assert f"{out}.bin is there already, made by {made_by}" in message
+    assert message.endswith("replace it (--overwrite of xlstm-data, overwrite=True in Python)")
+    run(*first)  # makes the same
+    assert contents(out.parent) == made
+    (tmp_path / "a.txt").write_text("another")
+    assert "made by this command (1 documents, 7 tokens), but of other input, or" in error(*first, check=2)
+    assert contents(out.parent) == made
+    run(*first, "--overwrite")
+    assert documents_of(out) == ["another"]
+    run(*first)
+    run("prepare", tmp_path / "b.txt", "--output", f"{out}.bin", "--overwrite")
+    assert documents_of(out) == ["text b"]
+    piped = ("prepare", "-", "--output", tmp_path / "piped")
+    run(*piped, stdin="one")
+    assert "by this command (1 documents, 4 tokens), but whether of" in error(*piped, check=2, stdin="one")
+
+
+def test_what_made_a_token_file_may_be_unknown(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    command = ("prepare", tmp_path / "a.txt", "--output", tmp_path / "train")
+    (tmp_path / "train.bin").write_bytes(b"nanoGPT's")
+    assert "train.bin is there already, made by what is not known" in error(*command, check=2)
+    assert (tmp_path / "train.bin").read_bytes() == b"nanoGPT's"
+    run(*command, "--overwrite")
+    meta = tmp_path / "train.meta.json"
+    meta.write_text(meta.read_text().replace('"inputs_sha256"', '"other"'))  # as an earlier version wrote it
+    assert "cannot be told" in error(*command, check=2)
+    meta.write_text("{")
+    assert "made by what is not known" in error(*command, check=2)
+
+
+def test_an_interrupted_preparation_goes_on(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").write_text("more")
+    command = ("prepare", tmp_path / "a.txt", "--output", tmp_path / "out")
+    run(*command)
+    meta = tmp_path / "out.meta.json"
+    meta.rename(tmp_path / "out.meta.json.tmp")  # as between two renames, of which the sidecar's is the last
+    assert "by another command" in error("prepare", tmp_path / "b.txt", "--output", tmp_path / "out", check=2)
+    (tmp_path / "out.idx").unlink()
+    run(*command)
+    assert documents_of(tmp_path / "out") == ["text"] and meta.exists()
+    for path in tmp_path.glob("out*"):
+        path.unlink()
+    (tmp_path / "out.bin.tmp").write_bytes(b"what a killed process had written")
+    run("prepare", tmp_path / "b.txt", "--output", tmp_path / "out")
+    assert documents_of(tmp_path / "out") == ["more"]
+
+
+def test_a_token_file_of_another_tokenizer_at_the_same_place(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    (tmp_path / "a.txt").write_text("a")
+    command = ("prepare", tmp_path / "a.txt", "--output", tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.json")
+    for end in ("b", "c"):
+        model = tokenizers.models.WordLevel({"a": 0, end: 1}, unk_token="a")
+        tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+        if end == "b":
+            run(*command)
+    assert "by this command (1 documents, 1 tokens), but with another tokenizer" in error(*command, check=2)
 
 
 def test_large_vocabulary_through_numpy(tmp_path):
@@ -202,11 +277,11 @@ def test_wrong_usage_exits_2(tmp_path):
                        (("stats", "--strict", "x"), "takes no --strict"), (("prepare", "--strikt"), "--strict"),
                        (("show",), "no INPUT"), (("show", "x", "--no-eos"), "takes no --no-eos"),
                        (("prepare", "x", "--output", "y", "--limit-bytes", "1"), "takes no --limit-bytes"),
-                       (("show", "x", "--limit-bytes", "-1"), "at least 0"),
+                       (("show", "x", "--limit-bytes", "-1"), "at least 0"), (("show", "x", "--overwrite"), "no --overwrite"),
                        (("show", "x", "--format", "json"), "expected auto, text or jsonl")):
         assert part in error(*args, check=2)
     text = run("--help").stdout
-    for word in ("prepare", "verify", "stats", "show", "--tokenizer", "--glob", "--no-eos", "--strict", "--format",
+    for word in ("prepare", "verify", "stats", "show", "--tokenizer", "--glob", "--no-eos", "--strict", "--overwrite", "--format",
                  "--text-key", "--split-at", "--limit-bytes", "exit status"):
         assert word in text
 
@@ -235,15 +310,15 @@ def test_standard_input(tmp_path):
             ("a text\nof lines", (), ["a text\nof lines"]), (lines, (), ["one", "two"]), ("\n " + lines, (), ["one", "two"]),
             (lines, ("--format", "text"), [lines]), ('{"b": "three"}', ("--text-key", "b"), ["three"]),
             (lines * 40000, (), ["one", "two"] * 40000), ("x" * 3_000_000, (), ["x" * 3_000_000])):
-        run("prepare", "-", "--output", out, "--strict", *arguments, stdin=stdin)
+        run("prepare", "-", "--output", out, "--strict", "--overwrite", *arguments, stdin=stdin)
         assert documents_of(out) == want
         assert shown("-", *arguments, stdin=stdin) == want
     (tmp_path / "file.txt").write_text("a file")
     assert shown(tmp_path / "file.txt", "-", stdin="and a pipe") == ["a file", "and a pipe"]
     assert json.loads((tmp_path / "out.meta.json").read_text())["source_documents"] == {"standard input": 1}
-    assert "-: no text in it (1 files, 1 empty" in error("prepare", "-", "--output", out)
+    assert "-: no text in it (1 files, 1 empty" in error("prepare", "-", "--output", tmp_path / "other")
     assert "standard input:2: not a JSON object; repair it" in error(
-        "prepare", "-", "--output", out, "--strict", "--format", "jsonl", stdin='{"text": "a"}\nb\n')
+        "prepare", "-", "--output", tmp_path / "other", "--strict", "--format", "jsonl", stdin='{"text": "a"}\nb\n')
     with open(tmp_path / "file.txt", "rb") as stream:  # not a pipe
         done = subprocess.run([XLSTM_DATA, "show", "-"], stdin=stream, capture_output=True, text=True)
     assert done.stdout == '"a file"\n'
@@ -269,14 +344,74 @@ def test_a_text_under_another_key(tmp_path):
 @pytest.mark.parametrize("name, compressed, remedy", (
     ("t.txt", gzip.compress, "gzip data, not text; rename the file"),
     ("t.jsonl", gzip.compress, "gzip data, not text; rename the file"),
-    ("t.txt.bz2", bz2.compress, "bzip2 data, not text; pipe it: bzcat FILE | xlstm-data prepare -"),
-    ("t.jsonl.xz", lzma.compress, "xz data, not text; pipe it: xzcat FILE | xlstm-data prepare -"),
-    ("t.parquet", lambda text: b"PAR1\x15\x04\x15" + bytes(9), "a Parquet file, not text; pipe it as JSONL: python -c"),
+    ("t.txt.bz2", bz2.compress, "bzip2 data, not text; pipe it: bzcat {} | xlstm-data prepare - --output PREFIX"),
+    ("a name.jsonl.xz", lzma.compress, "xz data, not text; pipe it: xzcat {} | xlstm-data prepare - --output PREFIX"),
+    ("train.bin", lambda text: np.arange(99, dtype=np.uint16).tobytes(), "binary data, not text; if these are ids of"),
 ))
 def test_what_is_not_text_is_told(tmp_path, name, compressed, remedy):
     (tmp_path / name).write_bytes(compressed(b'{"text": "words"}\n' * 100))
-    message = error("prepare", tmp_path / name, "--output", tmp_path / "out")
-    assert f"no text in it (1 files, 0 empty and 1 bad documents); the first bad one: {tmp_path / name}:1: {remedy}" in message
+    done = run("prepare", tmp_path / name, "--output", tmp_path / "out", check=3)
+    path = str(tmp_path / name)
+    assert done.stderr.startswith(f"xlstm-data: error: {path}: {remedy.format(shlex.quote(path))}")
+    assert done.stderr.count("not text") == done.stderr.count("\n") == 1 and "leave it out" not in done.stderr
+
+
+def save_to_disk(folder):
+    """What datasets.Dataset.save_to_disk leaves, but for the tables behind the first bytes."""
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text('{"features": {"text": {"dtype": "string"}}}')
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    (folder / "data-00000-of-00001.arrow").write_bytes(b"\xff\xff\xff\xff\x78\1\0\0\x10\0\0\0")
+
+
+def test_a_folder_with_what_is_not_text_is_refused(tmp_path):
+    save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "a.txt").write_bytes(b"\xff")  # would be a bad document
+    (tmp_path / "saved" / "note.txt").write_text("a text")
+    out = ("--output", tmp_path / "out")
+    for inputs in (tmp_path / "saved", tmp_path / "saved" / "*"):
+        done = run("prepare", inputs, *out, check=3)
+        (line,) = done.stderr.splitlines()  # before anything is read
+        assert ".arrow: an Arrow stream (as datasets writes it), not text; pipe it as JSONL: python -c" in line
+        assert line.endswith("; or leave it out: name the texts by a pattern ('FOLDER/*.txt'), or give xlstm-data a --glob "
+                             "('*.txt')")
+    assert not list(tmp_path.glob("out*"))
+    run("prepare", tmp_path / "saved", *out, "--glob", "*.txt")
+    assert documents_of(tmp_path / "out") == ["a text"]
+    run("prepare", tmp_path / "saved" / "n*.txt", *out, "--overwrite")
+    assert "Arrow stream" in error("show", tmp_path / "saved")
+    (tmp_path / "gz").mkdir()
+    (tmp_path / "gz" / "t.jsonl.gz").write_bytes(gzip.compress(b"PAR1\x15\0\x15"))
+    assert "t.jsonl.gz: a Parquet file, not text" in error("prepare", tmp_path / "gz", "--output", tmp_path / "other")
+    assert not list(tmp_path.glob("other*"))
+
+
+@pytest.mark.parametrize("kind", ["Parquet", "Arrow file", "Arrow stream"])
+def test_commands_that_make_text_of_tables_can_be_typed(tmp_path, kind):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    table, path = pandas.DataFrame({"id": [1, 2], "text": ["one/two", "drei \u2028 €"]}), tmp_path / "a table"
+    if kind == "Parquet":
+        table.to_parquet(path)
+    elif kind == "Arrow file":
+        table.to_feather(path)
+    else:
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_pandas(table).save_to_disk(tmp_path / "saved")
+        path = next((tmp_path / "saved").glob("*.arrow"))
+    message = error("prepare", path, "--output", tmp_path / "out")
+    command = re.search("pipe it as JSONL: (python -c .* --output PREFIX)", message).group(1)
+    python = Path(sys.executable).parent  # python and what it finds
+    done = subprocess.run(command.replace("PREFIX", str(tmp_path / "out")), shell=True, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{python}:{XLSTM_DATA.parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr
+    assert documents_of(tmp_path / "out") == list(table["text"])
+
+
+def test_lists_of_ids_are_told(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"input_ids": [34, 7], "attention_mask": [1, 1]}\n')
+    message = error("prepare", tmp_path / "t.jsonl", "--output", tmp_path / "out", "--text-key", "input_ids")
+    assert '"input_ids" is a list of numbers, not text; if they are ids of tokens, libxlstm.TokenWriter' in message
 
 
 def test_a_text_is_split_where_a_line_matches(tmp_path):

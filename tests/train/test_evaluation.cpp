@@ -222,6 +222,7 @@ TEST_CASE("bits per byte counts the bytes of what is judged") {
   data::PrepareOptions options;
   options.inputs = {(folder / "pairs.jsonl").string()};
   options.output_prefix = (folder / "pairs").string();
+  options.overwrite = true;
   // Of two bytes and an end the first byte is not judged, and the end is no text.
   const auto [tokens, bytes] = judge(options);
   CHECK(tokens == 100);
