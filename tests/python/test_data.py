@@ -519,7 +519,7 @@ def test_worker_protocol(tmp_path):
                   + request(b"Q", b"") + request(b"E", struct.pack("<QQ", 1, 1) + b"a"))
     assert done.returncode == 0 and done.stderr == b""
     hello, first, second, third, fourth = frames(done.stdout)
-    assert hello[0] == b"H" and json.loads(hello[1]) == {"vocab_size": 10, "eos_id": 9}
+    assert hello[0] == b"H" and json.loads(hello[1]) == {"vocab_size": 10, "eos_id": 9, "bos_id": -1}
     assert first == (b"E", struct.pack("<2Q", 2, 0) + struct.pack("<2i", 1, 0))
     assert second == (b"D", b"a </s>")
     assert third[0] == b"X" and b"unknown request" in third[1]

@@ -337,6 +337,7 @@ def test_bytes_go_along(tmp_path):
 def test_a_tokenizer_goes_along(tmp_path):
     """The copy may be read where the files are not."""
     train_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("a template")
     libxlstm.make_model(make_yaml(vocab=280, tokenizer=tmp_path / "tokenizer.json")).save(tmp_path / "model")
     model = libxlstm.load(tmp_path / "model")
     copied, ids = pickle.dumps(model), model.tokenizer.encode("the cell keeps")
@@ -348,6 +349,7 @@ def test_a_tokenizer_goes_along(tmp_path):
     assert other.generate(ids, 5, temperature=0) == model.generate(ids, 5, temperature=0)
     other.save(tmp_path / "again")
     assert libxlstm.load(tmp_path / "again").tokenizer.encode("the cell keeps") == ids
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "a template"
     lost = pickled(unread)  # its files were gone before it was pickled
     assert_same(lost, unread)
     with pytest.raises(ValueError, match="no tokenizer there"):

@@ -117,7 +117,7 @@ def test_written_ids_are_trained_on_and_judged_as_text_is(prepared, tokenizer, t
         f"run: {{name: r, out_dir: {tmp_path}, device: cpu}}\n"
         "model: {embedding_dim: 16, num_blocks: 1, num_heads: 1, vocab_size: 300}\n"
         f"data: {{train: [{{path: {tmp_path}/train}}], val: {tmp_path}/held, seq_len: 16}}\n"
-        "train: {global_batch_size: 2, max_steps: 2}\nlog: {tensorboard: false, plot: false}\n")
+        "train: {global_batch_size: 2, max_steps: 2}\noptim: {warmup_steps: 0}\nlog: {tensorboard: false, plot: false}\n")
     assert "held-out bits per byte: " in run_program("xlstm-train", tmp_path / "c.yaml")
     assert run_program("xlstm-generate", tmp_path / "r", "--prompt", "plain", "--max-new-tokens", 3).startswith("plain")
     held, text = (re.search(r"bits per byte (\d\.\d+)", run_program("xlstm-eval", tmp_path / "r", "--data", tmp_path / name))
