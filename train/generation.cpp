@@ -112,10 +112,9 @@ class LastStates {
     if (ended.empty()) return;
     const at::Device device = model_.head_weight().device();
     const at::Tensor index = at::tensor(rows, at::kLong);
-    models::ModelState own = state;
-    for (auto& block : own)
-      for (at::Tensor& tensor : block) tensor = tensor.index_select(0, index.to(tensor.device()));
-    own = model_.hidden(tokens.index_select(0, index).to(device), own).second;
+    const models::ModelState own =
+        model_.hidden(tokens.index_select(0, index).to(device), models::rows_of(state, index))
+            .second;
     for (size_t i = 0; i < ended.size(); ++i) states_[ended[i]] = {own, static_cast<int64_t>(i)};
   }
   models::ModelState all() const {

@@ -40,13 +40,6 @@ void check_reset(const std::optional<at::Tensor>& reset, int64_t batch, int64_t 
       reset->scalar_type());
 }
 
-ModelState rows_of(const ModelState& state, const at::Tensor& rows) {
-  ModelState part = state;
-  for (BlockState& block : part)
-    for (at::Tensor& tensor : block) tensor = tensor.index_select(0, rows.to(tensor.device()));
-  return part;
-}
-
 /// Vectors and states of parts of a batch, put together.
 class Parts {
  public:
@@ -93,6 +86,13 @@ class Parts {
 };
 
 }  // namespace
+
+ModelState rows_of(const ModelState& state, const at::Tensor& rows) {
+  ModelState part = state;
+  for (BlockState& block : part)
+    for (at::Tensor& tensor : block) tensor = tensor.index_select(0, rows.to(tensor.device()));
+  return part;
+}
 
 PaddedBatch::PaddedBatch(const at::Tensor& lengths, int64_t batch, int64_t length,
                          at::Device device) {

@@ -32,6 +32,9 @@ class PaddedBatch {
   bool full_ = true;                ///< there is none
 };
 
+/// The state of some sequences of a batch: rows (N) int64, on any device.
+ModelState rows_of(const ModelState& state, const at::Tensor& rows);
+
 /// Vectors (B,T,D) of inputs (B,T,...), and the state behind them.
 using Pass = std::function<std::pair<at::Tensor, ModelState>(
     const at::Tensor& inputs, const ModelState& state, const std::optional<at::Tensor>& reset,

@@ -18,6 +18,7 @@
 #include "csrc/nn/layers.h"
 #include "tests/support/catch.h"
 #include "tests/train/processes_here.h"
+#include "tests/train/small_options.h"
 #include "train/gradient_sums.h"
 #include "train/train_step.h"
 
@@ -34,27 +35,17 @@ void seed(uint64_t value) {
   at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(value);
 }
 
-models::ModelOptions small(const std::string& kind = "xlstm") {
-  models::ModelOptions options;
-  options.kind = kind;
-  options.vocab_size = 23;
-  options.embedding_dim = 24;
-  options.num_blocks = 3;
-  options.num_heads = 2;
-  if (kind == "xlstm") options.slstm_at = {1};
-  return options;
-}
-
 /// By name.
 std::vector<std::pair<std::string, models::ModelOptions>> cases() {
-  models::ModelOptions recomputed = small(), bounds = small("hgrn2"), adapters = small();
+  models::ModelOptions recomputed = small_options(), bounds = small_options("hgrn2"),
+                       adapters = small_options();
   recomputed.activation_checkpointing = recomputed.tie_weights = true;
   bounds.activation_checkpointing = true;
   adapters.embedding_dim = 64;
   adapters.lora.rank = 2;
   models::ModelOptions recomputed_adapters = adapters;
   recomputed_adapters.activation_checkpointing = true;
-  return {{"plain", small()},
+  return {{"plain", small_options()},
           {"recomputed, tied weights", recomputed},
           {"a parameter of all blocks", bounds},
           {"adapters", adapters},

@@ -8,6 +8,7 @@
 #include "csrc/core/error.h"
 #include "tests/support/catch.h"
 #include "tests/train/processes_here.h"
+#include "tests/train/small_options.h"
 #include "train/sequence_relay.h"
 #include "train/train_step.h"
 
@@ -17,17 +18,6 @@ using namespace xlstm::train;
 namespace {
 
 constexpr int64_t kSegments = 3, kLength = 7;
-
-models::ModelOptions small(const std::string& kind) {
-  models::ModelOptions options;
-  options.kind = kind;
-  options.vocab_size = 23;
-  options.embedding_dim = 24;
-  options.num_blocks = 3;
-  options.num_heads = 2;
-  if (kind == "xlstm") options.slstm_at = {1};
-  return options;
-}
 
 std::shared_ptr<models::LanguageModel> make(const models::ModelOptions& options) {
   at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(1);
@@ -64,7 +54,7 @@ TEST_CASE("segments of sequences have the loss and the gradients of whole ones")
        {"xlstm", "xlstm_large", "lstm_block", "mamba", "gla", "hgrn2", "rwkv4", "rwkv6", "h3"}) {
     for (const bool recomputed : {false, true}) {
       INFO(kind << (recomputed ? ", recomputed" : ""));
-      models::ModelOptions options = small(kind);
+      models::ModelOptions options = small_options(kind);
       options.activation_checkpointing = recomputed;
       at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(2);
       const at::Tensor tokens = at::randint(23, {4, kSegments * kLength + 1}, at::kLong);

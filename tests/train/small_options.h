@@ -1,0 +1,20 @@
+#pragma once
+// A model of three blocks for tests of what processes divide among them.
+#include <string>
+
+#include "csrc/models/model_options.h"
+
+namespace xlstm::train {
+
+inline models::ModelOptions small_options(const std::string& kind = "xlstm") {
+  models::ModelOptions options;
+  options.kind = kind;
+  options.vocab_size = 23;
+  options.embedding_dim = 24;
+  options.num_blocks = 3;
+  options.num_heads = 2;
+  if (kind == "xlstm") options.slstm_at = {1};
+  return options;
+}
+
+}  // namespace xlstm::train
