@@ -1,4 +1,5 @@
 // Sampling against plain loops over the definition; generation against a full forward pass per token.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/tensor.h>
@@ -60,6 +61,8 @@ std::shared_ptr<models::LanguageModel> tiny_model(const std::string& kind = "xls
   options.num_blocks = 2;
   options.num_heads = 2;
   if (kind == "xlstm") options.slstm_at = {1};
+  // Torch begins with another seed in every process; not every model draws texts of different lengths.
+  at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(1);
   auto model = models::make_language_model(options);
   const at::NoGradGuard no_grad;
   for (auto& parameter : model->parameters())
