@@ -108,8 +108,8 @@ BUDGETS = [
     budget(r"mlstm_sweep_sm90_wide", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",),
            products=lambda *arguments: ("HGMMA", 56, 56)),
     budget(r"mlstm_sweep_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",), products=sweep_sm90_products),
-    # Of one consumer: two times 64 tokens, two row tiles, four steps.
-    budget(r"mlstm_state_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",),
+    # Of one consumer: two times 64 tokens, two row tiles, four steps; n by HMMA, wherever a block is fetched.
+    budget(r"mlstm_state_sm90", 384, 168, 227, must=WGMMA | {"HMMA"}, only=("sm_90a",),
            products=lambda *arguments: ("HGMMA", 16, 16)),
     # Of one consumer, four steps each: a slice of A S, a slice of A B^T, 64 keys of P X.
     budget(r"mlstm_out_sm90", 384, 168, 227, must=WGMMA, forbidden={"HMMA"}, only=("sm_90a",),

@@ -2,7 +2,7 @@
 // state for sm_90a: as mlstm_state.cuh, with wgmma on tiles that the copy engine loads.
 //
 // A block keeps a tile of S, 256 rows by 128 columns, in the registers of two warpgroups, 128 rows each, and reads 64 tokens
-// at a time: S += (c * B)^T X, (c * B)^T from registers. n is plain float32 and belongs to the blocks of column tile 0.
+// at a time: S += (c * B)^T X, (c * B)^T from registers. n, the sums of c * B, belongs to the blocks of column tile 0.
 #include <cstddef>
 
 #include "cuda/mlstm/hopper/mlstm_twophase_sm90.cuh"
@@ -140,9 +140,7 @@ class StateBlockSm90 {
   /// Block i, whose fragments are there; those of the next one are fetched while the product runs.
   DEVICE_FUNCTION void add(int i, Fragments& a, Fragments& next) {
     enter(i);
-    Shape::Slot& slot = shared.slots[shared.ring.slot(i)];
-    multiply(slot, a);
-    if (has_n) add_n(slot, shared.gates[shared.ring.slot(i)]);
+    multiply(shared.slots[shared.ring.slot(i)], a);
     if (i + 1 < blocks) fetch(i + 1, next);
     prim::wgmma_wait<0>();
     keep(a);  // in registers of their own until here
@@ -163,13 +161,14 @@ class StateBlockSm90 {
     meet_consumers();
   }
 
-  /// Waits for block i and reads (c * B)^T.
+  /// Waits for block i and reads (c * B)^T; its part of n is what its rows come to.
   DEVICE_FUNCTION void fetch(int i, Fragments& a) {
     shared.ring.wait(i);
     Shape::Slot& slot = shared.slots[shared.ring.slot(i)];
     const Shape::Gates& gates = shared.gates[shared.ring.slot(i)];
     if (clears(i)) clear(slot, i);
     const int lane = lane_here(), warp = warp_here();
+    float sums[Shape::kRowTiles][4] = {};
 #pragma unroll
     for (int j = 0; j < kBlockTokens / 16; ++j) {
       const int token = 16 * j + 2 * (lane % 4);
@@ -182,7 +181,29 @@ class StateBlockSm90 {
 #pragma unroll
         for (int r = 0; r < 4; ++r) a[m][j][r] = prim::mul_bf16x2(a[m][j][r], r < 2 ? near : far);
       }
+      if (has_n) {
+        const u32 counts[2] = {n_counts(gates, token), n_counts(gates, token + 8)};
+#pragma unroll
+        for (int m = 0; m < Shape::kRowTiles; ++m)
+          prim::mma_bf16(sums[m], a[m][j], counts[0], counts[1]);
+      }
     }
+#pragma unroll
+    for (int m = 0; m < Shape::kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        n_next[m][half] = sums[m][2 * half] + sums[m][2 * half + 1];
+  }
+
+  /// What two neighbouring tokens count in n: a product of the warp's own with 8 columns, the even ones of which are the
+  /// counts as bfloat16 and the odd ones what rounding left of them.
+  DEVICE_FUNCTION u32 n_counts(const Shape::Gates& gates, int token) const {
+    const bool rest = lane_here() / 4 % 2 != 0;
+    if (!p.reverse) return rest ? 0 : prim::pack_bf16x2(1, 1);
+    if (p.z == nullptr) return 0;
+    const float low = gates.z[token], high = gates.z[token + 1];
+    const u32 rounded = prim::pack_bf16x2(low, high);
+    return rest ? prim::pack_bf16x2(low - low_half(rounded), high - high_half(rounded)) : rounded;
   }
 
   /// Starts S += (c * B)^T X. The fragments must stay until the wait.
@@ -208,27 +229,17 @@ class StateBlockSm90 {
     return p.reverse ? gates.records[token].w : gates.records[token].u;
   }
 
-  // n: a warp has 32 rows, a lane two of them and half of the tokens; the halves meet in write_n(). They are four tokens
-  // apart, so that both read different banks.
-  DEVICE_FUNCTION int n_row() const { return warp_here() * 32 + lane_here() % 16 * 2; }
-
-  DEVICE_FUNCTION void add_n(Shape::Slot& slot, const Shape::Gates& gates) {
-    const int row = Shape::kConsumerRows * consumer + n_row(), half = lane_here() / 16 * 4;
-#pragma unroll 4
-    for (int i = 0; i < kBlockTokens / 2; ++i) {
-      const int token = i / 4 * 8 + i % 4 + half;
-      float c = weight(gates, token);
-      if (p.reverse) c = p.z == nullptr ? 0.0F : c * gates.z[token];
-      const u32 pair = pair_at(slot.b, token, row);
-      n_sum[0] += c * low_half(pair);
-      n_sum[1] += c * high_half(pair);
-    }
-  }
-
   // Chunks -------------------------------------------------------------------------------------------------------------
 
-  /// At a chunk's start, in this direction: the state is written down and decays.
+  /// At a chunk's start, in this direction: the state is written down and decays. Then n takes block i.
   DEVICE_FUNCTION void enter(int i) {
+    enter_chunk(i);
+#pragma unroll
+    for (int m = 0; m < Shape::kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) n_sum[m][half] += n_next[m][half];
+  }
+  DEVICE_FUNCTION void enter_chunk(int i) {
     const int block = block_at(i);
     const bool starts =
         p.reverse ? i == 0 || block % per_chunk == per_chunk - 1 : block % per_chunk == 0;
@@ -239,11 +250,12 @@ class StateBlockSm90 {
     if (has_n && p.state_n != nullptr) write_n(p.state_n + slot * padded(p.dqk), padded(p.dqk));
     gamma_product *= gamma;
 #pragma unroll
-    for (int m = 0; m < Shape::kRowTiles; ++m)
+    for (int m = 0; m < Shape::kRowTiles; ++m) {
 #pragma unroll
       for (int v = 0; v < 64; ++v) s[m][v] *= gamma;
-    n_sum[0] *= gamma;
-    n_sum[1] *= gamma;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) n_sum[m][half] *= gamma;
+    }
   }
 
   /// S as bfloat16. Each warp hands its rows to the copy engine, which leaves out what lies outside.
@@ -269,11 +281,12 @@ class StateBlockSm90 {
   /// n of this warpgroup's rows, as far as `rows`.
   DEVICE_FUNCTION void write_n(float* to, int rows) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float sum = n_sum[i] + prim::float_of(prim::shfl_xor(prim::bits_of(n_sum[i]), 16));
-      const int row = row0 + n_row() + i;
-      if (lane_here() < 16 && row < rows) to[row] = sum;
-    }
+    for (int m = 0; m < Shape::kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row_of(m, half);
+        if (lane_here() % 4 == 0 && row < rows) to[row] = n_sum[m][half];
+      }
   }
 
   // Ends ---------------------------------------------------------------------------------------------------------------
@@ -312,12 +325,13 @@ class StateBlockSm90 {
       each_number([from](float& x, int64_t offset) { x = from[offset]; });
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = row0 + n_row() + i;
-      n_sum[i] = p.start_n != nullptr && lane_here() < 16 && row < p.dqk
-                     ? p.start_n[int64_t{item} * p.dqk + row]
-                     : 0.0F;
-    }
+    for (int m = 0; m < Shape::kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row_of(m, half);
+        n_sum[m][half] =
+            p.start_n != nullptr && row < p.dqk ? p.start_n[int64_t{item} * p.dqk + row] : 0.0F;
+      }
   }
 
   DEVICE_FUNCTION void write_c(float* to) {
@@ -347,7 +361,7 @@ class StateBlockSm90 {
   bool has_n;
   int consumer = 0;
   float s[Shape::kRowTiles][64];
-  float n_sum[2];
+  float n_sum[Shape::kRowTiles][2], n_next[Shape::kRowTiles][2];  // of row_of(); of the next block
   float gamma_product;
 };
 
