@@ -7,6 +7,8 @@ namespace xlstm::cuda {
 // mlstm_out_split.cu
 extern template void launch_out_planes<2>(Use, const SweepParams&, const DeviceLimits&, Stream);
 
+static_assert(OutShape<1>::kColumns == kDotTile, "the kernel for sm_90a fills as many numbers");
+
 int out_tile_columns(Dtype dtype, const DeviceLimits&) {
   return dtype == Dtype::kBFloat16 ? OutShape<1>::kColumns : OutShape<2>::kColumns;
 }

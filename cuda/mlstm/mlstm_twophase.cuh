@@ -6,6 +6,7 @@ namespace xlstm::cuda {
 
 constexpr int kTwoPhaseThreads = 256;
 constexpr int kBlockTokens = 64;  // of a chunk that are in shared memory at a time
+constexpr int kDotTile = 128;     // columns for which a bfloat16 row's dots have a number
 
 PRIM_FUNCTION constexpr int32_t padded(int32_t width) { return divide_up(width, 64) * 64; }
 

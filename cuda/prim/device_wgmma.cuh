@@ -60,12 +60,14 @@ PRIM_DEVICE void set_max_registers_down() {
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define PRIM_DATA_64(d, i) PRIM_DATA_32(d, i), PRIM_DATA_32(d, i + 32)
-#define PRIM_TEXT_128 PRIM_TEXT_64 ", " \
+#define PRIM_TEXT_96 PRIM_TEXT_64 ", " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define PRIM_DATA_96(d, i) PRIM_DATA_64(d, i), PRIM_DATA_32(d, i + 64)
+#define PRIM_TEXT_128 PRIM_TEXT_96 ", " \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define PRIM_DATA_128(d, i) PRIM_DATA_64(d, i), PRIM_DATA_64(d, i + 64)
+#define PRIM_DATA_128(d, i) PRIM_DATA_96(d, i), PRIM_DATA_32(d, i + 96)
 // clang-format on
 
 // COUNT = N/2; O0.. number the operands behind the accumulators.
@@ -91,7 +93,8 @@ PRIM_DEVICE void set_max_registers_down() {
 #define PRIM_WGMMA(NAME, TYPE)                                                                    \
   template <int N, bool kTransA, bool kTransB>                                                    \
   PRIM_DEVICE void NAME(float(&d)[N / 2], u64 a, u64 b, bool accumulate) {                        \
-    static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || N == 256, "N");          \
+    static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || N == 192 || N == 256,    \
+                  "N");                                                                           \
     if constexpr (N == 8) PRIM_SM90A(PRIM_WGMMA_SS(TYPE, 8, 4, "%4", "%5", "%6", "%7", "%8"));    \
     if constexpr (N == 16)                                                                        \
       PRIM_SM90A(PRIM_WGMMA_SS(TYPE, 16, 8, "%8", "%9", "%10", "%11", "%12"));                    \
@@ -101,12 +104,15 @@ PRIM_DEVICE void set_max_registers_down() {
       PRIM_SM90A(PRIM_WGMMA_SS(TYPE, 64, 32, "%32", "%33", "%34", "%35", "%36"));                 \
     if constexpr (N == 128)                                                                       \
       PRIM_SM90A(PRIM_WGMMA_SS(TYPE, 128, 64, "%64", "%65", "%66", "%67", "%68"));                \
+    if constexpr (N == 192)                                                                       \
+      PRIM_SM90A(PRIM_WGMMA_SS(TYPE, 192, 96, "%96", "%97", "%98", "%99", "%100"));               \
     if constexpr (N == 256)                                                                       \
       PRIM_SM90A(PRIM_WGMMA_SS(TYPE, 256, 128, "%128", "%129", "%130", "%131", "%132"));          \
   }                                                                                               \
   template <int N, bool kTransB>                                                                  \
   PRIM_DEVICE void NAME##_rs(float(&d)[N / 2], const u32(&a)[4], u64 b, bool accumulate) {        \
-    static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || N == 256, "N");          \
+    static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || N == 192 || N == 256,    \
+                  "N");                                                                           \
     if constexpr (N == 8)                                                                         \
       PRIM_SM90A(PRIM_WGMMA_RS(TYPE, 8, 4, "%4", "%5", "%6", "%7", "%8", "%9", "%10"));           \
     if constexpr (N == 16)                                                                        \
@@ -117,6 +123,9 @@ PRIM_DEVICE void set_max_registers_down() {
       PRIM_SM90A(PRIM_WGMMA_RS(TYPE, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38"));   \
     if constexpr (N == 128)                                                                       \
       PRIM_SM90A(PRIM_WGMMA_RS(TYPE, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70"));  \
+    if constexpr (N == 192)                                                                       \
+      PRIM_SM90A(                                                                                 \
+          PRIM_WGMMA_RS(TYPE, 192, 96, "%96", "%97", "%98", "%99", "%100", "%101", "%102"));      \
     if constexpr (N == 256)                                                                       \
       PRIM_SM90A(                                                                                 \
           PRIM_WGMMA_RS(TYPE, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")); \

@@ -128,7 +128,7 @@ struct WgmmaShape {
 };
 void wgmma(float* d, const u32* a_registers, u64 a, u64 b, WgmmaShape shape, const Where& where);
 constexpr bool wgmma_columns(int n) {
-  return n == 8 || n == 16 || n == 32 || n == 64 || n == 128 || n == 256;
+  return n == 8 || n == 16 || n == 32 || n == 64 || n == 128 || n == 192 || n == 256;
 }
 
 /// d (64 x N) = a (64 x 16) b (16 x N) [+ d]. kTransA: a lies as [k][m]; kTransB: b lies as [k][n], else [n][k].

@@ -153,6 +153,7 @@ void add_product_cases(Cases& cases) {
   add_width<32>(cases);
   add_width<64>(cases);
   add_width<128>(cases);
+  add_width<192>(cases);
   add_width<256>(cases);
   const Swizzle wide = Swizzle::k128;
   // K of two strips; transposed f16; accumulation in float32.

@@ -60,7 +60,7 @@ for _n in (2, 3, 4):
         f"{LOAD.format(_n)}.multicast::cluster [s+1024], [h+64, {{{_p}}}], [s+8], p7;")
     GOLDEN[f"{_load}; tma_store_{_n}d(m, src, {_c})"] = (
         f"cp.async.bulk.tensor.{_n}d.global.shared::cta.bulk_group [h+64, {{{_p}}}], [s+2048];")
-for _n in (8, 16, 32, 64, 128, 256):
+for _n in (8, 16, 32, 64, 128, 192, 256):
     for _kind in ("bf16", "f16"):
         _start = (f"float d[{_n // 2}]; for (int i = 0; i < {_n // 2}; ++i) d[i] = vf[i]; u64 wa = w[40]; u64 wb = w[41]; "
                   "u32 a[4] = {v[1], v[2], v[3], v[4]}; u32 more = v[7]; ")

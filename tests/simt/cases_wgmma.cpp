@@ -344,6 +344,7 @@ const Case kCases[] = {
     {"wgmma n32", all_majors<32>},
     {"wgmma n64", all_majors<64>},
     {"wgmma n128", all_majors<128>},
+    {"wgmma n192", all_majors<192>},
     {"wgmma n256", all_majors<256>},
     {"wgmma, A from registers", registers_product<false>},
     {"wgmma, A from registers, B transposed", registers_product<true>},

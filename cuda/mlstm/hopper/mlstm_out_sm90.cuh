@@ -1,12 +1,12 @@
 #pragma once
 // out for sm_90a: as mlstm_out.cuh, with wgmma on tiles that the copy engine loads.
 //
-// A tile is 128 rows of a chunk by 256 columns of X, 64 rows in the registers of each consuming warpgroup; a block takes one
+// A tile is 128 rows of a chunk by 256 or 192 columns of X, 64 rows in the registers of each consuming warpgroup; a block takes one
 // tile after the other. The ring carries, in the order of use:
 //   slices       of 64 of the contraction: A and S, O += A S; after the last one rows are scaled and n is added
 //   per pass     64 keys: slices of A and B, scores = A B^T; after the last one P = mask(scores * D) as fragments in
 //                registers; then X, O += P X. A warpgroup that sees none of the keys only keeps the ring going.
-//   kDq, kDk     the rows' dot operand, 128 columns at a time
+//   kDq, kDk     the rows' dot operand, some columns at a time
 // The rows' gates come by a ring of their own, and so does A where all its slices fit at once: it is then loaded once per
 // tile. One thread fills the ring of the products, another the two others.
 #include "cuda/mlstm/hopper/mlstm_out_tile_sm90.cuh"
@@ -15,20 +15,25 @@ namespace xlstm::cuda {
 
 #if PRIM_HAS_SM90A
 
-template <Use kUse>
+/// Whether X and the tile have the column.
+template <class Shape>
+DEVICE_FUNCTION bool has_column(const OutTile& t, const SweepParams& p, int col) {
+  return col < p.x.width && col < t.col0 + Shape::kColumns;
+}
+
+template <Use kUse, class Shape>
 class OutProducerSm90 {
  public:
-  using Shape = OutShapeSm90;
   static constexpr bool kTransposed = out_transposed(kUse);
 
-  DEVICE_FUNCTION OutProducerSm90(const OutParamsSm90& params, Shape::Shared& memory)
+  DEVICE_FUNCTION OutProducerSm90(const OutParamsSm90& params, typename Shape::Shared& memory)
       : maps(params), p(params.out), shared(memory) {}
 
   /// The ring of the products.
   DEVICE_FUNCTION void fill_products() {
     int use = 0;
 #pragma unroll 1
-    for (OutTiles<kUse> tiles(maps); tiles.next();) {
+    for (OutTiles<kUse, Shape> tiles(maps); tiles.next();) {
       const OutTile& t = tiles.tile;
       if (t.rows <= 0) continue;
 #pragma unroll 1
@@ -41,7 +46,7 @@ class OutProducerSm90 {
       }
       if (kTransposed && p.dots != nullptr)
 #pragma unroll 1
-        for (int col = t.col0; col < t.end_of_dots(p); col += Shape::kDotColumns)
+        for (int col = t.col0; has_column<Shape>(t, p, col); col += Shape::kDotColumns)
           load_dots(t, col, use++);
     }
   }
@@ -50,7 +55,7 @@ class OutProducerSm90 {
   DEVICE_FUNCTION void fill_rows() {
     int count = 0;
 #pragma unroll 1
-    for (OutTiles<kUse> tiles(maps); tiles.next();) {
+    for (OutTiles<kUse, Shape> tiles(maps); tiles.next();) {
       const OutTile& t = tiles.tile;
       if (t.rows <= 0) continue;
       const int left = p.chunks.length - t.row0, tokens = left < Shape::kRows ? left : Shape::kRows;
@@ -67,7 +72,9 @@ class OutProducerSm90 {
   }
 
  private:
-  static constexpr u32 kSlotBytes = sizeof(Shape::Slot);
+  static constexpr u32 kSlotBytes = sizeof(Shape::Slot::x);
+  static_assert(sizeof(Shape::Slot::x) == sizeof(Shape::Slot::state),
+                "of a slice of the state, too");
 
   DEVICE_FUNCTION bool with_z() const { return kTransposed && p.z != nullptr; }
   DEVICE_FUNCTION bool with_product() const {
@@ -108,7 +115,7 @@ class OutProducerSm90 {
     const int slot = shared.ring.slot(use);
     const int matrix = t.head * p.chunks.slots + t.slot;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < Shape::kColumns / kBoxRows; ++i) {
       if constexpr (kTransposed) {
         load_state_box(shared.slots[slot].state.bytes + i * kBoxBytes, maps.state,
                        t.col0 + i * kBoxRows, 64 * j, matrix, full);
@@ -141,7 +148,7 @@ class OutProducerSm90 {
   }
 
   DEVICE_FUNCTION void load_dots(const OutTile& t, int col, int use) const {
-    u64* const full = shared.ring.fill(use, kSlotBytes);
+    u64* const full = shared.ring.fill(use, sizeof(Shape::Slot::dot));
     auto& dot = shared.slots[shared.ring.slot(use)].dot;
 #pragma unroll
     for (int i = 0; i < Shape::kDotColumns / kStripColumns; ++i)
@@ -150,21 +157,21 @@ class OutProducerSm90 {
 
   const OutParamsSm90& maps;
   const SweepParams& p;
-  Shape::Shared& shared;
+  typename Shape::Shared& shared;
 };
 
-template <Use kUse>
+template <Use kUse, class Shape>
 class OutConsumerSm90 {
  public:
-  using Shape = OutShapeSm90;
   static constexpr bool kReverse = out_reverse(kUse), kTransposed = out_transposed(kUse);
 
-  DEVICE_FUNCTION OutConsumerSm90(const OutParamsSm90& params, Shape::Shared& memory, int index)
+  DEVICE_FUNCTION OutConsumerSm90(const OutParamsSm90& params, typename Shape::Shared& memory,
+                                  int index)
       : maps(params), p(params.out), shared(memory), consumer(index) {}
 
   DEVICE_FUNCTION void run() {
 #pragma unroll 1
-    for (OutTiles<kUse> tiles(maps); tiles.next();) {
+    for (OutTiles<kUse, Shape> tiles(maps); tiles.next();) {
       const OutTile& t = tiles.tile;
       if (t.rows > 0) {
         take(t);
@@ -407,42 +414,47 @@ class OutConsumerSm90 {
     return x + prim::float_of(prim::shfl_xor(prim::bits_of(x), 2));
   }
 
-  /// Row dots of 128 columns each, as the kernel of sm_80 has them.
+  /// Row dots of the tile's columns.
   DEVICE_FUNCTION void add_dots(const OutTile& t) {
+    float sums[2] = {};
 #pragma unroll
     for (int part = 0; part < Shape::kColumns / Shape::kDotColumns; ++part) {
-      const int col = t.col0 + part * Shape::kDotColumns;
-      if (col >= t.end_of_dots(p)) continue;
+      if (!has_column<Shape>(t, p, t.col0 + part * Shape::kDotColumns)) continue;
       shared.ring.wait(use);
       auto& dot = shared.slots[shared.ring.slot(use)].dot;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_of(half);
-        float sum = 0;
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int i = 0; i < Shape::kDotColumns / 8; ++i) {
-          const float* const x = &o[64 * part + 4 * i + 2 * half];
-          const u32 pair = pair_at(dot, row, 8 * i + 2 * (lane_here() % 4));
-          sum += x[0] * low_half(pair) + x[1] * high_half(pair);
+          const float* const x = &o[part * Shape::kDotColumns / 2 + 4 * i + 2 * half];
+          const u32 pair = pair_at(dot, row_of(half), 8 * i + 2 * (lane_here() % 4));
+          sums[half] += x[0] * low_half(pair) + x[1] * high_half(pair);
         }
-        sum = quad_sum(sum);
-        if (lane_here() % 4 == 0) write_dot(t, col, row, row < t.rows ? sum : 0.0F);
-      }
       release_slot(shared.ring, use++);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(half);
+      const float sum = quad_sum(sums[half]);
+      if (lane_here() % 4 == 0) write_dot(t, row, row < t.rows ? sum : 0.0F);
     }
   }
 
-  DEVICE_FUNCTION void write_dot(const OutTile& t, int col, int row, float sum) const {
+  /// Readers add up as many numbers as the kernel of sm_80 has tiles, which are more: those beyond the last tile are zero.
+  DEVICE_FUNCTION void write_dot(const OutTile& t, int row, float sum) const {
     if (t.row0 + row >= p.chunks.length) return;
-    const int64_t tile = int64_t{col / Shape::kDotColumns} * p.chunks.num_heads * p.chunks.slots;
-    p.dots[tile * p.chunks.length + t.position(p.chunks, t.row0 + row)] = sum;
+    const int64_t all = int64_t{p.chunks.num_heads} * p.chunks.slots * p.chunks.length;
+    float* const to = p.dots + t.position(p.chunks, t.row0 + row);
+    const int tile = t.col0 / Shape::kColumns;
+    to[tile * all] = sum;
+    if (t.col0 + Shape::kColumns < p.x.width) return;
+    for (int i = tile + 1; i < divide_up(p.x.width, kDotTile); ++i) to[i * all] = 0;
   }
 
   /// A tile beyond the end of its sequence.
   DEVICE_FUNCTION void clear_dots(const OutTile& t) const {
-    const int row = kBoxRows * consumer + thread_here() % 128 / 2;
-    const int col = t.col0 + thread_here() % 2 * Shape::kDotColumns;
-    if (col < t.end_of_dots(p)) write_dot(t, col, row, 0);
+    const int thread = thread_here() % 128;
+    if (thread % 2 == 0) write_dot(t, kBoxRows * consumer + thread / 2, 0);
   }
 
   /// The normaliser's product; divides O by N.
@@ -501,16 +513,16 @@ class OutConsumerSm90 {
 
   const OutParamsSm90& maps;
   const SweepParams& p;
-  Shape::Shared& shared;
+  typename Shape::Shared& shared;
   int consumer;
   int use = 0, count = 0;  // of the ring of the products; tiles so far
   float o[Shape::kColumns / 2], scores[Shape::kKeys / 2];
   float row_sum[2];
 };
 
-template <Use kUse>
+template <Use kUse, class Shape>
 DEVICE_FUNCTION void out_block_sm90(const OutParamsSm90& params) {
-  auto& shared = *reinterpret_cast<OutShapeSm90::Shared*>(prim::dynamic_shared());
+  auto& shared = *reinterpret_cast<typename Shape::Shared*>(prim::dynamic_shared());
   prim::require_aligned(&shared, 1024);
   const u32 thread = prim::thread_idx().x;
   if (thread == 0) {
@@ -522,22 +534,22 @@ DEVICE_FUNCTION void out_block_sm90(const OutParamsSm90& params) {
   prim::sync_block();
   const int group = warpgroup_here();
   if (group == 0) {
-    prim::set_max_registers_down<OutShapeSm90::kProducerRegisters>();
-    if (thread == 0) OutProducerSm90<kUse>(params, shared).fill_products();
-    if (thread == 32) OutProducerSm90<kUse>(params, shared).fill_rows();
+    prim::set_max_registers_down<Shape::kProducerRegisters>();
+    if (thread == 0) OutProducerSm90<kUse, Shape>(params, shared).fill_products();
+    if (thread == 32) OutProducerSm90<kUse, Shape>(params, shared).fill_rows();
   } else {
-    prim::set_max_registers_up<OutShapeSm90::kConsumerRegisters>();
-    OutConsumerSm90<kUse>(params, shared, group - 1).run();
+    prim::set_max_registers_up<Shape::kConsumerRegisters>();
+    OutConsumerSm90<kUse, Shape>(params, shared, group - 1).run();
   }
 }
 
 #endif
 
-template <Use kUse>
+template <Use kUse, int kColumns>
 KERNEL_FUNCTION(kTwoPhaseSm90Threads, 1)
 mlstm_out_sm90(const GRID_CONSTANT OutParamsSm90 p) {
 #if PRIM_HAS_SM90A
-  out_block_sm90<kUse>(p);
+  out_block_sm90<kUse, OutShapeSm90<kColumns>>(p);
 #else
   prim::wgmma_fence();  // traps
 #endif

@@ -11,7 +11,7 @@ struct OutParamsSm90 {
   prim::TensorMap a, b, x, dot, state;
   int32_t tiles;   ///< of the whole launch
   int32_t slices;  ///< of 64 of the contraction
-  bool resident;   ///< all slices of A stay in shared memory: at most OutShapeSm90::kSlots
+  bool resident;   ///< all slices of A stay in shared memory: at most kSlots of the shape
 };
 
 PRIM_FUNCTION constexpr bool out_reverse(Use use) { return use == Use::kDv || use == Use::kDk; }
@@ -19,11 +19,13 @@ PRIM_FUNCTION constexpr bool out_transposed(Use use) {
   return use == Use::kDq || use == Use::kDk;
 }  // the state is
 
+/// kCols: columns of X that a tile has, 256 or 192.
+template <int kCols>
 struct OutShapeSm90 {
-  static constexpr int kRows = 128, kColumns = 256, kKeys = kBlockTokens, kSlots = 4;
+  static constexpr int kRows = 128, kColumns = kCols, kKeys = kBlockTokens, kSlots = 4;
   static constexpr u32 kProducerRegisters = 40,
                        kConsumerRegisters = 232;  // a tile's numbers need more than 24
-  static constexpr int kDotColumns = 128;         // that a row's dot is summed over
+  static constexpr int kDotColumns = kCols % 128 == 0 ? 128 : 64;  // of the dot operand in a slot
 
   union Slot {
     StripTile<kBlockTokens, kColumns> x;  // X [key][column], or the state [contraction][column]
@@ -46,7 +48,7 @@ struct OutShapeSm90 {
     Ring<2, kConsumerWarps> row_ring;           // use: tile
   };
 };
-/// 128 rows of a chunk by 256 columns.
+/// 128 rows of a chunk by kColumns columns.
 struct OutTile {
   int col0, row0, head, slot;
   int batch, token0, tokens;  // of the chunk
@@ -57,15 +59,11 @@ struct OutTile {
   DEVICE_FUNCTION int64_t position(const Chunks& c, int in_chunk) const {
     return (int64_t{head} * c.slots + slot) * c.length + in_chunk;
   }
-  DEVICE_FUNCTION int end_of_dots(const SweepParams& p) const {
-    const int end = col0 + OutShapeSm90::kColumns;
-    return end < p.x.width ? end : p.x.width;
-  }
 };
 
 /// The tiles of this block, one after the other. Those of one chunk are neighbours, so that blocks share its operands in
 /// the second-level cache.
-template <Use kUse>
+template <Use kUse, class Shape>
 class OutTiles {
  public:
   DEVICE_FUNCTION explicit OutTiles(const OutParamsSm90& params)
@@ -73,7 +71,6 @@ class OutTiles {
 
   /// False: no more. Leaves out tiles of slots that hold no chunk.
   DEVICE_FUNCTION bool next() {
-    using Shape = OutShapeSm90;
     constexpr bool kReverse = out_reverse(kUse);
     for (; index < p.tiles; index += static_cast<int>(prim::grid_dim().x)) {
       const Chunks& c = p.out.chunks;
