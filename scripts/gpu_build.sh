@@ -39,7 +39,7 @@ build() {
     -DXLSTM_BUILD_TRAIN=OFF -DXLSTM_BUILD_PYTHON=OFF -DXLSTM_BUILD_TESTS=OFF -DXLSTM_WERROR=OFF "${@:3}"
   ninja -C "$1"
   cmake --install "$1" --prefix "$2"
-  cp libxlstm/*.py "$2/libxlstm/"
+  cp -R libxlstm/*.py libxlstm/accelerated "$2/libxlstm/"
 }
 for what in "$@"; do
   tree=$PWD/build/gpu/$what
