@@ -52,7 +52,7 @@ def test_gated_scan_equals_that_of_the_cpu(time, dtype, tolerance):
     a, reset, weights = a.sigmoid(), resets(2, time), torch.randn(2, time, 40, generator=torch.Generator().manual_seed(3))
     results = []
     for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
-        leaves = [t.to(device, kind).requires_grad_() for t in (x, a)]
+        leaves = [t.to(device, kind, copy=True).requires_grad_() for t in (x, a)]
         h = ops.gated_scan(*leaves, reset=reset.to(device))[0]
         h.backward(weights.to(device, kind))
         results.append([h.detach(), *(leaf.grad for leaf in leaves)])

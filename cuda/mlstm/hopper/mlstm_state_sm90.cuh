@@ -114,12 +114,11 @@ class StateBlockSm90 {
     }
   }
 
-  /// The other consumer has all rows; this one keeps the ring going, and clears its part of the tiles.
+  /// The other consumer has all rows; this one keeps the ring going.
   DEVICE_FUNCTION void stand_by() const {
 #pragma unroll 1
     for (int i = 0; i < blocks; ++i) {
       shared.ring.wait(i);
-      if (clears(i)) clear(shared.slots[shared.ring.slot(i)], i);
       release_slot(shared.ring, i);
     }
   }
@@ -155,10 +154,13 @@ class StateBlockSm90 {
     return p.chunks.cu_seqlens != nullptr && tokens_left(i) < kBlockTokens;
   }
   DEVICE_FUNCTION int tokens_left(int i) const { return range.length - block_at(i) * kBlockTokens; }
+  /// By those consumers that have rows: all that meet at a barrier come there by the same instruction.
   DEVICE_FUNCTION void clear(Shape::Slot& slot, int i) const {
-    clear_rows(slot.b, tokens_left(i));
-    clear_rows(slot.x, tokens_left(i));
-    meet_consumers();
+    const int rows_left = p.dqk - (row0 - Shape::kConsumerRows * consumer);
+    const int consumers = rows_left <= Shape::kConsumerRows ? 1 : kConsumers;
+    clear_rows(slot.b, tokens_left(i), consumers);
+    clear_rows(slot.x, tokens_left(i), consumers);
+    meet_consumers(consumers);
   }
 
   /// Waits for block i and reads (c * B)^T; its part of n is what its rows come to.

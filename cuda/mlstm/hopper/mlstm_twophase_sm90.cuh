@@ -24,18 +24,19 @@ DEVICE_FUNCTION void release_slot(AnyRing& ring, int use) {
 }
 
 /// Packed sequences: rows beyond a sequence's end are those of the next one, whose numbers may be infinite; 0 times them is
-/// NaN. Both consumers call this on a tile of tokens.
+/// NaN. The first so many consumers call this on a tile of tokens: each clears its share.
 template <int kCols>
-DEVICE_FUNCTION void clear_rows(StripTile<kBoxRows, kCols>& tile, int first) {
+DEVICE_FUNCTION void clear_rows(StripTile<kBoxRows, kCols>& tile, int first,
+                                int consumers = kConsumers) {
   constexpr int kPieces = kCols / 8;
   const int thread = static_cast<int>(prim::thread_idx().x) - 128;
-  for (int i = first * kPieces + thread; i < kBoxRows * kPieces; i += 128 * kConsumers)
+  for (int i = first * kPieces + thread; i < kBoxRows * kPieces; i += 128 * consumers)
     *reinterpret_cast<Bytes16*>(tile.piece(i / kPieces, i % kPieces * 8)) = {};
 }
 /// After clear_rows: what was written is seen by all products.
-DEVICE_FUNCTION void meet_consumers() {
+DEVICE_FUNCTION void meet_consumers(int consumers = kConsumers) {
   prim::fence_proxy_async();
-  prim::named_sync(1, 128 * kConsumers);
+  prim::named_sync(1, 128 * static_cast<u32>(consumers));
 }
 
 /// Two neighbouring numbers of a tile (col even).
