@@ -35,8 +35,9 @@ target_include_directories(torch_wheel SYSTEM INTERFACE
 file(GLOB _blas ${TORCH_LIB_DIR}/libnvpl_blas_lp64_*.so.* ${TORCH_LIB_DIR}/libopenblas*.so*)
 target_link_libraries(torch_wheel INTERFACE
   ${TORCH_LIB_DIR}/libtorch.so ${TORCH_LIB_DIR}/libtorch_cpu.so ${TORCH_LIB_DIR}/libc10.so ${_blas})
-# libtorch.so pulls in libtorch_cuda.so where the wheel has it: its registrations must not be dropped as "unused".
-target_link_options(torch_wheel INTERFACE -Wl,--no-as-needed)
+# libtorch.so pulls in libtorch_cuda.so where the wheel has it: its registrations must not be dropped as "unused". The C++
+# library comes first: libtorch.so of torch 2.11 has std::filesystem::remove_all, too, and that one calls a null pointer.
+target_link_options(torch_wheel INTERFACE -Wl,--no-as-needed -lstdc++)
 
 if(TORCH_CUDA_MAJOR)
   add_library(torch_cuda_wheel INTERFACE IMPORTED GLOBAL)

@@ -101,3 +101,16 @@ def test_library_was_built_with_this_torch():
     built = json.loads((BUILD / "libxlstm_build.json").read_text())
     assert torch.__version__.split("+")[0] == built["torch"] and built["version"] == libxlstm.__version__
     assert built["cuda"] is None or re.fullmatch(r"\d+\.\d+\.\d+ for \S+", built["cuda"])
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="binutils are missing")
+@pytest.mark.parametrize("name", ["lib/libxlstm_ops.so", "bin/xlstm-train"])
+def test_the_cpp_library_is_asked_before_torch(name):
+    """libtorch.so of torch 2.11 has functions of std::filesystem of its own, and remove_all ends the program there."""
+    path = Path(__file__).resolve().parents[2] / "build" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not built")
+    section = subprocess.run(["readelf", "-dW", path], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", section)
+    torch_at = min(at for at, library in enumerate(needed) if library.startswith("libtorch"))
+    assert "libstdc++.so.6" in needed[:torch_at], needed
