@@ -13,9 +13,9 @@
 namespace xlstm::cuda {
 namespace {
 
-/// Of blocks of 8 a thread has twice as many numbers in registers.
-template <int kSize>
-constexpr int kThreads = kSize == 8 ? 256 : 512;
+/// Fewer where the window and the matrix of a thread's block take many registers.
+template <class T, int kSize, int kTaps>
+constexpr int kThreads = kSize*(kTaps + kSize) * sizeof(T) < 192 ? 512 : 256;
 constexpr int kMostWarps = 512 / 32;
 constexpr int kLoad = 4;  // pieces of a gate's row that a lane has on their way at once
 
@@ -174,9 +174,9 @@ struct GateWeights {
 };
 
 template <class T, int kSize, int kTaps>
-KERNEL_FUNCTION(kThreads<kSize>, 1)
+KERNEL_FUNCTION(kThreads<T, kSize, kTaps>, 1)
 mlstm_step_inputs_rows(const GRID_CONSTANT MlstmStepInputsParams p) {
-  constexpr int32_t kStep = kThreads<kSize>, kWarps = kStep / 32;
+  constexpr int32_t kStep = kThreads<T, kSize, kTaps>, kWarps = kStep / 32;
   const int32_t thread = static_cast<int32_t>(prim::thread_idx().x), lane = thread % 32,
                 warp = thread / 32,
                 parts = p.num_heads < kWarps ? kWarps / p.num_heads : 1,  // of a head's columns
@@ -230,14 +230,17 @@ size_t shared_bytes(int64_t channels, int64_t num_heads, Dtype dtype) {
                              2 * std::max<int64_t>(num_heads, kMostWarps) * 4);
 }
 
+template <class T, int kSize, int kTaps>
+void launch_rows(const MlstmStepInputsParams& p, Stream stream) {
+  prim::launch("mlstm_step_inputs_rows", mlstm_step_inputs_rows<T, kSize, kTaps>,
+               {static_cast<u32>(p.batch), kThreads<T, kSize, kTaps>,
+                shared_bytes(p.channels, p.num_heads, p.dtype)},
+               p, stream);
+}
+
 template <class T, int kSize>
-void launch_row(const MlstmStepInputsParams& p, Stream stream) {
-  const prim::LaunchShape shape{static_cast<u32>(p.batch), kThreads<kSize>,
-                                shared_bytes(p.channels, p.num_heads, p.dtype)};
-  prim::launch(
-      "mlstm_step_inputs_rows",
-      p.width <= 4 ? mlstm_step_inputs_rows<T, kSize, 4> : mlstm_step_inputs_rows<T, kSize, 8>,
-      shape, p, stream);
+void launch_taps(const MlstmStepInputsParams& p, Stream stream) {
+  p.width <= 4 ? launch_rows<T, kSize, 4>(p, stream) : launch_rows<T, kSize, 8>(p, stream);
 }
 
 }  // namespace
@@ -258,9 +261,9 @@ bool mlstm_step_inputs_aligned(const void* x, int64_t x_batch, Dtype dtype) {
 void launch_mlstm_step_inputs(const MlstmStepInputsParams& params, Stream stream) {
   visit_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (params.block_size == 2) return launch_row<T, 2>(params, stream);
-    if (params.block_size == 4) return launch_row<T, 4>(params, stream);
-    launch_row<T, 8>(params, stream);
+    if (params.block_size == 2) return launch_taps<T, 2>(params, stream);
+    if (params.block_size == 4) return launch_taps<T, 4>(params, stream);
+    launch_taps<T, 8>(params, stream);
   });
 }
 
