@@ -1,5 +1,5 @@
-"""torch.ops.xlstm.mlstm_step_inputs against the operators that it stands for; opcheck; errors; models
-that decode by it."""
+"""torch.ops.xlstm.mlstm_step_inputs against the operators that it stands for; opcheck; errors; models that
+decode by it."""
 
 import pytest
 import torch
