@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "cuda/causal_conv1d/causal_conv1d_walk.cuh"
+#include "cuda/causal_conv1d/causal_conv1d_plan.h"
 #include "cuda/pieces.cuh"
 #include "cuda/prim/launch.h"
 
@@ -15,7 +15,7 @@ namespace {
 
 /// Fewer where the window and the matrix of a thread's block take many registers.
 template <class T, int kSize, int kTaps>
-constexpr int kThreads = kSize*(kTaps + kSize) * sizeof(T) < 192 ? 512 : 256;
+constexpr int kThreads = (kTaps + kSize) * kSize * sizeof(T) < 192 ? 512 : 256;
 constexpr int kMostWarps = 512 / 32;
 constexpr int kLoad = 4;  // pieces of a gate's row that a lane has on their way at once
 
@@ -178,8 +178,8 @@ KERNEL_FUNCTION(kThreads<T, kSize, kTaps>, 1)
 mlstm_step_inputs_rows(const GRID_CONSTANT MlstmStepInputsParams p) {
   constexpr int32_t kStep = kThreads<T, kSize, kTaps>, kWarps = kStep / 32;
   const int32_t thread = static_cast<int32_t>(prim::thread_idx().x), lane = thread % 32,
-                warp = thread / 32,
-                parts = p.num_heads < kWarps ? kWarps / p.num_heads : 1,  // of a head's columns
+                warp = thread / 32;
+  const int32_t parts = p.num_heads < kWarps ? kWarps / p.num_heads : 1,  // of a head's columns
       tasks = p.num_heads * parts;
   const int64_t row = prim::block_idx().x;
   T* const qkv = reinterpret_cast<T*>(prim::dynamic_shared());
@@ -223,10 +223,8 @@ mlstm_step_inputs_rows(const GRID_CONSTANT MlstmStepInputsParams p) {
   }
 }
 
-int64_t bytes_of_number(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 size_t shared_bytes(int64_t channels, int64_t num_heads, Dtype dtype) {
-  return static_cast<size_t>(3 * channels * bytes_of_number(dtype) +
+  return static_cast<size_t>(3 * channels * bytes_of(dtype) +
                              2 * std::max<int64_t>(num_heads, kMostWarps) * 4);
 }
 
@@ -250,12 +248,12 @@ bool mlstm_step_inputs_supported(int64_t channels, int64_t block_size, int64_t n
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 6;
   return (block_size == 2 || block_size == 4 || block_size == 8) && channels > 0 && num_heads > 0 &&
          channels <= kMost && num_heads <= kMost && channels % block_size == 0 &&
-         channels * bytes_of_number(dtype) % 16 == 0 &&
+         channels * bytes_of(dtype) % 16 == 0 &&
          shared_bytes(channels, num_heads, dtype) <= device.shared_bytes;
 }
 
 bool mlstm_step_inputs_aligned(const void* x, int64_t x_batch, Dtype dtype) {
-  return reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_batch * bytes_of_number(dtype) % 16 == 0;
+  return reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_batch * bytes_of(dtype) % 16 == 0;
 }
 
 void launch_mlstm_step_inputs(const MlstmStepInputsParams& params, Stream stream) {
