@@ -65,8 +65,8 @@ class StepInputs : public torch::autograd::Function<StepInputs> {
   static variable_list forward(torch::autograd::AutogradContext*, at::TensorList,
                                const MlstmStepInputsArguments& a) {
     const at::AutoDispatchBelowAutograd guard;
-    const auto [x, q, k, v, igate, fgate] = step_inputs_op(a);
-    return {x, q, k, v, igate, fgate};
+    const auto [conv, q, k, v, igate, fgate] = step_inputs_op(a);
+    return {conv, q, k, v, igate, fgate};
   }
   static variable_list backward(torch::autograd::AutogradContext*, const variable_list&) {
     TORCH_CHECK(false, kOp,
