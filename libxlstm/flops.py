@@ -36,6 +36,12 @@ def _block_linear(x, weight, *_, **__):
     return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
+def _step_inputs(x, conv_weight, conv_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, igate_weight, *_, **__):
+    """(B,C), (C,W), three of (C/S,S,S) and two of (NH,3C)."""
+    weights = [conv_weight, q_weight, k_weight, v_weight, igate_weight, igate_weight]
+    return 2 * x[0] * sum(math.prod(weight) for weight in weights)
+
+
 def _head(x, weight):
     """(...,D), (V,D)."""
     return 2 * math.prod(x) * weight[0]
@@ -64,6 +70,7 @@ FORMULAS = {
     "mlstm_chunkwise_forward": _memory,
     "mlstm_chunkwise_backward": lambda dh, dc, dn, *forward, **_: BACKWARD * _memory(*forward),
     "mlstm_step": _memory,
+    "mlstm_step_inputs": _step_inputs,
     "mlstm_step_lazy": _memory,
     "mlstm_fold": _nothing,  # what mlstm_step_lazy has been counted for
     "slstm": lambda wx, r, *_, **__: _slstm(wx, r),

@@ -1,5 +1,5 @@
-"""The part of gpu_ops.py that the operators around the cells are: causal_conv1d, the norms, block_linear, linear_int8 and
-linear_cross_entropy, small cases of each way through their kernels against the same in float64 on the CPU.
+"""The part of gpu_ops.py that the operators around the cells are: causal_conv1d, the norms, block_linear, mlstm_step_inputs,
+linear_int8 and linear_cross_entropy, small cases of each way through their kernels against the same in float64 on the CPU.
 tests/python/test_pointwise_cuda.py has more of them; these run under compute-sanitizer, too."""
 
 from dataclasses import dataclass
@@ -35,6 +35,19 @@ def block(blocks, size):
     return sizes, lambda *given: [torch.ops.xlstm.block_linear(*given)]
 
 
+def step_inputs(channels, size, width, heads):
+    """Without gradients; the window is a result, too."""
+    sizes = [(ROWS[1], channels), (channels, width), (channels,), *[(channels // size, size, size), (channels,)] * 3]
+    sizes += [*[(heads, 3 * channels), (heads,)] * 2, (ROWS[1], width - 1, channels)]
+
+    def run(*given):
+        with torch.no_grad():
+            window = given[-1].clone()
+            return [*torch.ops.xlstm.mlstm_step_inputs(*given[:-1], window), window]
+
+    return sizes, run
+
+
 def int8(rows, columns):
     sizes = [(rows, columns), (37,)]
     weight = torch.ops.xlstm.quantize_int8(torch.randn(37, columns, generator=torch.Generator().manual_seed(columns)))
@@ -50,8 +63,8 @@ def entropy(vocab):
 
 # 16 bytes at a time and number by number; rows of one group of threads, of a whole block, and longer than its registers hold.
 ALL = [(conv, (40, 4)), (conv, (33, 7)), (norm, (2, 40)), (norm, (3, 33)), (residual, (2100,)), (residual, (4200,)),
-       (block, (16, 4)), (block, (8, 8)), (int8, (1, 640)), (int8, (5, 33)), (int8, (11, 80)), (entropy, (40,)),
-       (entropy, (37,))]
+       (block, (16, 4)), (block, (8, 8)), (step_inputs, (80, 2, 8, 1)), (step_inputs, (2200, 4, 4, 7)),
+       (step_inputs, (64, 8, 3, 20)), (int8, (1, 640)), (int8, (5, 33)), (int8, (11, 80)), (entropy, (40,)), (entropy, (37,))]
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,8 @@ def compare(case, device, seed):
         leaves = [x.detach().requires_grad_() for x in tensors]
         out = function(*leaves)
         weights = weights or [torch.randn(o.shape, generator=generator).to(o) for o in out]
-        gradients = torch.autograd.grad(out, leaves, [w.to(o) for w, o in zip(weights, out)])
+        upstream = [w.to(o) for w, o in zip(weights, out)]
+        gradients = torch.autograd.grad(out, leaves, upstream) if out[0].requires_grad else []
         named = {f"y{i}": o for i, o in enumerate(out)} | {f"d{i}": g for i, g in enumerate(gradients)}
         return named, weights
 

@@ -19,6 +19,7 @@
 #include "cuda/linear_int8/linear_int8.h"
 #include "cuda/loss/softmax_cross_entropy.h"
 #include "cuda/mlstm/mlstm.h"
+#include "cuda/mlstm/mlstm_step_inputs.h"
 #include "cuda/norm/headwise_norm.h"
 #include "cuda/slstm/slstm.h"
 
@@ -107,6 +108,23 @@ void call_step(MlstmProblem p) {
   xlstm::cuda::mlstm_step_lazy(p, step, ring, nullptr);
 }
 
+/// Blocks of 2, 4 and 8, narrow and wide windows, as many channels as every device holds in float32.
+void call_step_inputs(Dtype dtype) {
+  for (const int32_t size : {2, 4, 8}) {
+    for (const int32_t width : {4, 7}) {
+      for (const int32_t channels : {512, 8192}) {
+        xlstm::cuda::MlstmStepInputsParams p;
+        p.dtype = dtype, p.batch = 16, p.channels = channels, p.num_heads = 4;
+        p.width = width, p.block_size = size, p.x = address(0), p.x_batch = 2 * channels;
+        p.conv_weight = address(1), p.window = address(2), p.a = address(3);
+        p.q = p.k = p.v = {address(4), address(5), address(6)};
+        p.igate = p.fgate = {address(7), address(8), address(9)};
+        launch_mlstm_step_inputs(p, nullptr);
+      }
+    }
+  }
+}
+
 /// Blocks of 2, 4 and 8 by so many.
 void call_block_linear(Dtype dtype) {
   for (const int32_t size : {2, 4, 8}) {
@@ -167,6 +185,7 @@ void call_headwise_norm(Dtype dtype) {
 void call_all(Dtype dtype) {
   call_headwise_norm(dtype);
   call_block_linear(dtype);
+  call_step_inputs(dtype);
   call_linear_int8(dtype);
   call_softmax_cross_entropy(dtype);
   constexpr int64_t kSizes[] = {16, 64, 128, 256, 512};

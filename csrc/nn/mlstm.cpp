@@ -2,7 +2,6 @@
 
 #include "csrc/ops/autocast.h"
 #include "csrc/ops/block_linear.h"
-#include "csrc/ops/mlstm.h"
 #include "csrc/ops/mlstm_gated.h"
 #include "csrc/ops/norm.h"
 
@@ -214,6 +213,22 @@ bool MlstmLayer::gates_join_cell(const at::Tensor& q,
          !is_decode_step(q, reset) && (q.is_cuda() || ops::autocast_is_on(q.device().type()));
 }
 
+bool MlstmLayer::inputs_are_a_step(const at::Tensor& x, const at::Tensor& window,
+                                   const std::optional<at::Tensor>& reset) const {
+  return options_.fused && conv_ && window.defined() && is_decode_step(x, reset) &&
+         q_proj_->weight.size(0) > 1 && igate_->reads_input() && fgate_->reads_input() &&
+         !ops::autocast_is_on(x.device().type());
+}
+
+ops::MlstmInputParameters MlstmLayer::input_parameters() const {
+  const auto given = [](const at::Tensor& bias) {
+    return bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
+  };
+  return {conv_->weight,   given(conv_->bias),   q_proj_->weight, given(q_proj_->bias),
+          k_proj_->weight, given(k_proj_->bias), v_proj_->weight, given(v_proj_->bias),
+          igate_->weight,  igate_->bias,         fgate_->weight,  fgate_->bias};
+}
+
 Result MlstmLayer::forward(const at::Tensor& x, const State& state,
                            const std::optional<at::Tensor>& reset) {
   check_mlstm_state(state, 1, "mLSTM layer");
@@ -221,13 +236,22 @@ Result MlstmLayer::forward(const at::Tensor& x, const State& state,
   const auto halves = proj_up_->forward(x).chunk(2, -1);  // views: the operators take their strides
   const at::Tensor &inner = halves[0], &z = halves[1];
 
-  at::Tensor a = inner, window = state_at(state, 0);
-  if (conv_) {
-    std::tie(a, window) = conv_->forward(inner, window, reset);
+  at::Tensor a = inner, q, k, v, igate, fgate, window = state_at(state, 0);
+  if (inputs_are_a_step(inner, window, reset)) {
+    window = writable_state(window);
+    const ops::MlstmStepInputs token =
+        ops::mlstm_step_inputs(inner.select(1, 0), input_parameters(), window);
+    a = token.a.unsqueeze(1);
+    q = token.q.unsqueeze(1), k = token.k.unsqueeze(1), v = token.v.unsqueeze(1);
+    igate = token.igate.unsqueeze(1), fgate = token.fgate.unsqueeze(1);
   } else {
-    window = at::zeros({batch, 0, options_.inner_dim}, inner.options());
+    if (conv_) {
+      std::tie(a, window) = conv_->forward(inner, window, reset);
+    } else {
+      window = at::zeros({batch, 0, options_.inner_dim}, inner.options());
+    }
+    q = q_proj_->forward(a), k = k_proj_->forward(a), v = v_proj_->forward(inner);
   }
-  const at::Tensor q = q_proj_->forward(a), k = k_proj_->forward(a), v = v_proj_->forward(inner);
 
   const auto by_head = [&](const at::Tensor& y) {
     return y.view({batch, length, heads, options_.inner_dim / heads});
@@ -241,7 +265,7 @@ Result MlstmLayer::forward(const at::Tensor& x, const State& state,
     std::tie(h, next) =
         gated_cell(by_head(q), by_head(k), by_head(v), *igate_, *fgate_, cell, reset, cell_options);
   } else {
-    const auto [igate, fgate] = gates(a, inner, q, k, v);
+    if (!igate.defined()) std::tie(igate, fgate) = gates(a, inner, q, k, v);
     std::tie(h, next) =
         mlstm_cell(by_head(q), by_head(k), by_head(v), igate, fgate, cell, reset, cell_options);
   }

@@ -1,5 +1,6 @@
 #pragma once
 #include "csrc/nn/layers.h"
+#include "csrc/ops/mlstm.h"
 
 namespace xlstm::nn {
 
@@ -54,6 +55,11 @@ class MlstmLayer : public torch::nn::Module {
   /// Whether ops::mlstm_gated computes gates and cell: where products are cheap and memory is not, and under autocast,
   /// which would round the pre-activations.
   bool gates_join_cell(const at::Tensor& q, const std::optional<at::Tensor>& reset) const;
+  /// Whether ops::mlstm_step_inputs does what comes before the cell: of one token after a window, with both gates from
+  /// (q, k, v) and projections of more than one block; not under autocast, whose types it does not have.
+  bool inputs_are_a_step(const at::Tensor& x, const at::Tensor& window,
+                         const std::optional<at::Tensor>& reset) const;
+  ops::MlstmInputParameters input_parameters() const;
   /// Gate pre-activations (B,T,NH) from (q, k, v), the images of a and x.
   std::pair<at::Tensor, at::Tensor> gates(const at::Tensor& a, const at::Tensor& x,
                                           const at::Tensor& q, const at::Tensor& k,

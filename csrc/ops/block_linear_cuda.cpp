@@ -52,13 +52,6 @@ cuda::RowView row_view(at::Tensor& x) {
   return view();
 }
 
-/// A contiguous parameter that begins at a multiple of 16 bytes.
-at::Tensor packed(const at::Tensor& parameter) {
-  const at::Tensor x = parameter.contiguous();
-  const cuda::RowView view{const_cast<void*>(x.const_data_ptr())};
-  return movable(view, x) ? x : x.clone(at::MemoryFormat::Contiguous);
-}
-
 at::Tensor kernel_forward(const at::Tensor& x, const at::Tensor& weight,
                           const OptionalTensor& bias) {
   at::Tensor y = at::empty(x.sizes(), x.options()), rows = x;

@@ -22,10 +22,6 @@ constexpr int64_t kFour =
 
 int64_t rounded_up(int64_t width) { return (width + kFour - 1) / kFour * kFour; }
 
-bool aligned(const Tensor& x) {
-  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (kFour * sizeof(float)) == 0;
-}
-
 /// The last `dims` dimensions filled up with zeros to multiples of four, row-major: constant_pad_nd keeps the strides of
 /// channels-last, which those of a contiguous tensor with sizes of one may be as well.
 Tensor padded(const Tensor& x, int64_t dims = 1) {

@@ -39,6 +39,15 @@ inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& x) 
   return x ? std::optional(x->contiguous()) : std::nullopt;
 }
 
+inline bool aligned(const at::Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+}
+/// Contiguous, from a multiple of 16 bytes on; x itself where it is so.
+inline at::Tensor packed(const at::Tensor& x) {
+  const at::Tensor y = x.contiguous();
+  return aligned(y) ? y : y.clone(at::MemoryFormat::Contiguous);
+}
+
 /// (B,T,NH,D) or, of a gate, (B,T,NH)
 inline cuda::View view_of(const at::Tensor& x) {
   return {kernel_data(x), x.stride(0), x.stride(1), x.stride(2), x.dim() == 4 ? x.stride(3) : 1};

@@ -10,16 +10,11 @@
 namespace xlstm::ops {
 namespace {
 
-bool aligned(const at::Tensor& x) {
-  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-}
-
-/// x (rows, columns) as the kernel reads it: packed, at a multiple of 16 bytes, zeros behind its own columns.
-at::Tensor packed(const at::Tensor& x, int64_t rows, int64_t columns) {
+/// x (rows, columns) as the kernel reads it: packed, zeros behind its own columns.
+at::Tensor rows_for(const at::Tensor& x, int64_t rows, int64_t columns) {
   const at::Tensor flat = x.reshape({rows, x.size(-1)});
   if (columns != x.size(-1)) return at::constant_pad_nd(flat, {0, columns - x.size(-1)});
-  const at::Tensor y = flat.contiguous();
-  return aligned(y) ? y : y.clone(at::MemoryFormat::Contiguous);
+  return packed(flat);
 }
 
 }  // namespace
@@ -39,7 +34,7 @@ std::string linear_int8_kernels_lack(const at::Tensor& x, const at::Tensor& weig
 at::Tensor linear_int8_kernels_forward(const at::Tensor& x, const at::Tensor& weight,
                                        const std::optional<at::Tensor>& bias, cuda::Stream stream) {
   const int64_t rows = x.numel() / x.size(-1), columns = weight.size(1) - 16;
-  const at::Tensor inputs = packed(x, rows, columns),
+  const at::Tensor inputs = rows_for(x, rows, columns),
                    biases = bias ? kernel_parameter(*bias).contiguous() : at::Tensor();
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = weight.size(0);

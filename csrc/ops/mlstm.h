@@ -47,6 +47,38 @@ at::Tensor mlstm_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                       const at::Tensor& igate, const at::Tensor& fgate, at::Tensor& c,
                       at::Tensor& n, at::Tensor& m, const MlstmOptions& options = {});
 
+/// What an mLSTM layer of C channels does before its cell: Q, K and V are block-diagonal with blocks of S channels. In x's
+/// dtype but for the convolution's, which may have any.
+struct MlstmInputParameters {
+  at::Tensor conv_weight;               ///< (C,W), W of 2 to 8, as of causal_conv1d
+  std::optional<at::Tensor> conv_bias;  ///< (C)
+  at::Tensor q_weight;                  ///< (C/S,S,S), as of block_linear
+  std::optional<at::Tensor> q_bias;     ///< (C)
+  at::Tensor k_weight;                  ///< (C/S,S,S)
+  std::optional<at::Tensor> k_bias;     ///< (C)
+  at::Tensor v_weight;                  ///< (C/S,S,S)
+  std::optional<at::Tensor> v_bias;     ///< (C)
+  at::Tensor igate_weight;              ///< (NH,3*C)
+  at::Tensor igate_bias;                ///< (NH)
+  at::Tensor fgate_weight;              ///< (NH,3*C)
+  at::Tensor fgate_bias;                ///< (NH)
+};
+struct MlstmStepInputs {
+  at::Tensor a, q, k, v;    ///< (B,C)
+  at::Tensor igate, fgate;  ///< (B,NH) pre-activations
+};
+
+/// What mlstm_step reads of one token of an mLSTM layer, from the layer's inner features x (B,C) on; on CUDA in one kernel for
+/// blocks of S = 2, 4 or 8. With the inputs before the token, oldest first, in window (B,W-1,C), which is shifted in place:
+///   a = silu(conv_bias + sum_j conv_weight[:, j] x_{t-W+1+j})
+///   q = Q a + q_bias   k = K a + k_bias   v = V x + v_bias
+///   igate = igate_weight [q, k, v] + igate_bias   fgate = fgate_weight [q, k, v] + fgate_bias
+/// Returns a, q, k, v (B,C) and igate, fgate (B,NH) in x's dtype, to which each is rounded before it is read again: what
+/// causal_conv1d_step, block_linear and a linear map give. Autocast changes nothing. Throws c10::Error naming the argument. No
+/// gradient.
+MlstmStepInputs mlstm_step_inputs(const at::Tensor& x, const MlstmInputParameters& parameters,
+                                  at::Tensor& window);
+
 /// Up to R - 1 tokens of every head that its state does not hold yet: c, n and m are of the time before them. All on the
 /// device of c; what lies beyond count is unspecified.
 struct MlstmRing {

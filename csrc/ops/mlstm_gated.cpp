@@ -21,11 +21,6 @@ using torch::autograd::variable_list;
 
 constexpr std::string_view kOp = "mlstm_gated";
 
-/// The casts are made by hand; float32 products must stay so.
-struct WithoutAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
-
 /// (B,T,NH,D) -> (B*T, NH*D)
 Tensor rows_of(const Tensor& x) {
   return x.reshape({x.size(0) * x.size(1), x.size(2) * x.size(3)});
@@ -165,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlstm_gated(const Tensor& q, const Te
                            options.eps,
                            options.chunk_size});
   check_gates(a, weight, bias);
-  const WithoutAutocast no_autocast;
+  const WithoutAutocast no_autocast;  // the casts are made by hand; float32 products must stay so
   if (recording(a.q, a.k, a.v, weight, bias, a.c0, a.n0, a.m0)) {
     Tensor m;
     const variable_list out =

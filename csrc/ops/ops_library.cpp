@@ -31,6 +31,11 @@ TORCH_LIBRARY(xlstm, m) {
       "*, str input_gate=\"exp\", bool normalize=True, float? scale=None, float eps=1e-6) -> "
       "Tensor h");
   m.def(
+      "mlstm_step_inputs(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor q_weight, Tensor? "
+      "q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias, Tensor "
+      "igate_weight, Tensor igate_bias, Tensor fgate_weight, Tensor fgate_bias, Tensor(a!) window) "
+      "-> (Tensor a, Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate)");
+  m.def(
       "mlstm_step_lazy(Tensor q, Tensor k, Tensor v, Tensor igate, Tensor fgate, Tensor(a!) c, "
       "Tensor(b!) n, Tensor(c!) m, Tensor(d!) keys, Tensor(e!) values, Tensor(f!) gates, "
       "Tensor(g!) count, *, str input_gate=\"exp\", bool normalize=True, float? scale=None, float "

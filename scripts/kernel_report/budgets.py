@@ -87,6 +87,11 @@ def chunk_threads(warps):
     return 32 * int(warps or 8)
 
 
+def step_inputs_threads(number, size, taps):
+    """Half as many where a window and a matrix take many registers."""
+    return 512 if int(size) * (int(taps) + int(size)) * (4 if number == "float" else 2) < 192 else 256
+
+
 BUDGETS = [
     # 168 for blocks of 8 by 8, whose 64 weights stay in registers; 255 where the sums of their gradients do, too
     budget(r"block_linear_rows", 128, 168, 16, blocks=3, must=VECTOR),
@@ -139,6 +144,8 @@ BUDGETS = [
     budget(r"slstm_pointwise_\w+", 256, 64, 16, blocks=4),
     budget(r"slstm_clear", 256, 32, 16, blocks=8),
     budget(r"slstm_slopes", 256, 80, 16, blocks=3),
+    # All registers of a multiprocessor: gate weights are on their way beside a thread's block of channels.
+    budget(r"mlstm_step_inputs_rows", step_inputs_threads, 255, 97, must={"LDG.128"}),
     budget(r"mlstm_step_lazy_columns", 256, 128, 40, blocks=2, must=VECTOR),
     budget(r"causal_conv1d_rows", 128, 64, 32, blocks=4, must={"LDGSTS", "STG.128"}),
     budget(r"causal_conv1d_gradients", 128, 80, 32, blocks=4, must={"LDGSTS", "STG.128"}),

@@ -154,6 +154,45 @@ TEST_CASE("mLSTM under autocast: checkpoints, pieces, decoding") {
   }
 }
 
+TEST_CASE("mLSTM decodes by fused operators as by single ones, in place where it may") {
+  const at::NoGradGuard no_grad;
+  auto all = variants();
+  all.push_back(mlstm_options());
+  all.back().bias = true;
+  all.back().conv_kernel_size = 2;
+  all.push_back(mlstm_options());
+  all.back().qkv_block_size = all.back().inner_dim;  // one block
+  all.push_back(mlstm_options());
+  all.back().igate.source = "bias";
+  for (auto options : all) {
+    INFO("convolution " << options.conv_kernel_size << " blocks of " << options.qkv_block_size
+                        << " bias " << options.bias << " gate " << options.igate.source);
+    const auto fused = block_of(options, at::kDouble);
+    options.fused = false;
+    const auto single = block_of(options, at::kDouble);
+    const at::Tensor x = random_input(3, 8).to(at::kDouble);
+    const State start = fused->forward(x.narrow(1, 0, 3), {}, {}).second;
+    for (const bool in_place : {false, true}) {
+      State state, other = start;
+      for (const at::Tensor& tensor : start) state.push_back(tensor.clone());
+      for (int64_t t = 3; t < x.size(1); ++t) {
+        std::optional<InPlaceStateGuard> guard;
+        if (in_place) guard.emplace(/*lazy_fold=*/false);
+        const at::Tensor token = x.narrow(1, t, 1), window = state[0], before = window.clone();
+        const auto [y, next] = fused->forward(token, state, {}, /*fused=*/true);
+        guard.reset();
+        const bool same = next[0].is_same(window);
+        CHECK(same == (in_place && options.conv_kernel_size > 0));
+        if (!same) CHECK(at::equal(window, before));
+        const auto [y_single, next_single] = single->forward(token, other, {}, /*fused=*/false);
+        CHECK(difference(y, y_single) < 1e-12);
+        state = next, other = next_single;
+        CHECK(difference(state, other) < 1e-12);
+      }
+    }
+  }
+}
+
 TEST_CASE("mLSTM on the meta device") {
   MlstmBlock block(mlstm_options(), at::kMeta);
   for (const int64_t length : {3, 40}) {

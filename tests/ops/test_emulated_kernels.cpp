@@ -17,6 +17,7 @@
 #include "csrc/ops/linear_int8_kernels.h"
 #include "csrc/ops/mlstm_generic.h"
 #include "csrc/ops/mlstm_kernels.h"
+#include "csrc/ops/mlstm_step_inputs_kernels.h"
 #include "csrc/ops/norm_generic.h"
 #include "csrc/ops/norm_kernels.h"
 #include "tests/ops/mlstm_cases.h"
@@ -244,6 +245,74 @@ TEST_CASE("mLSTM: the kernels of the lazy step and the fold agree with the gener
       }
     }
   }
+}
+
+namespace {
+
+xlstm::ops::MlstmInputParameters input_parameters(int64_t channels, int64_t width, int64_t size,
+                                                  int64_t heads, bool biases, at::ScalarType type) {
+  const auto randn = [type](at::IntArrayRef sizes) { return at::randn(sizes, type); };
+  const auto bias = [&] { return biases ? OptionalTensor(randn({channels})) : std::nullopt; };
+  const auto map = [&] { return randn({channels / size, size, size}); };
+  xlstm::ops::MlstmInputParameters p;
+  p.conv_weight = randn({channels, width}), p.conv_bias = bias();
+  p.q_weight = map(), p.q_bias = bias();
+  p.k_weight = map(), p.k_bias = bias();
+  p.v_weight = map(), p.v_bias = bias();
+  p.igate_weight = randn({heads, 3 * channels}), p.igate_bias = randn({heads});
+  p.fgate_weight = randn({heads, 3 * channels}), p.fgate_bias = randn({heads});
+  return p;
+}
+
+/// The same numbers, not at a multiple of 16 bytes.
+Tensor between(const Tensor& x) {
+  return at::cat({x.flatten().narrow(0, 0, 1), x.flatten()}).narrow(0, 1, x.numel()).view_as(x);
+}
+
+}  // namespace
+
+TEST_CASE("mLSTM: the kernel of a step's inputs agrees with the separate operators", "[mlstm]") {
+  const xlstm::cuda::DeviceLimits limits{80, 4, 163 * 1024};
+  const std::vector<std::string> names{"a", "q", "k", "v", "igate", "fgate"};
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (const int64_t size : {2, 4, 8}) {
+      at::manual_seed(9);
+      const bool plain = size == 4;  // else memory that has to be packed first
+      auto p = input_parameters(48, 4, size, 3, plain, type);
+      Tensor x = at::randn({3, 96}, type).narrow(1, 48, 48), window = at::randn({3, 3, 48}, type);
+      if (!plain) {
+        p.q_weight = between(p.q_weight), p.fgate_weight = between(p.fgate_weight);
+        p.conv_weight = p.conv_weight.t().contiguous().t();
+        x = between(x.contiguous()), window = window.transpose(1, 2).contiguous().transpose(1, 2);
+      }
+      Tensor other = window.clone();
+      INFO("S " << size << " " << c10::toString(type));
+      const xlstm::ops::MlstmStepInputsArguments a{x, p, window}, b{x, p, other};
+      const auto sizes = xlstm::ops::check_mlstm_step_inputs(a);
+      REQUIRE(xlstm::ops::mlstm_step_inputs_kernels_lack(a, sizes, limits).empty());
+      const double limit = type == at::kFloat ? 2e-6 : 1e-2;
+      check_close(names, list(xlstm::ops::mlstm_step_inputs_kernels_forward(a, sizes, nullptr)),
+                  list(xlstm::ops::mlstm_step_inputs_generic(b)), std::vector<double>(6, limit));
+      CHECK(at::equal(window, other));
+    }
+  }
+}
+
+TEST_CASE("mLSTM: a step's inputs that are left to the separate operators", "[mlstm]") {
+  const auto lack = [](int64_t channels, int64_t size, at::ScalarType type, at::ScalarType conv) {
+    auto p = input_parameters(channels, 4, size, 2, true, type);
+    p.conv_weight = p.conv_weight.to(conv);
+    const Tensor x = at::randn({2, channels}, type);
+    Tensor window = at::randn({2, 3, channels}, type);
+    const xlstm::ops::MlstmStepInputsArguments a{x, p, window};
+    return xlstm::ops::mlstm_step_inputs_kernels_lack(a, xlstm::ops::check_mlstm_step_inputs(a),
+                                                      {80, 4, 163 * 1024});
+  };
+  CHECK(lack(48, 4, at::kFloat, at::kFloat).empty());
+  CHECK(lack(48, 4, at::kDouble, at::kDouble) == "float64");
+  CHECK(lack(48, 4, at::kBFloat16, at::kFloat) == "a convolution of another type");
+  CHECK(lack(48, 3, at::kFloat, at::kFloat) == "48 channels in blocks of 3 with 2 heads");
+  CHECK(lack(44, 4, at::kHalf, at::kHalf) == "44 channels in blocks of 4 with 2 heads");
 }
 
 TEST_CASE("causal_conv1d: the kernels agree with the generic path", "[causal_conv1d]") {

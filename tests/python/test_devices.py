@@ -16,6 +16,12 @@ RESET = {"reset": (B, T, BOOL)}
 MLSTM = {"q": HEADS, "k": HEADS, "v": HEADS, "igate": GATES, "fgate": GATES, "c0": C, "n0": N, "m0": M} | DOCUMENTS
 MLSTM_OPTIONS = {"input_gate": "exp", "normalize": True, "scale": None, "eps": 1e-6, "chunk_size": 0}
 MLSTM_STEP = {"q": N, "k": N, "v": N, "igate": M, "fgate": M, "c": C, "n": N, "m": M}
+STEP_INPUTS = {"x": (B, D), "conv_weight": (D, 3), "conv_bias": (D,)}
+for name in "qkv":
+    STEP_INPUTS |= {f"{name}_weight": (2, 2, 2), f"{name}_bias": (D,)}
+for name in ("igate", "fgate"):
+    STEP_INPUTS |= {f"{name}_weight": (NH, 3 * D), f"{name}_bias": (NH,)}
+STEP_INPUTS |= {"window": (B, 2, D)}
 RING = {"keys": (B, NH, R, D), "values": (B, NH, R, D), "gates": (B, NH, R, 2), "count": (B, NH, INT)}
 SLSTM_STATES = {name: N for name in ("y0", "c0", "n0", "m0")} | DOCUMENTS
 SLSTM = {"wx": (B, T, 4, NH, D), "r": (4, NH, D, D), "b": (4, NH, D)} | SLSTM_STATES
@@ -35,6 +41,7 @@ OPERATORS = {
     "mlstm_chunkwise_forward": (MLSTM, MLSTM_OPTIONS),
     "mlstm_chunkwise_backward": ({"dh": HEADS, "dc": C, "dn": N, "h": HEADS, "product": GATES} | MLSTM, MLSTM_OPTIONS),
     "mlstm_step": (MLSTM_STEP, {}),
+    "mlstm_step_inputs": (STEP_INPUTS, {}),
     "mlstm_step_lazy": (MLSTM_STEP | RING, {}),
     "mlstm_fold": ({"c": C, "n": N, "m": M} | RING, {}),
     "slstm": (SLSTM, {}),

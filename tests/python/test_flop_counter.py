@@ -110,6 +110,9 @@ def test_steps():
     assert flops(lambda: ops.mlstm_step_lazy(q, q, v, gates, gates, c, n, m, *ring)) == memory
     assert flops(lambda: ops.mlstm_fold(c, n, m, *ring)) == 0
     x, weight = torch.randn(2, 6), torch.randn(6, 4)
+    maps, gate, bias = (torch.randn(3, 2, 2), None) * 3, torch.randn(3, 18), torch.randn(3)
+    inputs = 2 * 2 * (6 * 4 + 3 * 3 * 2 * 2 + 2 * 3 * 18)
+    assert flops(lambda: ops.mlstm_step_inputs(x, weight, None, *maps, gate, bias, gate, bias, torch.zeros(2, 3, 6))) == inputs
     assert flops(lambda: ops.causal_conv1d_step(x, weight, None, torch.zeros(2, 3, 6))) == 2 * 2 * 6 * 4
 
 

@@ -20,6 +20,8 @@ def gated(count):
 OPERATORS = {
     "mlstm_chunkwise": lambda: gated(3) + tensors(*[(B, T, NH)] * 2),
     "mlstm_step": lambda: tensors(*[(B, NH, D)] * 3, *[(B, NH)] * 2, (B, NH, D, D), (B, NH, D), (B, NH)),
+    "mlstm_step_inputs": lambda: [*tensors((B, D), (D, 4)), None, *[torch.randn(2, 2, 2), None] * 3,
+                                  *tensors((NH, 3 * D), (NH,)) * 2, torch.randn(B, 3, D)],
     "slstm": lambda: tensors((B, T, 4, NH, D), (4, NH, D, D), (4, NH, D)),
     "causal_conv1d": lambda: tensors((B, T, D), (D, 4)),
     "causal_conv1d_step": lambda: [*tensors((B, D), (D, 4)), None, torch.randn(B, 3, D)],

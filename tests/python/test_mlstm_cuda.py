@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import test_mlstm_step_inputs as step_inputs
 import torch
 from cuda_paths import generic_path
 from test_mlstm_lazy import make_ring
@@ -366,6 +367,20 @@ def test_cuda_graph_of_the_lazy_step(dtype):
         graph.replay()
         assert torch.equal(h, lazy(*[x[:, t] for x in inputs], *other, *same))
     assert all(torch.equal(x, y) for x, y in zip([*state, ring[3]], [*other, same[3]]))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("case", [*step_inputs.CASES, {"channels": 2048, "heads": 4, "batch": 1},
+                                  {"channels": 4096, "batch": 300}], ids=str)  # fmt: skip
+def test_what_a_step_reads(case, dtype, tolerance):
+    given = step_inputs.to(step_inputs.make(**case), dtype)
+    got, wanted = step_inputs.step(step_inputs.to(given, "cuda")), step_inputs.step(step_inputs.to(given, torch.float64))
+    with generic_path():
+        other = step_inputs.step(step_inputs.to(given, "cuda"))
+    for name, x in wanted.items():
+        assert gpu_ops.relative_error(got[name], x) <= (0 if name == "window" else tolerance), name
+        if dtype == torch.float32:
+            torch.testing.assert_close(got[name], other[name])
 
 
 def test_other_streams_and_devices():

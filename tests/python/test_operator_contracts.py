@@ -50,7 +50,7 @@ FREE = {("linear_cross_entropy", "weight"): {0}, ("linear_cross_entropy_backward
         ("dequantize_int8", "weight"): {0}, ("slstm_backward", "gates"): {0, 1, 2, 3, 4}}  # fmt: skip
 
 
-WITH_GRADIENTS = sorted(set(DIFFERENTIABLE) - {"mlstm_step", "causal_conv1d_step"})
+WITH_GRADIENTS = sorted(set(DIFFERENTIABLE) - {"mlstm_step", "mlstm_step_inputs", "causal_conv1d_step"})
 
 
 @pytest.mark.parametrize("operator", WITH_GRADIENTS)
@@ -218,8 +218,10 @@ def in_place_calls():
     state = lambda: [torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2), torch.zeros(1, 1)]  # noqa: E731
     ring = lambda: [torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2),  # noqa: E731
                     torch.zeros(1, 1, dtype=torch.int32)]  # fmt: skip
+    maps = [torch.randn(1, 2, 2), None] * 3 + [torch.randn(1, 6), torch.randn(1)] * 2
     return {
         "mlstm_step": (step, state()),
+        "mlstm_step_inputs": ([k[0], torch.randn(2, 4), None, *maps], [torch.zeros(1, 3, 2)]),
         "mlstm_step_lazy": (step, state() + ring()),
         "mlstm_fold": ([], state() + ring()),
         "causal_conv1d_step": ([k[0], torch.randn(2, 4), None], [torch.zeros(1, 3, 2)]),
@@ -252,6 +254,9 @@ def test_what_is_written_lies_apart():
     state = torch.zeros(1, 3, 2)
     with pytest.raises(RuntimeError, match="memory"):
         ops.causal_conv1d_step(state[:, 2], torch.randn(2, 4), None, state)
+    read, _ = in_place_calls()["mlstm_step_inputs"]
+    with pytest.raises(RuntimeError, match="memory"):
+        ops.mlstm_step_inputs(state[:, 2], *read[1:], state)
     read, (c, n, m, keys, values, gates, count) = in_place_calls()["mlstm_step_lazy"]
     short = [x[:, :, :2].contiguous() for x in (values, gates)]
     for ring in ((keys, keys, gates), (keys, values, keys), (c, *short)):
