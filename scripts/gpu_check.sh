@@ -151,8 +151,8 @@ kernels_ran() {
   said=$(mktemp) && trap 'rm -f "$said"' EXIT
   "$@" 2>&1 | tee "$said"  # at once: nothing is lost where this is stopped
   status=${PIPESTATUS[0]}
-  for kernels in mlstm slstm gated_linear_attention causal_conv1d headwise_norm residual_norm block_linear linear_int8 \
-    linear_cross_entropy; do
+  for kernels in mlstm mlstm_step_inputs slstm gated_linear_attention causal_conv1d headwise_norm residual_norm block_linear \
+    linear_int8 linear_cross_entropy; do
     { grep -qF "$kernels: kernels for CUDA" "$said" && ! grep -qF "$kernels: generic path" "$said"; } ||
       { echo "not every call of $kernels was taken by the kernels"; status=1; }
   done

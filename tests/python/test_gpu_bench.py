@@ -147,8 +147,8 @@ if [ "$1" = - ]; then
   {real} "$script" "$@"; exit $?
 fi
 printf '%s|%s|%s|%s\\n' "$*" "${{XLSTM_HOPPER:-}}" "${{PYTHONPATH%%:*}}" "${{PYTORCH_NO_CUDA_MEMORY_CACHING:-}}" >>{calls}
-for name in mlstm slstm gated_linear_attention causal_conv1d headwise_norm residual_norm block_linear linear_int8 \\
-  linear_cross_entropy; do
+for name in mlstm mlstm_step_inputs slstm gated_linear_attention causal_conv1d headwise_norm residual_norm block_linear \\
+  linear_int8 linear_cross_entropy; do
   [ "$2 $name" = "{generic}" ] || echo "$name: kernels for CUDA"
 done
 case "$*" in {hanging}) until [ -e {calls}.go_on ]; do sleep 0.05; done ;; esac
