@@ -10,20 +10,12 @@ namespace {
 
 constexpr int kThreads = 256, kFewestTokens = 32;
 
-constexpr int kPieces = 4;  // of 8 values, that a packed lane has on their way at once
-
-/// Of a token: a power of two. Packed, a lane has kPieces where there are so many: on an H200 one, two and three gave 2.2, 4.0
-/// and 4.7 TB/s. Else the pieces leave none idle if possible.
-template <bool kPacked>
+/// Of a token: a power of two, of which the pieces of 8 values leave none idle if possible.
 PRIM_FUNCTION constexpr int lanes_of(int width) {
   const int pieces = divide_up(width, 8);
   int lanes = 32;
-  if constexpr (kPacked) {
-    while (lanes > 4 && lanes / 2 * kPieces >= pieces) lanes /= 2;
-  } else {
-    while (lanes > 1 && lanes / 2 >= pieces) lanes /= 2;
-    while (lanes > 8 && pieces % lanes != 0) lanes /= 2;
-  }
+  while (lanes > 1 && lanes / 2 >= pieces) lanes /= 2;
+  while (lanes > 8 && pieces % lanes != 0) lanes /= 2;
   return lanes;
 }
 /// Of a block; whole warps of them, and they divide a chunk.
@@ -42,7 +34,7 @@ template <bool kPacked>
 class PrepBlock {
  public:
   DEVICE_FUNCTION explicit PrepBlock(const PrepParams& params) : p(params) {
-    lanes = lanes_of<kPacked>(p.g.width);
+    lanes = lanes_of(p.g.width);
     const int tokens = tokens_of(p.chunks, lanes), parts = p.chunks.length / tokens;
     // Neighbouring blocks take the heads of the same tokens, which lie side by side in memory.
     const int block = static_cast<int>(prim::block_idx().x), part = block / p.chunks.num_heads;
@@ -124,6 +116,7 @@ class PrepBlock {
   /// All loads of several pieces are on their way before the first is used.
   DEVICE_FUNCTION float prepare_packed(const Eight* dh, const Eight* h, Eight* g, float factor,
                                        bool has_z) const {
+    constexpr int kPieces = 4;
     const int pieces = p.g.width / Eight::kNumbers;
     float z = 0;
 #pragma unroll 1
@@ -171,10 +164,9 @@ bool is_packed(const Operand& x) {
 }  // namespace
 
 void launch_prep(const PrepParams& params, Stream stream) {
-  const bool packed = is_packed(params.h) && is_packed(params.dh) && is_packed(params.g);
-  const int lanes = packed ? lanes_of<true>(params.g.width) : lanes_of<false>(params.g.width);
-  const int parts = params.chunks.length / tokens_of(params.chunks, lanes);
+  const int parts = params.chunks.length / tokens_of(params.chunks, lanes_of(params.g.width));
   const u32 blocks = static_cast<u32>(params.chunks.slots * params.chunks.num_heads * parts);
+  const bool packed = is_packed(params.h) && is_packed(params.dh) && is_packed(params.g);
   prim::launch("mlstm_prep", packed ? mlstm_prep<true> : mlstm_prep<false>, {blocks, kThreads},
                params, stream);
 }
