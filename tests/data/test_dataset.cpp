@@ -22,7 +22,7 @@ struct Golden {
   int order;
   uint64_t value;
 };
-// Written by the independent Python version in tests/python/test_data.py, which checks this table too.
+// Written by the independent Python version in tests/python/test_token_data.py, which checks this table too.
 const Golden kGolden[] = {
 #include "tests/data/permute_golden.inc"
 };

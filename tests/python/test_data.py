@@ -8,7 +8,6 @@ import lzma
 import os
 import re
 import shlex
-import signal
 import struct
 import subprocess
 import sys
@@ -16,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-import libxlstm
 
 ROOT = Path(__file__).resolve().parents[2]
 XLSTM_DATA = ROOT / "build" / "bin" / "xlstm-data"
@@ -449,102 +446,3 @@ def test_path_with_an_equals_sign(tmp_path):
     (tmp_path / "lang=en.txt").write_text("text")
     done = subprocess.run([XLSTM_DATA, "prepare", "lang=en.txt", "--output", "out"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0 and (tmp_path / "out.meta.json").exists()
-
-
-# The order of samples, written here a second time: csrc/data/sampling.cpp must agree with it for ever, since resumed
-# runs rely on it.
-MASK = (1 << 64) - 1
-GAMMA = 0x9E3779B97F4A7C15
-
-
-def mix64(x):
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return x ^ (x >> 31)
-
-
-def permute(index, n, seed, epoch, order):
-    if n == 1:
-        return 0
-    half = ((n - 1).bit_length() + 1) // 2
-    low = (1 << half) - 1
-    key = mix64((mix64((seed + GAMMA) & MASK) + epoch) & MASK)
-    rounds, flip = (4, 0) if order == 1 else (12, mix64(key) & 1)
-    value = index
-    while True:
-        left, right = value >> half, value & low
-        for turn in range(1, rounds + 1):
-            left, right = right, left ^ (mix64((key + turn * GAMMA + right) & MASK) & low)
-        value = left << half | right
-        if value < 2:
-            value ^= flip
-        if value < n:
-            return value
-
-
-def test_golden_permutations():
-    rows = re.findall(r"\{(\d+)u, (\d+)u, (\d+)u, (\d+)u, (\d+), (\d+)u\}",
-                      (ROOT / "tests" / "data" / "permute_golden.inc").read_text())
-    assert len(rows) > 200
-    for index, n, seed, epoch, order, value in (map(int, row) for row in rows):
-        assert permute(index, n, seed, epoch, order) == value
-    assert sorted(permute(i, 1000, 7, 3, 2) for i in range(1000)) == list(range(1000))
-
-
-def worker(*args, stdin=b""):
-    return subprocess.run([sys.executable, ROOT / "libxlstm" / "tokenizer_worker.py", *map(str, args)], input=stdin,
-                          capture_output=True, timeout=60)
-
-
-def frames(data):
-    result = []
-    while data:
-        (length,) = struct.unpack("<Q", data[1:9])
-        result.append((data[:1], data[9:9 + length]))
-        data = data[9 + length:]
-    return result
-
-
-def test_worker_protocol(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "a": 1, "</s>": 9}, unk_token="?"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(tmp_path / "t.json"))
-
-    def request(kind, payload):
-        return kind + struct.pack("<Q", len(payload)) + payload
-
-    encode = struct.pack("<Q", 2) + struct.pack("<Q", 3) + b"a b" + struct.pack("<Q", 0)
-    done = worker(tmp_path / "t.json", stdin=request(b"E", encode) + request(b"D", struct.pack("<2q", 1, 9))
-                  + request(b"Q", b"") + request(b"E", struct.pack("<QQ", 1, 1) + b"a"))
-    assert done.returncode == 0 and done.stderr == b""
-    hello, first, second, third, fourth = frames(done.stdout)
-    assert hello[0] == b"H" and json.loads(hello[1]) == {"vocab_size": 10, "eos_id": 9, "bos_id": -1}
-    assert first == (b"E", struct.pack("<2Q", 2, 0) + struct.pack("<2i", 1, 0))
-    assert second == (b"D", b"a </s>")
-    assert third[0] == b"X" and b"unknown request" in third[1]
-    assert fourth == (b"E", struct.pack("<Q", 1) + struct.pack("<i", 1))
-
-
-def test_worker_outlives_signals_to_its_group(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "t.json"))
-    with subprocess.Popen([sys.executable, ROOT / "libxlstm" / "tokenizer_worker.py", tmp_path / "t.json"],
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout.read(1) == b"H"
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-                process.send_signal(number)
-            process.communicate(timeout=30)  # its input ends
-        finally:
-            process.kill()
-    assert process.returncode == 0
-
-
-def test_worker_errors(tmp_path):
-    pytest.importorskip("tokenizers")
-    assert worker().returncode == 2
-    (tmp_path / "t.json").write_text("{}")
-    done = worker(tmp_path / "t.json")
-    ((kind, message),) = frames(done.stdout)
-    assert done.returncode == 1 and kind == b"X" and message.startswith(b"not a tokenizer: ")

@@ -2,15 +2,49 @@
 
 import copy
 import json
+import re
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_data import MASK, XLSTM_DATA, mix64, permute, read_megatron, run, write_jsonl
+from test_data import XLSTM_DATA, read_megatron, run, write_jsonl
 from test_pickle import pickled
 
 import libxlstm
+
+GOLDEN = Path(__file__).resolve().parents[1] / "data" / "permute_golden.inc"
+
+# The order of samples, written here a second time: csrc/data/sampling.cpp must agree with it for ever, since resumed
+# runs rely on it.
+MASK = (1 << 64) - 1
+GAMMA = 0x9E3779B97F4A7C15
+
+
+def mix64(x):
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def permute(index, n, seed, epoch, order):
+    if n == 1:
+        return 0
+    half = ((n - 1).bit_length() + 1) // 2
+    low = (1 << half) - 1
+    key = mix64((mix64((seed + GAMMA) & MASK) + epoch) & MASK)
+    rounds, flip = (4, 0) if order == 1 else (12, mix64(key) & 1)
+    value = index
+    while True:
+        left, right = value >> half, value & low
+        for turn in range(1, rounds + 1):
+            left, right = right, left ^ (mix64((key + turn * GAMMA + right) & MASK) & low)
+        value = left << half | right
+        if value < 2:
+            value ^= flip
+        if value < n:
+            return value
 
 
 def mixture(weights, samples):
@@ -46,6 +80,14 @@ def samples_in_order(documents_of_files, weights, seq_len, seed, shuffle, count)
         reset = starts[first:first + seq_len].copy()
         reset[0] = True
         yield ids, targets, reset
+
+
+def test_golden_permutations():
+    rows = re.findall(r"\{(\d+)u, (\d+)u, (\d+)u, (\d+)u, (\d+), (\d+)u\}", GOLDEN.read_text())
+    assert len(rows) > 200
+    for index, n, seed, epoch, order, value in (map(int, row) for row in rows):
+        assert permute(index, n, seed, epoch, order) == value
+    assert sorted(permute(i, 1000, 7, 3, 2) for i in range(1000)) == list(range(1000))
 
 
 @pytest.fixture
