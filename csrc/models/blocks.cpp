@@ -116,9 +116,8 @@ nn::XlstmLargeBlockOptions large_options(const ModelOptions& o, int64_t index) {
 nn::LstmBlockOptions lstm_options(const ModelOptions& o, int64_t index) {
   auto block = block_options<nn::LstmBlockOptions>(o, index);
   block.kind = o.kind;
-  block.feed_forward.dim = o.embedding_dim;
-  block.feed_forward.hidden_dim = ffn_dim(o);
-  block.feed_forward.num_blocks = o.num_blocks;
+  block.feed_forward = {
+      .dim = o.embedding_dim, .hidden_dim = ffn_dim(o), .num_blocks = o.num_blocks, .gated = false};
   return block;
 }
 

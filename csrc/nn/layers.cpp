@@ -157,19 +157,6 @@ at::Tensor FeedForward::forward(const at::Tensor& x) const {
   return proj_down_->forward(activation(parts[0], act_fn_) * parts[1]);
 }
 
-PlainFeedForward::PlainFeedForward(const PlainFeedForwardOptions& options, at::Device device) {
-  proj_up_ = register_module(
-      "proj_up", std::make_shared<Linear>(options.dim, options.hidden_dim, options.bias, device));
-  proj_down_ = register_module(
-      "proj_down", std::make_shared<Linear>(options.hidden_dim, options.dim, options.bias, device));
-  small_init_(proj_up_->weight, options.dim);
-  wang_init_(proj_down_->weight, options.dim, options.num_blocks);
-}
-
-at::Tensor PlainFeedForward::forward(const at::Tensor& x) const {
-  return proj_down_->forward(at::gelu(proj_up_->forward(x)));
-}
-
 at::Tensor activation(const at::Tensor& x, const std::string& act_fn) {
   if (act_fn == "gelu") return at::gelu(x);
   if (act_fn == "silu") return at::silu(x);

@@ -160,23 +160,6 @@ class FeedForward : public torch::nn::Module {
   std::shared_ptr<Linear> proj_up_, proj_down_;
 };
 
-struct PlainFeedForwardOptions {
-  int64_t dim = 0;
-  int64_t hidden_dim = 0;
-  int64_t num_blocks = 1;  ///< of the whole model, for the initialisation
-  bool bias = false;
-};
-
-/// down(gelu(up(x))), as in GPT.
-class PlainFeedForward : public torch::nn::Module {
- public:
-  PlainFeedForward(const PlainFeedForwardOptions& options, at::Device device);
-  at::Tensor forward(const at::Tensor& x) const;
-
- private:
-  std::shared_ptr<Linear> proj_up_, proj_down_;
-};
-
 /// act(x) for "gelu" | "silu" | "relu" | "relu2". Throws c10::Error for another name.
 at::Tensor activation(const at::Tensor& x, const std::string& act_fn);
 /// Input and forget gate pre-activations by one product: x (...,I) -> two (...,NH) views of one tensor. `Gate` has a

@@ -67,7 +67,7 @@ LstmBlock::LstmBlock(const LstmBlockOptions& options, at::Device device) : optio
   if (options.kind != "lstm_block") return;
   ffn_norm_ = register_module(
       "ffn_norm", std::make_shared<Norm>(options.dim, options.norm_eps, "layer", device));
-  ffn_ = register_module("ffn", std::make_shared<PlainFeedForward>(options.feed_forward, device));
+  ffn_ = register_module("ffn", std::make_shared<FeedForward>(options.feed_forward, device));
 }
 
 State LstmBlock::advance(Residual& x, const State& state, const std::optional<at::Tensor>& reset) {

@@ -22,8 +22,8 @@ class LstmLayer : public torch::nn::Module {
 
 /// The dropout of kind "lstm" is on the output.
 struct LstmBlockOptions : BlockOptions {
-  std::string kind = "lstm";             ///< "lstm" | "lstm_residual" | "lstm_block"
-  PlainFeedForwardOptions feed_forward;  ///< of lstm_block
+  std::string kind = "lstm";        ///< "lstm" | "lstm_residual" | "lstm_block"
+  FeedForwardOptions feed_forward;  ///< of lstm_block
 };
 
 /// lstm: y = LSTM(x).  lstm_residual: y = x + LSTM(norm(x)).  lstm_block: then y + ffn(ffn_norm(y)).
@@ -36,7 +36,7 @@ class LstmBlock : public Block {
   const LstmBlockOptions options_;
   std::shared_ptr<Norm> norm_, ffn_norm_;  ///< null where the kind has none
   std::shared_ptr<LstmLayer> lstm_;
-  std::shared_ptr<PlainFeedForward> ffn_;
+  std::shared_ptr<FeedForward> ffn_;
 };
 
 }  // namespace xlstm::nn

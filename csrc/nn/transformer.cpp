@@ -107,10 +107,12 @@ TransformerBlock::TransformerBlock(const TransformerBlockOptions& options, at::D
   attention_ = register_module("attention", std::make_shared<Attention>(options, device));
   ffn_norm_ = norm("ffn_norm");
   if (options.gpt) {
-    ffn_ = register_module(
-        "ffn", std::make_shared<PlainFeedForward>(
-                   PlainFeedForwardOptions{options.dim, options.ffn_dim, options.num_blocks, true},
-                   device));
+    const FeedForwardOptions plain{.dim = options.dim,
+                                   .hidden_dim = options.ffn_dim,
+                                   .num_blocks = options.num_blocks,
+                                   .bias = true,
+                                   .gated = false};
+    ffn_ = register_module("ffn", std::make_shared<FeedForward>(plain, device));
   } else {
     swiglu_ = register_module(
         "ffn", std::make_shared<SwiGlu>(options.dim, options.ffn_dim, options.num_blocks, device));

@@ -38,8 +38,8 @@ class TransformerBlock : public Block {
   const TransformerBlockOptions options_;
   std::shared_ptr<Norm> norm_, ffn_norm_;
   std::shared_ptr<Attention> attention_;
-  std::shared_ptr<SwiGlu> swiglu_;         ///< Llama
-  std::shared_ptr<PlainFeedForward> ffn_;  ///< GPT
+  std::shared_ptr<SwiGlu> swiglu_;    ///< Llama
+  std::shared_ptr<FeedForward> ffn_;  ///< GPT
 };
 
 /// For each of the next `length` tokens the token of the cache that its document starts at: (B,T) int64 on like's device;
