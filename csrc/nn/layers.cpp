@@ -67,9 +67,8 @@ void Residual::add(const at::Tensor& branch) {
 
 at::Tensor Residual::normed(const Norm& norm) {
   if (!waiting_.defined()) return norm.forward(x_);
-  const std::optional<at::Tensor> bias =
-      norm.bias.defined() ? std::optional<at::Tensor>(norm.bias) : std::nullopt;
-  auto [sum, y] = ops::residual_norm(x_, waiting_, norm.weight, bias, norm.eps, norm.kind);
+  auto [sum, y] =
+      ops::residual_norm(x_, waiting_, norm.weight, given(norm.bias), norm.eps, norm.kind);
   replace(sum);
   return y;
 }
@@ -101,9 +100,8 @@ BlockLinear::BlockLinear(int64_t features, int64_t num_blocks, bool with_bias, a
 }
 
 at::Tensor BlockLinear::forward(const at::Tensor& x) const {
-  const auto given = bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
-  if (weight.size(0) == 1) return at::linear(x, weight.select(0, 0), given);
-  return ops::block_linear(x, weight, given);
+  if (weight.size(0) == 1) return at::linear(x, weight.select(0, 0), given(bias));
+  return ops::block_linear(x, weight, given(bias));
 }
 
 Norm::Norm(int64_t features, double eps_, std::string kind_, at::Device device, bool with_bias)
@@ -113,9 +111,7 @@ Norm::Norm(int64_t features, double eps_, std::string kind_, at::Device device, 
 }
 
 at::Tensor Norm::forward(const at::Tensor& x) const {
-  return ops::headwise_norm(x.unsqueeze(-2), weight,
-                            bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt, {}, {},
-                            {}, eps, kind);
+  return ops::headwise_norm(x.unsqueeze(-2), weight, given(bias), {}, {}, {}, eps, kind);
 }
 
 CausalConv1d::CausalConv1d(int64_t channels, int64_t kernel_size, bool fused_, at::Device device)
@@ -134,8 +130,7 @@ std::pair<at::Tensor, at::Tensor> CausalConv1d::forward(
     at::Tensor y = ops::causal_conv1d_step(x.select(1, 0), weight, bias, next, fused);
     return {(fused ? y : at::silu(y)).unsqueeze(1), next};
   }
-  const auto state0 = window.defined() ? std::optional<at::Tensor>(window) : std::nullopt;
-  auto [y, next] = ops::causal_conv1d(x, weight, bias, state0, reset, {}, fused);
+  auto [y, next] = ops::causal_conv1d(x, weight, bias, given(window), reset, {}, fused);
   return {fused ? y : at::silu(y), next};
 }
 
@@ -198,6 +193,10 @@ InPlaceStateGuard::InPlaceStateGuard(std::optional<bool> lazy_fold)
 InPlaceStateGuard::~InPlaceStateGuard() { in_place_state = before_; }
 const InPlaceStateGuard* InPlaceStateGuard::current() { return in_place_state; }
 
+std::optional<at::Tensor> given(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
 at::Tensor writable_state(const at::Tensor& state) {
   return in_place_state != nullptr ? state : state.clone();
 }
@@ -212,7 +211,7 @@ at::Tensor state_at(const State& state, size_t i) {
 }
 
 std::optional<at::Tensor> optional_state(const State& state, size_t i) {
-  return state.empty() ? std::nullopt : std::optional<at::Tensor>(state[i]);
+  return given(state_at(state, i));
 }
 
 }  // namespace xlstm::nn

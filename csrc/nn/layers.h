@@ -199,13 +199,15 @@ class InPlaceStateGuard {
   const InPlaceStateGuard* before_;
   std::optional<bool> lazy_fold_;
 };
+/// A tensor as an optional argument of an operator: absent where it is undefined.
+std::optional<at::Tensor> given(const at::Tensor& tensor);
 /// What a decoding step may write to: the tensor itself under an InPlaceStateGuard, else a copy of it.
 at::Tensor writable_state(const at::Tensor& state);
 /// Throws c10::Error unless `state` is empty or holds `expected` tensors; `who` names the module.
 void check_state(const State& state, size_t expected, const char* who);
 /// state[i], undefined where the state is empty.
 at::Tensor state_at(const State& state, size_t i);
-/// The same as an optional argument of an operator.
+/// given() of it.
 std::optional<at::Tensor> optional_state(const State& state, size_t i);
 
 }  // namespace xlstm::nn

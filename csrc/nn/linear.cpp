@@ -72,11 +72,9 @@ Linear::Linear(int64_t in_features, int64_t out_features, bool with_bias, at::De
 }
 
 at::Tensor Linear::forward(const at::Tensor& x) const {
-  if (!lora_a.defined()) {
-    const auto added = bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
-    return weight.scalar_type() == at::kChar ? ops::linear_int8(x, weight, added)
-                                             : at::linear(x, weight, added);
-  }
+  if (!lora_a.defined())
+    return weight.scalar_type() == at::kChar ? ops::linear_int8(x, weight, given(bias))
+                                             : at::linear(x, weight, given(bias));
   const at::ScalarType type = product_dtype(x);
   const at::Tensor input = x.to(type);  // once for both products that read it
   return at::add(frozen_map(input), at::linear(at::linear(input, lora_a.to(type)), lora_b.to(type)),

@@ -36,9 +36,6 @@ State MixerBlock::advance(Residual& x, const State& state, const std::optional<a
 
 at::Tensor gated_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
                       const at::Tensor& gate, const GatedNormOptions& options) {
-  const auto given = [](const at::Tensor& t) {
-    return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
-  };
   if (options.fused)
     return ops::headwise_norm(h, given(weight), given(bias), {}, {}, gate, options.eps,
                               options.kind, "silu");

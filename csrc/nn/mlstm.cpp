@@ -221,9 +221,6 @@ bool MlstmLayer::inputs_are_a_step(const at::Tensor& x, const at::Tensor& window
 }
 
 ops::MlstmInputParameters MlstmLayer::input_parameters() const {
-  const auto given = [](const at::Tensor& bias) {
-    return bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
-  };
   return {conv_->weight,   given(conv_->bias),   q_proj_->weight, given(q_proj_->bias),
           k_proj_->weight, given(k_proj_->bias), v_proj_->weight, given(v_proj_->bias),
           igate_->weight,  igate_->bias,         fgate_->weight,  fgate_->bias};

@@ -218,7 +218,7 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
     }
     RandomStateGuard random_guard(inputs[0].device(), call.random);
     const ModeGuard modes(*call.block, call.modes);
-    return call.run(inputs, reset.defined() ? std::optional(reset) : std::nullopt);
+    return call.run(inputs, given(reset));
   }
 };
 
