@@ -134,6 +134,13 @@ std::pair<at::Tensor, at::Tensor> CausalConv1d::forward(
   return {fused ? y : at::silu(y), next};
 }
 
+std::pair<at::Tensor, at::Tensor> convolved(const std::shared_ptr<CausalConv1d>& conv,
+                                            const at::Tensor& x, const at::Tensor& window,
+                                            const std::optional<at::Tensor>& reset) {
+  if (conv) return conv->forward(x, window, reset);
+  return {x, at::zeros({x.size(0), 0, x.size(2)}, x.options())};
+}
+
 FeedForward::FeedForward(const FeedForwardOptions& options, at::Device device)
     : act_fn_(options.act_fn), gated_(options.gated) {
   const int64_t up = options.gated ? 2 * options.hidden_dim : options.hidden_dim;

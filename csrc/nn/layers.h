@@ -138,6 +138,10 @@ class CausalConv1d : public torch::nn::Module {
   at::Tensor weight, bias;
   const bool fused;
 };
+/// CausalConv1d::forward of a layer that may have none (null): then x itself and a window without tokens (B,0,C).
+std::pair<at::Tensor, at::Tensor> convolved(const std::shared_ptr<CausalConv1d>& conv,
+                                            const at::Tensor& x, const at::Tensor& window,
+                                            const std::optional<at::Tensor>& reset);
 
 struct FeedForwardOptions {
   int64_t dim = 0;

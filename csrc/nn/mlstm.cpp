@@ -226,29 +226,34 @@ ops::MlstmInputParameters MlstmLayer::input_parameters() const {
           igate_->weight,  igate_->bias,         fgate_->weight,  fgate_->bias};
 }
 
+MlstmLayer::CellInputs MlstmLayer::cell_inputs(const at::Tensor& x, const at::Tensor& window,
+                                               const std::optional<at::Tensor>& reset) const {
+  if (inputs_are_a_step(x, window, reset)) {
+    at::Tensor next = writable_state(window);
+    const auto [a, q, k, v, igate, fgate] =
+        ops::mlstm_step_inputs(x.select(1, 0), input_parameters(), next);
+    return {a.unsqueeze(1),
+            q.unsqueeze(1),
+            k.unsqueeze(1),
+            v.unsqueeze(1),
+            igate.unsqueeze(1),
+            fgate.unsqueeze(1),
+            next};
+  }
+  const auto [a, next] = convolved(conv_, x, window, reset);
+  const at::Tensor q = q_proj_->forward(a), k = k_proj_->forward(a), v = v_proj_->forward(x);
+  if (gates_join_cell(q, reset)) return {a, q, k, v, {}, {}, next};
+  const auto [igate, fgate] = gates(a, x, q, k, v);
+  return {a, q, k, v, igate, fgate, next};
+}
+
 Result MlstmLayer::forward(const at::Tensor& x, const State& state,
                            const std::optional<at::Tensor>& reset) {
   check_mlstm_state(state, 1, "mLSTM layer");
   const int64_t batch = x.size(0), length = x.size(1), heads = options_.num_heads;
   const auto halves = proj_up_->forward(x).chunk(2, -1);  // views: the operators take their strides
   const at::Tensor &inner = halves[0], &z = halves[1];
-
-  at::Tensor a = inner, q, k, v, igate, fgate, window = state_at(state, 0);
-  if (inputs_are_a_step(inner, window, reset)) {
-    window = writable_state(window);
-    const ops::MlstmStepInputs token =
-        ops::mlstm_step_inputs(inner.select(1, 0), input_parameters(), window);
-    a = token.a.unsqueeze(1);
-    q = token.q.unsqueeze(1), k = token.k.unsqueeze(1), v = token.v.unsqueeze(1);
-    igate = token.igate.unsqueeze(1), fgate = token.fgate.unsqueeze(1);
-  } else {
-    if (conv_) {
-      std::tie(a, window) = conv_->forward(inner, window, reset);
-    } else {
-      window = at::zeros({batch, 0, options_.inner_dim}, inner.options());
-    }
-    q = q_proj_->forward(a), k = k_proj_->forward(a), v = v_proj_->forward(inner);
-  }
+  const auto [a, q, k, v, igate, fgate, window] = cell_inputs(inner, state_at(state, 0), reset);
 
   const auto by_head = [&](const at::Tensor& y) {
     return y.view({batch, length, heads, options_.inner_dim / heads});
@@ -256,16 +261,10 @@ Result MlstmLayer::forward(const at::Tensor& x, const State& state,
   const State cell = state.empty() ? State{} : State(state.begin() + 1, state.end());
   const MlstmCellOptions cell_options{options_.input_gate, options_.normalize, options_.mlstm_eps,
                                       options_.chunk_size};
-  at::Tensor h;
-  State next;
-  if (gates_join_cell(q, reset)) {
-    std::tie(h, next) =
-        gated_cell(by_head(q), by_head(k), by_head(v), *igate_, *fgate_, cell, reset, cell_options);
-  } else {
-    if (!igate.defined()) std::tie(igate, fgate) = gates(a, inner, q, k, v);
-    std::tie(h, next) =
-        mlstm_cell(by_head(q), by_head(k), by_head(v), igate, fgate, cell, reset, cell_options);
-  }
+  auto [h, next] = igate.defined() ? mlstm_cell(by_head(q), by_head(k), by_head(v), igate, fgate,
+                                                cell, reset, cell_options)
+                                   : gated_cell(by_head(q), by_head(k), by_head(v), *igate_,
+                                                *fgate_, cell, reset, cell_options);
   const at::Tensor gated =
       options_.fused
           ? ops::headwise_norm(h, out_norm_->weight, {}, a, skip_, z, options_.norm_eps)

@@ -60,6 +60,15 @@ class MlstmLayer : public torch::nn::Module {
   bool inputs_are_a_step(const at::Tensor& x, const at::Tensor& window,
                          const std::optional<at::Tensor>& reset) const;
   ops::MlstmInputParameters input_parameters() const;
+  /// What the cell and the norm behind it read, and what the next call takes.
+  struct CellInputs {
+    at::Tensor a, q, k, v;    ///< (B,T,u)
+    at::Tensor igate, fgate;  ///< (B,T,NH) pre-activations; undefined where gates_join_cell
+    at::Tensor window;        ///< of the convolution, behind the last token
+  };
+  /// Of inner features x (B,T,u), which follow those in `window`.
+  CellInputs cell_inputs(const at::Tensor& x, const at::Tensor& window,
+                         const std::optional<at::Tensor>& reset) const;
   /// Gate pre-activations (B,T,NH) from (q, k, v), the images of a and x.
   std::pair<at::Tensor, at::Tensor> gates(const at::Tensor& a, const at::Tensor& x,
                                           const at::Tensor& q, const at::Tensor& k,
@@ -85,11 +94,6 @@ class MlstmBlock : public Block {
   std::shared_ptr<MlstmLayer> mlstm_;
 };
 
-/// The cell as every block uses it: a step operator where nothing needs a gradient, else the sequence operator.
-/// q,k (B,T,NH,DQK) v (B,T,NH,DV) igate,fgate (B,T,NH); `cell` empty for the empty state.
-/// Returns h (B,T,NH,DV) and {c, n, m}. Under an InPlaceStateGuard, whose owner keeps the state to itself, decoding steps
-/// may return {c, n, m, keys, values, gates, count} instead: a state that lags behind an ops::MlstmRing. Given to any
-/// other call, it is folded first.
 struct MlstmCellOptions {
   std::string input_gate = "exp";
   bool normalize = true;
@@ -97,6 +101,12 @@ struct MlstmCellOptions {
   int64_t chunk_size = 0;
   std::optional<double> scale = {};  ///< applied to q; default DQK^-1/2
 };
+
+/// The cell as every block uses it: a step operator where nothing needs a gradient, else the sequence operator.
+/// q,k (B,T,NH,DQK) v (B,T,NH,DV) igate,fgate (B,T,NH); `cell` empty for the empty state.
+/// Returns h (B,T,NH,DV) and {c, n, m}. Under an InPlaceStateGuard, whose owner keeps the state to itself, decoding steps
+/// may return {c, n, m, keys, values, gates, count} instead: a state that lags behind an ops::MlstmRing. Given to any
+/// other call, it is folded first.
 Result mlstm_cell(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const at::Tensor& igate, const at::Tensor& fgate, const State& cell,
                   const std::optional<at::Tensor>& reset, const MlstmCellOptions& options);

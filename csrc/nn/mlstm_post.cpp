@@ -34,12 +34,7 @@ Result PostMlstmLayer::forward(const at::Tensor& x, const State& state,
                                const std::optional<at::Tensor>& reset) {
   check_mlstm_state(state, 1, "mLSTM layer");
   const int64_t heads = options_.num_heads;
-  at::Tensor a = x, window = state_at(state, 0);
-  if (conv_) {
-    std::tie(a, window) = conv_->forward(x, window, reset);
-  } else {
-    window = at::zeros({x.size(0), 0, options_.dim}, x.options());
-  }
+  const auto [a, window] = convolved(conv_, x, state_at(state, 0), reset);
   const auto by_head = [&](const at::Tensor& t) {
     return t.unflatten(-1, {heads, options_.dim / heads});
   };

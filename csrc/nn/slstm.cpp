@@ -83,12 +83,7 @@ Result SlstmLayer::forward(const at::Tensor& x, const State& state,
   const int64_t batch = x.size(0), length = x.size(1), heads = options_.num_heads;
   const int64_t head_dim = options_.dim / heads;
 
-  at::Tensor a = x, window = state_at(state, 0);
-  if (conv_) {
-    std::tie(a, window) = conv_->forward(x, window, reset);
-  } else {
-    window = at::zeros({batch, 0, options_.dim}, x.options());
-  }
+  const auto [a, window] = convolved(conv_, x, state_at(state, 0), reset);
   const at::Tensor wx =
       at::stack({igate_->forward(a), fgate_->forward(a), zgate_->forward(x), ogate_->forward(x)}, 2)
           .view({batch, length, 4, heads, head_dim});
