@@ -49,7 +49,7 @@ Result Hgrn::forward(const at::Tensor& x, const State& state,
   auto [h, next] = ops::gated_scan(in, gates.kept, optional_state(state, 0), reset);
   const at::Tensor gate = gate_->forward(x);
   const at::Tensor y = gated_norm(h.to(gate.scalar_type()).unsqueeze(-2), out_norm_->weight, {},
-                                  gate, {options_.norm_eps, "rms", options_.fused});
+                                  gate, {options_.norm_eps, "rms", "silu", options_.fused});
   return {out_->forward(y), {next}};
 }
 

@@ -168,12 +168,16 @@ at::Tensor activation(const at::Tensor& x, const std::string& act_fn) {
   return at::relu(x);
 }
 
-at::Tensor stepwise_gated_norm(const at::Tensor& h, const at::Tensor& weight,
-                               const at::Tensor& skip, const at::Tensor& skip_weight,
-                               const at::Tensor& gate, double eps, const std::string& act) {
-  at::Tensor y = ops::headwise_norm(h, weight, {}, {}, {}, {}, eps);
+at::Tensor gated_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
+                      const at::Tensor& gate, const GatedNormOptions& options,
+                      const at::Tensor& skip, const at::Tensor& skip_weight) {
+  if (options.fused)
+    return ops::headwise_norm(h, given(weight), given(bias), given(skip), given(skip_weight), gate,
+                              options.eps, options.kind, options.act);
+  at::Tensor y =
+      ops::headwise_norm(h, given(weight), given(bias), {}, {}, {}, options.eps, options.kind);
   if (skip.defined()) y = y + skip_weight * skip;
-  return y * (act == "silu" ? at::silu(gate) : at::sigmoid(gate));
+  return y * (options.act == "silu" ? at::silu(gate) : at::sigmoid(gate));
 }
 
 namespace {

@@ -176,11 +176,17 @@ std::pair<at::Tensor, at::Tensor> gate_pair(const at::Tensor& x, const Gate& iga
           .chunk(2, -1);
   return {gates[0], gates[1]};
 }
-/// What ops::headwise_norm does in one pass, in steps: (headnorm(h) * weight + skip_weight * skip) * act(gate), without the
-/// skip where `skip` is undefined. act "silu" | "sigmoid"; layer norm.
-at::Tensor stepwise_gated_norm(const at::Tensor& h, const at::Tensor& weight,
-                               const at::Tensor& skip, const at::Tensor& skip_weight,
-                               const at::Tensor& gate, double eps, const std::string& act);
+struct GatedNormOptions {
+  double eps = 1e-5;
+  std::string kind = "layer";  ///< "layer" | "rms"
+  std::string act = "silu";    ///< "silu" | "sigmoid"
+  bool fused = true;           ///< ops::headwise_norm in one pass, else in steps
+};
+/// (norm(h) * weight + bias + skip_weight * skip) * act(gate), the norm over each head: h (B,T,NH,DV), skip and gate
+/// (B,T,NH*DV), the others (NH*DV); but for h and gate undefined where absent.
+at::Tensor gated_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
+                      const at::Tensor& gate, const GatedNormOptions& options,
+                      const at::Tensor& skip = {}, const at::Tensor& skip_weight = {});
 /// Dropout in training mode with p > 0, otherwise x itself.
 at::Tensor apply_dropout(const at::Tensor& x, double p, bool training);
 /// True when one token is to be decoded and nothing needs a gradient: the step operators may be used.

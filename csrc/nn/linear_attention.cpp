@@ -9,7 +9,6 @@
 namespace xlstm::nn {
 namespace {
 
-constexpr double kOpen = 100;  // pre-activation of a sigmoid gate that is 1 in float64 too
 constexpr double kDecayRoot = 16;
 constexpr int64_t kDecayRank = 16;
 constexpr double kRopeTheta = 1e4;
@@ -65,7 +64,7 @@ Result LinearAttention::forward(const at::Tensor& x, const State& state,
   const at::Tensor v = split_heads(v_->forward(x), options_.num_heads);
   // The sum of the keys is one more column of the state: that of values which are all one.
   const at::Tensor extended = at::constant_pad_nd(v, {0, 1}, 1);
-  const at::Tensor open = fixed_gate(at::full({options_.num_heads}, kOpen, gate_options(x)), x);
+  const at::Tensor open = fixed_gate(at::full({options_.num_heads}, kOpenGate, gate_options(x)), x);
   auto [h, next] = mlstm_cell(q, k, extended, open, open, state, reset,
                               {"sigmoid", false, 0, options_.chunk_size, 1.0});
   const int64_t width = v.size(-1);
@@ -95,15 +94,15 @@ Result Retention::forward(const at::Tensor& x, const State& state,
     return rotate(by_head, place, kRopeTheta).transpose(1, 2);
   };
   // logit(1 - 2^{-5-h}) = log(2^{5+h} - 1)
-  const at::Tensor open = at::full({heads}, kOpen, gate_options(x));
+  const at::Tensor open = at::full({heads}, kOpenGate, gate_options(x));
   const at::Tensor forget = (at::exp2(at::arange(heads, open.options()) + 5) - 1).log();
   const State cell = state.empty() ? State{} : State(state.begin(), state.end() - 1);
   auto [h, next] = mlstm_cell(rotated(q_), rotated(k_), split_heads(v_->forward(x), heads),
                               fixed_gate(open, x), fixed_gate(forget, x), cell, reset,
                               {"sigmoid", false, 0, options_.chunk_size, {}});
   next.push_back(count);
-  const at::Tensor y =
-      gated_norm(h, {}, {}, gate_->forward(x), {options_.norm_eps, "layer", options_.fused});
+  const at::Tensor y = gated_norm(h, {}, {}, gate_->forward(x),
+                                  {options_.norm_eps, "layer", "silu", options_.fused});
   return {out_->forward(y), std::move(next)};
 }
 
@@ -135,7 +134,7 @@ Result GatedLinearAttention::forward(const at::Tensor& x, const State& state,
       split_heads(v_->forward(x), heads), split_heads(at::log_sigmoid(logits) / kDecayRoot, heads),
       {}, optional_state(state, 0), op);
   const at::Tensor y = gated_norm(h, head_norm_->weight.repeat({heads}), {}, gate_->forward(x),
-                                  {options_.norm_eps, "rms", options_.fused});
+                                  {options_.norm_eps, "rms", "silu", options_.fused});
   return {out_->forward(y), {next}};
 }
 

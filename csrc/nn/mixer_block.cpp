@@ -1,7 +1,5 @@
 #include "csrc/nn/mixer_block.h"
 
-#include "csrc/ops/norm.h"
-
 namespace xlstm::nn {
 
 std::shared_ptr<Linear> Mixer::projection(const char* name, int64_t in, int64_t out,
@@ -32,15 +30,6 @@ State MixerBlock::advance(Residual& x, const State& state, const std::optional<a
   x.add(dropped(y));
   x.add(dropped(ffn_->forward(x.normed(*ffn_norm_))));
   return std::move(next);
-}
-
-at::Tensor gated_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
-                      const at::Tensor& gate, const GatedNormOptions& options) {
-  if (options.fused)
-    return ops::headwise_norm(h, given(weight), given(bias), {}, {}, gate, options.eps,
-                              options.kind, "silu");
-  return ops::headwise_norm(h, given(weight), given(bias), {}, {}, {}, options.eps, options.kind) *
-         at::silu(gate);
 }
 
 void check_heads(int64_t width, int64_t num_heads, const char* what) {

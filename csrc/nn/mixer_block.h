@@ -38,15 +38,6 @@ class MixerBlock : public Block {
   std::shared_ptr<SwiGlu> ffn_;
 };
 
-/// norm(h) * silu(gate), over each head: h (B,T,NH,DV), weight and bias (NH*DV) or undefined, gate (B,T,NH*DV).
-struct GatedNormOptions {
-  double eps = 1e-6;
-  std::string kind = "rms";  ///< "rms" | "layer"
-  bool fused = true;
-};
-at::Tensor gated_norm(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias,
-                      const at::Tensor& gate, const GatedNormOptions& options);
-
 /// Throws c10::Error unless num_heads heads divide `width`, which `what` names.
 void check_heads(int64_t width, int64_t num_heads, const char* what);
 

@@ -3,7 +3,6 @@
 #include "csrc/ops/autocast.h"
 #include "csrc/ops/block_linear.h"
 #include "csrc/ops/mlstm_gated.h"
-#include "csrc/ops/norm.h"
 
 namespace xlstm::nn {
 namespace {
@@ -11,7 +10,6 @@ namespace {
 constexpr int64_t kManyTokens = 32;   // from here on gates are computed from the inputs of q, k, v
 constexpr size_t kStates = 3;         // c, n, m
 constexpr size_t kLaggingStates = 7;  // and an ops::MlstmRing
-constexpr double kOpen = 100;         // pre-activation of a sigmoid gate that is 1 in float64 too
 
 ops::MlstmOptions operator_options(const MlstmCellOptions& options) {
   ops::MlstmOptions op;
@@ -86,7 +84,7 @@ void HeadGate::init() {
   const at::NoGradGuard no_grad;
   if (how == "normal") normal_init_(bias, 0.1);
   if (how == "linspace") linspace_init_(bias, 3, 6);
-  if (how == "open") bias.fill_(kOpen);
+  if (how == "open") bias.fill_(kOpenGate);
 }
 
 at::Tensor HeadGate::forward(const at::Tensor& x) const {
@@ -97,7 +95,7 @@ at::Tensor HeadGate::forward(const at::Tensor& x) const {
   if (!row.defined() && options_.bias_init == "linspace")
     row = at::linspace(3, 6, num_heads_, options);
   if (!row.defined())
-    row = at::full({num_heads_}, options_.bias_init == "open" ? kOpen : 0, options);
+    row = at::full({num_heads_}, options_.bias_init == "open" ? kOpenGate : 0, options);
   return row.expand({x.size(0), x.size(1), num_heads_});
 }
 
@@ -265,10 +263,8 @@ Result MlstmLayer::forward(const at::Tensor& x, const State& state,
                                                 cell, reset, cell_options)
                                    : gated_cell(by_head(q), by_head(k), by_head(v), *igate_,
                                                 *fgate_, cell, reset, cell_options);
-  const at::Tensor gated =
-      options_.fused
-          ? ops::headwise_norm(h, out_norm_->weight, {}, a, skip_, z, options_.norm_eps)
-          : stepwise_gated_norm(h, out_norm_->weight, a, skip_, z, options_.norm_eps, "silu");
+  const at::Tensor gated = gated_norm(
+      h, out_norm_->weight, {}, z, {options_.norm_eps, "layer", "silu", options_.fused}, a, skip_);
   const at::Tensor y = apply_dropout(proj_down_->forward(gated), options_.dropout, is_training());
   next.insert(next.begin(), window);
   return {y, std::move(next)};

@@ -4,6 +4,9 @@
 
 namespace xlstm::nn {
 
+/// Pre-activation of a sigmoid gate that is 1 in float64, too.
+constexpr double kOpenGate = 100;
+
 /// How a gate of the mLSTM comes about (the ablations of arXiv 2405.04517, table 2).
 struct HeadGateOptions {
   std::string source = "input";  ///< "input": W x + b; "bias": b, learned; "fixed": b as it starts

@@ -1,7 +1,5 @@
 #include "csrc/nn/mlstm_post.h"
 
-#include "csrc/ops/norm.h"
-
 namespace xlstm::nn {
 
 PostMlstmLayer::PostMlstmLayer(const MlstmBlockOptions& options, at::Device device)
@@ -46,11 +44,8 @@ Result PostMlstmLayer::forward(const at::Tensor& x, const State& state,
       by_head(q_proj_->forward(a)), by_head(k_proj_->forward(a)), by_head(v_proj_->forward(x)),
       igate, fgate, cell, reset,
       {options_.input_gate, options_.normalize, options_.mlstm_eps, options_.chunk_size});
-  const at::Tensor o = ogate_->forward(x), &weight = out_norm_->weight;
-  const at::Tensor gated =
-      options_.fused
-          ? ops::headwise_norm(h, weight, {}, {}, {}, o, options_.norm_eps, "layer", "sigmoid")
-          : stepwise_gated_norm(h, weight, {}, {}, o, options_.norm_eps, "sigmoid");
+  const at::Tensor gated = gated_norm(h, out_norm_->weight, {}, ogate_->forward(x),
+                                      {options_.norm_eps, "layer", "sigmoid", options_.fused});
   const at::Tensor y = apply_dropout(proj_down_->forward(gated), options_.dropout, is_training());
   next.insert(next.begin(), window);
   return {y, std::move(next)};

@@ -168,7 +168,7 @@ std::pair<at::Tensor, at::Tensor> Rwkv5Block::time_mix(
       split(first_), optional_state(state, 1), op);
   const at::Tensor y =
       gated_norm(h, head_norm_->weight, head_norm_->bias, gate_->forward(inputs[at_key + 3]),
-                 {head_norm_->eps, "layer", options_.fused});
+                 {head_norm_->eps, "layer", "silu", options_.fused});
   return {output_->forward(y), next};
 }
 

@@ -1,7 +1,6 @@
 #include "csrc/nn/xlstm_large.h"
 
 #include "csrc/nn/mlstm.h"
-#include "csrc/ops/norm.h"
 
 namespace xlstm::nn {
 
@@ -50,11 +49,8 @@ Result XlstmLargeLayer::forward(const at::Tensor& x, const State& state,
                               v_->forward(x).view(v_shape), soft_cap(igate, options_.gate_soft_cap),
                               soft_cap(fgate, options_.gate_soft_cap), state, reset,
                               {"exp", true, options_.mlstm_eps, options_.chunk_size});
-  const at::Tensor o = ogate_->forward(x), &weight = multihead_norm_->weight;
-  const at::Tensor gated =
-      options_.fused
-          ? ops::headwise_norm(h, weight, {}, {}, {}, o, options_.norm_eps, "layer", "sigmoid")
-          : stepwise_gated_norm(h, weight, {}, {}, o, options_.norm_eps, "sigmoid");
+  const at::Tensor gated = gated_norm(h, multihead_norm_->weight, {}, ogate_->forward(x),
+                                      {options_.norm_eps, "layer", "sigmoid", options_.fused});
   return {apply_dropout(out_proj_->forward(gated), options_.dropout, is_training()),
           std::move(next)};
 }
