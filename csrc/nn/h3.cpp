@@ -1,5 +1,7 @@
 #include "csrc/nn/h3.h"
 
+#include <ATen/OpMathType.h>
+
 #include "csrc/ops/full_precision.h"
 
 namespace xlstm::nn {
@@ -21,7 +23,7 @@ Result H3::forward(const at::Tensor& x, const State& state,
   check_state(state, 2, "H3");
   const int64_t heads = options_.num_heads, width = options_.dim / heads;
   // What lies between the projections is float32 (float64) throughout, as FFTs want it.
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = at::toOpMathType(x.scalar_type());
   if (x.size(1) == 0) {
     const auto zeros = [&](at::IntArrayRef sizes) {
       return at::zeros(sizes, x.options().dtype(type));

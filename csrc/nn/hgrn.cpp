@@ -1,5 +1,7 @@
 #include "csrc/nn/hgrn.h"
 
+#include <ATen/OpMathType.h>
+
 #include "csrc/ops/gated_linear_attention.h"
 #include "csrc/ops/gated_scan.h"
 
@@ -11,7 +13,7 @@ constexpr double kSmallest = 1e-30;  // of a gate whose logarithm is taken
 /// What is kept and what is let in, together 1; float32 (float64 for float64).
 struct Gates {
   Gates(const at::Tensor& preactivations, const at::Tensor& bound) {
-    const auto type = preactivations.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const auto type = at::toOpMathType(preactivations.scalar_type());
     const at::Tensor x = preactivations.to(type), rest = 1 - bound;
     kept = bound + rest * at::sigmoid(x);
     entering = rest * at::sigmoid(-x);
@@ -27,7 +29,7 @@ LowerBounds::LowerBounds(int64_t num_blocks, int64_t dim, at::Device device) {
 }
 
 at::Tensor LowerBounds::of_block(int64_t index) const {
-  const auto type = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = at::toOpMathType(logits.scalar_type());
   return at::softmax(logits.to(type), 0).narrow(0, 1, index).sum(0);
 }
 

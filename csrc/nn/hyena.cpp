@@ -1,5 +1,7 @@
 #include "csrc/nn/hyena.h"
 
+#include <ATen/OpMathType.h>
+
 #include <cmath>
 #include <numbers>
 
@@ -37,7 +39,7 @@ HyenaFilter::HyenaFilter(int64_t dim, int64_t length, at::Device device)
 }
 
 at::Tensor HyenaFilter::forward(int64_t first, int64_t count) const {
-  const auto type = frequency_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = at::toOpMathType(frequency_.scalar_type());
   const auto options = at::TensorOptions().dtype(type).device(frequency_.device());
   const at::Tensor time = (at::arange(count, options) + static_cast<double>(first)).unsqueeze(1) /
                           static_cast<double>(length_);
@@ -73,7 +75,7 @@ Hyena::Hyena(const MixerOptions& options, int64_t filter_length, at::Device devi
 Result Hyena::forward(const at::Tensor& x, const State& state,
                       const std::optional<at::Tensor>& reset) {
   check_state(state, 3, "Hyena");
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = at::toOpMathType(x.scalar_type());
   const int64_t length = x.size(1), past = state.empty() ? 0 : state[1].size(1);
   auto [mixed, window] = ops::causal_conv1d(in_->forward(x), conv_weight_, conv_bias_,
                                             optional_state(state, 0), reset);

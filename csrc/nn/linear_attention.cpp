@@ -1,5 +1,7 @@
 #include "csrc/nn/linear_attention.h"
 
+#include <ATen/OpMathType.h>
+
 #include <cmath>
 
 #include "csrc/nn/mlstm.h"
@@ -23,7 +25,7 @@ at::Tensor fixed_gate(const at::Tensor& preactivations, const at::Tensor& x) {
 }
 
 at::TensorOptions gate_options(const at::Tensor& x) {
-  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  return x.options().dtype(at::toOpMathType(x.scalar_type()));
 }
 
 /// Places of the next tokens within their documents (B,T) and the count behind the last one (B), int64.

@@ -1,5 +1,7 @@
 #include "csrc/nn/lstm.h"
 
+#include <ATen/OpMathType.h>
+
 #include <cmath>
 
 #include "csrc/ops/slstm.h"
@@ -54,7 +56,7 @@ Result LstmLayer::forward_by_torch(const at::Tensor& x, const State& state) {
       at::lstm(x, {initial(0), initial(1)}, parameters, /*has_biases=*/true, /*num_layers=*/1,
                /*dropout=*/0, train, /*bidirectional=*/false, /*batch_first=*/true);
   const auto outgoing = [&](const at::Tensor& t) {
-    return t.view({batch, 1, dim}).to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    return t.view({batch, 1, dim}).to(at::toOpMathType(x.scalar_type()));
   };
   return {y, {outgoing(last), outgoing(c)}};
 }

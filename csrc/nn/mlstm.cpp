@@ -1,5 +1,7 @@
 #include "csrc/nn/mlstm.h"
 
+#include <ATen/OpMathType.h>
+
 #include "csrc/ops/autocast.h"
 #include "csrc/ops/block_linear.h"
 #include "csrc/ops/mlstm_gated.h"
@@ -89,7 +91,7 @@ void HeadGate::init() {
 
 at::Tensor HeadGate::forward(const at::Tensor& x) const {
   if (reads_input()) return at::linear(x, weight, bias);
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = at::toOpMathType(x.scalar_type());
   const auto options = at::TensorOptions().dtype(type).device(x.device());
   at::Tensor row = bias;
   if (!row.defined() && options_.bias_init == "linspace")

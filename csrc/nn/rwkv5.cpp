@@ -1,5 +1,7 @@
 #include "csrc/nn/rwkv5.h"
 
+#include <ATen/OpMathType.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -154,7 +156,7 @@ std::pair<at::Tensor, at::Tensor> Rwkv5Block::time_mix(
   };
   const std::vector<at::Tensor> inputs = mix_->forward(now, before);
   const size_t at_key = options_.data_dependent ? 1 : 0;
-  const auto wide = now.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto wide = at::toOpMathType(now.scalar_type());
   at::Tensor decay = decay_.to(wide);
   if (options_.data_dependent)
     decay = decay + decay_up_->forward(at::tanh(decay_down_->forward(inputs[0]))).to(wide);

@@ -1,5 +1,6 @@
 #include "csrc/nn/transformer.h"
 
+#include <ATen/OpMathType.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 
 #include <cmath>
@@ -33,7 +34,7 @@ at::Tensor document_starts(const State& attention, int64_t length, const at::Ten
 
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& positions, double theta) {
   const int64_t half = x.size(3) / 2;
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = at::toOpMathType(x.scalar_type());
   const at::Tensor exponents =
       at::arange(half, positions.options().dtype(type)) / static_cast<double>(half);
   const at::Tensor frequencies = at::exp(exponents * -std::log(theta));
