@@ -8,6 +8,7 @@
 #include "csrc/ops/common.h"
 #include "csrc/ops/linear_cross_entropy.h"
 #include "csrc/ops/linear_cross_entropy_blocks.h"
+#include "csrc/ops/rows.h"
 
 namespace xlstm::ops {
 namespace {
@@ -91,7 +92,7 @@ at::Tensor linear_cross_entropy_autocast(const at::Tensor& x, const at::Tensor& 
 }
 
 at::TensorOptions accumulate_options(const at::Tensor& x) {
-  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  return x.options().dtype(accumulate_type(x.scalar_type()));
 }
 
 at::Tensor linear_cross_entropy_meta(const at::Tensor& x, const at::Tensor& weight,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "csrc/ops/common.h"
+#include "csrc/ops/rows.h"
 #include "csrc/ops/sequences.h"
 
 namespace xlstm::ops {
@@ -16,7 +17,7 @@ constexpr std::string_view kOp = "slstm", kBackwardOp = "slstm_backward";
 /// In the type of wx or y, or in that of the states.
 void check_parameter(std::string_view op, std::string_view name, const at::Tensor& t,
                      at::ScalarType type) {
-  if (t.scalar_type() != type) check_dtype(op, name, t, slstm_state_type(type));
+  if (t.scalar_type() != type) check_dtype(op, name, t, accumulate_type(type));
 }
 
 void check_states(const SlstmArguments& a, const c10::SymInt& count) {
@@ -29,7 +30,7 @@ void check_states(const SlstmArguments& a, const c10::SymInt& count) {
                 "slstm: y0, c0, n0 and m0: expected all or none with cell \"", a.cell, "\", got",
                 a.y0 ? " y0 c0" : "", a.n0 ? " n0" : "", a.m0 ? " m0" : "");
   }
-  const at::ScalarType type = slstm_state_type(a.wx.scalar_type());
+  const at::ScalarType type = accumulate_type(a.wx.scalar_type());
   const std::array<std::pair<const char*, const OptionalTensor*>, 4> states{
       {{"y0", &a.y0}, {"c0", &a.c0}, {"n0", &a.n0}, {"m0", &a.m0}}};
   for (const auto& [name, state] : states) {
@@ -79,10 +80,6 @@ cpu::SlstmCell slstm_cell(std::string_view name) {
   TORCH_CHECK(name == "lstm", "slstm: cell: expected \"slstm\", \"slstm_expf\" or \"lstm\", got \"",
               name, "\"");
   return cpu::SlstmCell::kLstm;
-}
-
-at::ScalarType slstm_state_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 void check_slstm_arguments(const SlstmArguments& a) {
@@ -166,7 +163,7 @@ void check_slstm_backward_arguments(const SlstmBackwardArguments& a) {
 void check_slstm_saved(const SlstmBackwardArguments& a, bool preactivations) {
   const cpu::SlstmCell cell = slstm_cell(a.cell);
   const Sizes y = a.y.sym_sizes().vec();
-  const at::ScalarType type = slstm_state_type(a.y.scalar_type());
+  const at::ScalarType type = accumulate_type(a.y.scalar_type());
   check_dtype(kBackwardOp, "checkpoints", a.checkpoints, type);
   check_shape(kBackwardOp, "checkpoints", a.checkpoints,
               checkpoint_sizes(y, state_count(a.cu_seqlens, a.y), a.cu_seqlens.has_value(), cell,
@@ -185,7 +182,7 @@ void check_slstm_saved(const SlstmBackwardArguments& a, bool preactivations) {
 SlstmResults empty_slstm_results(const SlstmArguments& a, bool saved) {
   const cpu::SlstmCell cell = slstm_cell(a.cell);
   const Sizes y{a.wx.sym_size(0), a.wx.sym_size(1), a.wx.sym_size(3), a.wx.sym_size(4)};
-  const auto options = a.wx.options().dtype(slstm_state_type(a.wx.scalar_type()));
+  const auto options = a.wx.options().dtype(accumulate_type(a.wx.scalar_type()));
   const c10::SymInt count = state_count(a.cu_seqlens, a.wx);
   const auto state = [&] { return at::empty_symint({count, y[2], y[3]}, options); };
   at::Tensor gates, checkpoints;
@@ -230,7 +227,7 @@ std::vector<cpu::SlstmRow> slstm_sequences(int64_t batch, int64_t time,
 
 SlstmGradients empty_slstm_gradients(const SlstmBackwardArguments& a) {
   const Sizes y = a.y.sym_sizes().vec();
-  const auto options = a.y.options().dtype(slstm_state_type(a.y.scalar_type()));
+  const auto options = a.y.options().dtype(accumulate_type(a.y.scalar_type()));
   const Sizes state{state_count(a.cu_seqlens, a.y), y[2], y[3]};
   return {
       empty_gates(y, a.y.options(), a.gate_dim),  at::empty_symint({4, y[2], y[3], y[3]}, options),

@@ -58,9 +58,6 @@ struct SlstmBackwardArguments {
 /// "slstm", "slstm_expf" or "lstm"; anything else is an error.
 cpu::SlstmCell slstm_cell(std::string_view name);
 
-/// float64 -> float64, all others -> float32.
-at::ScalarType slstm_state_type(at::ScalarType type);
-
 /// Shapes, dtypes and devices of all arguments (not the values of cu_seqlens); symbolic sizes are fine.
 void check_slstm_arguments(const SlstmArguments& a);
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "csrc/ops/cpu/slstm_params.h"
+#include "csrc/ops/rows.h"
 #include "csrc/ops/slstm_arguments.h"
 
 namespace xlstm::ops {
@@ -122,7 +123,7 @@ SlstmResults forward_cpu(const SlstmArguments& a, bool saved) {
   check_slstm_arguments(a);
   SlstmResults results = empty_slstm_results(a, saved);
   const auto& [y, y_last, c, n, m, gates, checkpoints] = results;
-  InputTensors inputs(a, slstm_state_type(a.wx.scalar_type()));
+  InputTensors inputs(a, accumulate_type(a.wx.scalar_type()));
   inputs.wx = a.wx;
   const std::vector<SlstmRow> rows = slstm_sequences(a.wx.size(0), a.wx.size(1), a.cu_seqlens);
 
@@ -160,7 +161,7 @@ SlstmResults slstm_forward_cpu(const SlstmArguments& a) {
 SlstmGradients slstm_backward_cpu(const SlstmBackwardArguments& a) {
   check_slstm_backward_arguments(a);
   check_slstm_saved(a, false);
-  const at::ScalarType type = slstm_state_type(a.y.scalar_type());
+  const at::ScalarType type = accumulate_type(a.y.scalar_type());
   const at::Tensor dy = a.dy ? a.dy->to(a.y.scalar_type()) : at::Tensor(),
                    dy_last = in_type(a.dy_last, type), dc = in_type(a.dc, type),
                    dn = in_type(a.dn, type), gates = a.gates.contiguous(),

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/ops/rows.h"
 #include "csrc/ops/slstm.h"
 #include "csrc/ops/slstm_arguments.h"
 #include "tests/support/catch.h"
@@ -49,7 +50,7 @@ inline std::string title(const SlstmCase& s, at::ScalarType type) {
 inline ops::SlstmArguments slstm_arguments(const SlstmCase& s, at::ScalarType type) {
   at::manual_seed(17);
   const auto draw = [](at::IntArrayRef sizes) { return at::randn(sizes, at::kDouble); };
-  const at::ScalarType state_type = ops::slstm_state_type(type),
+  const at::ScalarType state_type = ops::accumulate_type(type),
                        parameter_type = s.float_parameters ? state_type : type;
   std::vector<int64_t> sizes{s.batch, s.time, s.heads, s.dh};
   sizes.insert(sizes.begin() + s.gate_dim, 4);
@@ -100,7 +101,7 @@ inline SlstmUpstream slstm_upstream(const SlstmCase& s, const ops::SlstmArgument
   if (s.strided_dy) d.dy = draw({s.heads, s.dh, s.batch, s.time}, type).permute({2, 3, 0, 1});
   if (s.only_y) return d;
   const int64_t count = a.cu_seqlens ? a.cu_seqlens->size(0) - 1 : s.batch;
-  const auto state = [&] { return draw({count, s.heads, s.dh}, ops::slstm_state_type(type)); };
+  const auto state = [&] { return draw({count, s.heads, s.dh}, ops::accumulate_type(type)); };
   d.dy_last = state();
   d.dc = state();
   if (std::string(s.cell) != "lstm") d.dn = state();
