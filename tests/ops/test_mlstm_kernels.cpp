@@ -11,6 +11,7 @@
 
 #include "csrc/ops/mlstm_generic.h"
 #include "csrc/ops/mlstm_kernels.h"
+#include "tests/ops/kernel_results.h"
 #include "tests/ops/mlstm_cases.h"
 #include "tests/ops/mlstm_fake_kernels.h"
 
@@ -23,6 +24,7 @@ using xlstm::ops::MlstmBackwardArguments;
 using xlstm::ops::MlstmDevice;
 using xlstm::ops::OptionalTensor;
 using xlstm::test::arguments;
+using xlstm::test::list;
 using xlstm::test::Problem;
 
 void check_equal(const Tensor& got, const Tensor& expected) {
@@ -54,11 +56,6 @@ MlstmArguments strided_arguments(const Problem& p, const Types& types) {
     if (*x) *x = spread((*x)->to(at::kFloat));
   if (a.reset) a.reset = a.reset->t().contiguous().t();
   return a;
-}
-
-template <class Results>
-std::vector<Tensor> list(const Results& results) {
-  return std::apply([](const auto&... x) { return std::vector<Tensor>{x...}; }, results);
 }
 
 void check_both_directions(const MlstmArguments& a, const OptionalTensor& dh,
