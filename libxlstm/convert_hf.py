@@ -40,7 +40,7 @@ _IGNORED = {
     "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
-}  # fmt: skip
+}
 # That first code could compute other blocks with these.
 _FIRST_CODE = {"add_post_blocks_norm": True, "add_post_norm": False, "add_qk_norm": False}
 # What an import keeps of config.json for the way back: all but what an export says itself.

@@ -24,7 +24,7 @@ _IGNORED = {
         "dtype_s", "dtype_a", "enable_automatic_mixed_precision", "initial_val",
     },
     "feedforward": {"embedding_dim", "dropout"},
-}  # fmt: skip
+}
 _ACTIVATIONS = {"gelu": "gelu", "swish": "silu", "relu": "relu", "relu^2": "relu2"}
 LAYOUTS = ("cuda", "vanilla")
 
@@ -189,13 +189,13 @@ def _slstm_rows(model, to, source, layout):
     if layout == "cuda":
         yield _Row(to + "recurrent", kernel, (heads, size, 4 * size),
                    lambda r: r.view(heads, size, 4, size).permute(2, 0, 3, 1),
-                   lambda r: r.permute(1, 3, 0, 2).reshape(heads, size, 4 * size), hint=hint)  # fmt: skip
+                   lambda r: r.permute(1, 3, 0, 2).reshape(heads, size, 4 * size), hint=hint)
         yield _Row(to + "bias", bias, (4 * width,), lambda b: b.view(heads, 4, size).transpose(0, 1),
-                   lambda b: b.transpose(0, 1).reshape(-1))  # fmt: skip
+                   lambda b: b.transpose(0, 1).reshape(-1))
     else:
         yield _Row(to + "recurrent", kernel, (heads, 4 * size, size),
                    lambda r: r.view(heads, 4, size, size).transpose(0, 1),
-                   lambda r: r.transpose(0, 1).reshape(heads, 4 * size, size), hint=hint)  # fmt: skip
+                   lambda r: r.transpose(0, 1).reshape(heads, 4 * size, size), hint=hint)
         yield _Row(to + "bias", bias, (4 * width,), lambda b: b.view(4, heads, size), lambda b: b.reshape(-1))
     yield _norm(to + "out_norm.weight", source + "group_norm.weight", width, absent=lambda: torch.ones(width))
 

@@ -28,7 +28,7 @@ class TokenData:
     """
 
     def __init__(self, prefixes, seq_len, seed=1234, shuffle=True, weights=None, streams=0, reset_state_at_document=True,
-                 mask_loss_across_documents=True):  # fmt: skip
+                 mask_loss_across_documents=True):
         prefixes = [prefixes] if isinstance(prefixes, (str, os.PathLike)) else prefixes
         prefixes = [os.fspath(prefix) for prefix in prefixes]
         weights = [1.0] * len(prefixes) if weights is None else [float(weight) for weight in weights]
@@ -37,7 +37,7 @@ class TokenData:
         integer("seq_len", seq_len), integer("seed", seed, 0, 2**64 - 1), integer("streams", streams)
         self.prefixes, self.seq_len = prefixes, seq_len
         self._arguments = (prefixes, weights, seq_len, seed, bool(shuffle), streams, bool(reset_state_at_document),
-                           bool(mask_loss_across_documents))  # fmt: skip
+                           bool(mask_loss_across_documents))
         self._core = load_module().TokenData(*self._arguments)
 
     def __getstate__(self):
@@ -137,7 +137,7 @@ class TokenWriter:
         left out. The last one goes on in the next call, up to add() or finish(). Arrays are read piece by piece."""
         if self.eos_id < 0:
             raise ValueError(f"add_stream: the tokenizer {self._tokenizer.spec} has no end-of-document token, which parts "
-                             "documents; give its id as eos_id, or documents one by one to add()")  # fmt: skip
+                             "documents; give its id as eos_id, or documents one by one to add()")
         for first in range(0, len(ids), _PIECE):
             piece, start = _int64(ids[first:first + _PIECE]), 0
             for end in (piece == self.eos_id).nonzero().flatten().tolist():
@@ -153,7 +153,7 @@ class TokenWriter:
         if core.num_documents == 0:
             raise ValueError(f"{self.prefix}: no ids were given; nothing is written")
         core.finish(self._tokenizer.spec, self.eos_id, self._num_bytes,
-                    f"libxlstm.TokenWriter({self.prefix!r}, {self._tokenizer.spec!r})")  # fmt: skip
+                    f"libxlstm.TokenWriter({self.prefix!r}, {self._tokenizer.spec!r})")
         self._core, self._finished = None, True
 
     @property

@@ -25,7 +25,7 @@ import command_line  # noqa: E402
 import peers  # noqa: E402
 from gpu_cases import OURS, relative_error  # noqa: E402
 from gpu_slstm_cases import HEADS, SUITES, Case, cases, input_sets, make_inputs, plot, reference, work  # noqa: E402
-from timing import Effort, clocks, gpu_machine, kernel_times, measure, write_report  # noqa: E402
+from timing import clocks, gpu_machine, kernel_times, measure, write_report  # noqa: E402
 
 NAMES = {"slstm": ("wx", "r", "b"), "lstm": ("wx", "r", "b"), "layer": ("x", "weight", "r", "b")}
 # Largest ||ours - reference|| / ||reference||; y goes into the next step's product in bfloat16, or with 16 bits.

@@ -66,7 +66,7 @@ def norm_ours(kind, act):
 def norm_inputs(rows=(3, 5), heads=3, dim=21):
     c = heads * dim
     return [randn(*rows, heads, dim) * 2 + 1, randn(c), randn(c, seed=1), randn(*rows, c), randn(c, seed=2),
-            randn(*rows, c, seed=3) * 2]  # fmt: skip
+            randn(*rows, c, seed=3) * 2]
 
 
 def residual_by_aten(x, branch, w=None, b=None, kind="layer"):

@@ -19,7 +19,7 @@ VOCABULARY = 90
 NATIVE = {
     "chunkwise_kernel": "chunkwise--native_autograd", "sequence_kernel": "native_sequence__native", "step_kernel": "native",
     "autocast_kernel_dtype": "float32", "chunk_size": 16,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -330,7 +330,7 @@ def test_transformers_without_the_xlstm_package():
 
 @pytest.mark.parametrize(("changes", "time"), [({}, 45), ({"mode": "train"}, 48), ({"weight_mode": "fused"}, 19),
                                                ({"use_bias": True, "add_out_norm": False}, 30),
-                                               ({"chunkwise_kernel": "chunkwise--native_custbw"}, 45)])  # fmt: skip
+                                               ({"chunkwise_kernel": "chunkwise--native_custbw"}, 45)])
 def test_large_losses_and_gradients(changes, time):
     theirs = make_large(**changes)
     ours, ids = accelerated(theirs), random_ids(3, time)

@@ -85,7 +85,7 @@ def run_tool(folder, config, tensors, *more):
     arguments = [
         "--from", "xlstm", "--config", str(folder / "config.yaml"), "--weights", str(folder / "weights.safetensors"),
         "--out", str(folder / "out"), *more,
-    ]  # fmt: skip
+    ]
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
         code = convert.main(arguments)
@@ -121,7 +121,7 @@ def check_logits(model, folder):
          "mlstm_block__mlstm__round_proj_up_to_multiple_of": 32},
         {"slstm_block__slstm__group_norm_weight": False},
     ],
-)  # fmt: skip
+)
 def test_logits_are_the_packages(changes, tmp_path):
     config = make_config(**changes)
     model = make_model(config)

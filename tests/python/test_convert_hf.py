@@ -29,7 +29,7 @@ SMALL = {
     "autocast_kernel_dtype": "float32", "chunkwise_kernel": "chunkwise--native_autograd",
     "sequence_kernel": "native_sequence__native", "step_kernel": "native",
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
+}
 
 
 def make_model(**changes):
@@ -215,7 +215,7 @@ THE_7B_MODEL = {
     "torch_dtype": "float32", "transformers_version": "4.48.0.dev0", "use_bias": False, "use_cache": True,
     "v_dim_factor": 1.0, "vocab_size": 50304, "weight_mode": "single",
     "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
-}  # fmt: skip
+}
 
 
 def test_the_7b_model_is_that_of_the_configuration_file():
@@ -319,7 +319,7 @@ CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}{{
 BESIDES = {
     "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "autocast_kernel_dtype": "bfloat16",
     "force_bos_token_insert": True, "max_inference_chunksize": 4096,
-}  # fmt: skip
+}
 
 
 def write_theirs(folder, **changes):

@@ -28,7 +28,7 @@ SLSTM = {"wx": (B, T, 4, NH, D), "r": (4, NH, D, D), "b": (4, NH, D)} | SLSTM_ST
 SLSTM_OPTIONS = {"cell": "slstm", "recurrent_clip": 0.0, "recurrent_cut": False}
 CONV = {"x": ROWS, "weight": (D, 3), "bias": (D,), "state0": (B, 2, D)} | DOCUMENTS
 NORM = {"x": HEADS, "weight": (NH * D,), "bias": (NH * D,), "skip": (B, T, NH * D), "skip_weight": (NH * D,),
-        "gate": (B, T, NH * D)}  # fmt: skip
+        "gate": (B, T, NH * D)}
 ENTROPY = {"x": ROWS, "weight": (V, D), "target": (B, T, LONG)}
 ENTROPY_OPTIONS = {"ignore_index": -100, "soft_cap": 0.0, "reduction": "mean"}
 WKV = {"k": ROWS, "v": ROWS, "w": (D,), "u": (D,), "a0": (B, D), "b0": (B, D), "p0": (B, D)} | RESET
@@ -72,7 +72,7 @@ OPERATORS = {
     "gated_linear_attention_backward": ({"dh": HEADS, "dstate": C} | GATED, {"scale": None}),
     "gated_scan": ({"x": ROWS, "a": ROWS, "state0": (B, D)} | RESET, {}),
     "gated_scan_backward": ({"dh": ROWS, "dstate": (B, D), "a": ROWS, "h": ROWS, "state0": (B, D)} | RESET, {}),
-}  # fmt: skip
+}
 
 
 def tensor(sizes):
@@ -122,5 +122,5 @@ def test_tensors_of_one_device_are_taken(operator):
 
 def test_every_operator_is_here():
     names = {schema.name.removeprefix("xlstm::") for schema in torch._C._jit_get_all_schemas()
-             if schema.name.startswith("xlstm::")}  # fmt: skip
+             if schema.name.startswith("xlstm::")}
     assert names == OPERATORS.keys()

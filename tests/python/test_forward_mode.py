@@ -35,7 +35,7 @@ OPERATORS = {
     "selective_scan": lambda: [*tensors((B, T, D)), torch.rand(B, T, D), -torch.rand(D, 3),
                                *tensors((B, T, 3), (B, T, 3), (D,))],
     "wkv": lambda: [*tensors((B, T, D), (B, T, D)), -torch.rand(D), torch.randn(D)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -21,7 +21,7 @@ KINDS = {
                               "qk_dim_factor": 1.0}},
     "llama": {"model": {"kind": "llama", "vocab_size": 300, "embedding_dim": 128, "num_blocks": 2, "num_heads": 4}},
     "hyena": {"model": {"kind": "hyena", "vocab_size": 300, "embedding_dim": 128, "num_blocks": 2}},
-}  # fmt: skip
+}
 
 
 def make_model(settings=SETTINGS, seed=1):

@@ -10,7 +10,7 @@ import torch
 import libxlstm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from tiny_run import TinyRun, program, sha256  # noqa: E402
+from tiny_run import TinyRun, program  # noqa: E402
 
 LORA = ("model.embedding_dim=128", "model.lora.rank=3", "model.lora.alpha=6")
 SETTINGS = {"model": {"lora": {"rank": 3, "alpha": 6}}}

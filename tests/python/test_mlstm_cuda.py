@@ -371,7 +371,7 @@ def test_cuda_graph_of_the_lazy_step(dtype):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("case", [*step_inputs.CASES, {"channels": 2048, "heads": 4, "batch": 1},
-                                  {"channels": 4096, "batch": 300}], ids=str)  # fmt: skip
+                                  {"channels": 4096, "batch": 300}], ids=str)
 def test_what_a_step_reads(case, dtype, tolerance):
     given = step_inputs.to(step_inputs.make(**case), dtype)
     got, wanted = step_inputs.step(step_inputs.to(given, "cuda")), step_inputs.step(step_inputs.to(given, torch.float64))

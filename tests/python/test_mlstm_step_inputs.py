@@ -47,7 +47,7 @@ def separately(given):
 
 
 CASES = [{}, {"size": 8, "width": 2}, {"size": 2, "width": 8, "biases": False}, {"size": 3, "heads": 5},
-         {"size": 24, "batch": 1}, {"batch": 1, "heads": 1, "width": 3}, {"channels": 600, "heads": 7}]  # fmt: skip
+         {"size": 24, "batch": 1}, {"batch": 1, "heads": 1, "width": 3}, {"channels": 600, "heads": 7}]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,7 +120,7 @@ def test_no_derivative():
     (12, lambda x: x.bfloat16(), "fgate_bias: expected dtype Float, got BFloat16"),
     (13, lambda x: x[:, 1:], r"window: expected \(B,W-1,C\) = \[3, 3, 24\], got \[3, 2, 24\]"),
     (13, lambda x: x.double(), "window: expected dtype Float, got Double"),
-])  # fmt: skip
+])
 def test_errors_name_the_argument(place, change, match):
     given = to(make(), torch.float32)
     given[place] = change(given[place])

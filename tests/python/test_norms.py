@@ -49,7 +49,7 @@ def test_norm_gradcheck_on_views(kind, act):
     x, skip = randn(2, 2, 3, 3, grad=True), randn(2, 5, 6, grad=True)
     w, b, sw = (randn(6, seed=i, grad=True) for i in range(3))
     f = lambda x, w, b, s, sw, u: ops.headwise_norm(  # noqa: E731
-        x.transpose(1, 2), w, b, s[:, 1:4], sw, u[..., 6:], kind=kind, gate_activation=act)  # fmt: skip
+        x.transpose(1, 2), w, b, s[:, 1:4], sw, u[..., 6:], kind=kind, gate_activation=act)
     assert torch.autograd.gradcheck(f, (x, w, b, skip, sw, up))
 
 
@@ -84,7 +84,7 @@ def test_residual_norm_equals_aten(kind, parameters, sizes):
 def test_residual_norm_with_one_result_used(used):
     inputs = residual_inputs()
     ours, aten = (run_with_grads(lambda *a: f(*a)[used], inputs[: 2 + 2 * used])  # noqa: B023
-                  for f in (ops.residual_norm, residual_by_aten))  # fmt: skip
+                  for f in (ops.residual_norm, residual_by_aten))
     for got, want in zip(ours, aten, strict=True):
         torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
 

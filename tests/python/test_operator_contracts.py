@@ -47,7 +47,7 @@ def test_sizes_are_checked(operator):
 FREE = {("linear_cross_entropy", "weight"): {0}, ("linear_cross_entropy_backward", "weight"): {0},
         ("linear_cross_entropy_backward", "dx"): {0, 1, 2}, ("linear_cross_entropy_backward", "dweight"): {0, 1},
         ("block_linear", "x"): {0, 1}, ("linear_int8", "x"): {0, 1}, ("quantize_int8", "weight"): {0, 1},
-        ("dequantize_int8", "weight"): {0}, ("slstm_backward", "gates"): {0, 1, 2, 3, 4}}  # fmt: skip
+        ("dequantize_int8", "weight"): {0}, ("slstm_backward", "gates"): {0, 1, 2, 3, 4}}
 
 
 WITH_GRADIENTS = sorted(set(DIFFERENTIABLE) - {"mlstm_step", "mlstm_step_inputs", "causal_conv1d_step"})
@@ -217,7 +217,7 @@ def in_place_calls():
     step = [torch.randn(1, 1, 2) for _ in range(3)] + [torch.randn(1, 1) for _ in range(2)]
     state = lambda: [torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2), torch.zeros(1, 1)]  # noqa: E731
     ring = lambda: [torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2),  # noqa: E731
-                    torch.zeros(1, 1, dtype=torch.int32)]  # fmt: skip
+                    torch.zeros(1, 1, dtype=torch.int32)]
     maps = [torch.randn(1, 2, 2), None] * 3 + [torch.randn(1, 6), torch.randn(1)] * 2
     return {
         "mlstm_step": (step, state()),
@@ -276,7 +276,7 @@ def test_tensors_without_dimensions_are_an_error_on_meta_too():
     ("mlstm_chunkwise", "eps", (-1.0, NAN)), ("mlstm_chunkwise", "scale", (NAN, float("inf"))),
     ("mlstm_step", "eps", (-1.0, NAN)), ("headwise_norm", "eps", (-10.0, NAN)), ("residual_norm", "eps", (-1.0,)),
     ("linear_cross_entropy", "soft_cap", (-1.0, float("inf"), NAN)),
-])  # fmt: skip
+])
 def test_numbers_that_make_no_sense(operator, option, values):
     for value in values:
         with pytest.raises(RuntimeError, match=rf"{operator}: {option}: expected"):

@@ -18,7 +18,7 @@ OPERATORS = [
     "mlstm_chunkwise", "mlstm_step", "mlstm_step_inputs", "mlstm_step_lazy", "mlstm_fold", "slstm", "causal_conv1d",
     "causal_conv1d_step", "headwise_norm", "residual_norm", "block_linear", "linear_cross_entropy", "gated_linear_attention",
     "gated_scan", "selective_scan", "wkv", "linear_int8", "quantize_int8", "dequantize_int8",
-]  # fmt: skip
+]
 BUILD = Path(torch.ops.loaded_libraries.__iter__().__next__()).parent
 
 

@@ -14,7 +14,7 @@ from pointwise import (
 
 
 BLOCKS = [(5, 4, 4), (16, 4, 4), (33, 2, 2), (9, 8, 8), (3, 16, 16), (7, 3, 5), (2, 16, 1), (4, 1, 12), (1, 1, 1),
-          (4, 13, 13), (3, 17, 9), (4, 64, 64), (2, 40, 33)]  # fmt: skip
+          (4, 13, 13), (3, 17, 9), (4, 64, 64), (2, 40, 33)]
 
 
 @pytest.mark.parametrize("blocks,out,width", BLOCKS)
@@ -108,7 +108,7 @@ def low_precision_cases():
         block = [randn(100, shape[0] * shape[2]), randn(*shape), randn(shape[0] * shape[1])]
         yield f"block{shape}", ops.block_linear, block_by_aten, block
     yield ("entropy", lambda x, w: ops.linear_cross_entropy(x, w, target),
-           lambda x, w: entropy_by_aten(x, w, target), [randn(200, 30), randn(50, 30)])  # fmt: skip
+           lambda x, w: entropy_by_aten(x, w, target), [randn(200, 30), randn(50, 30)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,7 +129,7 @@ OPCHECK_CASES = {
     "block_linear large": lambda r: ((r(5, 36), r(2, 17, 18)), {}),
     "linear_cross_entropy": lambda r: ((r(2, 5, 3), r(7, 3), torch.arange(10).view(2, 5) % 7), dict(soft_cap=2.0)),
     "linear_cross_entropy none": lambda r: ((r(5, 3), r(7, 3), torch.arange(5)), dict(reduction="none")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPCHECK_CASES)
@@ -156,7 +156,7 @@ def test_opcheck_backward_and_step():
     args = (r(5, 3), r(7, 3), torch.arange(5))
     for need in (True, False):
         check(ops.linear_cross_entropy_forward.default, args,
-              dict(entropy, reduction="mean", need_dx=need, need_dweight=not need))  # fmt: skip
+              dict(entropy, reduction="mean", need_dx=need, need_dweight=not need))
     check(ops.linear_cross_entropy_backward.default, (r(()), *args, r(5, 3), None), dict(entropy, reduction="sum"))
     check(ops.linear_cross_entropy_backward.default, (r(5), *args, None, None), dict(entropy, reduction="none"))
 
@@ -263,7 +263,7 @@ ERRORS = [
     (lambda: ops.linear_cross_entropy(x3, torch.zeros(5, 4), torch.zeros(2, 3)), "target: expected dtype Long, got Float"),
     (lambda: ops.linear_cross_entropy(x3, torch.zeros(5, 4), torch.zeros(2, 3).long(), reduction="max"), "reduction:"),
     (lambda: ops.linear_cross_entropy(x3, torch.zeros(5, 4), torch.zeros(2, 3).long(), soft_cap=-1.0), "soft_cap:"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", range(len(ERRORS)))

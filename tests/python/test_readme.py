@@ -23,7 +23,7 @@ PROGRAMS = {name: [BIN / name] for name in ("xlstm-train", "xlstm-generate", "xl
     "python -m libxlstm.plot": [sys.executable, "-m", "libxlstm.plot"],
     "python scripts/reproduce.py": [sys.executable, ROOT / "scripts" / "reproduce.py"],
     "python scripts/train_tokenizer.py": [sys.executable, ROOT / "scripts" / "train_tokenizer.py"],
-}  # fmt: skip
+}
 
 
 def commands():
@@ -158,7 +158,7 @@ def test_its_fine_tuning_begins(tmp_path):
     model = libxlstm.make_model({"model": {"kind": "xlstm_large", "embedding_dim": 128, "num_blocks": 2, "num_heads": 2}})
     model.save(tmp_path / "runs" / "xlstm-7b")
     done = subprocess.run([BIN / "xlstm-train", "tune.yaml", "--dry-run"], cwd=tmp_path, capture_output=True, text=True,
-                          env=environment())  # fmt: skip
+                          env=environment())
     assert done.returncode == 0, done.stderr
     assert "all tensors fit" in done.stdout and "one step " in done.stdout
 

@@ -447,7 +447,7 @@ def test_error_messages_backward(recompute, change, message):
     y, *_, gates, checkpoints = torch.ops.xlstm.slstm_forward(
         wx, r, b, None, None, None, None, recompute=recompute, preactivations=False, **options)
     given = {"dy": y, "y": y, "gates": gates, "checkpoints": checkpoints, "wx": wx if recompute else None, "r": r,
-             "b": b if recompute else None, "gate_dim": 2} | options  # fmt: skip
+             "b": b if recompute else None, "gate_dim": 2} | options
     given |= {name: None for name in ("dy_last", "dc", "dn", *STATE_NAMES)}
     torch.ops.xlstm.slstm_backward(**given)
     given |= {name: given[name].to(new) if isinstance(new, torch.dtype) else new for name, new in change.items()}

@@ -231,7 +231,7 @@ def test_prompts_that_the_model_does_not_know(setup, tmp_path):
         assert '"line " has token 108' in one_line_error(done, 2) and "step 1/" not in done.stdout
 
 
-def test_changed_settings_are_refused_on_resume(setup, corpus, tmp_path):
+def test_changed_settings_are_refused_on_resume(setup, tmp_path):
     config, run = setup
     assert train(config, "train.max_steps=4").returncode == 0
     assert "data.seq_len: 8 now" in one_line_error(train(config, "data.seq_len=8"), 2)
@@ -417,7 +417,7 @@ def test_plot(setup, tmp_path, monkeypatch, capsys):
     assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".svg", ".yaml"]
 
 
-def test_a_picture_that_fails_is_a_warning(setup, monkeypatch):
+def test_a_picture_that_fails_is_a_warning(setup):
     config, run = setup
     done = subprocess.run([PROGRAM, config, "log.plot=true"], env={**os.environ, "XLSTM_PYTHON": "/bin/false"},
                           capture_output=True, text=True)
