@@ -22,12 +22,6 @@ class BytesTokenizer final : public Tokenizer {
     for (size_t i = 0; i < text.size(); ++i) ids[i] = static_cast<unsigned char>(text[i]);
     return ids;
   }
-  std::vector<std::vector<int64_t>> encode_batch(
-      const std::vector<std::string_view>& texts) override {
-    std::vector<std::vector<int64_t>> ids;
-    for (const auto text : texts) ids.push_back(encode(text));
-    return ids;
-  }
   bool is_bytewise() const override { return true; }
   std::string decode(const std::vector<int64_t>& ids) override {
     std::string text;

@@ -17,7 +17,11 @@ class Tokenizer {
   virtual std::vector<int64_t> encode(std::string_view text) = 0;
   /// Several texts at once, which costs a tokenizer in another process one round trip.
   virtual std::vector<std::vector<int64_t>> encode_batch(
-      const std::vector<std::string_view>& texts) = 0;
+      const std::vector<std::string_view>& texts) {
+    std::vector<std::vector<int64_t>> ids;
+    for (const auto text : texts) ids.push_back(encode(text));
+    return ids;
+  }
   /// The same for texts that go on in a document: what the tokenizer puts before a text, such as a space, is left out.
   virtual std::vector<std::vector<int64_t>> encode_inside(
       const std::vector<std::string_view>& texts) {

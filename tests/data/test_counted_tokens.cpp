@@ -82,12 +82,6 @@ class PlaceTokenizer final : public Tokenizer {
     texts.emplace_back(text);
     return text.empty() ? std::vector<int64_t>{} : std::vector<int64_t>{1};
   }
-  std::vector<std::vector<int64_t>> encode_batch(
-      const std::vector<std::string_view>& batch) override {
-    std::vector<std::vector<int64_t>> ids;
-    for (const auto text : batch) ids.push_back(encode(text));
-    return ids;
-  }
   std::vector<std::vector<int64_t>> encode_inside(
       const std::vector<std::string_view>& batch) override {
     auto ids = encode_batch(batch);

@@ -43,12 +43,6 @@ class WordTokenizer final : public Tokenizer {
     }
     return ids;
   }
-  std::vector<std::vector<int64_t>> encode_batch(
-      const std::vector<std::string_view>& texts) override {
-    std::vector<std::vector<int64_t>> ids;
-    for (const auto text : texts) ids.push_back(encode(text));
-    return ids;
-  }
   std::string decode(const std::vector<int64_t>&) override { return ""; }
   int64_t vocab_size() const override { return 2; }
   int64_t eos_id() const override { return -1; }
