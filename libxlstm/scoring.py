@@ -144,6 +144,11 @@ def cut_at(text, stops):
     return (text[: min(places)], True) if places else (text, False)
 
 
+def select(state, rows):
+    """The state of some sequences, or of some of them several times."""
+    return [[tensor.index_select(0, rows) for tensor in block] for block in state]
+
+
 class Judge:
     """A model and its tokenizer. The model is put into eval mode, moved to the device and, for bfloat16_weights and
     int8_weights, rounded in place.
@@ -191,7 +196,6 @@ class Judge:
         weights, self._autocast = DTYPES[dtype]
         model.to(self.device).eval()
         model.quantize() if weights == torch.int8 else model.to(weights)
-        self._batch_dims = self._find_batch_dims()
 
     @classmethod
     def load(cls, folder, tokenizer=None, verify=True, **options):
@@ -323,7 +327,7 @@ class Judge:
                 break
             if len(going) < len(alive):
                 rows = torch.tensor(going, device=self.device)
-                tokens, state, alive = tokens[rows], self._select(state, rows), [alive[place] for place in going]
+                tokens, state, alive = tokens[rows], select(state, rows), [alive[place] for place in going]
             logits, state = self.model(tokens.unsqueeze(1), state)
             logits = logits[:, -1]
         return [cut_at(self.tokenizer.decode(tokens), stops)[0] for tokens in ids]
@@ -346,7 +350,7 @@ class Judge:
 
         add(logits.index_select(0, rows).unsqueeze(1), 0)
         if length > 1:
-            for first, more, _ in self._pieces(padded[:, :-1], self._select(state, rows)):
+            for first, more, _ in self._pieces(padded[:, :-1], select(state, rows)):
                 add(more, first + 1)
         return list(zip(total.tolist(), greedy.tolist()))
 
@@ -369,20 +373,6 @@ class Judge:
             starts = None if reset is None else reset[:, piece].to(self.device)
             logits, state = self.model(ids[:, piece].to(self.device), state, starts)
             yield first, logits, state
-
-    def _find_batch_dims(self):
-        """Which dimension of each tensor of the state counts sequences; None: all share it (Hyena's filter)."""
-        with self._computing():
-            states = [self.model(torch.zeros(size, 1, dtype=torch.long, device=self.device))[1] for size in (2, 3)]
-
-        def differing(two, three):
-            return next((dim for dim in range(two.dim()) if two.size(dim) != three.size(dim)), None)
-
-        return [[differing(*tensors) for tensors in zip(*blocks)] for blocks in zip(*states)]
-
-    def _select(self, state, rows):
-        return [[tensor if dim is None else tensor.index_select(dim, rows) for tensor, dim in zip(block, dims)]
-                for block, dims in zip(state, self._batch_dims)]
 
     def _batches(self, items, length=None):
         """Of what is to be read from its beginning, and is sorted by its length: of equal ones where positions are learned."""
