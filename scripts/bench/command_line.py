@@ -1,4 +1,4 @@
-"""The command line that the benchmarks of single operators on a GPU share."""
+"""What the benchmarks of single operators on a GPU share: their command line, and how they end."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from timing import Effort
+from timing import Effort, clocks, write_report
 
 
 def parser(doc: str, name: str, suites: str, heads: str) -> argparse.ArgumentParser:
@@ -48,3 +48,17 @@ def wanted_peers(operators: list, args: argparse.Namespace) -> list:
 def wanted_heads(shapes: list, args: argparse.Namespace) -> list:
     """Those that --heads leaves."""
     return [shape for shape in shapes if not args.heads or tuple(shape) in args.heads]
+
+
+def finish(report: dict, bad: list, args: argparse.Namespace, plot) -> int:
+    """Tells what was skipped and what is `bad`, writes the report and what plot(report, path) draws of it; the exit status."""
+    report["machine"]["clocks_at_end"] = clocks()
+    report["bad"] = bad
+    for title in report["skipped"]:
+        print(f"skipped for want of time: {title}")
+    write_report(args.out / f"{args.name}.json", report)
+    drawn = plot(report, args.out / f"{args.name}.png")
+    print(f"\nwrote {args.out / args.name}.json" + (f" and {args.name}.png" if drawn else ""))
+    for each in bad:
+        print(f"FAIL {each}")
+    return 1 if bad else 0

@@ -29,7 +29,7 @@ from gpu_cases import (  # noqa: E402
     HEADS, NAMES, OURS, STANDARD, Case, cases, make_inputs, plot, reference, relative_error, ring_of, set_count, step_sets,
     work,
 )
-from timing import Effort, clocks, gpu_machine, kernel_times, measure, rooflines, write_report  # noqa: E402
+from timing import Effort, gpu_machine, kernel_times, measure, rooflines, write_report  # noqa: E402
 
 # Largest ||ours - reference|| / ||reference||; the forget gate's gradient sums many tokens.
 LIMITS = {torch.bfloat16: (5e-3, 1e-2), torch.float16: (5e-3, 1e-2), torch.float32: (2e-5, 2e-5)}
@@ -358,17 +358,8 @@ def main(arguments=None):
     ran = [name for row in report["cases"] for r in row["times"].values() for name in r.get("kernels_ms", {})]
     if ran and "sm_90a" in operators[0].name and not any("_sm90" in name for name in ran):
         bad.append("no sm_90a kernel ran")
-    report["machine"]["clocks_at_end"] = clocks()
-    report["bad"] = bad
     print_ratios(report)
-    for title in report["skipped"]:
-        print(f"skipped for want of time: {title}")
-    write_report(args.out / f"{args.name}.json", report)
-    drawn = plot(report, args.out / f"{args.name}.png")
-    print(f"\nwrote {args.out / args.name}.json" + (f" and {args.name}.png" if drawn else ""))
-    for each in bad:
-        print(f"FAIL {each}")
-    return 1 if bad else 0
+    return command_line.finish(report, bad, args, plot)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import command_line  # noqa: E402
 import peers  # noqa: E402
 from gpu_cases import OURS, relative_error  # noqa: E402
 from gpu_slstm_cases import HEADS, SUITES, Case, cases, input_sets, make_inputs, plot, reference, work  # noqa: E402
-from timing import clocks, gpu_machine, kernel_times, measure, write_report  # noqa: E402
+from timing import gpu_machine, kernel_times, measure, write_report  # noqa: E402
 
 NAMES = {"slstm": ("wx", "r", "b"), "lstm": ("wx", "r", "b"), "layer": ("x", "weight", "r", "b")}
 # Largest ||ours - reference|| / ||reference||; y goes into the next step's product in bfloat16, or with 16 bits.
@@ -224,17 +224,8 @@ def main(arguments=None):
     report["skipped"] = [case.title() for case in waiting]
     bad += [f"{Case(**row['case']).title()}: {name}: {result['failed']}" for row in report["cases"]
             for name, result in row["times"].items() if name.startswith(OURS) and "failed" in result]
-    report["machine"]["clocks_at_end"] = clocks()
-    report["bad"] = bad
     print_ratios(report)
-    for title in report["skipped"]:
-        print(f"skipped for want of time: {title}")
-    write_report(args.out / f"{args.name}.json", report)
-    drawn = plot(report, args.out / f"{args.name}.png")
-    print(f"\nwrote {args.out / args.name}.json" + (f" and {args.name}.png" if drawn else ""))
-    for each in bad:
-        print(f"FAIL {each}")
-    return 1 if bad else 0
+    return command_line.finish(report, bad, args, plot)
 
 
 if __name__ == "__main__":
