@@ -7,12 +7,12 @@
 
 #include <algorithm>
 #include <map>
-#include <optional>
 #include <sstream>
 #include <utility>
 
 #include "csrc/core/error.h"
 #include "csrc/models/language_model.h"
+#include "csrc/nn/layers.h"
 
 namespace xlstm::train {
 namespace {
@@ -30,10 +30,6 @@ std::string describe(const at::Tensor& tensor) {
 /// Elements begin to end of a contiguous tensor; the tensor itself where that is all of it.
 at::Tensor part_of(const at::Tensor& tensor, int64_t begin, int64_t end) {
   return end - begin == tensor.numel() ? tensor : tensor.view(-1).slice(0, begin, end);
-}
-
-std::optional<at::Tensor> given(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
 }  // namespace
@@ -140,7 +136,7 @@ void AdamW::update(double weight_decay, const at::Tensor& rate, const at::Tensor
   const std::vector<at::Tensor> steps(tensors.size(), step_);  // read only: all share one
   at::_fused_adamw_(tensors, gradients, exp_avgs, exp_avg_sqs, {}, steps, rate, options_.beta1,
                     options_.beta2, weight_decay, options_.eps,
-                    /*amsgrad=*/false, /*maximize=*/false, given(divisor), given(skip));
+                    /*amsgrad=*/false, /*maximize=*/false, nn::given(divisor), nn::given(skip));
 }
 
 /// Every process's updated elements go to the others, of parameters that all hold.
