@@ -1,7 +1,6 @@
 #include "train/generation.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
@@ -104,7 +103,7 @@ std::pair<at::Tensor, models::ModelState> read_on(models::LanguageModel& model,
 /// States of single prompts as they end, put together.
 class LastStates {
  public:
-  LastStates(models::LanguageModel& model, size_t prompts) : model_(model), states_(prompts) {}
+  explicit LastStates(models::LanguageModel& model) : model_(model) {}
 
   /// The prompts `ended` stand in these rows of `state`, which is behind all but their last token, `tokens` (B,1) of all rows.
   void add(const std::vector<size_t>& ended, const std::vector<int64_t>& rows,
@@ -112,25 +111,17 @@ class LastStates {
     if (ended.empty()) return;
     const at::Device device = model_.head_weight().device();
     const at::Tensor index = at::tensor(rows, at::kLong);
-    const models::ModelState own =
+    states_.push_back(
         model_.hidden(tokens.index_select(0, index).to(device), models::rows_of(state, index))
-            .second;
-    for (size_t i = 0; i < ended.size(); ++i) states_[ended[i]] = {own, static_cast<int64_t>(i)};
+            .second);
+    order_.insert(order_.end(), ended.begin(), ended.end());
   }
-  models::ModelState all() const {
-    models::ModelState whole = states_.front().first;
-    for (size_t block = 0; block < whole.size(); ++block)
-      for (size_t k = 0; k < whole[block].size(); ++k) {
-        std::vector<at::Tensor> rows;
-        for (const auto& [state, row] : states_) rows.push_back(state[block][k].narrow(0, row, 1));
-        whole[block][k] = at::cat(rows);
-      }
-    return whole;
-  }
+  models::ModelState all() const { return models::joined(states_, order_); }
 
  private:
   models::LanguageModel& model_;
-  std::vector<std::pair<models::ModelState, int64_t>> states_;  ///< of some prompts, and the row
+  std::vector<models::ModelState> states_;
+  std::vector<int64_t> order_;  ///< the prompt of each of their sequences
 };
 
 /// The same in each of `batch` rows, for samples of one prompt.
@@ -276,7 +267,7 @@ std::vector<std::vector<int64_t>> generate_batch(
     return generated;
   }
   Decoder decoder(model, std::move(behind), {}, batch);
-  LastStates last_states(model, prompts.size());
+  LastStates last_states(model);
   const bool drops = model.head_weight().is_cpu();  // else rows that have ended go on, unheard
   at::Tensor tokens = at::zeros({batch, 1}, at::kLong);
   std::vector<size_t> rows(prompts.size());  // the prompt of each row of the decoder

@@ -40,6 +40,12 @@ void check_reset(const std::optional<at::Tensor>& reset, int64_t batch, int64_t 
       reset->scalar_type());
 }
 
+/// Rows of several tensors as one, whose row order[i] is the i-th of theirs in a row.
+at::Tensor in_order(const std::vector<at::Tensor>& parts, const std::vector<int64_t>& order) {
+  const at::Tensor whole = at::cat(parts);
+  return whole.index_select(0, at::tensor(order, at::kLong).argsort().to(whole.device()));
+}
+
 /// Vectors and states of parts of a batch, put together.
 class Parts {
  public:
@@ -51,32 +57,19 @@ class Parts {
     outputs_.push_back(std::move(outputs));
     order_.insert(order_.end(), rows.begin(), rows.end());
   }
-  at::Tensor vectors(int64_t length) const { return joined(y_, length); }
+  at::Tensor vectors(int64_t length) const { return padded(y_, length); }
   at::Tensor output(size_t k, int64_t length) const {
     std::vector<at::Tensor> of_parts;
     for (const auto& part : outputs_) of_parts.push_back(part[k]);
-    return joined(of_parts, length);
+    return padded(of_parts, length);
   }
-  ModelState state() const {
-    ModelState whole = states_.front();
-    for (size_t block = 0; block < whole.size(); ++block)
-      for (size_t i = 0; i < whole[block].size(); ++i) {
-        std::vector<at::Tensor> of_parts;
-        for (const ModelState& part : states_) of_parts.push_back(part[block][i]);
-        whole[block][i] = in_order(of_parts);
-      }
-    return whole;
-  }
+  ModelState state() const { return joined(states_, order_); }
 
  private:
-  at::Tensor in_order(const std::vector<at::Tensor>& parts) const {
-    const at::Tensor whole = at::cat(parts);
-    return whole.index_select(0, at::tensor(order_, at::kLong).argsort().to(whole.device()));
-  }
-  at::Tensor joined(std::vector<at::Tensor> parts, int64_t length) const {
+  at::Tensor padded(std::vector<at::Tensor> parts, int64_t length) const {
     for (at::Tensor& part : parts)
       part = at::constant_pad_nd(part, {0, 0, 0, length - part.size(1)});
-    return in_order(parts);
+    return in_order(parts, order_);
   }
 
   std::vector<at::Tensor> y_;
@@ -92,6 +85,17 @@ ModelState rows_of(const ModelState& state, const at::Tensor& rows) {
   for (BlockState& block : part)
     for (at::Tensor& tensor : block) tensor = tensor.index_select(0, rows.to(tensor.device()));
   return part;
+}
+
+ModelState joined(const std::vector<ModelState>& parts, const std::vector<int64_t>& order) {
+  ModelState whole = parts.front();
+  for (size_t block = 0; block < whole.size(); ++block)
+    for (size_t i = 0; i < whole[block].size(); ++i) {
+      std::vector<at::Tensor> of_parts;
+      for (const ModelState& part : parts) of_parts.push_back(part[block][i]);
+      whole[block][i] = in_order(of_parts, order);
+    }
+  return whole;
 }
 
 PaddedBatch::PaddedBatch(const at::Tensor& lengths, int64_t batch, int64_t length,

@@ -4,6 +4,7 @@
 #include <functional>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "csrc/models/block_stack.h"
 
@@ -34,6 +35,9 @@ class PaddedBatch {
 
 /// The state of some sequences of a batch: rows (N) int64, on any device.
 ModelState rows_of(const ModelState& state, const at::Tensor& rows);
+
+/// What rows_of took apart: the states of several parts as one, whose sequence order[i] is the i-th of the parts in a row.
+ModelState joined(const std::vector<ModelState>& parts, const std::vector<int64_t>& order);
 
 /// Vectors (B,T,D) of inputs (B,T,...), and the state behind them.
 using Pass = std::function<std::pair<at::Tensor, ModelState>(
