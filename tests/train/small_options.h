@@ -6,11 +6,13 @@
 
 namespace xlstm::train {
 
+constexpr int64_t kSmallVocabulary = 23;
+
 inline models::ModelOptions small_options(const std::string& kind = "xlstm") {
   models::ModelOptions options;
   options.kind = kind;
-  options.vocab_size = 23;
-  options.embedding_dim = 24;
+  options.vocab_size = kSmallVocabulary;
+  options.embedding_dim = 24;  // parts end inside parameters
   options.num_blocks = 3;
   options.num_heads = 2;
   if (kind == "xlstm") options.slstm_at = {1};

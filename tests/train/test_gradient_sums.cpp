@@ -85,7 +85,8 @@ bool is_hooked(const at::Tensor& parameter) {
 TEST_CASE("sums during the backward pass have the bits of sums behind it") {
   const ProcessesHere here;
   seed(2);
-  const at::Tensor tokens = at::randint(23, {2, 2, 3, 9}, at::kLong);  // process, micro batch
+  const at::Tensor tokens =
+      at::randint(kSmallVocabulary, {2, 2, 3, 9}, at::kLong);  // process, micro batch
   for (const auto& [name, options] : cases()) {
     std::vector<at::Tensor> expected;  // one process after the other, then added
     for (int64_t rank = 0; rank < 2; ++rank) {

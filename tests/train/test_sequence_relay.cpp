@@ -57,7 +57,8 @@ TEST_CASE("segments of sequences have the loss and the gradients of whole ones")
       models::ModelOptions options = small_options(kind);
       options.activation_checkpointing = recomputed;
       at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(2);
-      const at::Tensor tokens = at::randint(23, {4, kSegments * kLength + 1}, at::kLong);
+      const at::Tensor tokens =
+          at::randint(kSmallVocabulary, {4, kSegments * kLength + 1}, at::kLong);
       const at::Tensor ids = tokens.narrow(1, 0, kSegments * kLength),
                        targets = tokens.narrow(1, 1, kSegments * kLength);
       const at::Tensor reset = at::zeros(ids.sizes(), at::kBool);

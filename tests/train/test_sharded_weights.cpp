@@ -10,6 +10,7 @@
 
 #include "tests/support/catch.h"
 #include "tests/train/processes_here.h"
+#include "tests/train/small_options.h"
 #include "train/optimizer.h"
 #include "train/sharded_weights.h"
 #include "train/train_step.h"
@@ -22,14 +23,8 @@ namespace {
 constexpr int64_t kProcesses = 3;
 using Model = std::shared_ptr<models::LanguageModel>;
 
-models::ModelOptions small(const std::string& kind) {
-  models::ModelOptions options;
-  options.kind = kind;
-  options.vocab_size = 23;
-  options.embedding_dim = 24;  // parts end inside parameters
-  options.num_blocks = 3;
-  options.num_heads = 2;
-  if (kind == "xlstm") options.slstm_at = {1};
+models::ModelOptions recomputed_options(const std::string& kind) {
+  models::ModelOptions options = small_options(kind);
   options.activation_checkpointing = true;
   return options;
 }
@@ -48,7 +43,7 @@ std::array<Model, kProcesses> make_all(const models::ModelOptions& options) {
 
 at::Tensor ids_of(int64_t sequences) {
   at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(2);
-  return at::randint(23, {sequences, 9}, at::kLong);
+  return at::randint(kSmallVocabulary, {sequences, 9}, at::kLong);
 }
 
 at::Tensor loss_of(models::LanguageModel& model, const at::Tensor& ids) {
@@ -78,7 +73,7 @@ TEST_CASE("divided weights have the gradients and the updates of whole ones") {
     options.weight_decay = 0.3;
     const at::Tensor ids = ids_of(2 * kProcesses);
     const at::Tensor rate = at::full({}, 0.1, at::kDouble);
-    const Model whole = make(small(kind));
+    const Model whole = make(recomputed_options(kind));
     AdamW optimizer(named_parameters(*whole), options);
     loss_of(*whole, ids).backward();
     std::vector<at::Tensor> gradients;
@@ -87,7 +82,7 @@ TEST_CASE("divided weights have the gradients and the updates of whole ones") {
     optimizer.step(rate);
     const NamedTensors moments = optimizer.state();
 
-    const auto all = make_all(small(kind));
+    const auto all = make_all(recomputed_options(kind));
     std::array<double, kProcesses> difference{}, after{};
     std::array<bool, kProcesses> away{};
     std::array<int64_t, kProcesses> bytes{};
@@ -148,7 +143,7 @@ TEST_CASE("divided weights have the gradients and the updates of whole ones") {
 
 TEST_CASE("weights are whole where they are asked for, and changes stay") {
   const ProcessesHere here;
-  const models::ModelOptions options = small("xlstm");
+  const models::ModelOptions options = recomputed_options("xlstm");
   const Model whole = make(options);
   const auto all = make_all(options);
   const at::Tensor ids = ids_of(2);
@@ -182,7 +177,7 @@ TEST_CASE("weights are whole where they are asked for, and changes stay") {
 
 TEST_CASE("a pass that fails leaves no weights behind") {
   const ProcessesHere here;
-  const auto all = make_all(small("xlstm"));
+  const auto all = make_all(recomputed_options("xlstm"));
   std::array<int, kProcesses> failed{};
   std::array<bool, kProcesses> away{};
   here.run(kProcesses, [&](ProcessGroup& group) {
