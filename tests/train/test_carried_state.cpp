@@ -1,14 +1,13 @@
 // train.carry_state: sequences that go on in one another.
 #include "train/carried_state.h"
 
-#include <ATen/CPUGeneratorImpl.h>
-
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "csrc/core/error.h"
 #include "csrc/models/model_kinds.h"
+#include "csrc/nn/random_state.h"
 #include "tests/support/catch.h"
 #include "train/autocast.h"
 #include "train/optimizer.h"
@@ -35,7 +34,7 @@ config::Config carrying_config(const std::string& kind = "xlstm") {
 }
 
 std::shared_ptr<models::LanguageModel> make_model(const config::Config& config) {
-  at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(3);
+  nn::seed_random_state(at::kCPU, 3);
   auto model = models::make_language_model(config.model);
   model->to(at::kDouble);
   const at::NoGradGuard

@@ -1,5 +1,4 @@
 // Sampling against plain loops over the definition; generation against a full forward pass per token.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/tensor.h>
@@ -12,6 +11,7 @@
 
 #include "csrc/core/error.h"
 #include "csrc/models/model_kinds.h"
+#include "csrc/nn/random_state.h"
 #include "tests/support/catch.h"
 #include "train/decoder.h"
 #include "train/generation.h"
@@ -62,7 +62,7 @@ std::shared_ptr<models::LanguageModel> tiny_model(const std::string& kind = "xls
   options.num_heads = 2;
   if (kind == "xlstm") options.slstm_at = {1};
   // Torch begins with another seed in every process; not every model draws texts of different lengths.
-  at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(1);
+  nn::seed_random_state(at::kCPU, 1);
   auto model = models::make_language_model(options);
   const at::NoGradGuard no_grad;
   for (auto& parameter : model->parameters())

@@ -1,5 +1,4 @@
 // Gradients that are summed over processes during the backward pass: the bits of sums behind it, begun before it ends.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randint.h>
@@ -16,6 +15,7 @@
 
 #include "csrc/core/error.h"
 #include "csrc/nn/layers.h"
+#include "csrc/nn/random_state.h"
 #include "tests/support/catch.h"
 #include "tests/train/processes_here.h"
 #include "tests/train/small_options.h"
@@ -31,9 +31,7 @@ constexpr std::chrono::seconds kPatience{60};
 constexpr int64_t kSize = 128;  // elements of a parameter by itself: a bucket of 512 bytes
 constexpr int64_t kBucketBytes = 4 * kSize;
 
-void seed(uint64_t value) {
-  at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(value);
-}
+void seed(uint64_t value) { nn::seed_random_state(at::kCPU, value); }
 
 /// By name.
 std::vector<std::pair<std::string, models::ModelOptions>> cases() {

@@ -1,11 +1,11 @@
 // Sequences that several processes compute, a segment each: the loss, the gradients and the state of whole ones.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/zeros.h>
 
 #include <array>
 
 #include "csrc/core/error.h"
+#include "csrc/nn/random_state.h"
 #include "tests/support/catch.h"
 #include "tests/train/processes_here.h"
 #include "tests/train/small_options.h"
@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kSegments = 3, kLength = 7;
 
 std::shared_ptr<models::LanguageModel> make(const models::ModelOptions& options) {
-  at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(1);
+  nn::seed_random_state(at::kCPU, 1);
   auto model = models::make_language_model(options);
   model->to(at::kDouble);
   return model;
@@ -56,7 +56,7 @@ TEST_CASE("segments of sequences have the loss and the gradients of whole ones")
       INFO(kind << (recomputed ? ", recomputed" : ""));
       models::ModelOptions options = small_options(kind);
       options.activation_checkpointing = recomputed;
-      at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(2);
+      nn::seed_random_state(at::kCPU, 2);
       const at::Tensor tokens =
           at::randint(kSmallVocabulary, {4, kSegments * kLength + 1}, at::kLong);
       const at::Tensor ids = tokens.narrow(1, 0, kSegments * kLength),

@@ -1,5 +1,4 @@
 // Weights that several processes hold in parts: the passes, gradients and updates of whole ones.
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
@@ -8,6 +7,7 @@
 
 #include <array>
 
+#include "csrc/nn/random_state.h"
 #include "tests/support/catch.h"
 #include "tests/train/processes_here.h"
 #include "tests/train/small_options.h"
@@ -30,7 +30,7 @@ models::ModelOptions recomputed_options(const std::string& kind) {
 }
 
 Model make(const models::ModelOptions& options) {
-  at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(1);
+  nn::seed_random_state(at::kCPU, 1);
   Model model = models::make_language_model(options);
   model->to(at::kDouble);
   return model;
@@ -42,7 +42,7 @@ std::array<Model, kProcesses> make_all(const models::ModelOptions& options) {
 }
 
 at::Tensor ids_of(int64_t sequences) {
-  at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(2);
+  nn::seed_random_state(at::kCPU, 2);
   return at::randint(kSmallVocabulary, {sequences, 9}, at::kLong);
 }
 

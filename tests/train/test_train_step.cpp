@@ -9,6 +9,7 @@
 #include <mutex>
 #include <set>
 
+#include "csrc/nn/random_state.h"
 #include "tests/support/catch.h"
 #include "tests/train/tiny_training.h"
 #include "train/random_streams.h"
@@ -34,7 +35,7 @@ TEST_CASE("micro batches give the gradient of the whole batch, masked targets or
   const testing::TemporaryFolder folder;
   config::Config config = tiny_config(folder);
   config.model.dropout = 0;
-  at::Generator(at::detail::getDefaultCPUGenerator()).set_current_seed(1);
+  nn::seed_random_state(at::kCPU, 1);
   const auto model = models::make_language_model(config.model);
   model->to(at::kDouble);
   AdamW optimizer(named_parameters(*model), config.optim);
