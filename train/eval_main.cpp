@@ -82,8 +82,11 @@ EvalReport judge(const LoadedModel& loaded, const EvalData& data, int64_t seq_le
   if (buckets) report.bucket_edges = buckets->edges;
   const auto start = std::chrono::steady_clock::now();
   for (const auto& [name, set] : data.sources)
-    report.sources.push_back({name, evaluate(*loaded.model, *set, batch_size, windows, autocast,
-                                             true, buckets ? &buckets->groups : nullptr)});
+    report.sources.push_back({name, evaluate(*loaded.model, *set, batch_size,
+                                             {.max_windows = windows,
+                                              .bfloat16 = autocast,
+                                              .show_progress = true,
+                                              .groups = buckets ? &buckets->groups : nullptr})});
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (data.by_source) {
     report.result = combined(report.sources);

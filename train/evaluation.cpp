@@ -108,35 +108,35 @@ void sum_over_processes(ProcessGroup& processes, Score& total, EvaluationResult&
 }  // namespace
 
 EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
-                          int64_t batch_size, int64_t max_windows, bool bfloat16,
-                          bool show_progress, const TokenGroups* groups, ProcessGroup* processes,
-                          const std::function<void()>& after_batch) {
+                          int64_t batch_size, const EvaluationOptions& options) {
   if (batch_size < 1)
     throw Error(ExitCode::kConfig,
                 "evaluation needs a batch size >= 1, got " + std::to_string(batch_size));
   const at::NoGradGuard no_grad;
   const nn::NoDropout no_dropout;
   const at::Device device = model.head_weight().device();
-  const AutocastGuard autocast(device.type(), bfloat16);
+  const AutocastGuard autocast(device.type(), options.bfloat16);
   int64_t windows = data.num_windows();
-  if (max_windows > 0) windows = std::min(windows, max_windows);
+  if (options.max_windows > 0) windows = std::min(windows, options.max_windows);
 
   std::optional<Progress> progress;
-  if (show_progress) progress.emplace("evaluating", windows, "windows");
+  if (options.show_progress) progress.emplace("evaluating", windows, "windows");
   EvaluationResult result;
   const std::optional<double> chance = data.chance();
-  if (groups != nullptr) {
+  if (options.groups != nullptr) {
     if (chance.has_value() || models::predicts_numbers(model.options()))
       throw Error(ExitCode::kConfig, data.name() + ": only tokens of texts are judged by group");
-    result.groups.resize(static_cast<size_t>(groups->count));
+    result.groups.resize(static_cast<size_t>(options.groups->count));
   }
   Score total;
+  ProcessGroup* const processes = options.processes;
   const ProcessPlace place = processes != nullptr ? processes->place() : ProcessPlace();
   for (int64_t begin = 0; begin < windows; begin += place.size * batch_size) {
     const int64_t first = std::min(begin + place.rank * batch_size, windows);
     data::Batch batch = data.batch(first, std::min(batch_size, windows - first));
     if (batch.num_targets > 0) {
-      const Score part = score(model, batch, device, chance.has_value(), groups, result.groups);
+      const Score part =
+          score(model, batch, device, chance.has_value(), options.groups, result.groups);
       total.nats += part.nats;
       total.correct += part.correct;
       total.last_errors += part.last_errors;
@@ -144,7 +144,7 @@ EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& 
     }
     result.tokens += batch.num_targets;
     if (progress) progress->update(std::min(first + batch_size, windows));
-    after_batch();
+    options.after_batch();
   }
   if (progress) progress->finish();
   if (processes != nullptr && !place.alone()) sum_over_processes(*processes, total, result);

@@ -34,15 +34,20 @@ struct EvaluationResult {
   std::vector<GroupLoss> groups;  ///< where groups were asked for
 };
 
-/// Token-weighted mean over a fixed set, without gradients. max_windows 0: the whole set. Nothing is dropped, whatever
-/// mode the model is in. show_progress: a bar on standard error. groups: targets by their token, of a set of texts.
-/// processes: each judges a share of the batches, and all know the result. after_batch: called as often by each of them;
-/// what it throws ends the evaluation.
-EvaluationResult evaluate(
-    models::LanguageModel& model, const data::HeldOutSet& data, int64_t batch_size,
-    int64_t max_windows = 0, bool bfloat16 = false, bool show_progress = false,
-    const TokenGroups* groups = nullptr, ProcessGroup* processes = nullptr,
-    const std::function<void()>& after_batch = [] {});
+struct EvaluationOptions {
+  int64_t max_windows = 0;              ///< 0: the whole set
+  bool bfloat16 = false;                ///< autocast
+  bool show_progress = false;           ///< a bar on standard error
+  const TokenGroups* groups = nullptr;  ///< targets by their token, of a set of texts
+  /// Each judges a share of the batches, and all know the result.
+  ProcessGroup* processes = nullptr;
+  /// Called as often by each process; what it throws ends the evaluation.
+  std::function<void()> after_batch = [] {};
+};
+
+/// Token-weighted mean over a fixed set, without gradients. Nothing is dropped, whatever mode the model is in.
+EvaluationResult evaluate(models::LanguageModel& model, const data::HeldOutSet& data,
+                          int64_t batch_size, const EvaluationOptions& options = {});
 
 struct JudgedSet {
   std::string name;

@@ -33,9 +33,13 @@ void Evaluator::evaluate(TrainerState& state, const std::function<void()>& stop_
   const int64_t windows = config_.eval.batches * config_.train.global_batch_size;
   // Windows are whole in a process, whatever shares the sequences of a step.
   const int64_t batch = micro_batch(config_, group_.place().size);
-  result_ = train::evaluate(
-      model_, *data_, std::max<int64_t>(1, batch / config_.train.sequence_parallel), windows,
-      config_.train.dtype == "bfloat16", progress, nullptr, &group_, stop_if_asked);
+  result_ =
+      train::evaluate(model_, *data_, std::max<int64_t>(1, batch / config_.train.sequence_parallel),
+                      {.max_windows = windows,
+                       .bfloat16 = config_.train.dtype == "bfloat16",
+                       .show_progress = progress,
+                       .processes = &group_,
+                       .after_batch = stop_if_asked});
   step_ = state.step;
   log_info("step " + std::to_string(step_) + " | " + held_out_line(result_));
   recorder_.write_metrics(step_, held_out_metrics(result_), data_->fingerprint());

@@ -191,7 +191,7 @@ TEST_CASE("tokens are judged by how often they occur in other text") {
   const EvaluationResult all = evaluate(*model, data, 3);
   CHECK(all.groups.empty());
   for (const int64_t batch_size : {1, 4}) {
-    const EvaluationResult result = evaluate(*model, data, batch_size, 0, false, false, &groups);
+    const EvaluationResult result = evaluate(*model, data, batch_size, {.groups = &groups});
     CHECK(result.loss == Approx(all.loss).epsilon(1e-9));
     CHECK(result.tokens == all.tokens);
     REQUIRE(result.groups.size() == 4);
@@ -212,7 +212,7 @@ TEST_CASE("bits per byte counts the bytes of what is judged") {
     data::prepare(options);
     const data::EvalSet set(std::make_shared<const data::TokenFile>(options.output_prefix),
                             windows);
-    const EvaluationResult result = evaluate(*model, set, 3, most);
+    const EvaluationResult result = evaluate(*model, set, 3, {.max_windows = most});
     return std::pair(result.tokens, result.loss * static_cast<double>(result.tokens) /
                                         std::log(2.0) / result.bits_per_byte);
   };
@@ -271,11 +271,13 @@ TEST_CASE("max_windows takes the first windows alone; bad sizes are refused") {
   options.seq_len = 8;
   const data::EvalSet data(file, options);
   const auto model = tiny_model();
-  const EvaluationResult part = evaluate(*model, data, 2, 4);
+  const EvaluationResult part = evaluate(*model, data, 2, {.max_windows = 4});
   CHECK(part.tokens <= 32);
   CHECK(part.tokens >= 30);
   for (const int64_t batch_size : {1, 3, 5})  // which decides the memory alone
-    CHECK(evaluate(*model, data, batch_size, 4).loss == Approx(part.loss).epsilon(1e-9));
-  CHECK(evaluate(*model, data, 2, 10000).tokens == evaluate(*model, data, 5).tokens);
+    CHECK(evaluate(*model, data, batch_size, {.max_windows = 4}).loss ==
+          Approx(part.loss).epsilon(1e-9));
+  CHECK(evaluate(*model, data, 2, {.max_windows = 10000}).tokens ==
+        evaluate(*model, data, 5).tokens);
   CHECK_THROWS_AS(evaluate(*model, data, 0), Error);
 }
