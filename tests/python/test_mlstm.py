@@ -102,6 +102,21 @@ def test_gradcheck_packed():
     check_gradients(make(batch=1, time=9), make_states(count=4), cu_seqlens=cu_seqlens, reset=reset)
 
 
+@pytest.mark.parametrize("with_states", [False, True])
+def test_gradcheck_without_values(with_states):
+    """Where v has no columns, the last n alone has gradients."""
+    q, k, _, *gates = make(dv=0)
+    _, n0, m0 = make_states(dv=0)
+    v, c0 = q.new_zeros(*q.shape[:3], 0), n0.new_zeros(*n0.shape, 0)
+
+    def last_n(q, k, i, f, n0=None):
+        states = [] if n0 is None else [c0, n0, m0]
+        _, _, n, m = chunkwise(q, k, v, i, f, *states, chunk_size=3)
+        return n * torch.exp(m)[..., None]
+
+    assert torch.autograd.gradcheck(last_n, leaves([q, k, *gates] + ([n0] if with_states else [])))
+
+
 @pytest.mark.parametrize("layout", ["heads", "spread"])
 def test_gradcheck_other_strides(layout):
     check_gradients(make(layout=layout), make_states(), chunk_size=4)

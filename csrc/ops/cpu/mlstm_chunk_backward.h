@@ -109,7 +109,7 @@ class ChunkBackward {
 
   void value_gradients(int64_t length, const Tile<T>& dv, StateRef<T> dend) {
     causal_transposed_times<T>(length, p.dv, probs_, {g_, p.dv}, dv);
-    if (dend.c == nullptr) return;
+    if (dend.n == nullptr) return;
     for (int64_t s = 0; s < length; ++s)
       scale_row<T>(weighted_ + s * p.dqk, k.row(s), gates.u[s], p.dqk);
     gemm<T>(Op::kNone, Op::kNone, length, p.dv, p.dqk, T(1), weighted_, p.dqk, dend.c, p.dv, T(1),
@@ -118,7 +118,7 @@ class ChunkBackward {
 
   void key_gradients(int64_t length, const Tile<T>& dk, StateRef<T> dend) {
     causal_transposed_times<T>(length, p.dqk, dscores_, q, dk);
-    if (dend.c == nullptr) return;
+    if (dend.n == nullptr) return;
     for (int64_t s = 0; s < length; ++s)
       scale_row<T>(weighted_ + s * p.dv, v.row(s), gates.u[s], p.dv);
     gemm<T>(Op::kNone, Op::kTranspose, length, p.dqk, p.dv, T(1), weighted_, p.dv, dend.c, p.dv,
@@ -138,12 +138,12 @@ class ChunkBackward {
                    StateRef<T> state, StateRef<T> end, StateRef<T> dend) {
     const int64_t length = chunk.length;
     double sum = 0;
-    if (dend.c != nullptr) {
+    if (dend.n != nullptr) {
       for (int64_t i = 0; i < p.dqk; ++i) sum += dot<T>(end.c + i * p.dv, dend.c + i * p.dv, p.dv);
       sum += dot<T>(end.n, dend.n, p.dqk);
     }
     for (int64_t t = length - 1; t >= 0; --t) {
-      if (dend.c != nullptr) add_row<T>(dk.row(t), dend.n, gates.u[t], p.dqk);
+      if (dend.n != nullptr) add_row<T>(dk.row(t), dend.n, gates.u[t], p.dqk);
       if (!chunk.fresh) add_row<T>(dq.row(t), state.n, gates.w[t] * z_[t], p.dqk);
       digate_[t] = dot<T>(k.row(t), dk.row(t), p.dqk);
       sum += dot<T>(q.row(t), dq.row(t), p.dqk) - digate_[t];

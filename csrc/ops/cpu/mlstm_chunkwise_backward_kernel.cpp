@@ -86,7 +86,7 @@ class BackwardWorker {
       const MlstmChunk& chunk = p.chunks[i];
       if (chunk.fresh) states_.m(slot) = 0;
       states_.m(slot + 1) = 0;
-      if (!has_successor(p, part, i, p.dc != nullptr)) continue;
+      if (!has_successor(p, part, i, p.dn != nullptr)) continue;
       chunk_.gates.compute(chunk, head, states_.m(slot));
       states_.m(slot + 1) = chunk_.gates.m_end;
       update_.run(chunk_.gates, load_tile<T>(p.k, chunk, head, p.dqk, k_),
@@ -99,7 +99,7 @@ class BackwardWorker {
   void run_chunk(const MlstmPart& part, int64_t i, int64_t slot, int64_t head) {
     const MlstmChunk& chunk = p.chunks[i];
     const StateRef<T> state = states_.at(slot), dstate{dc_, dn_}, none{nullptr, nullptr};
-    const bool passed_on = has_successor(p, part, i, p.dc != nullptr);
+    const bool passed_on = has_successor(p, part, i, p.dn != nullptr);
     if (!passed_on || chunk.fresh) cut_ = true;
     if (!passed_on) empty_ = true;
     if (local_ && chunk.fresh) {
