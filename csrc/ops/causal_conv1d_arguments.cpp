@@ -56,7 +56,10 @@ CausalConv1dSizes check_causal_conv1d(const CausalConv1dArguments& a) {
     TORCH_CHECK(sizes.num_sequences > 0 || sizes.time == 0, kOp,
                 ": cu_seqlens: expected to end at T = ", sizes.time, ", got 0 sequences");
   }
-  if (a.state0) check_state(kOp, "state0", *a.state0, sizes);
+  if (a.state0) {
+    check_state(kOp, "state0", *a.state0, sizes);
+    check_floating(kOp, "state0", *a.state0);
+  }
   check_reset(kOp, a.reset, sizes.batch, sizes.time);
   return sizes;
 }

@@ -62,7 +62,13 @@ void check(const Arguments& in, int64_t chunk_size) {
   check_same_device(in);
   check_rank(kOp, "q", in.q, 4);
   check_rank(kOp, "v", in.v, 4);
-  check_floating(kOp, "q", in.q);
+  for (const NamedTensor& each : {NamedTensor("q", in.q),
+                                  {"k", in.k},
+                                  {"v", in.v},
+                                  {"g", in.g},
+                                  {"u", in.u},
+                                  {"state0", in.state0}})
+    if (each.tensor != nullptr) check_floating(kOp, each.name, *each.tensor);
   const int64_t batch = in.q.size(0), time = in.q.size(1), heads = in.q.size(2), dk = in.q.size(3),
                 dv = in.v.size(3);
   check_shape(kOp, "k", in.k, in.q.sym_sizes(), "(B,T,NH,DK)");
@@ -263,7 +269,7 @@ class GatedLinearAttention : public torch::autograd::Function<GatedLinearAttenti
     ctx->set_materialize_grads(false);
     ctx->save_for_backward(
         {q, k, v, g, or_undefined(u), or_undefined(state0), or_undefined(reset)});
-    ctx->saved_data["scale"] = scale_of(q, scale);
+    ctx->saved_data["scale"] = scale;
     ctx->saved_data["chunk_size"] = chunk_size;
     auto [h, state] = call(q, k, v, g, u, state0, reset, scale, chunk_size);
     return {h, state};
@@ -274,7 +280,7 @@ class GatedLinearAttention : public torch::autograd::Function<GatedLinearAttenti
     const BelowAutogradUnlessRecording guard;
     auto [dq, dk, dv, dg, du, dstate0] = call_backward(
         or_absent(d[0]), or_absent(d[1]), s[0], s[1], s[2], s[3], u, state0, or_absent(s[6]),
-        ctx->saved_data["scale"].toDouble(), ctx->saved_data["chunk_size"].toInt());
+        ctx->saved_data["scale"].toOptional<double>(), ctx->saved_data["chunk_size"].toInt());
     const Tensor none;
     return {dq, dk, dv, dg, u ? du : none, state0 ? dstate0 : none, none, none, none};
   }

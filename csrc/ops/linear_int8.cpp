@@ -174,10 +174,11 @@ class LinearInt8 : public torch::autograd::Function<LinearInt8> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
                         const Tensor& weight, const OptionalTensor& bias) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor y = linear_int8(x, weight, bias);
     ctx->save_for_backward({weight});
     ctx->saved_data["in"] = x.size(-1);
     ctx->saved_data["bias"] = bias ? c10::IValue(bias->scalar_type()) : c10::IValue();
-    return linear_int8(x, weight, bias);
+    return y;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,

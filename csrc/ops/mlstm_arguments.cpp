@@ -84,10 +84,11 @@ void check_numbers(std::string_view op, double eps, const std::optional<double>&
               *scale);
 }
 
-/// What is written must not be what is read, or written twice.
+/// What is written must not be what is read, or written twice. Checked before anything is written.
 void check_apart(std::initializer_list<at::Tensor> written,
                  std::initializer_list<at::Tensor> read) {
   for (auto one = written.begin(); one != written.end(); ++one) {
+    at::assert_no_internal_overlap(*one);
     for (auto other = written.begin(); other != one; ++other) at::assert_no_overlap(*one, *other);
     for (const at::Tensor& input : read) at::assert_no_overlap(*one, input);
   }

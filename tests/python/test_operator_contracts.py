@@ -195,8 +195,12 @@ def test_states_that_are_written_in_place():
     c, n, m = step[5:]
     with pytest.raises(RuntimeError, match="memory"):
         ops.mlstm_step(step[0], n, *step[2:5], c, n, m)  # k is read after n was written
-    with pytest.raises(RuntimeError, match="memory"):
-        ops.mlstm_step(*step[:5], c[:1].expand_as(c), n, m)
+    for i in range(3):  # the state is as it was
+        states = [x[:1].expand_as(x) if i == j else x.clone() for j, x in enumerate((c, n, m))]
+        before = [x.clone() for x in states]
+        with pytest.raises(RuntimeError, match="memory"):
+            ops.mlstm_step(*step[:5], *states)
+        assert all(torch.equal(x, y) for x, y in zip(states, before))
 
     def within(whole, part):
         return whole.flatten()[: part.numel()].view_as(part)
@@ -283,10 +287,24 @@ def test_numbers_that_make_no_sense(operator, option, values):
             getattr(ops, operator)(*DIFFERENTIABLE[operator](), **{option: value})
 
 
-def test_types_that_make_no_sense():
-    x, delta, a, *rest = DIFFERENTIABLE["selective_scan"]()
-    with pytest.raises(RuntimeError, match="selective_scan: a: expected float32"):
-        ops.selective_scan(x, delta, a.to(torch.complex64), *rest)
-    x, a = DIFFERENTIABLE["gated_scan"]()
-    with pytest.raises(RuntimeError, match="gated_scan: a: expected float32"):
-        ops.gated_scan(x, a.long())
+FORWARD = [name for name in OPERATORS if not name.endswith(("_backward", "_forward"))]
+
+
+@pytest.mark.parametrize("operator", FORWARD)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_types_that_make_no_sense(operator, dtype):
+    """Converted, a complex number would lose half of itself, and a result in the type of an integer its fraction."""
+    tensors, options = real_call(operator)
+    for name, x in tensors.items():
+        if x is None or not x.is_floating_point():
+            continue
+        with pytest.raises(RuntimeError, match=rf"^{operator}: (\w+: expected (float32|dtype)|{name}: expected)"):
+            getattr(ops, operator)(**tensors | {name: x.to(dtype)}, **options)
+
+
+def test_sizes_are_named_where_gradients_are_recorded():
+    row = torch.zeros(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="gated_linear_attention: q: expected 4 dimensions, got 1"):
+        ops.gated_linear_attention(row, row, row, row)
+    with pytest.raises(RuntimeError, match="linear_int8: x: expected at least 1 dimension, got none"):
+        ops.linear_int8(row[0], ops.quantize_int8(torch.zeros(2, 3)))
