@@ -121,8 +121,10 @@ struct Inputs {
     p.reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr;
     return p;
   }
+  /// Of a sequence that is not empty; what a chunk is longer than it would be padding.
   GatedChunks chunks(double scale, int64_t chunk_size) const {
-    return {q, k, v, g, u, state0, reset, scale, chunk_size > 0 ? chunk_size : kChunk};
+    const int64_t length = std::min(chunk_size > 0 ? chunk_size : kChunk, q.size(1));
+    return {q, k, v, g, u, state0, reset, scale, length};
   }
 };
 

@@ -77,6 +77,16 @@ def test_gated_linear_attention_is_its_definition(sizes, decay, bonus, state, wi
             close(mine.grad, other.grad)
 
 
+def test_chunks_longer_than_the_sequence():
+    """Padded to 2^40 tokens they would need all memory there is."""
+    results = []
+    for chunk_size in (5, 2**40):
+        given = leaves(arguments((2, 5, 2, 3, 4), "mild", True, True))
+        h, state = torch.ops.xlstm.gated_linear_attention(*given, chunk_size=chunk_size)
+        results.append([h, state, *torch.autograd.grad(h.sum() + state.sum(), given)])
+    assert all(torch.equal(mine, wanted) for mine, wanted in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("chunk_size", [0, 16])
 def test_steps_and_halves_are_the_sequence(bonus, chunk_size):
