@@ -288,8 +288,8 @@ def _tokens(ids, mask, labels, first=0):
         return ids, np.ones(len(ids), bool)
     counted = labels != _IGNORED
     for at in np.flatnonzero(counted & (labels != ids))[:1]:
-        raise ValueError(f"labels: expected {ids[at]}, the id itself, or {_IGNORED} at position {first + at}, got {labels[at]}; "
-                         "they are not shifted, and zeros and ones are a mask")
+        raise ValueError(f"labels: expected {ids[at]}, the id itself, or {_IGNORED} at position {first + at}, got "
+                         f"{labels[at]}; they are not shifted, and zeros and ones are a mask")
     return ids, counted
 
 
