@@ -168,7 +168,7 @@ class TokenWriter:
                 self._append(piece[start:end], counted[start:end])
                 self._end_document(counted[end])
                 start = end + 1
-            self._append(piece[start:], counted[start:])
+            self._append(piece[start:].copy(), counted[start:])  # it is held, and the caller may use its array again
 
     def finish(self):
         """Writes the files; the writer takes nothing more."""

@@ -235,6 +235,17 @@ def test_a_stream_ends_where_a_document_is_given(tmp_path):
     assert (meta["num_bytes"], meta["eos_id"], meta["tokenizer"]) == (12, 10, "bytes")
 
 
+def test_arrays_that_are_used_again(tmp_path):
+    buffer = np.empty(3, np.int64)
+    with libxlstm.TokenWriter(tmp_path / "out", "bytes") as writer:
+        for part in ([1, 2, 3], [4, 0, 5], [6, 7, 8]):
+            buffer[:] = part
+            writer.add_stream(buffer)
+        buffer[:] = 9
+        writer.add(buffer)
+    assert [ids.tolist() for ids in read_megatron(tmp_path / "out")[1]] == [[1, 2, 3, 4, 0], [5, 6, 7, 8, 0], [9, 9, 9, 0]]
+
+
 def run_program(name, *args):
     done = subprocess.run([XLSTM_DATA.parent / name, *map(str, args)], capture_output=True, text=True, timeout=300,
                           env={**os.environ, "XLSTM_PYTHON": sys.executable})
