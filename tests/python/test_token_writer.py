@@ -277,7 +277,7 @@ def test_written_ids_are_trained_on_and_judged_as_text_is(prepared, tokenizer, t
 def test_chats_in_a_template_of_transformers_are_trained_on(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer))
-    fast.chat_template = ("{% for m in messages %}{{ m['role'] + ':\\n' }}{% if m['role'] == 'assistant' %}"
+    fast.chat_template = ("{% for m in messages %}{{ m['role'] + ':\n' }}{% if m['role'] == 'assistant' %}"
                           "{% generation %}{{ m['content'] + '\n' }}{% endgeneration %}{% else %}{{ m['content'] + '\n' }}"
                           "{% endif %}{% endfor %}")
     roles, lines = ("user", "assistant"), []
@@ -300,8 +300,9 @@ def test_chats_in_a_template_of_transformers_are_trained_on(tokenizer, tmp_path)
             "log: {every: 1, tensorboard: false, plot: false}\n")
         run_program("xlstm-train", tmp_path / "c.yaml")
         metrics = [json.loads(line) for line in (tmp_path / f"{name}-run" / "metrics.jsonl").read_text().splitlines()]
-        losses[name] = [line[key] for line in metrics for key in ("train/loss_hex", "val/loss", "val/bpb") if key in line]
-    assert losses["written"] == losses["prepared"] and len(losses["written"]) >= 5
+        losses[name] = [line[key] for line in metrics for key in ("train/loss_hex", "val/loss", "val/bits_per_byte")
+                        if key in line]
+    assert losses["written"] == losses["prepared"] and len(losses["written"]) == 5
 
 
 def test_nothing_is_left_of_what_fails(tmp_path):
