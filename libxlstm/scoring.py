@@ -16,6 +16,7 @@ import json
 import os
 import warnings
 
+import numpy as np
 import torch
 
 import libxlstm
@@ -101,6 +102,20 @@ class Tokenizer:
         if self._tokenizer is None:
             return bytes(ids).decode("utf-8", "replace")
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def sizes(self):
+        """UTF-8 bytes of each id's text, (vocab_size); None where a token's text may depend on the tokens before it."""
+        if self._tokenizer is None:
+            return np.ones(self.vocab_size, np.int64)
+        if (json.loads(self._tokenizer.to_str())["decoder"] or {}).get("type") != "ByteLevel":
+            return None
+        from tokenizers import pre_tokenizers
+
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())  # a character for each byte
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, token_id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            sizes[token_id] = len(token) if alphabet.issuperset(token) else len(token.encode("utf-8"))
+        return sizes
 
     def token(self, token_id):
         """The text of a token of its own, such as the end of a document."""

@@ -226,7 +226,8 @@ std::string format_options(const std::vector<OptionSpec>& options) {
 int run_main(const char* program, const std::string& memory_advice,
              const std::function<int()>& body) {
   open_standard_streams();
-  std::signal(SIGPIPE, SIG_IGN);
+  for (const int signal : {SIGPIPE, SIGXFSZ})
+    std::signal(signal, SIG_IGN);  // the call that fails tells
   try {
     const int status = body();
     if (status == 0) flush_output();

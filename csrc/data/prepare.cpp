@@ -228,12 +228,14 @@ void check_output(const PrepareJob& job) {
 
 void check_not_empty(const PrepareJob& job, const PrepareReport& report) {
   if (report.num_documents > 0) return;
-  throw Error(ExitCode::kData,
-              job.what + ": no text in it (" + std::to_string(job.files.size()) + " files, " +
-                  std::to_string(report.empty_documents) + " empty and " +
-                  std::to_string(report.bad_documents) + " bad documents); " +
-                  (report.first_bad.empty() ? "give other or more text"
-                                            : "the first bad one: " + report.first_bad));
+  const std::string remedy = !report.first_bad.empty() ? "the first bad one: " + report.first_bad
+                             : job.part == Part::kAll
+                                 ? "give other or more text"
+                                 : "give more text, another data.val_fraction, or a data.val_text";
+  throw Error(ExitCode::kData, job.what + ": no text in it (" + std::to_string(job.files.size()) +
+                                   " files, " + std::to_string(report.empty_documents) +
+                                   " empty and " + std::to_string(report.bad_documents) +
+                                   " bad documents); " + remedy);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int kCacheVersion = 3;  ///< changes whenever the same text gives other tokens
+constexpr int kCacheVersion = 4;  ///< changes whenever the same text gives other tokens
 
 std::string default_cache_folder() {
   const char* cache = std::getenv("XDG_CACHE_HOME");

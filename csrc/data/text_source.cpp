@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <set>
@@ -114,12 +115,13 @@ class Collector {
     if (seen_.insert(file.id).second) files.push_back(std::move(file));
   }
 
-  void add_folder(const fs::path& folder, const std::string& input) {
+  /// name: what stands before the names of its files.
+  void add_folder(const fs::path& folder, const fs::path& name, const std::string& input) {
     std::set<FileId> searched;
     std::vector<std::string> names;
     search(folder, "", options_.glob, searched, names);
     std::sort(names.begin(), names.end());
-    for (const auto& name : names) add(folder / name, name, input);
+    for (const auto& below : names) add(folder / below, name / below, input);
   }
 
   std::vector<TextFile> files;
@@ -140,13 +142,61 @@ std::vector<std::string> expand_glob(const std::string& pattern) {
   return paths;
 }
 
-void add_path(Collector& collector, const std::string& path, const std::string& input) {
-  std::error_code error;
-  if (fs::is_directory(path, error)) {
-    collector.add_folder(path, input);
-  } else {
-    collector.add(path, path, input);
+/// The folders at a pattern's beginning in which nothing varies.
+fs::path fixed_folder(const std::string& pattern) {
+  fs::path folder;
+  for (const fs::path& part : fs::path(pattern).parent_path()) {
+    if (part.string().find_first_of("*?[\\") != std::string::npos) break;
+    folder /= part;
   }
+  return folder;
+}
+
+/// A file or folder that the user named, or one that matches a pattern.
+void add_input(Collector& collector, const std::string& input) {
+  std::error_code error;
+  if (fs::is_directory(input, error)) return collector.add_folder(input, "", input);
+  if (fs::exists(input, error))
+    return collector.add(input, fs::path(input).filename().string(), input);
+  const auto paths = expand_glob(input);
+  if (paths.empty())
+    throw Error(ExitCode::kData,
+                input +
+                    ": no such file or folder, and no file matches it as a pattern; "
+                    "check the path (patterns like 'texts/*.txt' work, in quotes)");
+  for (const fs::path path : paths) {
+    const fs::path name = path.lexically_relative(fixed_folder(input));
+    if (fs::is_directory(path, error)) {
+      collector.add_folder(path, name, input);
+    } else {
+      collector.add(path, name.string(), input);
+    }
+  }
+}
+
+/// Why an input that is there leads to no file.
+std::string why_no_text(const std::string& input, const TextOptions& options) {
+  std::error_code error;
+  if (fs::is_fifo(input, error))
+    return "a pipe, which is read as standard input alone; give - and pipe it (COMMAND | "
+           "xlstm-data prepare - --output PREFIX)";
+  return "not a text file, nor a folder with files that match \"" + options.glob +
+         "\"; give another input or glob";
+}
+
+/// What is named .json is a text by its name, but most such files hold documents.
+void warn_of_json(const std::string& input, const TextOptions& options) {
+  std::string_view name = input;
+  for (const std::string_view ending : {".gz", ".zst"})
+    if (name.ends_with(ending)) name.remove_suffix(ending.size());
+  if (options.format != "auto" || !name.ends_with(".json")) return;
+  std::fprintf(
+      stderr,
+      "warning: %s: read as text, JSON as it stands; if each line is a JSON object with a "
+      "text, let its name end in .jsonl (or give xlstm-data --format jsonl); of an array "
+      "make such lines: python -c \"import json, sys; [print(json.dumps(line)) for line in "
+      "json.load(open(sys.argv[1]))]\" FILE > FILE.jsonl\n",
+      input.c_str());
 }
 
 std::string standard_library_folder() {
@@ -200,22 +250,10 @@ std::vector<TextFile> find_texts(const std::vector<std::string>& inputs,
       continue;
     }
     const int64_t before = collector.matched;
-    std::error_code error;
-    if (fs::exists(input, error)) {
-      add_path(collector, input, input);
-      if (collector.matched == before)
-        throw Error(ExitCode::kData,
-                    input + ": not a text file, nor a folder with files that match \"" +
-                        options.glob + "\"; give another input or glob");
-      continue;
-    }
-    const auto paths = expand_glob(input);
-    if (paths.empty())
-      throw Error(ExitCode::kData,
-                  input +
-                      ": no such file or folder, and no file matches it as a pattern; "
-                      "check the path (patterns like 'texts/*.txt' work, in quotes)");
-    for (const auto& path : paths) add_path(collector, path, input);
+    add_input(collector, input);
+    if (collector.matched == before)
+      throw Error(ExitCode::kData, input + ": " + why_no_text(input, options));
+    warn_of_json(input, options);
   }
   return std::move(collector.files);
 }

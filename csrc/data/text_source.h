@@ -31,8 +31,9 @@ struct TextFile {
   enum class Kind { kText, kJsonl, kByContent };
   enum class Compression { kNone, kZstd, kGzip };
   std::string path;
-  std::string
-      name;  ///< below the folder it was found through, else the path: the same on every machine
+  /// From the folder on that was named, or from where a pattern begins to vary, else without folders: the same wherever the
+  /// texts lie
+  std::string name;
   std::string input;  ///< the file, folder or glob that led to it
   Kind kind = Kind::kText;
   Compression compression = Compression::kNone;

@@ -2,12 +2,14 @@
 // The forward pass runs without the interpreter lock; autograd works through it, because parameters and results are the
 // same tensors on both sides.
 #include <ATen/ops/from_blob.h>
+#include <pybind11/numpy.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <span>
 #include <system_error>
 #include <tuple>
 
@@ -233,26 +235,38 @@ class PyTokenData {
 /// A token file under construction; without finish() nothing of it is left.
 class PyTokenWriter {
  public:
+  template <typename T>
+  using Array = py::array_t<T, py::array::c_style>;
   PyTokenWriter(const std::string& name, int64_t vocab_size, bool overwrite)
       : writer_(free_prefix(name, overwrite), vocab_size) {}
-  /// ids (T) int64, on the CPU
-  void append(const at::Tensor& ids) {
-    const at::Tensor all = ids.contiguous();
-    writer_.append(all.const_data_ptr<int64_t>(), all.numel());
+  /// ids (T), and whether each counts in the loss (T)
+  void append(const Array<int64_t>& ids, const Array<bool>& counted) {
+    const std::span<const int64_t> all(ids.data(), static_cast<size_t>(ids.size()));
+    const std::span<const bool> counts(counted.data(), static_cast<size_t>(counted.size()));
+    if (all.size() != counts.size()) throw py::value_error("as many of counted as of ids expected");
+    const py::gil_scoped_release no_lock;
+    for (size_t first = 0; first < all.size();) {  // run by run
+      const auto end = std::find(counts.begin() + first, counts.end(), !counts[first]);
+      const auto size = static_cast<size_t>(end - counts.begin()) - first;
+      writer_.append(&all[first], static_cast<int64_t>(size), counts[first]);
+      first += size;
+    }
   }
   void end_document() { writer_.end_document(); }
   void finish(const std::string& tokenizer, int64_t eos_id, int64_t num_bytes,
-              const std::string& command) {
+              int64_t num_counted_bytes, const std::string& command) {
     xlstm::data::Sidecar sidecar;
     sidecar.tokenizer = tokenizer;
     sidecar.tokenizer_sha256 = xlstm::data::tokenizer_sha256(tokenizer);
     sidecar.eos_id = eos_id;
-    sidecar.num_bytes = sidecar.num_counted_bytes = num_bytes;
+    sidecar.num_bytes = num_bytes;
+    sidecar.num_counted_bytes = num_counted_bytes;
     sidecar.source_documents = {{"ids", writer_.num_documents()}};
     sidecar.command = command;
     writer_.finish(std::move(sidecar));
   }
   int64_t num_tokens() const { return writer_.num_tokens(); }
+  int64_t num_counted_tokens() const { return writer_.num_counted_tokens(); }
   int64_t num_documents() const { return writer_.num_documents(); }
 
  private:
@@ -419,11 +433,12 @@ PYBIND11_MODULE(_C, m) {
                             "What a libxlstm.TokenWriter writes by, which is documented there.")
       .def(py::init<const std::string&, int64_t, bool>(), py::arg("prefix"), py::arg("vocab_size"),
            py::arg("overwrite"))
-      .def("append", &PyTokenWriter::append, py::arg("ids"), no_lock())
+      .def("append", &PyTokenWriter::append, py::arg("ids"), py::arg("counted"))
       .def("end_document", &PyTokenWriter::end_document)
       .def("finish", &PyTokenWriter::finish, py::arg("tokenizer"), py::arg("eos_id"),
-           py::arg("num_bytes"), py::arg("command"), no_lock())
+           py::arg("num_bytes"), py::arg("num_counted_bytes"), py::arg("command"), no_lock())
       .def_property_readonly("num_tokens", &PyTokenWriter::num_tokens)
+      .def_property_readonly("num_counted_tokens", &PyTokenWriter::num_counted_tokens)
       .def_property_readonly("num_documents", &PyTokenWriter::num_documents);
   m.def("load", &load, py::arg("checkpoint_dir"), py::arg("verify"), py::arg("dtype"),
         py::arg("overrides"), no_lock(),

@@ -73,6 +73,17 @@ TEST_CASE("split by file keeps files whole") {
   CHECK(text_of(cached(folder, (folder / "elsewhere").string(), 0.2, "file").val_prefix) ==
         held_out);
 
+  // Files of one name in several folders are told apart.
+  for (int i = 0; i < 20; ++i)
+    write_bytes(folder / "many" / std::to_string(i) / "t.txt", "text " + std::to_string(i));
+  for (const char* text : {"many", "many/*/t.txt", "many/*"}) {
+    const CachedText many = cached(folder, (folder / text).string(), 0.5, "file");
+    const int64_t count = TokenFile(many.val_prefix).num_documents();
+    CHECK((count > 4 && count < 16));
+    CHECK(text_of(many.val_prefix) ==
+          text_of(cached(folder, (folder / "many").string(), 0.5, "file").val_prefix));
+  }
+
   write_bytes(folder / "two" / "a.txt", "first");
   CHECK(contains(error_of([&] { cached(folder, (folder / "two").string(), 0.1, "file"); }),
                  "one file cannot be split by file; set data.val_split=tail"));
@@ -98,6 +109,13 @@ TEST_CASE("lines of jsonl are held out whole") {
   for (int i = 0; i < 500; ++i) {
     const std::string word = "<" + std::to_string(i) + ">";
     REQUIRE((seen.find(word) == std::string::npos) != (held_out.find(word) == std::string::npos));
+  }
+  // Which ones depends on the file's name and not on where it lies, nor on how it was named.
+  write_bytes(folder / "elsewhere" / "t.jsonl", lines);
+  for (const char* text : {"elsewhere/t.jsonl", "elsewhere", "elsewhere/*.jsonl", "e*e"}) {
+    const CachedText other = cached(folder, (folder / text).string(), 0.1);
+    const bool varies = std::string(text) == "e*e";  // then the folder is a part of the name
+    CHECK((text_of(other.val_prefix) == held_out) != varies);
   }
 }
 
@@ -231,7 +249,9 @@ TEST_CASE("wrong split settings and too small texts are errors") {
                  "expected tail or file"));
   error_of([&] { cached(folder, text, 1.0); }, ExitCode::kConfig);
   error_of([&] { cached(folder, text, -0.1); }, ExitCode::kConfig);
-  CHECK(contains(error_of([&] { cached(folder, text); }), "no text in it"));
+  CHECK(contains(error_of([&] { cached(folder, text); }),
+                 "no text in it (1 files, 0 empty and 0 bad documents); give more text, another "
+                 "data.val_fraction, or a data.val_text"));
   CHECK(contains(error_of([&] {
                    prepare_cached({.text = text, .val_fraction = 0, .cache_dir = text + "/cache"});
                  }),

@@ -405,6 +405,37 @@ def test_commands_that_make_text_of_tables_can_be_typed(tmp_path, kind):
     assert documents_of(tmp_path / "out") == list(table["text"])
 
 
+def test_json_that_is_read_as_text_is_told(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "zwei €"}]))
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "package.json").write_text("{}")  # of a folder anything may be text
+    out = ("--output", tmp_path / "out", "--overwrite")
+    for inputs in (tmp_path / "a.json", tmp_path / "*.json"):
+        done = run("prepare", inputs, *out)
+        assert f"warning: {inputs}: read as text, JSON as it stands; if each line is a JSON object" in done.stderr
+    for arguments in ((tmp_path / "t",), (tmp_path / "a.json", "--format", "text")):
+        assert "warning" not in run("prepare", *arguments, *out).stderr
+    command = re.search("of an array make such lines: python (-c .*) FILE > FILE.jsonl", done.stderr).group(1)
+    lines = subprocess.run([sys.executable, *shlex.split(command), tmp_path / "a.json"], capture_output=True, check=True).stdout
+    (tmp_path / "a.json.jsonl").write_bytes(lines)
+    assert "warning" not in run("prepare", tmp_path / "a.json.jsonl", *out).stderr
+    assert documents_of(tmp_path / "out") == ["one", "zwei €"]
+
+
+def test_a_named_pipe_is_told(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    message = error("prepare", tmp_path / "pipe", "--output", tmp_path / "out")
+    assert "pipe: a pipe, which is read as standard input alone; give - and pipe it" in message
+
+
+def test_a_limit_on_the_size_of_files_is_told(tmp_path):
+    (tmp_path / "t.txt").write_text("words\n" * 100000)
+    done = subprocess.run(["sh", "-c", 'ulimit -f 100; exec "$@"', "sh", XLSTM_DATA, "prepare", tmp_path / "t.txt", "--output",
+                           tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 3 and "cannot write" in done.stderr and "File too large" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_lists_of_ids_are_told(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"input_ids": [34, 7], "attention_mask": [1, 1]}\n')
     message = error("prepare", tmp_path / "t.jsonl", "--output", tmp_path / "out", "--text-key", "input_ids")
