@@ -73,6 +73,12 @@ struct NamedTensor {
       : name(argument), tensor(given ? &*given : nullptr) {}
 };
 
+/// All that are there.
+inline void check_floating(std::string_view op, std::initializer_list<NamedTensor> arguments) {
+  for (const auto& [name, tensor] : arguments)
+    if (tensor != nullptr) check_floating(op, name, *tensor);
+}
+
 /// A kernel takes addresses of another device for its own. The dispatcher lets them through: a call with one CUDA tensor is
 /// a call of the CUDA kernel, and one with a Meta tensor is a call of the Meta kernel.
 inline void check_devices(std::string_view op, at::Device expected,

@@ -62,13 +62,9 @@ void check(const Arguments& in, int64_t chunk_size) {
   check_same_device(in);
   check_rank(kOp, "q", in.q, 4);
   check_rank(kOp, "v", in.v, 4);
-  for (const NamedTensor& each : {NamedTensor("q", in.q),
-                                  {"k", in.k},
-                                  {"v", in.v},
-                                  {"g", in.g},
-                                  {"u", in.u},
-                                  {"state0", in.state0}})
-    if (each.tensor != nullptr) check_floating(kOp, each.name, *each.tensor);
+  check_floating(
+      kOp,
+      {{"q", in.q}, {"k", in.k}, {"v", in.v}, {"g", in.g}, {"u", in.u}, {"state0", in.state0}});
   const int64_t batch = in.q.size(0), time = in.q.size(1), heads = in.q.size(2), dk = in.q.size(3),
                 dv = in.v.size(3);
   check_shape(kOp, "k", in.k, in.q.sym_sizes(), "(B,T,NH,DK)");

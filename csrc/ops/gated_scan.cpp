@@ -42,13 +42,9 @@ void check(const Tensor& x, const Tensor& a, const OptionalTensor& state0,
            const OptionalTensor& reset) {
   check_same_device(x, a, state0, reset);
   check_rank(kOp, "x", x, 3);
-  check_floating(kOp, "x", x);
-  check_floating(kOp, "a", a);
+  check_floating(kOp, {{"x", x}, {"a", a}, {"state0", state0}});
   check_shape(kOp, "a", a, x.sym_sizes(), "(B,T,D)");
-  if (state0) {
-    check_floating(kOp, "state0", *state0);
-    check_shape(kOp, "state0", *state0, {x.size(0), x.size(2)}, "(B,D)");
-  }
+  if (state0) check_shape(kOp, "state0", *state0, {x.size(0), x.size(2)}, "(B,D)");
   check_reset(kOp, reset, x.size(0), x.size(1));
 }
 

@@ -17,9 +17,7 @@ constexpr std::string_view kOp = "mlstm_chunkwise", kBackwardOp = "mlstm_chunkwi
 
 void check_inputs(std::string_view op, const at::Tensor& q, const at::Tensor& k,
                   const at::Tensor& v, const at::Tensor& igate, const at::Tensor& fgate) {
-  for (const auto& [name, tensor] :
-       {NamedTensor("q", q), NamedTensor("igate", igate), NamedTensor("fgate", fgate)})
-    check_floating(op, name, *tensor);
+  check_floating(op, {{"q", q}, {"igate", igate}, {"fgate", fgate}});
   check_dtype(op, "k", k, q.scalar_type());
   check_dtype(op, "v", v, q.scalar_type());
 }

@@ -42,13 +42,12 @@ void check_headwise_norm_devices(const HeadwiseNormArguments& a) {
 void check_headwise_norm(const HeadwiseNormArguments& a) {
   check_headwise_norm_devices(a);
   TORCH_CHECK(a.x.dim() >= 2, a.op, ": x: expected (...,NH,DH), got shape ", a.x.sizes());
-  for (const NamedTensor& each : {NamedTensor("x", a.x),
-                                  {"weight", a.weight},
-                                  {"bias", a.bias},
-                                  {"skip", a.skip},
-                                  {"skip_weight", a.skip_weight},
-                                  {"gate", a.gate}})
-    if (each.tensor != nullptr) check_floating(a.op, each.name, *each.tensor);
+  check_floating(a.op, {{"x", a.x},
+                        {"weight", a.weight},
+                        {"bias", a.bias},
+                        {"skip", a.skip},
+                        {"skip_weight", a.skip_weight},
+                        {"gate", a.gate}});
   TORCH_CHECK(a.kind == "layer" || a.kind == "rms", a.op,
               ": kind: expected \"layer\" or \"rms\", got \"", a.kind, "\"");
   TORCH_CHECK(a.gate_activation == "silu" || a.gate_activation == "sigmoid", a.op,

@@ -50,14 +50,13 @@ void check_same_device(const OptionalTensor& dy, const OptionalTensor& dstate,
 void check(const Arguments& in) {
   check_same_device(in);
   check_rank(kOp, "x", in.x, 3);
-  for (const NamedTensor& each : {NamedTensor("x", in.x),
-                                  {"delta", in.delta},
-                                  {"a", in.a},
-                                  {"b", in.b},
-                                  {"c", in.c},
-                                  {"skip", in.skip},
-                                  {"state0", in.state0}})
-    if (each.tensor != nullptr) check_floating(kOp, each.name, *each.tensor);
+  check_floating(kOp, {{"x", in.x},
+                       {"delta", in.delta},
+                       {"a", in.a},
+                       {"b", in.b},
+                       {"c", in.c},
+                       {"skip", in.skip},
+                       {"state0", in.state0}});
   check_rank(kOp, "a", in.a, 2);
   const int64_t batch = in.x.size(0), time = in.x.size(1), dim = in.x.size(2),
                 states = in.a.size(1);

@@ -48,14 +48,13 @@ void check_same_device(const OptionalTensor& dy, const OptionalTensor& da, const
 void check(const WkvArguments& in) {
   check_same_device(in);
   check_rank(kOp, "k", in.k, 3);
-  for (const NamedTensor& each : {NamedTensor("k", in.k),
-                                  {"v", in.v},
-                                  {"w", in.w},
-                                  {"u", in.u},
-                                  {"a0", in.a0},
-                                  {"b0", in.b0},
-                                  {"p0", in.p0}})
-    if (each.tensor != nullptr) check_floating(kOp, each.name, *each.tensor);
+  check_floating(kOp, {{"k", in.k},
+                       {"v", in.v},
+                       {"w", in.w},
+                       {"u", in.u},
+                       {"a0", in.a0},
+                       {"b0", in.b0},
+                       {"p0", in.p0}});
   const int64_t batch = in.k.size(0), time = in.k.size(1), dim = in.k.size(2);
   check_shape(kOp, "v", in.v, in.k.sym_sizes(), "(B,T,D)");
   check_shape(kOp, "w", in.w, {dim}, "(D)");
