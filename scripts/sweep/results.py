@@ -188,13 +188,18 @@ def _job(line):
     return Job(line["case"], line["model"], float(line["learning_rate"]), int(line["seed"]))
 
 
+def _number(text):
+    """As it was measured: counts are integers and stay so where a table is written again."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
 def read_rows(path):
     lines, measures = _read_table(path, RUN_COLUMNS)
     number = lambda text, kind: kind(text) if text else None  # noqa: E731
     try:
         return [Row(_job(line), line["status"], line["failure"], number(line["parameters"], int), number(line["steps"], int),
                     number(line["seconds"], float), line["machine"], line["settings"],
-                    {measure: float(line[measure]) for measure in measures if line[measure]}) for line in lines]
+                    {measure: _number(line[measure]) for measure in measures if line[measure]}) for line in lines]
     except (TypeError, ValueError) as error:
         raise DescriptionError(f"{path}: {error}; has it been edited?") from error
 
@@ -204,4 +209,4 @@ def read_curves(path, rows):
     for line in lines:
         for metric in metrics:
             if line[metric] and (row := rows.get(_job(line))):
-                row.curves.setdefault(metric, {})[int(line["step"])] = float(line[metric])
+                row.curves.setdefault(metric, {})[int(line["step"])] = _number(line[metric])

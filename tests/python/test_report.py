@@ -65,7 +65,8 @@ def made_up(experiment, diverged=()):
         status = "diverged" if (job.case, job.model) in diverged else "done"
         rows.append(Row(job, status, "", 1000 * int(job.case.split("_d")[1]), 20, 1.5, "2 threads of a machine",
                         fingerprint(experiment, job)[:12],
-                        {"accuracy": value, "short.ppl": 2 / value, "long.ppl": 3 / value, "first_good": float("inf")}
+                        {"accuracy": value, "short.ppl": 2 / value, "long.ppl": 3 / value, "first_good": float("inf"),
+                         "short.tokens": 1991}
                         if status == "done" else {},
                         {"loss": {10: 1.0 + job.seed, 20: 0.5 + job.seed}, "accuracy": {20: value}}))
     return Results(experiment, rows)
@@ -262,8 +263,9 @@ def test_copied_results_are_those_of_one_sweep(results, tmp_path):
     leave(results, tmp_path / "out" / "recall")
     describe(tmp_path / "experiments" / "recall", figures={})
     page.rebuild([tmp_path / "out"], tmp_path / "experiments", tmp_path / "kept")
-    assert (tmp_path / "kept" / "recall" / "curves.csv").exists()
     page.rebuild([tmp_path / "kept"], tmp_path / "experiments", tmp_path / "kept")  # onto itself
+    for name in ("results.csv", "curves.csv"):
+        assert (tmp_path / "kept" / "recall" / name).read_bytes() == (tmp_path / "out" / "recall" / name).read_bytes()
     (tmp_path / "out" / "recall" / "curves.csv").unlink()
     _, (again,) = page.rebuild([tmp_path / "out"], tmp_path / "experiments", tmp_path / "kept")
     assert not any(row.curves for row in again.rows) and not (tmp_path / "kept" / "recall" / "curves.csv").exists()
