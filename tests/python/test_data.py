@@ -410,7 +410,7 @@ def test_json_that_is_read_as_text_is_told(tmp_path):
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "package.json").write_text("{}")  # of a folder anything may be text
     out = ("--output", tmp_path / "out", "--overwrite")
-    for inputs in (tmp_path / "a.json", tmp_path / "*.json"):
+    for inputs in (tmp_path / "a.json", tmp_path / "a*.json"):
         done = run("prepare", inputs, *out)
         assert f"warning: {inputs}: read as text, JSON as it stands; if each line is a JSON object" in done.stderr
     for arguments in ((tmp_path / "t",), (tmp_path / "a.json", "--format", "text")):
