@@ -1,6 +1,7 @@
 # cmake -DPROGRAM=<test program> -DNAME=<test> -DFOLDER=<build/junit> [-DTAG=<Catch2 tag>] -P run_program.cmake
 # Runs a test program with what it prints in FOLDER/NAME.log: planted bugs fill hundreds of pages there. Fails unless
-# the program succeeds and its JUnit file is whole; a sanitizer may end a process early.
+# the program succeeds and its JUnit file is whole; a sanitizer may end a process early. Then it tells the end of what
+# was printed, and which tests failed.
 set(junit ${FOLDER}/${NAME}.xml)
 set(log ${FOLDER}/${NAME}.log)
 file(MAKE_DIRECTORY ${FOLDER})
@@ -18,5 +19,10 @@ if(NOT status STREQUAL "0" OR NOT written MATCHES "<testcase.*</testsuites>")
     string(SUBSTRING "${printed}" ${from} -1 printed)
   endif()
   message("${printed}")
+  set(rest "${written}")
+  while(rest MATCHES "<testcase[^>]* name=\"([^\"]*)\"[^>]*>[^<]*<failure[^>]*>([^<]*)</failure>(.*)$")
+    message("${CMAKE_MATCH_1}:${CMAKE_MATCH_2}")
+    set(rest "${CMAKE_MATCH_3}")
+  endwhile()
   message(FATAL_ERROR "${NAME}: status ${status}; its results: ${junit}; what it printed: ${log}")
 endif()
