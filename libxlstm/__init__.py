@@ -23,7 +23,7 @@ import torch
 
 from . import flops
 from .accelerated import accelerate
-from .data import TokenData, TokenWriter
+from .data import TokenData
 from .library import as_yaml, load_module, load_operators
 from .model import BlockStack, Model
 from .states import detach, merge_states, split_state
@@ -97,6 +97,8 @@ def __getattr__(name):
         return module if name == "_C" else module.Error
     if name == "scoring":
         return importlib.import_module(".scoring", __name__)
+    if name == "TokenWriter":
+        return importlib.import_module(".token_writer", __name__).TokenWriter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -54,6 +54,14 @@ def test_import_loads_the_operators_and_not_the_models():
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 
+def test_torch_alone_is_enough_for_operators_and_models():
+    """Its wheel asks for numpy no more; files of tokens are written with it."""
+    done = run("import sys, warnings; warnings.simplefilter('ignore'); sys.modules['numpy'] = None; import libxlstm\n"
+               "libxlstm.make_model(embedding_dim=8, num_blocks=1, num_heads=1, vocab_size=9)\n"
+               "libxlstm.TokenWriter")
+    assert re.search("line 3, in <module>\n(.*\n)*ModuleNotFoundError: .*numpy", done.stderr), done.stderr
+
+
 def test_one_version():
     """It stands in __init__.py alone; CMake's goes into checkpoints."""
     pyprojecttoml = pytest.importorskip("setuptools.config.pyprojecttoml")

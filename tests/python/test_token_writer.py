@@ -13,7 +13,7 @@ import torch
 from test_data import XLSTM_DATA, contents, read_megatron, run, write_jsonl
 
 import libxlstm
-from libxlstm import data as data_module
+from libxlstm import token_writer as writer_module
 from libxlstm.scoring import Tokenizer
 
 TEXTS = ["Grüße €😀", " a  b\n\n c", "plain text, and more of it\n" * 30, "x"]
@@ -77,7 +77,7 @@ def test_streams_are_parted_at_their_ends(prepared, tokenizer, tmp_path, monkeyp
     header[:3] = 20240520, 1, len(stream)
     (tmp_path / "train.bin").write_bytes(header.tobytes() + np.array(stream, np.uint16).tobytes())
     tokens = np.memmap(tmp_path / "train.bin", "uint16", "r", offset=1024)
-    monkeypatch.setattr(data_module, "_PIECE", piece)
+    monkeypatch.setattr(writer_module, "_PIECE", piece)
     with libxlstm.TokenWriter(tmp_path / "got" / "out", tokenizer, count_bytes=piece > 7) as writer:
         writer.add_stream(tokens[:40])
         writer.add_stream(tokens[40:])
@@ -151,7 +151,7 @@ def test_streams_with_masks(prepared_chats, tokenizer, tmp_path, monkeypatch, na
     rows, wanted = prepared_chats
     stream, mask = (np.array(sum(parts, [])) for parts in zip(*((ids + [0], counts + counts[-1:]) for ids, counts in rows)))
     marks = mask if name == "mask" else np.where(mask, stream, -100)
-    monkeypatch.setattr(data_module, "_PIECE", piece)
+    monkeypatch.setattr(writer_module, "_PIECE", piece)
     with libxlstm.TokenWriter(tmp_path / "got" / "out", tokenizer) as writer:
         for first, end in ((0, 9), (9, 40), (40, len(stream))):
             writer.add_stream(stream[first:end], **{name: marks[first:end]})
@@ -176,7 +176,7 @@ def test_masks_that_do_not_fit_are_told(tmp_path, monkeypatch):
             writer.add([1, 2], [1, 1])
         writer.add([1])
     assert [ids.tolist() for ids in read_megatron(tmp_path / "out")[1]] == [[1, 0]] and not (tmp_path / "out.loss").exists()
-    monkeypatch.setattr(data_module, "_PIECE", 2)
+    monkeypatch.setattr(writer_module, "_PIECE", 2)
     with pytest.raises(ValueError, match="this TokenWriter has ended"):  # a part of the stream is written
         with libxlstm.TokenWriter(tmp_path / "other", "bytes") as writer:
             with pytest.raises(ValueError, match="expected 4, the id itself, or -100 at position 3, got 5"):
